@@ -1,0 +1,19 @@
+"""taskvec: text embeddings that pick the task adapter per request."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskvec.library import Embedder
+
+__version__ = "0.1.0"
+__all__ = ["Embedder", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the library face on first use, so that importing one room does not import the house."""
+    if name == "Embedder":
+        return importlib.import_module("taskvec.library").Embedder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,105 @@
+"""The application: every part made here and passed to those that need it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from taskvec import __version__
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.core.admission import Admission
+from taskvec.core.embedder import AsyncEmbedder
+from taskvec.engines.base import Engine
+from taskvec.http.embeddings import EmbeddingsRoute, Limits
+from taskvec.http.errors import error_responses, install_error_handlers
+from taskvec.http.middleware import RequestTrace
+from taskvec.http.models import models_router
+from taskvec.http.names import ServedNames
+from taskvec.http.probes import probes_router
+from taskvec.http.schema import request_body, response_content
+from taskvec.settings import Settings, TokenInput
+from taskvec.telemetry.metrics import Metrics
+from taskvec.wiring import task_table, text_tokenizer
+
+OnFailure = Callable[[BaseException], None]
+
+
+def create_app(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    metrics: Metrics,
+    on_failure: OnFailure,
+) -> FastAPI:
+    """Wire the service.
+
+    Args:
+        settings: how to serve.
+        checkpoint: tokenizer, prompts and tasks come from here.
+        engine: not started yet; the application starts and stops it.
+        metrics: what the engine reports to, too.
+        on_failure: called if the engine does not start; the probes answer until then.
+    """
+    tasks = task_table(checkpoint)
+    tokenizer = text_tokenizer(
+        checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
+    )
+    embedder = AsyncEmbedder(engine, tokenizer, tasks, Admission(settings.max_queue_tokens))
+    names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
+    token_ids = settings.token_input is TokenInput.ACCEPT
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(_start(engine, on_failure))
+        yield
+        await engine.stop()
+        await starting
+        tokenizer.close()
+
+    app = FastAPI(
+        title="taskvec",
+        version=__version__,
+        summary="Text embeddings that pick the task adapter per request.",
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.add_api_route(
+        "/v1/embeddings",
+        EmbeddingsRoute(
+            embedder,
+            names,
+            Limits(
+                settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
+            ),
+        ).__call__,
+        methods=["POST"],
+        tags=["embeddings"],
+        summary="Embed texts for a task",
+        operation_id="create_embeddings",
+        response_model=None,
+        responses={
+            200: {"description": "One vector a text, in order.", "content": response_content()},
+            **error_responses(400, 404, 413, 415, 429, 500, 503, 504),
+        },
+        openapi_extra={
+            "requestBody": request_body(
+                checkpoint.card, tasks, names, texts=settings.max_texts, token_ids=token_ids
+            )
+        },
+    )
+    app.include_router(models_router(checkpoint.card, embedder.max_tokens, tasks, names))
+    app.include_router(probes_router(engine, metrics))
+    install_error_handlers(app)
+    app.add_middleware(RequestTrace, metrics=metrics, log_requests=settings.log_requests)
+    return app
+
+
+async def _start(engine: Engine, on_failure: OnFailure) -> None:
+    try:
+        await engine.start()
+    except Exception as error:  # noqa: BLE001 - whatever it was, the process must not linger
+        on_failure(error)

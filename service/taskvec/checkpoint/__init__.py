@@ -1,0 +1,1 @@
+"""Reading a checkpoint folder: config, weights, adapters, prompts."""

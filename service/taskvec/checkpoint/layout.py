@@ -1,0 +1,146 @@
+"""A checkpoint folder, read and checked without loading a single weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taskvec.checkpoint.adapters import Adapter, read_adapters
+from taskvec.checkpoint.backbone import Backbone, matryoshka_dimensions, read_backbone
+from taskvec.checkpoint.files import read_json, tensor_shapes, weight_files
+from taskvec.engines.base import ModelCard
+from taskvec.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that a checkpoint folder says.
+
+    Attributes:
+        weights: tensor name (without a ``model.`` prefix) -> (file, key in that file).
+        prompts: prompt name -> prefix, for example ``{"query": "Query: "}``.
+        default_prompt: the prompt used where a task has none of its own; None for no prefix.
+        tokenizer: tokenizer.json.
+        card: what is served.
+    """
+
+    folder: Path
+    backbone: Backbone
+    weights: Mapping[str, tuple[Path, str]]
+    adapters: tuple[Adapter, ...]
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    tokenizer: Path
+    card: ModelCard
+
+
+def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
+    """Read and check a checkpoint folder in the jina-embeddings-v5 layout, or a plain backbone.
+
+    No code from the folder is run and nothing is unpickled.
+
+    Args:
+        folder: holds config.json, safetensors, tokenizer.json, and perhaps ``adapters/``.
+        name: what the model is called towards clients.
+        revision: the hub commit that the folder was fetched from.
+
+    Raises:
+        CheckpointError: something is missing, damaged or not implemented.
+    """
+    config_file = folder / "config.json"
+    config = read_json(config_file)
+    shapes, weights = _weights(folder)
+    backbone = read_backbone(config, frozenset(shapes), str(config_file))
+    _check_tensors(shapes, backbone, folder)
+    task_names = config.get("task_names") or []
+    if not isinstance(task_names, list):
+        raise CheckpointError(f"{config_file}: task_names is no list.")
+    adapters = read_adapters(folder, backbone, [str(task) for task in task_names])
+    prompts, default_prompt = _prompts(folder, required=bool(adapters))
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise CheckpointError(f"{tokenizer} is missing: copy or download the checkpoint again.")
+    return Checkpoint(
+        folder=folder,
+        backbone=backbone,
+        weights=weights,
+        adapters=adapters,
+        prompts=prompts,
+        default_prompt=default_prompt,
+        tokenizer=tokenizer,
+        card=ModelCard(
+            name=name,
+            revision=revision,
+            architecture=backbone.architecture,
+            dimension=backbone.hidden,
+            max_tokens=_max_tokens(folder, backbone),
+            vocabulary=backbone.vocabulary,
+            matryoshka=matryoshka_dimensions(config, backbone.hidden),
+            adapters=tuple(adapter.name for adapter in adapters),
+            parameters=backbone.parameters,
+        ),
+    )
+
+
+def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Path, str]]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        for key, shape in tensor_shapes(file).items():
+            name = key.removeprefix("model.")
+            if name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq"):
+                continue  # the language-model head and derived buffers: no part of an embedding
+            shapes[name] = shape
+            places[name] = (file, key)
+    return shapes, places
+
+
+def _check_tensors(shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, folder: Path) -> None:
+    wanted = dict(backbone.tensors())
+    for name, shape in wanted.items():
+        if name not in shapes:
+            raise CheckpointError(
+                f"The weights in {folder} lack {name!r}, which config.json implies: the file is "
+                "incomplete or of another model."
+            )
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"The weights in {folder} have {name!r} as {list(shapes[name])}, config.json "
+                f"implies {list(shape)}: config and weights are not of one model."
+            )
+    unknown = sorted(set(shapes) - set(wanted))
+    if unknown:
+        raise CheckpointError(
+            f"The weights in {folder} hold {len(unknown)} tensors that this backbone does not use, "
+            f"{unknown[0]!r} first: it is another architecture, and would give wrong vectors."
+        )
+
+
+def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | None]:
+    file = folder / "config_sentence_transformers.json"
+    if not file.is_file() and not required:
+        return {}, None
+    config = read_json(file)
+    prompts: Any = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise CheckpointError(f"{file}: prompts is no object of strings.")
+    if required and not {"query", "document"} <= set(prompts):
+        raise CheckpointError(
+            f"{file} lacks the prompts 'query' and 'document': without them the adapters give "
+            "wrong vectors."
+        )
+    default = config.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of its prompts.")
+    return dict(prompts), default
+
+
+def _max_tokens(folder: Path, backbone: Backbone) -> int:
+    file = folder / "tokenizer_config.json"
+    stated = read_json(file).get("model_max_length") if file.is_file() else None
+    # transformers writes 1e30 for "no limit"; the positions are the limit then.
+    if not isinstance(stated, int | float) or stated < 1:
+        return backbone.max_positions
+    return min(int(stated), backbone.max_positions)

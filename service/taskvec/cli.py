@@ -1,0 +1,257 @@
+"""The commands: serve, embed, check."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+from pydantic import ValidationError
+
+from taskvec import __version__
+from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.errors import CheckpointError, TaskvecError
+from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
+from taskvec.telemetry.logs import configure_logs
+
+USAGE, BAD_START = 2, 3
+"""Exit codes: wrong arguments, and a start that failed."""
+
+app = typer.Typer(
+    help="Text embeddings that pick the task adapter per request.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's table cuts long option names
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint folder, a hub id, or the built-in taskvec-mini.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Hub branch, tag or commit; the newest if none.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the arithmetic.")]
+ModeOption = Annotated[AdapterMode, typer.Option(help="How adapters are held.")]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _serve(**options: Any) -> None:
+    """Serve a model over HTTP: OpenAI's /v1/embeddings, health, metrics and /docs.
+
+    Every option can be set by its environment variable instead.
+    """
+    import uvicorn  # noqa: PLC0415 - the other commands need no server
+
+    from taskvec.app import create_app  # noqa: PLC0415
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with _clear_failures():
+        settings = Settings(**given)
+        configure_logs(settings.log_level)
+        checkpoint = open_checkpoint(settings.model, settings.revision)
+        engine, metrics = _packed_engine(settings, checkpoint)
+        failures: list[BaseException] = []
+
+        def stop_serving(error: BaseException) -> None:
+            failures.append(error)
+            server.should_exit = True
+
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(settings, checkpoint, engine, metrics, stop_serving),
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,  # longer than the idle time of common load balancers
+                timeout_graceful_shutdown=settings.drain_timeout,
+            )
+        )
+        server.run()
+        if failures:
+            raise failures[0]
+
+
+def _packed_engine(settings: Settings, checkpoint: Any) -> tuple[Any, Any]:
+    try:
+        from taskvec.engines.packed.engine import (  # noqa: PLC0415 - torch is an extra
+            PackedEngine,
+            PackedOptions,
+        )
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        raise CheckpointError("The packed engine needs torch: install taskvec[packed].") from None
+    from taskvec.telemetry.metrics import Metrics  # noqa: PLC0415
+    from taskvec.wiring import task_table  # noqa: PLC0415
+
+    metrics = Metrics(task_table(checkpoint).names)
+    options = PackedOptions(
+        device=settings.device,
+        dtype=settings.dtype,
+        adapter_mode=settings.adapter_mode,
+        max_batch_tokens=settings.max_batch_tokens,
+        threads=settings.threads,
+    )
+    return PackedEngine(checkpoint, options, metrics), metrics
+
+
+def _settings_signature() -> inspect.Signature:
+    """One option for each setting, so that help and settings cannot drift apart."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        if kind == tuple[str, ...]:
+            kind = str
+        default = field.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        if isinstance(shown, enum.Enum):
+            shown = shown.value
+        flag = f"--{name.replace('_', '-')}"
+        option = typer.Option(
+            f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+            help=f"{field.description} Default: {'none' if shown in (None, '') else shown}.",
+            show_default=False,
+            envvar=environment_variable(name),
+        )
+        annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type] # noqa: UP045
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+    return inspect.Signature(parameters)
+
+
+_serve.__signature__ = _settings_signature()  # type: ignore[attr-defined]
+_serve.__annotations__ = {
+    name: parameter.annotation for name, parameter in _settings_signature().parameters.items()
+}
+app.command("serve")(_serve)
+
+
+@app.command()
+def check(
+    model: ModelArgument = DEFAULT_MODEL,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+    adapter_mode: ModeOption = AdapterMode.AUTO,
+) -> None:
+    """Read a model, prove its adapters as the server does before it is ready, print its card.
+
+    Exits with 3 and the reason where the model cannot be served.
+    """
+    with _clear_failures():
+        configure_logs("warning")
+        checkpoint = open_checkpoint(model, revision)
+        card = checkpoint.card
+        from taskvec.wiring import task_table  # noqa: PLC0415 - tasks only where a card is printed
+
+        rows = {
+            "model": card.name,
+            "revision": card.revision or "none (a folder)",
+            "folder": checkpoint.folder,
+            "architecture": f"{card.architecture}, {checkpoint.backbone.layers} layers",
+            "parameters": f"{card.parameters:,}",
+            "dimensions": card.dimension,
+            "matryoshka": ", ".join(map(str, card.matryoshka)) or "not stated",
+            "max tokens": card.max_tokens,
+            "vocabulary": card.vocabulary,
+        }
+        for label, value in rows.items():
+            typer.echo(f"{label:<13} {value}")
+        for task in task_table(checkpoint):
+            adapter = task.adapter or "none"
+            typer.echo(f"{'task':<13} {task.name}: adapter {adapter}, prompt {task.prompt!r}")
+        from taskvec.library import Embedder  # noqa: PLC0415 - loads torch
+
+        with Embedder(
+            model, revision=revision, device=device, dtype=dtype, adapter_mode=adapter_mode
+        ) as embedder:
+            for name in embedder.tasks:
+                embedder.embed("A text.", task=name)
+        proven = len(card.adapters)
+        typer.echo(
+            f"{'self-test':<13} passed: {proven} adapters, each changes the vector in its own way"
+            if proven
+            else f"{'self-test':<13} passed: no adapters, one task"
+        )
+
+
+@app.command()
+def embed(  # noqa: PLR0917 - typer calls it by name
+    model: Annotated[
+        str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")
+    ] = DEFAULT_MODEL,
+    task: Annotated[str | None, typer.Option(help="The task; taskvec check lists them.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Keep the first so many values; all if not given.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write one float32 array to this .npy file instead of JSON lines."),
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option(help="Cut lines that are too long, instead of refusing them.")
+    ] = False,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Embed standard input, one text a line, to JSON lines on standard output.
+
+    Shows progress where standard error is a terminal.
+    """
+    with _clear_failures():
+        configure_logs("warning")
+        from taskvec.bulk import embed_lines  # noqa: PLC0415 - loads torch
+        from taskvec.library import Embedder  # noqa: PLC0415
+
+        with Embedder(model, revision=revision, device=device, dtype=dtype) as embedder:
+            embed_lines(
+                embedder,
+                sys.stdin.buffer,
+                output or sys.stdout.buffer,
+                task=task,
+                dimensions=dimensions,
+                truncate=truncate,
+            )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@contextmanager
+def _clear_failures() -> Iterator[None]:
+    """One sentence on standard error instead of a traceback, for failures a user can cure."""
+    try:
+        yield
+    except CheckpointError as error:
+        _exit(str(error), BAD_START)
+    except TaskvecError as error:
+        _exit(error.message, USAGE)
+    except ValidationError as error:
+        faults = (f"{environment_variable(str(e['loc'][0]))}: {e['msg']}" for e in error.errors())
+        _exit("; ".join(faults), USAGE)
+
+
+def _exit(sentence: str, code: int) -> NoReturn:
+    typer.echo(f"taskvec: {sentence}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,1 @@
+"""What an embedding request means, without HTTP and without tensors."""

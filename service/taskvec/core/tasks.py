@@ -1,0 +1,122 @@
+"""Task names: which adapter and which prompt each one means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from taskvec.errors import InvalidRequestError
+
+PREFERRED_DEFAULT = "text-matching"
+"""What the hosted Jina API does where no task is named."""
+
+BARE_TASK = "embedding"
+"""The only task of a checkpoint without adapters."""
+
+ALIASES = {"retrieval": "retrieval.passage", "separation": "clustering"}
+
+INPUT_TYPES = {
+    "query": "retrieval.query",
+    "search_query": "retrieval.query",
+    "document": "retrieval.passage",
+    "search_document": "retrieval.passage",
+    "classification": "classification",
+    "clustering": "clustering",
+}
+"""What Voyage, Cohere and Jina clients say instead of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One way to embed a text: the prompt put before it and the adapter applied.
+
+    Attributes:
+        adapter: None for the bare backbone.
+        prompt: prefix joined to the text before tokenising; may be empty.
+    """
+
+    name: str
+    adapter: str | None
+    prompt: str
+
+
+class TaskTable:
+    """The tasks that a checkpoint offers."""
+
+    def __init__(
+        self, adapters: Sequence[str], prompts: Mapping[str, str], default_prompt: str | None
+    ) -> None:
+        """Derive the tasks.
+
+        The retrieval adapter gives two tasks, one a side; every other adapter gives one, with the
+        document prompt; a checkpoint without adapters gives one, with its default prompt.
+        """
+        tasks = []
+        for adapter in adapters:
+            document = prompts.get("document", "")
+            if adapter == "retrieval":
+                tasks.append(Task("retrieval.query", adapter, prompts.get("query", "")))
+                tasks.append(Task("retrieval.passage", adapter, document))
+            else:
+                tasks.append(Task(adapter, adapter, document))
+        if not tasks:
+            prompt = prompts.get(default_prompt, "") if default_prompt else ""
+            tasks.append(Task(BARE_TASK, None, prompt))
+        self._tasks = {task.name: task for task in tasks}
+        self.default = self._tasks.get(PREFERRED_DEFAULT, tasks[0])
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._tasks.values())
+
+    @property
+    def names(self) -> list[str]:
+        """Task names, in the checkpoint's order."""
+        return list(self._tasks)
+
+    def get(self, name: str, *, param: str = "task") -> Task:
+        """The task of this name or alias.
+
+        Raises:
+            InvalidRequestError: there is none; the message lists those there are.
+        """
+        task = self._tasks.get(ALIASES.get(name, name))
+        if task is None:
+            raise InvalidRequestError(
+                f"There is no task {name[:80]!r}: this model has {', '.join(self._tasks)}.",
+                code="unknown_task",
+                param=param,
+            )
+        return task
+
+    def choose(self, named: Mapping[str, str | None]) -> Task:
+        """The one task that all the fields of a request name, or the default.
+
+        Args:
+            named: field -> task name; ``input_type`` holds an input type instead; None is silence.
+
+        Raises:
+            InvalidRequestError: a name is unknown, or two fields name different tasks.
+        """
+        chosen: Task | None = None
+        by = ""
+        for field, name in named.items():
+            if name is None:
+                continue
+            if field == "input_type":
+                if name not in INPUT_TYPES:
+                    raise InvalidRequestError(
+                        f"input_type {name[:80]!r} is none of {', '.join(INPUT_TYPES)}.",
+                        code="unknown_task",
+                        param=field,
+                    )
+                task = self.get(INPUT_TYPES[name], param=field)
+            else:
+                task = self.get(name, param=field)
+            if chosen is not None and task is not chosen:
+                raise InvalidRequestError(
+                    f"{by} asks for the task {chosen.name}, {field} for {task.name}: name one.",
+                    code="conflicting_fields",
+                    param=field,
+                )
+            chosen, by = chosen or task, by or field
+        return chosen or self.default

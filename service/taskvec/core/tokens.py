@@ -1,0 +1,193 @@
+"""Text to token ids, without reading what will be cut off.
+
+A text that may be too long is tokenised in a window that grows until it holds enough *settled*
+tokens: those that no later character can change. What decides a token lies near it: the run of
+like characters it is split from, and the merges within that run. So a token is settled once GUARD
+characters of the text lie behind it. White space is the exception: a later line break can join a
+whole run of it to the line break before, so in a run that reaches the window's end nothing from
+its last line break on is settled.
+
+The window is bounded too, so that a hostile text costs no more than a long one: where WIDEST_TOKEN
+characters a token do not fill the limit (megabytes of white space, say), the text is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from taskvec.engines.base import TokenIds
+from taskvec.errors import CheckpointError, InvalidRequestError
+
+GUARD = 2048
+"""Characters behind a token that settle it; far longer than any token or normalised cluster."""
+
+CHARACTERS_A_TOKEN = 5
+"""First guess for the window; a text of longer tokens lets it grow fourfold."""
+
+WIDEST_TOKEN = 256
+"""Characters a token in the widest window; natural text has 2 to 8."""
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer, its own post-processor included, in threads of its own."""
+
+    def __init__(self, file: Path, *, max_tokens: int, vocabulary: int, threads: int) -> None:
+        """Load tokenizer.json.
+
+        Args:
+            file: tokenizer.json.
+            max_tokens: longest text, special tokens included.
+            vocabulary: the model's; a tokenizer that can give other ids is refused.
+            threads: how many requests are tokenised at once.
+
+        Raises:
+            CheckpointError: the file is damaged or does not belong to the model.
+        """
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # noqa: BLE001 - tokenizers raises just that
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): copy or download it again."
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if highest >= vocabulary:
+            raise CheckpointError(
+                f"{file} gives ids up to {highest}, the model has only {vocabulary}: tokenizer and "
+                "weights are not of one model."
+            )
+        self._head, self._tail = self._specials()
+        self.max_tokens = max_tokens
+        self._room = max_tokens - len(self._head) - len(self._tail)
+        if self._room < 1:
+            raise CheckpointError(
+                f"max_tokens {max_tokens} leaves no room beside the tokenizer's special tokens."
+            )
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+
+    async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
+        """``encode_now`` in one of the tokenizer's threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, lambda: self.encode_now(texts, prompt=prompt, truncate=truncate)
+        )
+
+    def encode_now(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
+        """The ids that the model is to see for each text.
+
+        Args:
+            texts: any strings; the prompt is joined to each before tokenising.
+            prompt: the task's prefix.
+            truncate: True cuts a text that is too long, keeping the special tokens at its end.
+
+        Returns:
+            int32 arrays, each 1..max_tokens long.
+
+        Raises:
+            InvalidRequestError: naming the text that is too long, or gives no token at all.
+        """
+        wanted = self._room if truncate else self._room + 1
+        window = wanted * CHARACTERS_A_TOKEN + GUARD
+        short = [i for i, text in enumerate(texts) if len(prompt) + len(text) <= window]
+        with _untokenizable("input"):
+            encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
+                [prompt + texts[i] for i in short], add_special_tokens=False
+            )
+        contents = {i: encoding.ids for i, encoding in zip(short, encodings, strict=True)}
+        for i, text in enumerate(texts):
+            if i not in contents:
+                contents[i] = self._settled(prompt, text, i, wanted, window)
+        return [self._framed(contents[i], i, truncate=truncate) for i in range(len(texts))]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _specials(self) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor puts before and after a text."""
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        framed = self._tokenizer.encode("a").ids
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return framed[:start], framed[start + len(bare) :]
+        raise CheckpointError("tokenizer.json has a post-processor that rewrites the text's ids.")
+
+    def _settled(self, prompt: str, text: str, index: int, wanted: int, window: int) -> list[int]:
+        """The first ``wanted`` ids of a long text, or all of them where it has fewer."""
+        widest = wanted * WIDEST_TOKEN + GUARD
+        while window < len(prompt) + len(text):
+            seen = prompt + text[: window - len(prompt)]
+            ids, ends = self._encode_with_ends(seen, index)
+            settled = bisect.bisect_right(ends, _settled_until(seen))
+            if settled >= wanted:
+                return ids[:wanted]
+            if window == widest:
+                raise InvalidRequestError(
+                    f"input[{index}] has {len(text)} characters, of which the first {window} hold "
+                    f"fewer than {wanted} tokens: it is mostly white space or no text. Shorten it.",
+                    code="input_too_long",
+                    param=f"input[{index}]",
+                )
+            window = min(4 * window, widest)
+        return self._encode_with_ends(prompt + text, index)[0]
+
+    def _encode_with_ends(self, text: str, index: int) -> tuple[list[int], list[int]]:
+        """Ids, and the character each one ends at."""
+        with _untokenizable(f"input[{index}]"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def _framed(self, content: list[int], index: int, *, truncate: bool) -> TokenIds:
+        if len(content) > self._room:
+            if not truncate:
+                raise InvalidRequestError(
+                    f"input[{index}] has more than the {self.max_tokens} tokens that fit (prompt "
+                    "and special tokens included): shorten it, or send truncate: true.",
+                    code="input_too_long",
+                    param=f"input[{index}]",
+                )
+            content = content[: self._room]
+        ids = self._head + content + self._tail
+        if not ids:
+            raise InvalidRequestError(
+                f"input[{index}] holds nothing that the tokenizer turns into a token.",
+                code="empty_input",
+                param=f"input[{index}]",
+            )
+        return np.array(ids, dtype=np.int32)
+
+
+@contextmanager
+def _untokenizable(param: str) -> Iterator[None]:
+    """Turn a panic of the Rust library, which is no Exception, into a refusal.
+
+    Seen with its regular expressions, which give up on white space runs of millions of characters.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidRequestError(
+            f"{param} cannot be tokenised ({error}): it is hardly text.",
+            code="untokenizable_input",
+            param=param,
+        ) from None
+
+
+def _settled_until(window: str) -> int:
+    """How far tokens of a window that is not the text's end are settled, in characters."""
+    body = window.rstrip()
+    trailing = window[len(body) :]
+    last_break = max(trailing.rfind("\n"), trailing.rfind("\r"))
+    end = len(body) + last_break + 1 if last_break >= 0 else len(window)
+    return end - GUARD

@@ -1,0 +1,297 @@
+"""The packed engine: one worker thread that runs forwards while callers queue."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import (
+    EngineHealth,
+    EngineObserver,
+    EngineResult,
+    EngineState,
+    ModelCard,
+    TokenBatch,
+)
+from taskvec.engines.packed.proof import prove_adapters
+from taskvec.engines.packed.resources import available_bytes, choose_device, choose_dtype
+from taskvec.engines.packed.transformer import Transformer
+from taskvec.engines.packed.turns import TurnQueue
+from taskvec.engines.packed.weights import load_transformer
+from taskvec.errors import CheckpointError, DeadlineExceededError, TaskvecError
+
+MERGE_SHARE = 0.5
+"""Adapters are merged if their full weights take at most this share of the free memory."""
+
+CUDA_BATCH_TOKENS = 32_768
+TURNS_A_BATCH = 4
+"""Requests that get a turn in one full batch."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """One ``embed`` call; the worker thread fills ``vectors`` and answers ``future``."""
+
+    batch: TokenBatch
+    order: list[int]
+    vectors: NDArray[np.float32]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[EngineResult]
+    queued_at: float
+    missing: int
+    started_at: float | None = None
+    withdrawn: bool = False
+
+    def answer(self, result: EngineResult | BaseException) -> None:
+        """Give the caller its result, from any thread; too late is no error."""
+        try:
+            self.loop.call_soon_threadsafe(self._settle, result)
+        except RuntimeError:
+            log.warning("caller_loop_closed")  # the caller's loop ended: nobody waits any more
+
+    def _settle(self, result: EngineResult | BaseException) -> None:
+        if self.future.done():
+            return
+        if isinstance(result, BaseException):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedOptions:
+    """How the packed engine runs; the defaults suit most machines.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        adapter_mode: ``merged``, ``low-rank``, or ``auto`` by free memory.
+        max_batch_tokens: most tokens in one forward; 0 for what suits the device.
+        threads: processor threads of a forward; 0 for torch's choice.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    adapter_mode: str = "auto"
+    max_batch_tokens: int = 0
+    threads: int = 0
+
+
+class PackedEngine:
+    """Embeds in this process with torch, on a CPU or a CUDA device."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: PackedOptions | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._options = options or PackedOptions()
+        self._observer = observer
+        self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
+        self._wake = threading.Condition()
+        self._queue: TurnQueue[_Request] = TurnQueue(quantum=1)
+        self._budget = 0
+        self._stopping = False
+        self._worker: threading.Thread | None = None
+
+    @property
+    def model(self) -> ModelCard:
+        """See ``Engine.model``."""
+        return self._checkpoint.card
+
+    def health(self) -> EngineHealth:
+        """See ``Engine.health``."""
+        return self._health
+
+    async def start(self) -> None:
+        """See ``Engine.start``."""
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] = loop.create_future()
+        self._worker = threading.Thread(
+            target=self._work, args=(loop, started), name="packed-engine", daemon=True
+        )
+        self._worker.start()
+        await started
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        """See ``Engine.embed``."""
+        loop = asyncio.get_running_loop()
+        # Longest first: neighbours in the queue become neighbours in a batch, of like length.
+        order = sorted(range(len(batch.ids)), key=lambda i: -len(batch.ids[i]))
+        request = _Request(
+            batch=batch,
+            order=order,
+            vectors=np.empty((len(order), self.model.dimension), dtype=np.float32),
+            loop=loop,
+            future=loop.create_future(),
+            queued_at=time.monotonic(),
+            missing=len(order),
+        )
+        with self._wake:
+            self._health.require_ready()
+            self._queue.push(request, [len(batch.ids[i]) for i in order])
+            self._report_queue()
+            self._wake.notify()
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            request.withdrawn = True
+            raise
+
+    async def stop(self) -> None:
+        """See ``Engine.stop``."""
+        with self._wake:
+            self._stopping = True
+            if self._health.ready:
+                self._health = EngineHealth(EngineState.STOPPING, "it finishes what was admitted")
+            self._wake.notify()
+        if self._worker is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
+
+    # What follows runs on the worker thread.
+
+    def _work(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[None]) -> None:
+        try:
+            transformer = self._load()
+        except BaseException as error:  # noqa: BLE001 - whatever it was, start() must raise it
+            self._health = EngineHealth(EngineState.DEAD, str(error))
+            loop.call_soon_threadsafe(started.set_exception, error)
+            return
+        with self._wake:
+            if not self._stopping:
+                self._health = EngineHealth(EngineState.READY)
+        loop.call_soon_threadsafe(started.set_result, None)
+        while batch := self._next_batch():
+            self._run(transformer, batch)
+        self._health = EngineHealth(EngineState.DEAD, "stopped")
+
+    def _load(self) -> Transformer:
+        options, checkpoint = self._options, self._checkpoint
+        begun = time.monotonic()
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        try:
+            device = choose_device(options.device)
+            dtype = choose_dtype(options.dtype, device)
+            merge = self._merge(device, dtype)
+            transformer = load_transformer(checkpoint, device=device, dtype=dtype, merge=merge)
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder} could not be loaded ({error}): check --device and --dtype, "
+                "and that the machine has the memory."
+            ) from error
+        prove_adapters(transformer, checkpoint.card.adapters)
+        automatic = 2 * transformer.block_rows if device.type == "cpu" else CUDA_BATCH_TOKENS
+        self._budget = options.max_batch_tokens or automatic
+        self._queue.quantum = max(1, self._budget // TURNS_A_BATCH)
+        log.info(
+            "engine_ready",
+            model=checkpoint.card.name,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            adapters=list(checkpoint.card.adapters),
+            adapter_mode="merged" if merge else "low-rank",
+            max_batch_tokens=self._budget,
+            seconds=round(time.monotonic() - begun, 2),
+        )
+        return transformer
+
+    def _merge(self, device: torch.device, dtype: torch.dtype) -> bool:
+        if self._options.adapter_mode != "auto":
+            return self._options.adapter_mode == "merged"
+        backbone, adapters = self._checkpoint.backbone, len(self._checkpoint.adapters)
+        extra = adapters * backbone.linear_parameters * dtype.itemsize
+        base = backbone.parameters * dtype.itemsize
+        return extra <= MERGE_SHARE * (available_bytes(device) - base)
+
+    def _next_batch(self) -> list[tuple[_Request, int]]:
+        """Wait for work; an empty list when the engine stops and nothing is left."""
+        with self._wake:
+            while True:
+                self._drop_abandoned()
+                taken = self._queue.take(self._budget)
+                if taken or self._stopping:
+                    break
+                self._wake.wait()
+            self._report_queue()
+        return [(request, request.order[place]) for request, place in taken]
+
+    def _drop_abandoned(self) -> None:
+        now = time.monotonic()
+        for request, texts in self._queue.drop(lambda request: request.withdrawn):
+            self._report_dropped("cancelled", texts, request)
+        for request, texts in self._queue.drop(lambda request: _expired(request.batch, now)):
+            self._report_dropped("expired", texts, request)
+            request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
+
+    def _run(self, transformer: Transformer, rows: Sequence[tuple[_Request, int]]) -> None:
+        begun = time.monotonic()
+        waited = []
+        for request, _ in rows:
+            if request.started_at is None:
+                request.started_at = begun
+                waited.append(begun - request.queued_at)
+        ids = [request.batch.ids[i] for request, i in rows]
+        if self._observer is not None:
+            self._observer.batch_started(waited)
+        try:
+            vectors = transformer.embed(ids, [request.batch.adapter for request, _ in rows])
+        except Exception as error:
+            log.exception("forward_failed", texts=len(ids))
+            self._fail({id(request): request for request, _ in rows}, error)
+            return
+        done = time.monotonic()
+        if self._observer is not None:
+            self._observer.batch_finished(len(ids), sum(map(len, ids)), done - begun)
+        for (request, i), vector in zip(rows, vectors, strict=True):
+            request.vectors[i] = vector
+            request.missing -= 1
+            if request.missing == 0 and request.started_at is not None:
+                request.answer(
+                    EngineResult(
+                        vectors=request.vectors,
+                        queued=request.started_at - request.queued_at,
+                        computed=done - request.started_at,
+                    )
+                )
+
+    def _fail(self, requests: dict[int, _Request], error: Exception) -> None:
+        with self._wake:
+            waiting = {
+                id(request): texts
+                for request, texts in self._queue.drop(lambda request: id(request) in requests)
+            }
+            self._report_queue()
+        for request in requests.values():
+            self._report_dropped("failed", 1 + waiting.get(id(request), 0), request)
+            request.answer(
+                error
+                if isinstance(error, TaskvecError)
+                else TaskvecError("The engine failed on this batch; the log has the reason.")
+            )
+
+    def _report_queue(self) -> None:
+        if self._observer is not None:
+            self._observer.queue_changed(self._queue.texts, self._queue.tokens)
+
+    def _report_dropped(self, reason: str, texts: int, request: _Request) -> None:
+        log.info("texts_dropped", reason=reason, texts=texts, of=len(request.order))
+        if self._observer is not None:
+            self._observer.texts_dropped(reason, texts)
+
+
+def _expired(batch: TokenBatch, now: float) -> bool:
+    return batch.deadline is not None and now > batch.deadline

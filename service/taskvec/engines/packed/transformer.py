@@ -1,0 +1,219 @@
+"""One transformer for both backbones, over texts that lie end to end.
+
+Linear layers and norms run over blocks of rows. A block belongs to one adapter and is small enough
+that its activations stay in cache and in the allocator's free lists: on a CPU, fresh pages cost
+more than the arithmetic on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from taskvec.checkpoint.backbone import Backbone
+from taskvec.engines.base import TokenIds
+from taskvec.engines.packed.attention import plan_attention
+from taskvec.engines.packed.packing import Block, Packing, pack
+from taskvec.engines.packed.projection import Projection
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""cos and signed sin of each row's position: [rows, head_dim] each."""
+
+WIDEST_ACTIVATION = 3 << 20
+"""Most elements of one block's widest activation: 6 MiB of bf16."""
+
+
+PIECE = 1 << 18
+"""Elements that norms and rotations work on at a time, on a CPU: a megabyte of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one transformer layer; q_norm and k_norm where the backbone has them."""
+
+    input_norm: torch.Tensor
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate: Projection
+    up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The linear layers by the names that checkpoints and adapters use."""
+        return {
+            "self_attn.q_proj": self.q,
+            "self_attn.k_proj": self.k,
+            "self_attn.v_proj": self.v,
+            "self_attn.o_proj": self.o,
+            "mlp.gate_proj": self.gate,
+            "mlp.up_proj": self.up,
+            "mlp.down_proj": self.down,
+        }
+
+
+def block_rows(backbone: Backbone) -> int:
+    """Rows of one block on a CPU: 1,024 at the width of Qwen3-0.6B, more for narrower models."""
+    widest = max(backbone.intermediate, backbone.heads * backbone.head_dim)
+    return min(2048, max(256, WIDEST_ACTIVATION // widest // 256 * 256))
+
+
+class Transformer:
+    """The backbone and its adapters, ready to embed."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        embedding: torch.Tensor,
+        layers: Sequence[Layer],
+        final_norm: torch.Tensor,
+    ) -> None:
+        """Wire loaded weights together.
+
+        Args:
+            backbone: the shape.
+            embedding: [vocabulary, hidden]; its device and dtype are the engine's.
+            layers: in order.
+            final_norm: [hidden].
+        """
+        self.backbone = backbone
+        self.layers = tuple(layers)
+        self._embedding = embedding
+        self._final_norm = final_norm
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        on_cpu = self.device.type == "cpu"
+        self.block_rows = block_rows(backbone) if on_cpu else 1 << 16
+        self._cos = self._sin = torch.empty(0)
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[TokenIds], adapters: Sequence[str | None]) -> NDArray[np.float32]:
+        """The last token's hidden state of each text, after the final norm.
+
+        Args:
+            ids: one int32 array [length] a text.
+            adapters: the adapter of each text; None for the bare backbone.
+
+        Returns:
+            float32 [texts, hidden], in the order given, not normalised.
+        """
+        packing = pack(ids, adapters, block_rows=self.block_rows, rounded=self.device.type == "cpu")
+        last = self._index(packing.last)
+        turns = self._rotations(packing)
+        attention = plan_attention(packing, self.backbone, self.device, self.dtype)
+
+        x = self._embedding.index_select(0, self._index(packing.ids))
+        for layer in self.layers[:-1]:
+            q, k, v = self._attention_inputs(layer, x, packing.blocks, turns, "qkv")
+            self._mix(layer, x, attention.every(q, k, v), packing.blocks)
+        # Only the last tokens are read: the last layer computes keys and values for all, no more.
+        layer = self.layers[-1]
+        k, v = self._attention_inputs(layer, x, packing.blocks, turns, "kv")
+        x = x.index_select(0, last)
+        last_turns = turns[0].index_select(0, last), turns[1].index_select(0, last)
+        (q,) = self._attention_inputs(layer, x, packing.slot_blocks, last_turns, "q")
+        self._mix(layer, x, attention.last(q, k, v), packing.slot_blocks)
+        x = x.index_select(0, self._index(packing.slots)).float()
+        vectors = self._norm(x, self._final_norm.float())
+        result = np.empty((len(ids), self.backbone.hidden), dtype=np.float32)
+        result[packing.order] = vectors.cpu().numpy()
+        return result
+
+    def _index(self, rows: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(rows).to(self.device)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm over the last axis, piece by piece: its float32 temporaries stay in cache."""
+        pieces = self._pieces(x)
+        if len(pieces) == 1:
+            return self._norm_piece(x, weight)
+        normed = torch.empty_like(x)
+        for rows in pieces:
+            normed[rows] = self._norm_piece(x[rows], weight)
+        return normed
+
+    def _norm_piece(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.backbone.norm_eps)
+
+    def _pieces(self, x: torch.Tensor) -> list[slice]:
+        step = max(1, PIECE // x[0].numel()) if self.device.type == "cpu" else len(x)
+        return [slice(start, start + step) for start in range(0, len(x), step)]
+
+    def _attention_inputs(
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        blocks: Sequence[Block],
+        turns: Turns,
+        wanted: str,
+    ) -> list[torch.Tensor]:
+        """Those of q, k and v that are wanted, each [rows, its heads, head_dim]."""
+        head_dim = self.backbone.head_dim
+        parts = {
+            "q": (layer.q, layer.q_norm, self.backbone.heads),
+            "k": (layer.k, layer.k_norm, self.backbone.kv_heads),
+            "v": (layer.v, None, self.backbone.kv_heads),
+        }
+        results = [x.new_empty(len(x), parts[name][2], head_dim) for name in wanted]
+        for block in blocks:
+            seen = self._norm(x[block.rows], layer.input_norm)
+            for name, result in zip(wanted, results, strict=True):
+                projection, head_norm, heads = parts[name]
+                projected = projection(seen, block.adapter).view(-1, heads, head_dim)
+                if name == "v":
+                    result[block.rows] = projected
+                else:
+                    block_turns = turns[0][block.rows], turns[1][block.rows]
+                    self._rotate(projected, head_norm, block_turns, result[block.rows])
+        return results
+
+    def _rotate(
+        self,
+        heads: torch.Tensor,
+        head_norm: torch.Tensor | None,
+        turns: Turns,
+        result: torch.Tensor,
+    ) -> None:
+        """Per-head norm, then rotary positions (Su et al., arXiv 2104.09864; half-split layout)."""
+        cos, sin = turns
+        for rows in self._pieces(heads):
+            piece = heads[rows]
+            if head_norm is not None:
+                piece = self._norm_piece(piece, head_norm)
+            turned = torch.roll(piece, self.backbone.head_dim // 2, -1).mul_(sin[rows, None])
+            torch.addcmul(turned, piece, cos[rows, None], out=result[rows])
+
+    def _mix(
+        self, layer: Layer, x: torch.Tensor, mixed: torch.Tensor, blocks: Sequence[Block]
+    ) -> None:
+        """Add what attention found, then the MLP's answer to it, to x in place."""
+        for block in blocks:
+            rows = x[block.rows]
+            rows += layer.o(mixed[block.rows], block.adapter)
+            seen = self._norm(rows, layer.mlp_norm)
+            gated = functional.silu(layer.gate(seen, block.adapter), inplace=True)
+            gated *= layer.up(seen, block.adapter)
+            rows += layer.down(gated, block.adapter)
+
+    def _rotations(self, packing: Packing) -> Turns:
+        """Cos and signed sin of each row; the tables behind them grow as texts do."""
+        longest = int(packing.lengths.max())
+        if longest > len(self._cos):
+            size = 1 << (longest - 1).bit_length()
+            half = torch.arange(0, self.backbone.head_dim, 2, device=self.device).float()
+            frequency = 1.0 / (self.backbone.rope_theta ** (half / self.backbone.head_dim))
+            angle = torch.outer(torch.arange(size, device=self.device).float(), frequency)
+            self._cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
+            self._sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
+        rows = self._index(packing.positions)
+        return self._cos.index_select(0, rows), self._sin.index_select(0, rows)

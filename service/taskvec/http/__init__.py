@@ -1,0 +1,1 @@
+"""The HTTP dialects: bytes in, one job, bytes out."""

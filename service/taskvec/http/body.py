@@ -1,0 +1,97 @@
+"""Reading a JSON body within its limit, and noticing when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar, cast
+
+import orjson
+from starlette.requests import Request
+from starlette.types import Receive
+
+from taskvec.errors import (
+    ClientClosedError,
+    InvalidRequestError,
+    PayloadTooLargeError,
+    UnsupportedMediaTypeError,
+)
+
+T = TypeVar("T")
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The parsed body.
+
+    Args:
+        request: not yet read.
+        limit: most bytes; a longer body is refused by its header, or as soon as it passes it.
+
+    Raises:
+        UnsupportedMediaTypeError: declared as something other than JSON.
+        PayloadTooLargeError: over the limit; the rest is not read.
+        ClientClosedError: the client left while sending.
+        InvalidRequestError: not JSON: also NaN, lone surrogates and nesting beyond 1,024 levels.
+    """
+    declared = request.headers.get("content-type", "application/json")
+    kind = declared.partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaTypeError(
+            f"The body is declared as {kind[:80]!r}: send JSON with the header Content-Type: "
+            "application/json."
+        )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientClosedError("The client left while sending its body.")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            break
+    try:
+        return orjson.loads(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; the work is cancelled as soon as the client is gone.
+
+    Raises:
+        ClientClosedError: the client left first.
+    """
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left and task.uncancel() == 0:
+            raise ClientClosedError("The client left before its answer.") from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+def _too_large(limit: int) -> PayloadTooLargeError:
+    return PayloadTooLargeError(
+        f"The body is larger than {limit} bytes: send fewer texts at once, or shorter ones."
+    )

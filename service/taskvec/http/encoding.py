@@ -1,0 +1,77 @@
+"""Vectors to response bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from binascii import b2a_base64
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from starlette.responses import Response
+
+from taskvec.core.job import Embeddings
+
+OCTET_STREAM = "application/octet-stream"
+
+ENCODE_INLINE = 1 << 18
+"""Up to so many bytes of vectors are encoded in the event loop: a millisecond or two at most."""
+
+
+class Transport(enum.Enum):
+    """How vectors travel."""
+
+    NUMBERS = enum.auto()
+    BASE64 = enum.auto()
+    RAW = enum.auto()
+
+
+async def encode_off_loop(result: Embeddings, transport: Transport, model: str) -> Response:
+    """``encode``, in a thread where it would block the event loop for long."""
+    cost = result.vectors.nbytes * (4 if transport is Transport.NUMBERS else 1)
+    if cost <= ENCODE_INLINE:
+        return encode(result, transport, model)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, encode, result, transport, model)
+
+
+def encode(result: Embeddings, transport: Transport, model: str) -> Response:
+    """The response to a finished job.
+
+    NUMBERS and BASE64 give OpenAI's JSON; RAW gives the row-major little-endian matrix with its
+    shape, type and token count in headers.
+    """
+    vectors = _little_endian(result.vectors)
+    if transport is Transport.RAW:
+        return Response(
+            vectors.tobytes(),
+            media_type=OCTET_STREAM,
+            headers={
+                "x-embedding-shape": "{},{}".format(*vectors.shape),
+                "x-embedding-dtype": vectors.dtype.name,
+                "x-prompt-tokens": str(result.tokens),
+            },
+        )
+    rows: list[Any]
+    if transport is Transport.BASE64:
+        rows = [b2a_base64(row, newline=False).decode("ascii") for row in vectors]
+    else:
+        rows = list(vectors)
+    body = {
+        "object": "list",
+        "model": model,
+        "data": [
+            {"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)
+        ],
+        "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
+    }
+    return Response(
+        orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json"
+    )
+
+
+def _little_endian(vectors: NDArray[np.generic]) -> NDArray[np.generic]:
+    little = vectors.dtype.newbyteorder("<")
+    return np.ascontiguousarray(vectors, dtype=little)

@@ -1,0 +1,112 @@
+"""Every failure as one JSON body that OpenAI, Jina and Voyage clients can all read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from taskvec.errors import (
+    ALL_ERRORS,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    TaskvecError,
+)
+from taskvec.http.record import record_of
+
+NO_RETRY_HELPS = frozenset({500, 504})
+"""Of these a retry would only repeat the failure, or the wait."""
+
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error", "detail", "code", "request_id"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        },
+        "detail": {"type": "string", "description": "The message again; always a string."},
+        "code": {"type": "string"},
+        "request_id": {"type": "string"},
+    },
+}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of these statuses."""
+    described = {kind.status: (kind.__doc__ or "").partition("\n")[0] for kind in ALL_ERRORS}
+    described[500] = "A bug; nothing of the inside is told."
+    return {
+        status: {
+            "description": described[status],
+            "content": {"application/json": {"schema": ERROR_SCHEMA}},
+        }
+        for status in statuses
+    }
+
+
+def error_response(error: TaskvecError, request_id: str) -> Response:
+    """Render one failure."""
+    body = {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        },
+        "detail": error.message,
+        "code": error.code,
+        "request_id": request_id,
+    }
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+        headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
+    if error.status in NO_RETRY_HELPS:
+        headers["x-should-retry"] = "false"
+    if error.status == 413:
+        headers["connection"] = "close"  # the rest of the body is not worth reading
+    return Response(
+        orjson.dumps(body), error.status, headers=headers, media_type="application/json"
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Map every failure that a route or the framework raises; bugs end in the middleware."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        return error_response(cast("TaskvecError", error), record_of(request.scope).request_id)
+
+    async def framework(request: Request, error: Exception) -> Response:
+        error = cast("HTTPException", error)
+        translated: TaskvecError
+        if error.status_code == 404:
+            translated = NotFoundError(f"There is no route {request.url.path}; see /docs.")
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            translated = MethodNotAllowedError(
+                f"{request.url.path} does not answer {request.method}; use {allowed}."
+            )
+        else:
+            translated = InvalidRequestError(str(error.detail))
+        response = error_response(translated, record_of(request.scope).request_id)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        return error_response(InvalidRequestError(str(error)), record_of(request.scope).request_id)
+
+    app.add_exception_handler(TaskvecError, known)
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(RequestValidationError, invalid)

@@ -1,0 +1,60 @@
+"""GET /v1/models: the served model under each of its names, and each task of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import APIRouter
+
+from taskvec.core.tasks import Task
+from taskvec.engines.base import ModelCard
+from taskvec.errors import NotFoundError
+from taskvec.http.errors import error_responses
+from taskvec.http.names import ServedNames
+
+
+def models_router(
+    card: ModelCard, max_tokens: int, tasks: Iterable[Task], names: ServedNames
+) -> APIRouter:
+    """The two routes."""
+    created = int(time.time())
+    all_tasks = [task.name for task in tasks]
+
+    def entry(model_id: str, task_names: list[str]) -> dict[str, Any]:
+        return {
+            "id": model_id,
+            "object": "model",
+            "created": created,
+            "owned_by": names.primary.partition("/")[0],
+            "dimensions": card.dimension,
+            "matryoshka_dimensions": list(card.matryoshka),
+            "max_tokens": max_tokens,
+            "tasks": task_names,
+            "revision": card.revision,
+        }
+
+    entries = {name: entry(name, all_tasks) for name in names.all}
+    for task in all_tasks:
+        name = f"{names.primary}:{task}"
+        entries[name] = entry(name, [task])
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    @router.get("", summary="List the served model, its aliases and its tasks")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": list(entries.values())}
+
+    @router.get(
+        "/{model_id:path}", summary="One model, alias or name:task", responses=error_responses(404)
+    )
+    async def get_model(model_id: str) -> dict[str, Any]:
+        if model_id not in entries:
+            raise NotFoundError(
+                f"There is no model {model_id[:200]!r}: see /v1/models.",
+                code="model_not_found",
+                param="model",
+            )
+        return entries[model_id]
+
+    return router

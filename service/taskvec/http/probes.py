@@ -1,0 +1,49 @@
+"""Health for orchestrators, metrics for Prometheus."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from taskvec.engines.base import Engine, EngineState
+from taskvec.errors import UnavailableError
+from taskvec.http.errors import error_responses
+from taskvec.telemetry.metrics import Metrics
+
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
+    """/health/live, /health/ready and /metrics."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get(
+        "/health/live", summary="Can this process serve at all?", responses=error_responses(503)
+    )
+    async def live() -> dict[str, str]:
+        health = engine.health()
+        if health.state is EngineState.DEAD:
+            raise UnavailableError(f"The engine is dead: {health.reason}.")
+        return {"status": "live"}
+
+    @router.get(
+        "/health/ready",
+        summary="Would a request be answered now?",
+        responses=error_responses(503),
+    )
+    async def ready() -> dict[str, str]:
+        engine.health().require_ready()
+        return {"status": "ready"}
+
+    @router.get(
+        "/metrics",
+        summary="Prometheus series",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def series() -> Response:
+        return Response(
+            metrics.render(ready=engine.health().ready),
+            headers={"content-type": PROMETHEUS_TEXT},
+        )
+
+    return router

@@ -1,0 +1,35 @@
+"""What is known of a request while it passes through."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+RECORD_KEY = "taskvec.record"
+"""Where the middleware keeps the record in the ASGI scope."""
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in by whoever learns it; times in seconds.
+
+    Attributes:
+        status: of the answer; 0 while there is none.
+        stages: stage -> how long it took, for the Server-Timing header.
+    """
+
+    request_id: str
+    started: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    task: str | None = None
+    texts: int = 0
+    tokens: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request with this scope."""
+    record: RequestRecord = scope[RECORD_KEY]
+    return record

@@ -1,0 +1,107 @@
+"""Checkpoints, engines and servers that several tests share."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fakes import FakeEngine
+from hypothesis import settings as hypothesis_settings
+from taskvec.app import create_app
+from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.settings import Settings
+from taskvec.telemetry.metrics import Metrics
+from taskvec.wiring import task_table
+
+hypothesis_settings.register_profile("taskvec", deadline=None)  # these machines are shared
+hypothesis_settings.load_profile("taskvec")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def default_checkpoint() -> Checkpoint:
+    """The checkpoint in the package."""
+    return open_checkpoint(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """A real ``taskvec serve`` on the default model."""
+    with running_server() as url:
+        yield url
+
+
+@contextmanager
+def running_server(*options: str, ready: bool = True) -> Iterator[str]:
+    """Start ``taskvec serve`` on a free port, wait until it is ready, stop it by SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until(f"{url}/health/ready" if ready else f"{url}/health/live", process)
+            yield url
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def wait_until(url: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Wait for a 200, or fail with what the process said."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise AssertionError(f"exit {process.returncode}: {process.communicate()[1].decode()}")
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url} did not answer in {seconds} s")
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def fake_service(
+    checkpoint: Checkpoint, engine: FakeEngine | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, FakeEngine]]:
+    """The whole application in this process, in front of a fake engine."""
+    engine = engine or FakeEngine(checkpoint.card)
+    failures: list[BaseException] = []
+    app = create_app(
+        Settings(log_requests=False, **settings),
+        checkpoint,
+        engine,
+        Metrics(task_table(checkpoint).names),
+        failures.append,
+    )
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client, engine
+
+
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).parents[1]

@@ -1,0 +1,66 @@
+"""An engine without weights: real life cycle, vectors that follow from the token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from taskvec.engines.base import (
+    EngineHealth,
+    EngineResult,
+    EngineState,
+    ModelCard,
+    TokenBatch,
+    TokenIds,
+)
+
+
+class FakeEngine:
+    """Embeds by hashing (adapter, ids): equal inputs give equal vectors, others do not.
+
+    Args:
+        model: the card to pretend to.
+        delay: seconds each call takes.
+        error: raised by ``start``, if given.
+    """
+
+    def __init__(
+        self, model: ModelCard, *, delay: float = 0.0, error: Exception | None = None
+    ) -> None:
+        self.model = model
+        self.batches: list[TokenBatch] = []
+        self.cancelled = 0
+        self._delay = delay
+        self._error = error
+        self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
+
+    async def start(self) -> None:
+        if self._error is not None:
+            self._health = EngineHealth(EngineState.DEAD, str(self._error))
+            raise self._error
+        self._health = EngineHealth(EngineState.READY)
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        self._health.require_ready()
+        self.batches.append(batch)
+        try:
+            await asyncio.sleep(self._delay)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        vectors = [hashed_vector(ids, batch.adapter, self.model.dimension) for ids in batch.ids]
+        return EngineResult(np.stack(vectors), queued=0.0, computed=self._delay)
+
+    async def stop(self) -> None:
+        self._health = EngineHealth(EngineState.DEAD, "stopped")
+
+    def health(self) -> EngineHealth:
+        return self._health
+
+
+def hashed_vector(ids: TokenIds, adapter: str | None, dimension: int) -> NDArray[np.float32]:
+    """The vector that FakeEngine gives."""
+    seed = zlib.crc32(ids.tobytes(), zlib.crc32((adapter or "").encode()))
+    return np.random.default_rng(seed).standard_normal(dimension).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -97,6 +98,7 @@ async def fake_service(
         failures.append,
     )
     async with app.router.lifespan_context(app):
+        await asyncio.sleep(0)  # the application starts its engine in a task of its own
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client, engine

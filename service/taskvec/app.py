@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from taskvec import __version__
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine
 from taskvec.http.embeddings import EmbeddingsRoute, Limits
 from taskvec.http.errors import error_responses, install_error_handlers
@@ -33,6 +35,7 @@ def create_app(
     engine: Engine,
     metrics: Metrics,
     on_failure: OnFailure,
+    tokenizer: TextTokenizer | None = None,
 ) -> FastAPI:
     """Wire the service.
 
@@ -42,9 +45,10 @@ def create_app(
         engine: not started yet; the application starts and stops it.
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
+        tokenizer: None for the checkpoint's own.
     """
     tasks = task_table(checkpoint)
-    tokenizer = text_tokenizer(
+    tokenizer = tokenizer or text_tokenizer(
         checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
     )
     embedder = AsyncEmbedder(engine, tokenizer, tasks, Admission(settings.max_queue_tokens))
@@ -53,6 +57,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
         yield
         await engine.stop()

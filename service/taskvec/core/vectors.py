@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from taskvec.core.job import OutputType
 
+SMALLEST = np.finfo(np.float32).tiny
+"""Keeps a division by a zero vector's length finite."""
+
 
 def finish(
     vectors: NDArray[np.float32], dimensions: int | None, output: OutputType, *, normalized: bool
@@ -26,11 +29,11 @@ def finish(
         ValueError: a vector is not finite: an engine must never give such a one.
     """
     cut = vectors[:, :dimensions]
-    lengths = np.sqrt(np.einsum("ij,ij->i", cut, cut))[:, None]
+    lengths = np.sqrt(np.vecdot(cut, cut))[:, None]
     if not np.isfinite(lengths).all():
         raise ValueError("the engine gave a vector that is not finite")
     if normalized:
-        cut = cut / np.maximum(lengths, np.finfo(np.float32).tiny)
+        cut = cut / np.maximum(lengths, SMALLEST)
     return quantise(cut, output)
 
 
@@ -54,7 +57,7 @@ def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.gen
         return offset
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     steps: NDArray[np.float32] = np.rint(
-        vectors * (127 / np.maximum(largest, np.finfo(np.float32).tiny))
+        vectors * (127 / np.maximum(largest, SMALLEST))
     )
     if output is OutputType.INT8:
         return steps.astype(np.int8)

@@ -19,6 +19,10 @@ from taskvec.errors import (
 
 T = TypeVar("T")
 
+WATCH_AFTER = 0.02
+"""Seconds before a request's connection is watched: most are answered sooner, and a watching task
+costs as much as everything else that is done for a small request."""
+
 
 async def read_json(request: Request, limit: int) -> Any:
     """The parsed body.
@@ -65,7 +69,7 @@ async def read_json(request: Request, limit: int) -> Any:
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; the work is cancelled as soon as the client is gone.
+    """The work's result; the work is cancelled once the client is gone.
 
     Raises:
         ClientClosedError: the client left first.
@@ -80,7 +84,12 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         left = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    def start_watching() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch())
+
+    watcher: asyncio.Task[None] | None = None
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER, start_watching)
     try:
         return await work
     except asyncio.CancelledError:
@@ -88,7 +97,9 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
             raise ClientClosedError("The client left before its answer.") from None
         raise
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:

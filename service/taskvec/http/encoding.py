@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from binascii import b2a_base64
 from typing import Any
 
 import numpy as np
 import orjson
+import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
@@ -56,7 +56,7 @@ def encode(result: Embeddings, transport: Transport, model: str) -> Response:
         )
     rows: list[Any]
     if transport is Transport.BASE64:
-        rows = [b2a_base64(row, newline=False).decode("ascii") for row in vectors]
+        rows = [pybase64.b64encode_as_string(row) for row in vectors]
     else:
         rows = list(vectors)
     body = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-import uuid
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,7 +80,7 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _CLIENT_ID.fullmatch(value):
             text: str = value.decode("ascii")
             return text
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def _trace_headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:

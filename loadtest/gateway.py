@@ -1,0 +1,254 @@
+"""The gateway's own cost: the whole way of a request in front of an engine that does nothing.
+
+Against a bare FastAPI route that parses the same body with pydantic and writes the same bytes:
+``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's base64.
+Both sides answer tokenising with a fixed list; the full path is measured with the real tokeniser
+too. wrk (a Debian package) sends the load, 32 connections, each side in turn.
+
+    python loadtest/http.py --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import uvicorn
+from fastapi import FastAPI, Response
+from pydantic import BaseModel
+from report import ratio, spread, write_result
+from taskvec.app import create_app
+from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.core.tokens import TextTokenizer
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
+from taskvec.settings import Settings
+from taskvec.telemetry.logs import configure_logs
+from taskvec.telemetry.metrics import Metrics
+from taskvec.wiring import task_table, text_tokenizer
+
+DIMENSION = 1024
+TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
+SIDES = ("bare", "bare-encoding", "gateway", "gateway-tokenizing")
+
+
+class NullEngine:
+    """Answers at once with vectors that it has made before."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = replace(checkpoint.card, dimension=DIMENSION)
+        self._vectors = np.random.default_rng(0).standard_normal((2048, DIMENSION), np.float32)
+
+    async def start(self) -> None:
+        pass
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        return EngineResult(self._vectors[: len(batch.ids)], 0.0, 0.0)
+
+    async def stop(self) -> None:
+        pass
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(EngineState.READY)
+
+
+class FixedTokens:
+    """A tokeniser that always gives the same twenty ids, without a thread."""
+
+    max_tokens = 2048
+    _ids = np.arange(20, dtype=np.int32)
+
+    async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
+        assert prompt
+        assert not truncate
+        return [self._ids] * len(texts)
+
+    def close(self) -> None:
+        pass
+
+
+class Body(BaseModel):
+    """What the bare route parses."""
+
+    input: str | list[str]
+    model: str | None = None
+    encoding_format: str = "float"
+
+
+def serve(side: str, port: int) -> None:
+    """Run one side until it is killed."""
+    configure_logs("error")
+    if side.startswith("bare"):
+        app = bare_app(encoding=side == "bare-encoding")
+    else:
+        app = gateway_app(tokenizing=side == "gateway-tokenizing")
+    uvicorn.run(app, port=port, log_config=None, access_log=False)
+
+
+def bare_app(*, encoding: bool) -> FastAPI:
+    """Parses with pydantic; writes bytes that lie ready, or encodes vectors that do."""
+    app = FastAPI()
+    answers = {texts: answer_bytes(texts) for texts in (1, 32)}
+    vectors = np.random.default_rng(0).standard_normal((32, DIMENSION), np.float32)
+
+    def encoded(texts: int) -> bytes:
+        rows = [base64.b64encode(vector).decode() for vector in vectors[:texts]]
+        data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
+        usage = {"prompt_tokens": 20 * texts, "total_tokens": 20 * texts}
+        return orjson.dumps({"object": "list", "model": "m", "data": data, "usage": usage})
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: Body) -> Response:
+        texts = 1 if isinstance(body.input, str) else len(body.input)
+        content = encoded(texts) if encoding else answers[texts]
+        return Response(content, media_type="application/json")
+
+    @app.get("/health/ready")
+    async def ready() -> dict[str, str]:
+        return {"status": "ready"}
+
+    return app
+
+
+def answer_bytes(texts: int) -> bytes:
+    """The gateway's own answer to so many texts."""
+    app = gateway_app(tokenizing=False)
+
+    async def ask() -> bytes:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://in-process") as client:
+            return (await client.post("/v1/embeddings", content=request_body(texts))).content
+
+    return asyncio.run(ask())
+
+
+def gateway_app(*, tokenizing: bool) -> FastAPI:
+    """The real application, in front of the null engine."""
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    engine = NullEngine(checkpoint)
+    checkpoint = replace(checkpoint, card=engine.model)
+    metrics = Metrics(task_table(checkpoint).names)
+    tokenizer: Any = None if tokenizing else FixedTokens()
+    return create_app(Settings(), checkpoint, engine, metrics, print, tokenizer=tokenizer)
+
+
+def request_body(texts: int) -> bytes:
+    """The body that wrk sends."""
+    inputs: str | list[str] = TEXT if texts == 1 else [TEXT] * texts
+    return orjson.dumps(
+        {"input": inputs, "model": "taskvec-mini", "encoding_format": "base64"}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.port)
+        return
+    figures: dict[str, Any] = {"vector": f"{DIMENSION} dimensions, base64", "connections": 32}
+    for texts in (1, 32):
+        rates: dict[str, list[float]] = {side: [] for side in SIDES}
+        for _ in range(options.rounds):
+            for side in SIDES:
+                rates[side].append(measured(side, texts, options.seconds))
+                print(f"{side}, {texts} texts: {rates[side][-1]:.0f} requests/s", flush=True)
+        figures[f"{texts} text" + ("s" if texts > 1 else "")] = {
+            "requests_per_second": {side: spread(values, 0) for side, values in rates.items()},
+            "gateway_over_bare": ratio(rates["gateway"], rates["bare"]),
+            "gateway_over_bare_encoding": ratio(rates["gateway"], rates["bare-encoding"]),
+            "gateway_tokenizing_over_bare": ratio(rates["gateway-tokenizing"], rates["bare"]),
+        }
+    figures["tokenizer_texts_per_second"] = spread(tokenizer_rates(options.rounds), 0)
+    figures["tokenizer_text"] = f"{len(TEXT)} characters, 32 texts a call, all threads"
+    write_result("http", figures)
+
+
+def measured(side: str, texts: int, seconds: int) -> float:
+    """Requests per second that one fresh server answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--serve", side, "--port", str(port)]
+    with subprocess.Popen(command) as server, script(texts) as lua:
+        try:
+            wait_ready(f"http://127.0.0.1:{port}/health/ready")
+            url = f"http://127.0.0.1:{port}/v1/embeddings"
+            wrk(lua, url, 1)
+            report = wrk(lua, url, seconds)
+        finally:
+            server.terminate()
+    assert "Non-2xx" not in report, report
+    found = re.search(r"Requests/sec:\s+([\d.]+)", report)
+    assert found is not None, report
+    return float(found[1])
+
+
+def wrk(lua: Path, url: str, seconds: int) -> str:
+    """wrk's report."""
+    command = ["wrk", "-t1", "-c32", f"-d{seconds}s", "-s", str(lua), url]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def script(texts: int) -> Any:
+    """A wrk script that posts the body."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "post.lua"
+        body = json.dumps(request_body(texts).decode())
+        file.write_text(
+            'wrk.method = "POST"\n'
+            'wrk.headers["Content-Type"] = "application/json"\n'
+            f"wrk.body = {body}\n"
+        )
+        yield file
+
+
+def wait_ready(url: str) -> None:
+    """Until the server answers; ten seconds at most."""
+    limit = time.monotonic() + 10
+    while time.monotonic() < limit:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise TimeoutError(url)
+
+
+def tokenizer_rates(rounds: int) -> list[float]:
+    """Texts per second of the tokeniser alone."""
+    tokenizer: TextTokenizer = text_tokenizer(
+        open_checkpoint(DEFAULT_MODEL), max_tokens=0, threads=1
+    )
+    rates = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for _ in range(200):
+            tokenizer.encode_now([TEXT] * 32, prompt="Document: ", truncate=False)
+        rates.append(200 * 32 / (time.perf_counter() - begun))
+    return rates
+
+
+if __name__ == "__main__":
+    main()

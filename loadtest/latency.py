@@ -1,0 +1,97 @@
+"""What one user meets: start to ready, one text at a time over HTTP, resident memory.
+
+    python loadtest/latency.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from report import spread, write_result
+
+TEXT = "How do I find out which process listens on a port?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=500)
+    options = parser.parse_args()
+    ready, medians, tails, engine, resident = [], [], [], [], []
+    for _ in range(options.starts):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+            try:
+                url = f"http://127.0.0.1:{port}"
+                wait_ready(f"{url}/health/ready")
+                ready.append(time.perf_counter() - begun)
+                times, engine_times = one_by_one(f"{url}/v1/embeddings", options.requests)
+                medians.append(times[len(times) // 2])
+                tails.append(times[len(times) * 99 // 100])
+                engine.append(engine_times[len(engine_times) // 2])
+                resident.append(resident_megabytes(server.pid))
+            finally:
+                server.terminate()
+    write_result(
+        "latency",
+        {
+            "starts": options.starts,
+            "requests_each": options.requests,
+            "start_to_ready_seconds": spread(ready, 2),
+            "one_text_p50_ms": spread(medians, 2),
+            "one_text_p99_ms": spread(tails, 2),
+            "of_it_engine_p50_ms": spread(engine, 2),
+            "resident_megabytes": spread(resident, 0),
+        },
+    )
+
+
+def one_by_one(url: str, requests: int) -> tuple[list[float], list[float]]:
+    """Sorted milliseconds of each request, and of the engine's share of it."""
+    body = {"input": TEXT, "task": "retrieval.query", "encoding_format": "base64"}
+    times, engine = [], []
+    with httpx.Client() as client:
+        for turn in range(requests + 50):
+            begun = time.perf_counter()
+            answer = client.post(url, json=body)
+            elapsed = (time.perf_counter() - begun) * 1000
+            answer.raise_for_status()
+            if turn >= 50:
+                times.append(elapsed)
+                stage = answer.headers["server-timing"].partition("engine;dur=")[2]
+                engine.append(float(stage.partition(",")[0]))
+    return sorted(times), sorted(engine)
+
+
+def wait_ready(url: str) -> None:
+    """Until the server says so; a minute at most."""
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.01)
+    raise TimeoutError(url)
+
+
+def resident_megabytes(pid: int) -> float:
+    """VmRSS of a process (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    main()

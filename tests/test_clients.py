@@ -1,0 +1,149 @@
+"""Real clients against a real server on the default model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from conftest import repository, running_server
+from numpy.typing import NDArray
+from taskvec import Embedder
+
+TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
+BF16_DIFFERENCE = 1e-3
+"""The contract's: a vector may differ by so much per component between batches."""
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[Embedder]:
+    """The same model in this process."""
+    with Embedder() as embedder:
+        yield embedder
+
+
+def test_openai_gets_floats_through_base64(server_url: str, library: Embedder) -> None:
+    """openai-python's default, which asks for base64, decodes to the library's vectors."""
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
+        answer = client.embeddings.create(
+            model="taskvec-mini:clustering", input=["one text", "another text"], dimensions=64
+        )
+    vectors = np.array([entry.embedding for entry in answer.data])
+    truth = library.embed(["one text", "another text"], task="clustering", dimensions=64)
+    assert vectors.shape == (2, 64)
+    assert np.abs(vectors - truth).max() <= BF16_DIFFERENCE
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 4
+
+
+def test_openai_gets_floats_as_numbers(server_url: str) -> None:
+    """openai-python with encoding_format float gets the same vector as by default."""
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
+        numbers = client.embeddings.create(
+            model="taskvec-mini", input="a text", encoding_format="float"
+        )
+        packed = client.embeddings.create(model="taskvec-mini", input="a text")
+    difference = np.subtract(numbers.data[0].embedding, packed.data[0].embedding)
+    assert np.abs(difference).max() <= BF16_DIFFERENCE
+
+
+def test_openai_reads_our_errors(server_url: str) -> None:
+    """openai-python raises its own exception for each status, with our message in it."""
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
+        with pytest.raises(openai.BadRequestError, match=r"input\[1\]") as bad:
+            client.embeddings.create(model="taskvec-mini", input=["a", ""])
+        assert bad.value.code == "empty_input"
+        with pytest.raises(openai.NotFoundError, match="taskvec-mini"):
+            client.embeddings.create(model="text-embedding-3-small", input="a")
+
+
+@pytest.mark.anyio
+async def test_two_hundred_clients_get_their_own_vectors(
+    server_url: str, library: Embedder
+) -> None:
+    """Two hundred concurrent requests of different tasks are each answered with their vectors."""
+    texts = [f"text number {n} " + "word " * (n % 40) for n in range(200)]
+    async with openai.AsyncOpenAI(
+        base_url=f"{server_url}/v1", api_key="none", max_retries=0
+    ) as client:
+        answers = await asyncio.gather(
+            *(
+                client.embeddings.create(model=f"taskvec-mini:{TASKS[n % 5]}", input=text)
+                for n, text in enumerate(texts)
+            )
+        )
+    vectors = np.array([answer.data[0].embedding for answer in answers])
+    truth: NDArray[np.float32] = np.empty((200, library.model.dimension), np.float32)
+    for start in range(5):
+        truth[start::5] = library.embed(texts[start::5], task=TASKS[start])
+    cosines = vectors @ truth.T
+    assert np.diag(cosines).min() > 0.9995
+    assert (cosines.argmax(axis=1) == np.arange(200)).all(), "a client got another's vector"
+
+
+def test_curl_gets_an_answer(server_url: str) -> None:
+    """curl, as in the README, gets JSON with one vector a text."""
+    body = json.dumps({"input": ["hello", "world"], "task": "clustering", "dimensions": 8})
+    command = ["curl", "-sS", f"{server_url}/v1/embeddings", "-d", body]
+    command += ["-H", "Content-Type: application/json"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=30)
+    answer = json.loads(done.stdout)
+    assert [len(entry["embedding"]) for entry in answer["data"]] == [8, 8]
+
+
+def test_raw_bytes_equal_base64(server_url: str) -> None:
+    """Accept: application/octet-stream carries the matrix that base64 carries row by row."""
+    body = {"input": ["first", "second"], "encoding_format": "base64"}
+    raw = httpx.post(
+        f"{server_url}/v1/embeddings", json=body, headers={"accept": "application/octet-stream"}
+    )
+    rows = httpx.post(f"{server_url}/v1/embeddings", json=body).json()["data"]
+    matrix = np.frombuffer(raw.content, "<f4").reshape(
+        [int(extent) for extent in raw.headers["x-embedding-shape"].split(",")]
+    )
+    decoded = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows]
+    assert np.abs(matrix - np.stack(decoded)).max() <= BF16_DIFFERENCE
+
+
+def test_the_readme_search_finds_the_right_passage(server_url: str) -> None:
+    """The README's Python example, run as it stands there, prints the passage that answers."""
+    readme = (repository() / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    example = next(block for block in blocks if "retrieval.query" in block and "openai" in block)
+    example = example.replace("http://127.0.0.1:8080", server_url)
+    run = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, check=True, timeout=60
+    )
+    expected = re.search(r"^# -> (.*)$", example, flags=re.MULTILINE)
+    assert expected is not None
+    assert run.stdout.strip().splitlines()[0] == expected[1]
+
+
+def test_a_long_text_is_refused_and_truncated(server_url: str) -> None:
+    """A megabyte of text is refused with 400, and embedded when truncation is asked for."""
+    body = {"input": "the quick brown fox " * 50_000}
+    refused = httpx.post(f"{server_url}/v1/embeddings", json=body, timeout=30)
+    assert (refused.status_code, refused.json()["code"]) == (400, "input_too_long")
+    cut = httpx.post(f"{server_url}/v1/embeddings", json={**body, "truncate": True}, timeout=30)
+    assert cut.json()["usage"]["prompt_tokens"] == 2048
+
+
+def test_a_folder_is_served_under_its_own_names(tmp_path: Path) -> None:
+    """A checkpoint folder is served by its name; aliases mean the same model."""
+    from synthetic import TINY_NANO, write_checkpoint  # noqa: PLC0415 - one test needs it
+
+    write_checkpoint(tmp_path / "my-model", TINY_NANO)
+    options = ["--model", str(tmp_path / "my-model"), "--model-aliases", "text-embedding-3-small"]
+    with running_server(*options, "--adapter-mode", "low-rank") as url:
+        ids = [entry["id"] for entry in httpx.get(f"{url}/v1/models").json()["data"]]
+        assert {"my-model", "text-embedding-3-small", "my-model:retrieval.query"} <= set(ids)
+        body = {"input": "x", "model": "text-embedding-3-small:clustering"}
+        assert httpx.post(f"{url}/v1/embeddings", json=body).status_code == 200

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
+
 from report import ratio, spread, write_result
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
-from torch.nn import functional
 from workload import checkpoint_of, equal_lengths, in_batches, log_normal_lengths
 
 CPU = torch.device("cpu")

@@ -1,11 +1,11 @@
 """The gateway's own cost: the whole way of a request in front of an engine that does nothing.
 
 Against a bare FastAPI route that parses the same body with pydantic and writes the same bytes:
-``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's base64.
-Both sides answer tokenising with a fixed list; the full path is measured with the real tokeniser
+``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's
+base64. Both sides answer tokenising with a fixed list; the full path is measured with the real tokeniser
 too. wrk (a Debian package) sends the load, 32 connections, each side in turn.
 
-    python loadtest/http.py --rounds 5
+    python loadtest/gateway.py --rounds 5
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import orjson
 import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
+
 from report import ratio, spread, write_result
 from taskvec.app import create_app
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
@@ -151,9 +152,7 @@ def gateway_app(*, tokenizing: bool) -> FastAPI:
 def request_body(texts: int) -> bytes:
     """The body that wrk sends."""
     inputs: str | list[str] = TEXT if texts == 1 else [TEXT] * texts
-    return orjson.dumps(
-        {"input": inputs, "model": "taskvec-mini", "encoding_format": "base64"}
-    )
+    return orjson.dumps({"input": inputs, "model": "taskvec-mini", "encoding_format": "base64"})
 
 
 def main() -> None:
@@ -181,7 +180,7 @@ def main() -> None:
         }
     figures["tokenizer_texts_per_second"] = spread(tokenizer_rates(options.rounds), 0)
     figures["tokenizer_text"] = f"{len(TEXT)} characters, 32 texts a call, all threads"
-    write_result("http", figures)
+    write_result("gateway", figures)
 
 
 def measured(side: str, texts: int, seconds: int) -> float:
@@ -205,7 +204,7 @@ def measured(side: str, texts: int, seconds: int) -> float:
 
 
 def wrk(lua: Path, url: str, seconds: int) -> str:
-    """wrk's report."""
+    """Wrk's report."""
     command = ["wrk", "-t1", "-c32", f"-d{seconds}s", "-s", str(lua), url]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

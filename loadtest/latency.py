@@ -1,6 +1,6 @@
 """What one user meets: start to ready, one text at a time over HTTP, resident memory.
 
-    python loadtest/latency.py
+python loadtest/latency.py
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import httpx
+
 from report import spread, write_result
 
 TEXT = "How do I find out which process listens on a port?"

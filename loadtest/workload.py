@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.engines.base import TokenIds
@@ -23,6 +24,7 @@ def checkpoint_of(shape: str) -> Checkpoint:
     if shape == "mini":
         return open_checkpoint(DEFAULT_MODEL)
     import torch  # noqa: PLC0415 - the HTTP benchmark needs no torch
+
     from synthetic import SMALL, write_checkpoint  # noqa: PLC0415
 
     folder = CACHE / QWEN

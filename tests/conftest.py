@@ -14,8 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine
 from hypothesis import settings as hypothesis_settings
+
+from fakes import FakeEngine
 from taskvec.app import create_app
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 from numpy.typing import NDArray
+
 from taskvec.engines.base import (
     EngineHealth,
     EngineResult,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from taskvec.engines.base import TokenIds
 from transformers import EuroBertConfig, EuroBertModel, Qwen3Config, Qwen3Model
+
+from taskvec.engines.base import TokenIds
 
 PLAIN = {"qwen3": (Qwen3Config, Qwen3Model), "eurobert": (EuroBertConfig, EuroBertModel)}
 
@@ -24,7 +25,9 @@ class Oracle:
     with a config that names the plain backbone; weights and adapters stay as they are.
     """
 
-    def __init__(self, folder: Path, architecture: str, adapters: Sequence[str], room: Path) -> None:
+    def __init__(
+        self, folder: Path, architecture: str, adapters: Sequence[str], room: Path
+    ) -> None:
         copy = room / f"plain-{folder.name}"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("adapters"))
         config = json.loads((copy / "config.json").read_text())

@@ -15,8 +15,9 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import repository, running_server
 from numpy.typing import NDArray
+
+from conftest import repository, running_server
 from taskvec import Embedder
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]

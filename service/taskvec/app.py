@@ -35,6 +35,7 @@ def create_app(
     engine: Engine,
     metrics: Metrics,
     on_failure: OnFailure,
+    *,
     tokenizer: TextTokenizer | None = None,
 ) -> FastAPI:
     """Wire the service.

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.engines.base import EngineState, TokenBatch, TokenIds
@@ -51,7 +52,9 @@ class Observed:
 
 
 @pytest.fixture(scope="module", params=["small", "nano"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
     """A tiny checkpoint in each layout."""
     shape = {"small": TINY_SMALL, "nano": TINY_NANO}[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"

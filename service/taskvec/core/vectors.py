@@ -56,9 +56,7 @@ def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.gen
         offset: NDArray[np.int8] = (bits.astype(np.int16) - 128).astype(np.int8)
         return offset
     largest = np.abs(vectors).max(axis=1, keepdims=True)
-    steps: NDArray[np.float32] = np.rint(
-        vectors * (127 / np.maximum(largest, SMALLEST))
-    )
+    steps: NDArray[np.float32] = np.rint(vectors * (127 / np.maximum(largest, SMALLEST)))
     if output is OutputType.INT8:
         return steps.astype(np.int8)
     return (steps + 128).astype(np.uint8)

@@ -76,6 +76,7 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
     """
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     left = False
+    watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
         nonlocal left
@@ -88,7 +89,6 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
         nonlocal watcher
         watcher = asyncio.create_task(watch())
 
-    watcher: asyncio.Task[None] | None = None
     timer = asyncio.get_running_loop().call_later(WATCH_AFTER, start_watching)
     try:
         return await work

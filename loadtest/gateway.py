@@ -2,8 +2,8 @@
 
 Against a bare FastAPI route that parses the same body with pydantic and writes the same bytes:
 ``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's
-base64. Both sides answer tokenising with a fixed list; the full path is measured with the real tokeniser
-too. wrk (a Debian package) sends the load, 32 connections, each side in turn.
+base64. Both sides answer tokenising with a fixed list; the full path is measured with the real
+tokeniser too. wrk (a Debian package) sends the load, 32 connections, each side in turn.
 
     python loadtest/gateway.py --rounds 5
 """

@@ -6,7 +6,6 @@ docs/configuration.md and .env.example are generated from it (``make docs``).
 from __future__ import annotations
 
 import enum
-import os
 from typing import Annotated
 
 from pydantic import Field, field_validator
@@ -96,8 +95,13 @@ class Settings(BaseSettings):
         int, Field(ge=0, description="Processor threads of a forward; 0 for one per core.")
     ] = 0
     tokenizer_threads: Annotated[
-        int, Field(ge=1, le=256, description="Requests tokenised at the same time.")
-    ] = min(4, os.cpu_count() or 1)
+        int,
+        Field(
+            ge=0,
+            le=256,
+            description="Requests tokenised at the same time; 0 for one per core, at most 4.",
+        ),
+    ] = 0
     max_batch_tokens: Annotated[
         int,
         Field(

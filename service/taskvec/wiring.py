@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
@@ -13,11 +15,17 @@ def task_table(checkpoint: Checkpoint) -> TaskTable:
 
 
 def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> TextTokenizer:
-    """A checkpoint's tokenizer; ``max_tokens`` 0 means the model's own limit."""
+    """A checkpoint's tokenizer.
+
+    Args:
+        checkpoint: whose.
+        max_tokens: 0 for the model's own limit.
+        threads: 0 for one per core, at most 4.
+    """
     card = checkpoint.card
     return TextTokenizer(
         checkpoint.tokenizer,
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
-        threads=threads,
+        threads=threads or min(4, os.cpu_count() or 1),
     )

@@ -1,0 +1,94 @@
+# taskvec. `make help` lists what there is to do.
+
+PYTHON ?= python3
+PORT ?= 8080
+MODEL ?= taskvec-mini
+VENV ?= .venv
+GATEWAY_VENV ?= .venv-gateway
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: serve
+serve: $(VENV)/serve.stamp ## Install what serving needs and serve: PORT=8080 MODEL=taskvec-mini
+	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
+
+.PHONY: test
+test: $(VENV)/dev.stamp ## Run the whole test suite
+	$(VENV)/bin/python -m pytest
+
+.PHONY: test-gateway
+test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
+	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/telemetry
+
+.PHONY: check
+check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dependencies
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/deptry .
+
+.PHONY: format
+format: $(VENV)/dev.stamp ## Format and fix what can be fixed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: docs
+docs: $(VENV)/serve.stamp ## Write docs/configuration.md and .env.example from the settings
+	$(VENV)/bin/python docs/render_configuration.py
+
+.PHONY: bench
+bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk) and latency, one after another
+	$(VENV)/bin/python loadtest/engine.py --shape mini --rounds 9
+	$(VENV)/bin/python loadtest/engine.py --shape qwen3-0.6b --rounds 3
+	$(VENV)/bin/python loadtest/gateway.py
+	$(VENV)/bin/python loadtest/latency.py
+
+.PHONY: build
+build: $(VENV)/serve.stamp ## Build the wheel into dist/
+	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# pip-compile, without anything that only holds on one machine: index addresses, local versions.
+COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --upgrade --strip-extras \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	--annotation-style line --build-deps-for editable --constraint requirements/constraints.in
+
+.PHONY: lock
+lock: $(VENV)/dev.stamp ## Renew requirements/*.txt
+	$(COMPILE) --extra dev --output-file requirements/dev.txt pyproject.toml
+	$(COMPILE) --extra packed --constraint requirements/dev.txt \
+		--output-file requirements/serve.txt pyproject.toml
+	$(COMPILE) --extra test --constraint requirements/gateway.in \
+		--output-file requirements/gateway.txt pyproject.toml
+	sed -i 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
+
+.PHONY: clean
+clean: ## Remove environments, caches and builds
+	rm -rf $(VENV) $(GATEWAY_VENV) .cache dist .*_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "taskvec needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve.stamp: requirements/serve.txt pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --requirement requirements/serve.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
+	$(VENV)/bin/pip install --quiet --requirement requirements/dev.txt
+	@touch $@
+
+$(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml
+	$(PYTHON) -m venv $(GATEWAY_VENV)
+	$(GATEWAY_VENV)/bin/pip install --quiet --requirement requirements/gateway.txt
+	$(GATEWAY_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

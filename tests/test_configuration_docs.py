@@ -1,0 +1,16 @@
+"""The generated pages and the settings say the same."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+from conftest import repository
+
+PAGES = runpy.run_path(str(repository() / "docs" / "render_configuration.py"))["pages"]()
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
+def test_generated_pages_are_up_to_date(file: object) -> None:
+    """docs/configuration.md and .env.example are what `make docs` would write."""
+    assert file.read_text() == PAGES[file], "run `make docs`"

@@ -7,7 +7,7 @@ more than the arithmetic on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from taskvec.engines.packed.packing import Block, Packing, pack
 from taskvec.engines.packed.projection import Projection
 
 Turns = tuple[torch.Tensor, torch.Tensor]
-"""cos and signed sin of each row's position: [rows, head_dim] each."""
+"""cos and signed sin of each row's position: [rows, 1, head_dim] each."""
 
 WIDEST_ACTIVATION = 3 << 20
 """Most elements of one block's widest activation: 6 MiB of bf16."""
@@ -134,20 +134,27 @@ class Transformer:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm over the last axis, piece by piece: its float32 temporaries stay in cache."""
-        pieces = self._pieces(x)
-        if len(pieces) == 1:
-            return self._norm_piece(x, weight)
-        normed = torch.empty_like(x)
-        for rows in pieces:
-            normed[rows] = self._norm_piece(x[rows], weight)
-        return normed
+        normed = [self._norm_piece(piece, weight) for (piece,) in self._pieces(x)]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
 
     def _norm_piece(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.backbone.norm_eps)
+        if self.device.type != "cpu":
+            return functional.rms_norm(x, (x.shape[-1],), weight, self.backbone.norm_eps)
+        # torch's own takes half as long again on a CPU: it allocates where this works in place.
+        y = x.to(torch.float32, copy=True)
+        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        scale = scale.square_().mul_(1 / x.shape[-1]).add_(self.backbone.norm_eps).rsqrt_()
+        return y.mul_(scale).mul_(weight).to(x.dtype)
 
-    def _pieces(self, x: torch.Tensor) -> list[slice]:
-        step = max(1, PIECE // x[0].numel()) if self.device.type == "cpu" else len(x)
-        return [slice(start, start + step) for start in range(0, len(x), step)]
+    def _pieces(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The tensors cut alike along their rows, or as they are where they are small."""
+        rows = len(tensors[0])
+        step = max(1, PIECE * rows // tensors[0].numel()) if self.device.type == "cpu" else rows
+        if rows <= step:
+            yield tensors
+            return
+        for start in range(0, rows, step):
+            yield tuple(tensor[start : start + step] for tensor in tensors)
 
     def _attention_inputs(
         self,
@@ -185,13 +192,10 @@ class Transformer:
         result: torch.Tensor,
     ) -> None:
         """Per-head norm, then rotary positions (Su et al., arXiv 2104.09864; half-split layout)."""
-        cos, sin = turns
-        for rows in self._pieces(heads):
-            piece = heads[rows]
-            if head_norm is not None:
-                piece = self._norm_piece(piece, head_norm)
-            turned = torch.roll(piece, self.backbone.head_dim // 2, -1).mul_(sin[rows, None])
-            torch.addcmul(turned, piece, cos[rows, None], out=result[rows])
+        for part, cos, sin, out in self._pieces(heads, *turns, result):
+            piece = part if head_norm is None else self._norm_piece(part, head_norm)
+            turned = torch.roll(piece, self.backbone.head_dim // 2, -1).mul_(sin)
+            torch.addcmul(turned, piece, cos, out=out)
 
     def _mix(
         self, layer: Layer, x: torch.Tensor, mixed: torch.Tensor, blocks: Sequence[Block]
@@ -216,4 +220,4 @@ class Transformer:
             self._cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
             self._sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
         rows = self._index(packing.positions)
-        return self._cos.index_select(0, rows), self._sin.index_select(0, rows)
+        return self._cos.index_select(0, rows)[:, None], self._sin.index_select(0, rows)[:, None]

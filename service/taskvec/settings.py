@@ -92,7 +92,11 @@ class Settings(BaseSettings):
         ),
     ] = AdapterMode.AUTO
     threads: Annotated[
-        int, Field(ge=0, description="Processor threads of a forward; 0 for one per core.")
+        int,
+        Field(
+            ge=0,
+            description="Processor threads of a forward; 0 for one per core that it may use.",
+        ),
     ] = 0
     tokenizer_threads: Annotated[
         int,

@@ -78,7 +78,7 @@ class PackedOptions:
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         adapter_mode: ``merged``, ``low-rank``, or ``auto`` by free memory.
         max_batch_tokens: most tokens in one forward; 0 for what suits the device.
-        threads: processor threads of a forward; 0 for torch's choice.
+        threads: processor threads of a forward; 0 for one per core that the process may use.
     """
 
     device: str = "auto"
@@ -181,13 +181,13 @@ class PackedEngine:
     def _load(self) -> Transformer:
         options, checkpoint = self._options, self._checkpoint
         begun = time.monotonic()
-        if options.threads:
-            torch.set_num_threads(options.threads)
         try:
             device = choose_device(options.device)
             dtype = choose_dtype(options.dtype, device)
             merge = self._merge(device, dtype)
-            transformer = load_transformer(checkpoint, device=device, dtype=dtype, merge=merge)
+            transformer = load_transformer(
+                checkpoint, device=device, dtype=dtype, merge=merge, threads=options.threads
+            )
         except (RuntimeError, MemoryError) as error:
             raise CheckpointError(
                 f"{checkpoint.folder} could not be loaded ({error}): check --device and --dtype, "
@@ -205,6 +205,7 @@ class PackedEngine:
             adapters=list(checkpoint.card.adapters),
             adapter_mode="merged" if merge else "low-rank",
             max_batch_tokens=self._budget,
+            threads=transformer.threads,
             seconds=round(time.monotonic() - begun, 2),
         )
         return transformer

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
+EVERYTHING = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -30,6 +32,9 @@ class LowRank:
 class Projection:
     """``y = x @ W.T`` for the backbone, or with one adapter's change to W.
 
+    Linear layers that read the same input are one Projection, their weights stacked: on short
+    texts most of a product's time is the call.
+
     Attributes:
         weight: the backbone's [out, in].
         merged: adapter -> its own full weight.
@@ -48,10 +53,15 @@ class Projection:
             dtype = self.weight.dtype
             self.low_rank[adapter] = LowRank(factors.down.to(dtype), factors.up.to(dtype))
 
-    def __call__(self, x: torch.Tensor, adapter: str | None) -> torch.Tensor:
-        """[rows, in] -> [rows, out]; an adapter without weights here leaves the backbone's."""
-        y = functional.linear(x, self.merged.get(adapter, self.weight))
+    def __call__(
+        self, x: torch.Tensor, adapter: str | None, outputs: slice = EVERYTHING
+    ) -> torch.Tensor:
+        """[rows, in] -> [rows, out], or only these outputs.
+
+        An adapter without weights here leaves the backbone's.
+        """
+        y = functional.linear(x, self.merged.get(adapter, self.weight)[outputs])
         factors = self.low_rank.get(adapter)
         if factors is not None:
-            y.addmm_(functional.linear(x, factors.down), factors.up)
+            y.addmm_(functional.linear(x, factors.down), factors.up[:, outputs])
         return y

@@ -1,11 +1,13 @@
-"""What the machine offers: device, number type, free memory."""
+"""What the machine offers: device, number type, cores, free memory."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -27,6 +29,11 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def available_cores() -> int:
+    """Cores that this process may use: torch's count, within the cgroup's quota of time."""
+    return math.ceil(min(torch.get_num_threads(), _cgroup_cores()))
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken: the device's, or the machine's within the cgroup limit."""
     if device.type == "cuda":
@@ -43,11 +50,18 @@ def _machine_bytes() -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _cgroup_bytes() -> int:
-    group = Path("/sys/fs/cgroup")
+def _cgroup_cores() -> float:
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return math.inf
+    return math.inf if quota == "max" else int(quota) / int(period)
+
+
+def _cgroup_bytes() -> int:
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
     except (OSError, ValueError):
         return 1 << 62
     return 1 << 62 if limit == "max" else max(0, int(limit) - used)

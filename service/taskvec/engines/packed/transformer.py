@@ -28,38 +28,37 @@ WIDEST_ACTIVATION = 3 << 20
 """Most elements of one block's widest activation: 6 MiB of bf16."""
 
 
+SMALL_FORWARD = 1 << 30
+"""Multiply-adds of a forward that stays on one thread: some milliseconds. Split over threads, its
+hundreds of tiny steps would each wait for all of them, and where a core is busy with something else
+each wait costs a time slice: 350 ms instead of 5 were seen (docs/adr/0004-small-forwards.md)."""
+
 PIECE = 1 << 18
 """Elements that norms and rotations work on at a time, on a CPU: a megabyte of float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one transformer layer; q_norm and k_norm where the backbone has them."""
+    """The weights of one transformer layer.
+
+    Attributes:
+        input_norm: [hidden].
+        qkv: queries, keys and values, stacked in this order.
+        qk_norm: [heads + kv_heads, head_dim], the queries' norms and then the keys'; None where
+            the backbone has none.
+        o: the attention's output.
+        mlp_norm: [hidden].
+        gate_up: the MLP's gate and what it gates, stacked.
+        down: the MLP's output.
+    """
 
     input_norm: torch.Tensor
-    q: Projection
-    k: Projection
-    v: Projection
+    qkv: Projection
+    qk_norm: torch.Tensor | None
     o: Projection
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate: Projection
-    up: Projection
+    gate_up: Projection
     down: Projection
-
-    @property
-    def projections(self) -> dict[str, Projection]:
-        """The linear layers by the names that checkpoints and adapters use."""
-        return {
-            "self_attn.q_proj": self.q,
-            "self_attn.k_proj": self.k,
-            "self_attn.v_proj": self.v,
-            "self_attn.o_proj": self.o,
-            "mlp.gate_proj": self.gate,
-            "mlp.up_proj": self.up,
-            "mlp.down_proj": self.down,
-        }
 
 
 def block_rows(backbone: Backbone) -> int:
@@ -77,6 +76,7 @@ class Transformer:
         embedding: torch.Tensor,
         layers: Sequence[Layer],
         final_norm: torch.Tensor,
+        threads: int,
     ) -> None:
         """Wire loaded weights together.
 
@@ -85,7 +85,9 @@ class Transformer:
             embedding: [vocabulary, hidden]; its device and dtype are the engine's.
             layers: in order.
             final_norm: [hidden].
+            threads: processor threads of a forward that is worth them.
         """
+        self.threads = threads
         self.backbone = backbone
         self.layers = tuple(layers)
         self._embedding = embedding
@@ -95,6 +97,7 @@ class Transformer:
         on_cpu = self.device.type == "cpu"
         self.block_rows = block_rows(backbone) if on_cpu else 1 << 16
         self._cos = self._sin = torch.empty(0)
+        self._norm_floor = torch.tensor(backbone.norm_eps**0.5, device=self.device)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[TokenIds], adapters: Sequence[str | None]) -> NDArray[np.float32]:
@@ -108,6 +111,8 @@ class Transformer:
             float32 [texts, hidden], in the order given, not normalised.
         """
         packing = pack(ids, adapters, block_rows=self.block_rows, rounded=self.device.type == "cpu")
+        work = len(packing.ids) * self.backbone.linear_parameters
+        torch.set_num_threads(1 if work <= SMALL_FORWARD else self.threads)
         last = self._index(packing.last)
         turns = self._rotations(packing)
         attention = plan_attention(packing, self.backbone, self.device, self.dtype)
@@ -133,18 +138,21 @@ class Transformer:
         return torch.from_numpy(rows).to(self.device)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm over the last axis, piece by piece: its float32 temporaries stay in cache."""
+        """RMSNorm over the last axis, piece by piece: its float32 temporaries stay in cache.
+
+        Zhang and Sennrich, arXiv 1910.07467: ``weight * x / sqrt(mean(x**2) + eps)``.
+        """
         normed = [self._norm_piece(piece, weight) for (piece,) in self._pieces(x)]
         return normed[0] if len(normed) == 1 else torch.cat(normed)
 
     def _norm_piece(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cpu":
-            return functional.rms_norm(x, (x.shape[-1],), weight, self.backbone.norm_eps)
+            normed = functional.rms_norm(x, (x.shape[-1],), None, self.backbone.norm_eps)
+            return normed * weight
         # torch's own takes half as long again on a CPU: it allocates where this works in place.
         y = x.to(torch.float32, copy=True)
-        scale = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        scale = scale.square_().mul_(1 / x.shape[-1]).add_(self.backbone.norm_eps).rsqrt_()
-        return y.mul_(scale).mul_(weight).to(x.dtype)
+        size = torch.linalg.vector_norm(y, dim=-1, keepdim=True).mul_(x.shape[-1] ** -0.5)
+        return y.div_(torch.hypot(size, self._norm_floor)).mul_(weight).to(x.dtype)
 
     def _pieces(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """The tensors cut alike along their rows, or as they are where they are small."""
@@ -157,45 +165,46 @@ class Transformer:
             yield tuple(tensor[start : start + step] for tensor in tensors)
 
     def _attention_inputs(
-        self,
-        layer: Layer,
-        x: torch.Tensor,
-        blocks: Sequence[Block],
-        turns: Turns,
-        wanted: str,
+        self, layer: Layer, x: torch.Tensor, blocks: Sequence[Block], turns: Turns, wanted: str
     ) -> list[torch.Tensor]:
-        """Those of q, k and v that are wanted, each [rows, its heads, head_dim]."""
-        head_dim = self.backbone.head_dim
-        parts = {
-            "q": (layer.q, layer.q_norm, self.backbone.heads),
-            "k": (layer.k, layer.k_norm, self.backbone.kv_heads),
-            "v": (layer.v, None, self.backbone.kv_heads),
-        }
-        results = [x.new_empty(len(x), parts[name][2], head_dim) for name in wanted]
+        """Those of q, k and v that are wanted, neighbours: each [rows, its heads, head_dim]."""
+        shape = self.backbone
+        counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+        first = 0 if wanted[0] == "q" else shape.heads
+        sizes = [counts[name] for name in wanted]
+        outputs = slice(first * shape.head_dim, (first + sum(sizes)) * shape.head_dim)
+        turning = sum(counts[name] for name in wanted if name != "v")
+        norms = None if layer.qk_norm is None else layer.qk_norm[first : first + turning]
+        results = [x.new_empty(len(x), size, shape.head_dim) for size in sizes]
         for block in blocks:
             seen = self._norm(x[block.rows], layer.input_norm)
-            for name, result in zip(wanted, results, strict=True):
-                projection, head_norm, heads = parts[name]
-                projected = projection(seen, block.adapter).view(-1, heads, head_dim)
-                if name == "v":
-                    result[block.rows] = projected
-                else:
-                    block_turns = turns[0][block.rows], turns[1][block.rows]
-                    self._rotate(projected, head_norm, block_turns, result[block.rows])
+            heads = layer.qkv(seen, block.adapter, outputs).view(len(seen), -1, shape.head_dim)
+            places = [result[block.rows] for result in results]
+            if wanted[-1] == "v":
+                places.pop().copy_(heads[:, turning:])
+            cos, sin = turns
+            self._rotate(heads[:, :turning], norms, cos[block.rows], sin[block.rows], places)
         return results
 
     def _rotate(
         self,
         heads: torch.Tensor,
-        head_norm: torch.Tensor | None,
-        turns: Turns,
-        result: torch.Tensor,
+        head_norms: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        results: Sequence[torch.Tensor],
     ) -> None:
-        """Per-head norm, then rotary positions (Su et al., arXiv 2104.09864; half-split layout)."""
-        for part, cos, sin, out in self._pieces(heads, *turns, result):
-            piece = part if head_norm is None else self._norm_piece(part, head_norm)
-            turned = torch.roll(piece, self.backbone.head_dim // 2, -1).mul_(sin)
-            torch.addcmul(turned, piece, cos, out=out)
+        """Per-head norm, then rotary positions (Su et al., arXiv 2104.09864; half-split layout).
+
+        The heads are split among the results.
+        """
+        sizes = [result.shape[1] for result in results]
+        for part, part_cos, part_sin, *outs in self._pieces(heads, cos, sin, *results):
+            piece = part if head_norms is None else self._norm_piece(part, head_norms)
+            turned = torch.roll(piece, self.backbone.head_dim // 2, -1).mul_(part_sin)
+            pairs = zip(torch.split(piece, sizes, 1), torch.split(turned, sizes, 1), strict=True)
+            for (still, moved), out in zip(pairs, outs, strict=True):
+                torch.addcmul(moved, still, part_cos, out=out)
 
     def _mix(
         self, layer: Layer, x: torch.Tensor, mixed: torch.Tensor, blocks: Sequence[Block]
@@ -205,9 +214,8 @@ class Transformer:
             rows = x[block.rows]
             rows += layer.o(mixed[block.rows], block.adapter)
             seen = self._norm(rows, layer.mlp_norm)
-            gated = functional.silu(layer.gate(seen, block.adapter), inplace=True)
-            gated *= layer.up(seen, block.adapter)
-            rows += layer.down(gated, block.adapter)
+            gate, up = layer.gate_up(seen, block.adapter).chunk(2, -1)
+            rows += layer.down(functional.silu(gate).mul_(up), block.adapter)
 
     def _rotations(self, packing: Packing) -> Turns:
         """Cos and signed sin of each row; the tables behind them grow as texts do."""

@@ -1,0 +1,211 @@
+"""The token budget: who is admitted, who is refused, and when those are told to come back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskvec.core.admission import LONGEST_RETRY, Admission
+from taskvec.errors import QueueFullError
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def refusal(admission: Admission, tokens: int) -> QueueFullError:
+    with pytest.raises(QueueFullError) as refused, admission.admit(tokens):
+        pytest.fail("admitted")
+    return refused.value
+
+
+def retry_after(admission: Admission, tokens: int) -> float:
+    seconds = refusal(admission, tokens).retry_after
+    assert seconds is not None
+    return seconds
+
+
+def work(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> None:
+    """Embed so many tokens in so many seconds, with nothing else going on."""
+    with admission.admit(tokens):
+        clock.now += seconds
+
+
+def fail(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> None:
+    """Fail after so many seconds."""
+    with admission.admit(tokens):
+        clock.now += seconds
+        raise RuntimeError
+
+
+def test_requests_share_the_budget_to_the_last_token(clock: Clock) -> None:
+    """What fits is admitted, one token more is refused, and leaving makes room."""
+    admission = Admission(100, clock)
+    with admission.admit(60):
+        with admission.admit(40):
+            assert admission.tokens == 100
+            assert refusal(admission, 1).code == "queue_full"
+        assert refusal(admission, 41).status == 429
+        with admission.admit(40):
+            assert admission.tokens == 100
+    assert admission.tokens == 0
+
+
+def test_a_refusal_names_the_numbers(clock: Clock) -> None:
+    """The message says what is queued, what was asked and what the limit is."""
+    admission = Admission(100, clock)
+    with admission.admit(70):
+        message = refusal(admission, 31).message
+    assert [number in message for number in ("70 tokens", "31 more", "100")] == [True] * 3
+
+
+def test_a_refused_request_holds_no_room(clock: Clock) -> None:
+    """Refusals leave the budget as it was."""
+    admission = Admission(100, clock)
+    with admission.admit(50):
+        for _ in range(10):
+            refusal(admission, 51)
+        assert admission.tokens == 50
+        with admission.admit(50):
+            pass
+
+
+def test_a_request_beyond_the_budget_is_admitted_alone(clock: Clock) -> None:
+    """A request larger than the whole budget waits for an empty queue, not for ever."""
+    admission = Admission(100, clock)
+    with admission.admit(1):
+        refusal(admission, 5000)
+    with admission.admit(5000):
+        refusal(admission, 1)
+    assert admission.tokens == 0
+
+
+def test_failure_gives_the_room_back(clock: Clock) -> None:
+    """Room is freed however the request ends."""
+    admission = Admission(100, clock)
+    with pytest.raises(RuntimeError), admission.admit(100):
+        raise RuntimeError
+    with admission.admit(100):
+        assert admission.tokens == 100
+
+
+def test_without_experience_the_guess_is_a_second(clock: Clock) -> None:
+    """Before anything has been answered, clients are asked back after one second."""
+    admission = Admission(100, clock)
+    with admission.admit(100):
+        assert retry_after(admission, 100) == 1.0
+
+
+def test_the_guess_follows_the_measured_rate(clock: Clock) -> None:
+    """At 10 tokens a second, room for 50 more tokens comes after 5 seconds."""
+    admission = Admission(100, clock)
+    work(admission, clock, tokens=100, seconds=10)
+    with admission.admit(100):
+        assert retry_after(admission, 50) == pytest.approx(5)
+        assert retry_after(admission, 20) == pytest.approx(2)
+
+
+def test_the_guess_is_never_longer_than_emptying_the_queue(clock: Clock) -> None:
+    """A request beyond the budget needs an empty queue, and no more than that."""
+    admission = Admission(100, clock)
+    work(admission, clock, tokens=100, seconds=10)
+    with admission.admit(80):
+        assert retry_after(admission, 100_000) == pytest.approx(8)
+
+
+def test_idle_time_does_not_slow_the_rate(clock: Clock) -> None:
+    """Only time in which something was being embedded counts."""
+    admission = Admission(100, clock)
+    work(admission, clock, tokens=100, seconds=10)
+    clock.now += 3600
+    work(admission, clock, tokens=100, seconds=10)
+    with admission.admit(100):
+        assert retry_after(admission, 50) == pytest.approx(5)
+
+
+def test_requests_at_the_same_time_share_the_clock(clock: Clock) -> None:
+    """Seconds that several requests spend together are counted once."""
+    admission = Admission(100, clock)
+    with admission.admit(50):
+        clock.now += 5
+        with admission.admit(50):
+            clock.now += 5
+    with admission.admit(100):
+        assert retry_after(admission, 50) == pytest.approx(5)
+
+
+def test_what_failed_is_no_work_done(clock: Clock) -> None:
+    """Cancelled and failed tokens took time and gave nothing: the guess gets longer."""
+    admission = Admission(100, clock)
+    work(admission, clock, tokens=100, seconds=10)
+    with pytest.raises(RuntimeError):
+        fail(admission, clock, tokens=100, seconds=10)
+    with admission.admit(100):
+        assert retry_after(admission, 50) > 6
+
+
+def test_old_rates_are_forgotten(clock: Clock) -> None:
+    """After a few minutes of faster work the guess follows the new rate."""
+    admission = Admission(100, clock)
+    work(admission, clock, tokens=100, seconds=100)
+    for _ in range(200):
+        work(admission, clock, tokens=100, seconds=1)
+    with admission.admit(100):
+        assert retry_after(admission, 100) == pytest.approx(1, rel=0.1)
+
+
+def test_the_guess_has_bounds(clock: Clock) -> None:
+    """Never under a second, never above what the OpenAI SDK obeys."""
+    slow, fast = Admission(100, clock), Admission(100, clock)
+    work(slow, clock, tokens=1, seconds=1000)
+    work(fast, clock, tokens=100, seconds=0.001)
+    with slow.admit(100), fast.admit(100):
+        assert retry_after(slow, 100) == LONGEST_RETRY
+        assert retry_after(fast, 100) == 1.0
+
+
+@given(
+    wanted=st.lists(
+        st.tuples(
+            st.integers(min_value=1, max_value=150),
+            st.booleans(),
+            st.floats(min_value=0, max_value=1e4),
+        ),
+        max_size=40,
+    )
+)
+def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, float]]) -> None:
+    """Over any history, what is held is the sum of those within, and within the budget."""
+    clock = Clock()
+    admission = Admission(100, clock)
+    inside: list[tuple[int, ExitStack]] = []
+    for tokens, leave, seconds in wanted:
+        clock.now += seconds
+        if leave and inside:
+            inside.pop(0)[1].close()
+        stack = ExitStack()
+        if inside and admission.tokens + tokens > 100:
+            assert 1 <= retry_after(admission, tokens) <= LONGEST_RETRY
+        else:
+            stack.enter_context(admission.admit(tokens))
+            inside.append((tokens, stack))
+        held = [held for held, _ in inside]
+        assert admission.tokens == sum(held)
+        assert sum(held) <= 100 or len(held) == 1
+    for _, stack in inside:
+        stack.close()
+    assert admission.tokens == 0

@@ -1,0 +1,252 @@
+"""From a job to its vectors: what is checked first, what the engine sees, who gives room back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import FakeEngine, hashed_vector
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.core.admission import Admission
+from taskvec.core.embedder import FINISH_INLINE, AsyncEmbedder
+from taskvec.core.job import EmbedJob, OutputType
+from taskvec.core.vectors import finish
+from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
+from taskvec.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
+from taskvec.wiring import task_table, text_tokenizer
+
+TOO_LONG = "far too long " * 4000
+
+
+class FailingEngine(FakeEngine):
+    """Is ready, and fails every batch."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        await super().embed(batch)
+        raise UnavailableError("It broke.")
+
+
+class Service:
+    """An embedder in front of a fake engine, and the parts a test looks at."""
+
+    def __init__(self, checkpoint: Checkpoint, engine: FakeEngine, room: int) -> None:
+        self.engine = engine
+        self.admission = Admission(room)
+        self.tokenizer = text_tokenizer(checkpoint, max_tokens=0, threads=1)
+        self.tasks = task_table(checkpoint)
+        self.embedder = AsyncEmbedder(engine, self.tokenizer, self.tasks, self.admission)
+
+    def job(self, inputs: Sequence[Any], task: str = "retrieval.query", **fields: Any) -> EmbedJob:
+        return EmbedJob(inputs=inputs, task=self.tasks.get(task), **fields)
+
+    def ids(self, text: str, task: str = "retrieval.query") -> TokenIds:
+        prompt = self.tasks.get(task).prompt
+        return self.tokenizer.encode_now([text], prompt=prompt, truncate=False)[0]
+
+
+@pytest.fixture
+async def service(default_checkpoint: Checkpoint) -> Service:
+    """A started engine that answers at once, and room for anything."""
+    return await started(default_checkpoint, FakeEngine(default_checkpoint.card))
+
+
+async def started(checkpoint: Checkpoint, engine: FakeEngine, room: int = 1_000_000) -> Service:
+    await engine.start()
+    return Service(checkpoint, engine, room)
+
+
+@pytest.mark.anyio
+async def test_a_job_becomes_vectors(service: Service) -> None:
+    """Texts get the task's prompt and adapter, vectors come back cut and normalised, in order."""
+    texts = ["first", "second text", "third"]
+    answer = await service.embedder.embed(service.job(texts, "clustering", dimensions=64))
+    (batch,) = service.engine.batches
+    expected = [service.ids(text, "clustering") for text in texts]
+    assert batch.adapter == "clustering"
+    assert [list(ids) for ids in batch.ids] == [list(ids) for ids in expected]
+    assert answer.tokens == sum(map(len, expected))
+    width = service.embedder.model.dimension
+    raw = np.stack([hashed_vector(ids, "clustering", width) for ids in expected])
+    assert np.array_equal(answer.vectors, finish(raw, 64, OutputType.FLOAT, normalized=True))
+
+
+@pytest.mark.anyio
+async def test_the_timings_are_those_of_the_engine(default_checkpoint: Checkpoint) -> None:
+    """Seconds of queue and engine are what the engine says, tokenising is measured here."""
+    engine = FakeEngine(default_checkpoint.card, delay=0.01)
+    service = await started(default_checkpoint, engine)
+    timings = (await service.embedder.embed(service.job(["a text"]))).timings
+    assert (timings.queue, timings.engine) == (0.0, 0.01)
+    assert 0 <= timings.tokenize < 10
+
+
+@pytest.mark.anyio
+async def test_token_ids_are_embedded_as_they_are(service: Service) -> None:
+    """Token ids get no prompt and no special tokens; the task still picks the adapter."""
+    ids = [np.array([5, 6, 7], np.int32), np.array([8], np.int32)]
+    answer = await service.embedder.embed(service.job(ids, "retrieval.query"))
+    (batch,) = service.engine.batches
+    assert [list(given) for given in batch.ids] == [[5, 6, 7], [8]]
+    assert batch.adapter == "retrieval"
+    assert answer.tokens == 4
+
+
+@pytest.mark.anyio
+async def test_a_large_answer_is_finished_like_a_small_one(service: Service) -> None:
+    """Vectors too many to finish in the event loop come out the same."""
+    width = service.embedder.model.dimension
+    texts = [f"text {n}" for n in range(FINISH_INLINE // width + 1)]
+    answer = await service.embedder.embed(service.job(texts, output=OutputType.INT8))
+    raw = np.stack([hashed_vector(service.ids(text), "retrieval", width) for text in texts])
+    assert raw.size > FINISH_INLINE
+    assert np.array_equal(answer.vectors, finish(raw, None, OutputType.INT8, normalized=True))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dimensions": 0},
+        {"dimensions": -1},
+        {"dimensions": 257},
+        {"dimensions": 12, "output": OutputType.BINARY},
+        {"dimensions": 12, "output": OutputType.UBINARY},
+    ],
+)
+async def test_bad_dimensions_are_refused_before_anything_else(
+    default_checkpoint: Checkpoint, fields: dict[str, Any]
+) -> None:
+    """Dimensions are checked first, even where the engine is not ready."""
+    service = Service(default_checkpoint, FakeEngine(default_checkpoint.card), 1000)
+    with pytest.raises(InvalidRequestError) as refused:
+        await service.embedder.embed(service.job([TOO_LONG], **fields))
+    assert (refused.value.code, refused.value.param) == ("invalid_dimensions", "dimensions")
+
+
+@pytest.mark.anyio
+async def test_nothing_is_tokenised_for_an_engine_that_is_not_ready(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """Before the start and after the stop a job is refused as unavailable, whatever its texts."""
+    service = Service(default_checkpoint, FakeEngine(default_checkpoint.card), 1000)
+    with pytest.raises(UnavailableError) as refused:
+        await service.embedder.embed(service.job([TOO_LONG]))
+    assert refused.value.code == "starting"
+    assert refused.value.retry_after is not None
+    await service.engine.start()
+    with pytest.raises(InvalidRequestError) as too_long:
+        await service.embedder.embed(service.job([TOO_LONG]))
+    assert too_long.value.code == "input_too_long"
+    await service.engine.stop()
+    with pytest.raises(UnavailableError):
+        await service.embedder.embed(service.job([TOO_LONG]))
+
+
+@pytest.mark.anyio
+async def test_truncate_reaches_the_tokenizer(service: Service) -> None:
+    """What is too long is cut when asked for, and only what is left is counted."""
+    answer = await service.embedder.embed(service.job([TOO_LONG], truncate=True))
+    assert answer.tokens == service.embedder.max_tokens == len(service.engine.batches[0].ids[0])
+
+
+@pytest.mark.anyio
+async def test_a_bad_text_takes_no_room_and_no_engine(service: Service) -> None:
+    """A text that cannot be embedded is refused before admission."""
+    with pytest.raises(InvalidRequestError, match=r"input\[1\]"):
+        await service.embedder.embed(service.job(["good", TOO_LONG]))
+    assert service.engine.batches == []
+    assert service.admission.tokens == 0
+
+
+@pytest.mark.anyio
+async def test_a_full_queue_refuses_and_frees(default_checkpoint: Checkpoint) -> None:
+    """While the budget is taken another job is refused; once it is answered there is room."""
+    engine = FakeEngine(default_checkpoint.card, delay=0.2)
+    service = await started(default_checkpoint, engine, room=8)
+    first = asyncio.create_task(service.embedder.embed(service.job(["one two three"])))
+    await in_the_engine(engine, 1)
+    with pytest.raises(QueueFullError) as refused:
+        await service.embedder.embed(service.job(["four five six"]))
+    assert refused.value.retry_after is not None
+    assert len(engine.batches) == 1
+    await first
+    assert service.admission.tokens == 0
+    await service.embedder.embed(service.job(["four five six"]))
+
+
+@pytest.mark.anyio
+async def test_a_deadline_ends_the_engine_call(default_checkpoint: Checkpoint) -> None:
+    """When the deadline passes the engine call is cancelled, the room is freed, the client told."""
+    engine = FakeEngine(default_checkpoint.card, delay=600)
+    service = await started(default_checkpoint, engine)
+    deadline = time.monotonic() + 0.1
+    with pytest.raises(DeadlineExceededError) as passed:
+        await service.embedder.embed(service.job(["a text"], deadline=deadline))
+    assert passed.value.status == 504
+    assert engine.batches[0].deadline == deadline
+    assert engine.cancelled == 1
+    assert service.admission.tokens == 0
+
+
+@pytest.mark.anyio
+async def test_a_deadline_in_the_past_embeds_nothing(default_checkpoint: Checkpoint) -> None:
+    """A job that is late before it starts is told so without an answer from the engine."""
+    engine = FakeEngine(default_checkpoint.card, delay=600)
+    service = await started(default_checkpoint, engine)
+    with pytest.raises(DeadlineExceededError):
+        await service.embedder.embed(service.job(["a text"], deadline=time.monotonic() - 5))
+    assert service.admission.tokens == 0
+
+
+@pytest.mark.anyio
+async def test_a_deadline_that_is_kept_changes_nothing(service: Service) -> None:
+    """With time to spare the vectors are those without a deadline."""
+    free = await service.embedder.embed(service.job(["a text"]))
+    bound = service.job(["a text"], deadline=time.monotonic() + 600)
+    assert np.array_equal((await service.embedder.embed(bound)).vectors, free.vectors)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("deadline", [None, 600])
+async def test_a_cancelled_job_frees_its_room(
+    default_checkpoint: Checkpoint, deadline: float | None
+) -> None:
+    """When the client goes away the engine call is cancelled and its room is free."""
+    engine = FakeEngine(default_checkpoint.card, delay=600)
+    service = await started(default_checkpoint, engine)
+    until = None if deadline is None else time.monotonic() + deadline
+    job = asyncio.create_task(service.embedder.embed(service.job(["a text"], deadline=until)))
+    await in_the_engine(engine, 1)
+    assert service.admission.tokens == len(service.ids("a text"))
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert engine.cancelled == 1
+    assert service.admission.tokens == 0
+
+
+@pytest.mark.anyio
+async def test_a_failed_job_frees_its_room(default_checkpoint: Checkpoint) -> None:
+    """The engine's error reaches the caller as it is, and its room is free."""
+    service = await started(default_checkpoint, FailingEngine(default_checkpoint.card))
+    with pytest.raises(UnavailableError, match="It broke"):
+        await service.embedder.embed(service.job(["a text"]))
+    assert len(service.engine.batches) == 1
+    assert service.admission.tokens == 0
+
+
+async def in_the_engine(engine: FakeEngine, batches: int) -> None:
+    """Wait until the engine has been handed so many batches."""
+    async with asyncio.timeout(60):
+        while len(engine.batches) < batches:
+            await asyncio.sleep(0.001)

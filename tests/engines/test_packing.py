@@ -1,0 +1,141 @@
+"""Rows and slots: every token of every text lies in one place, in a block of its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskvec.engines.base import TokenIds
+from taskvec.engines.packed.packing import FEW_ROW_COUNTS, Block, Packing, pack, rounded_up
+
+NAMES = st.sampled_from([None, "retrieval", "text-matching", "clustering", "a"])
+TEXTS = st.lists(st.tuples(st.integers(min_value=1, max_value=300), NAMES), min_size=1, max_size=40)
+BLOCK_ROWS = st.sampled_from([1, 7, 48, 256, 1024, 1 << 16])
+
+
+def numbered(lengths: Sequence[int]) -> list[TokenIds]:
+    """Texts in which no two tokens have the same id, and none is 0."""
+    ends = np.cumsum(lengths)
+    return [
+        np.arange(end - length + 1, end + 1, dtype=np.int32)
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def adapters_of(rows: int, blocks: Sequence[Block]) -> list[str | None]:
+    """The adapter of each row; fails where blocks leave a gap or overlap."""
+    adapters: list[str | None] = []
+    for block in blocks:
+        assert block.rows.start == len(adapters)
+        assert block.rows.stop > block.rows.start
+        adapters += [block.adapter] * (block.rows.stop - block.rows.start)
+    assert len(adapters) == rows
+    return adapters
+
+
+@settings(max_examples=200)
+@given(texts=TEXTS, block_rows=BLOCK_ROWS, rounded=st.booleans())
+def test_every_token_has_one_row(
+    texts: list[tuple[int, str | None]], block_rows: int, rounded: bool
+) -> None:
+    """Each text's ids lie together and in order, once, counted from 0, in rows of its adapter."""
+    lengths, adapters = [length for length, _ in texts], [adapter for _, adapter in texts]
+    ids = numbered(lengths)
+    packing = pack(ids, adapters, block_rows=block_rows, rounded=rounded)
+    row_adapters = adapters_of(len(packing.ids), packing.blocks)
+    slot_adapters = adapters_of(len(packing.last), packing.slot_blocks)
+    assert sorted(packing.order) == list(range(len(texts)))
+    taken = np.zeros(len(packing.ids), dtype=bool)
+    for place, text in enumerate(packing.order):
+        start, length, slot = packing.starts[place], packing.lengths[place], packing.slots[place]
+        rows = slice(start, start + length)
+        assert packing.ids[rows].tolist() == ids[text].tolist()
+        assert packing.positions[rows].tolist() == list(range(len(ids[text])))
+        assert set(row_adapters[rows]) == {adapters[text]}
+        assert packing.last[slot] == start + length - 1
+        assert slot_adapters[slot] == adapters[text]
+        assert not taken[rows].any()
+        taken[rows] = True
+    assert len(set(packing.slots)) == len(texts)
+    assert taken.sum() == sum(lengths)
+    assert not packing.ids[~taken].any(), "rows of no text hold a valid id"
+    assert not packing.positions[~taken].any()
+
+
+@given(texts=TEXTS, block_rows=BLOCK_ROWS)
+def test_neighbours_are_of_like_length(
+    texts: list[tuple[int, str | None]], block_rows: int
+) -> None:
+    """Texts of one adapter lie longest first."""
+    packing, adapters = packed(texts, block_rows, rounded=True)
+    for before, after in zip(range(len(texts) - 1), range(1, len(texts)), strict=True):
+        if adapters[packing.order[before]] == adapters[packing.order[after]]:
+            assert packing.lengths[before] >= packing.lengths[after]
+
+
+@given(texts=TEXTS, block_rows=BLOCK_ROWS)
+def test_without_rounding_there_are_no_gaps(
+    texts: list[tuple[int, str | None]], block_rows: int
+) -> None:
+    """Where row counts are not rounded, rows are tokens and slots are texts, end to end."""
+    packing, _ = packed(texts, block_rows, rounded=False)
+    assert len(packing.ids) == sum(length for length, _ in texts)
+    assert packing.starts.tolist() == (np.cumsum(packing.lengths) - packing.lengths).tolist()
+    assert packing.slots.tolist() == list(range(len(texts)))
+    assert packing.last.tolist() == (np.cumsum(packing.lengths) - 1).tolist()
+    for block in (*packing.blocks, *packing.slot_blocks):
+        assert block.rows.stop - block.rows.start <= block_rows
+
+
+@given(texts=TEXTS, block_rows=st.sampled_from([48, 256, 1024, 8192]))
+def test_rounded_blocks_have_few_sizes(
+    texts: list[tuple[int, str | None]], block_rows: int
+) -> None:
+    """Rounded blocks take only the few row counts, and at most an adapter's last one has gaps."""
+    packing, adapters = packed(texts, block_rows, rounded=True)
+    for blocks, sizes in (
+        (packing.blocks, packing.lengths),
+        (packing.slot_blocks, np.ones(len(texts), int)),
+    ):
+        needed: dict[str | None, int] = {}
+        for text, size in zip(packing.order, sizes, strict=True):
+            needed[adapters[text]] = needed.get(adapters[text], 0) + int(size)
+        for block in blocks:
+            count = block.rows.stop - block.rows.start
+            assert count in FEW_ROW_COUNTS
+            assert count == rounded_up(min(block_rows, needed[block.adapter]))
+            needed[block.adapter] -= min(block_rows, needed[block.adapter])
+        assert set(needed.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("count", "rounded"),
+    [(1, 1), (3, 4), (9, 16), (17, 32), (113, 128), (129, 192), (961, 1024), (1025, 1280)],
+)
+def test_rounding_up(count: int, rounded: int) -> None:
+    """Worked examples of each step."""
+    assert rounded_up(count) == rounded
+
+
+@given(count=st.integers(min_value=1, max_value=20_000))
+def test_rounding_up_is_cheap(count: int) -> None:
+    """The result holds what was asked; beyond the largest count nothing is rounded."""
+    rounded = rounded_up(count)
+    assert rounded >= count
+    if count > FEW_ROW_COUNTS[-1]:
+        assert rounded == count
+    else:
+        assert rounded in FEW_ROW_COUNTS
+        assert rounded <= max(count + 63, 1.25 * count, 2 * count if count < 16 else 0)
+
+
+def packed(
+    texts: list[tuple[int, str | None]], block_rows: int, *, rounded: bool
+) -> tuple[Packing, list[str | None]]:
+    adapters = [adapter for _, adapter in texts]
+    ids = numbered([length for length, _ in texts])
+    return pack(ids, adapters, block_rows=block_rows, rounded=rounded), adapters

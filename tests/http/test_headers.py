@@ -1,0 +1,105 @@
+"""Headers of every answer: the request's id, and where its time went."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from conftest import fake_service
+from fakes import FakeEngine
+from taskvec.checkpoint.layout import Checkpoint
+
+PATH = "/v1/embeddings"
+TEXT = {"input": "a"}
+EVERY_VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
+
+
+@pytest.fixture
+async def client(default_checkpoint: Checkpoint) -> AsyncIterator[httpx.AsyncClient]:
+    async with fake_service(default_checkpoint) as (client, _):
+        yield client
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", ["x", "a" * 128, "req_01-AB.c/d:e", EVERY_VISIBLE])
+async def test_a_valid_request_id_comes_back(client: httpx.AsyncClient, given: str) -> None:
+    """1 to 128 visible ASCII characters are echoed on answers, and in the body of refusals."""
+    headers = {"x-request-id": given}
+    answer = await client.post(PATH, json=TEXT, headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["x-request-id"] == given
+    refused = await client.post(PATH, json={}, headers=headers)
+    assert refused.headers["x-request-id"] == given
+    assert refused.json()["request_id"] == given
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "given",
+    [b"", b"a" * 129, b"two words", b" ", b"tab\there", "\xe9".encode("latin-1"), "€".encode()],
+)
+async def test_another_request_id_is_replaced(client: httpx.AsyncClient, given: bytes) -> None:
+    """What is empty, too long, or not visible ASCII gives way to a new id."""
+    for body in (TEXT, {}):
+        answer = await client.post(PATH, json=body, headers={b"x-request-id": given})
+        ids = answer.headers.get_list("x-request-id")
+        assert len(ids) == 1
+        assert re.fullmatch(r"[\x21-\x7e]{16,128}", ids[0])
+        assert ids[0].encode() != given
+    assert answer.json()["request_id"] == ids[0]
+
+
+@pytest.mark.anyio
+async def test_new_ids_differ(client: httpx.AsyncClient) -> None:
+    """A request without an id gets one that no other request has."""
+    ids = {(await client.get("/health/live")).headers["x-request-id"] for _ in range(20)}
+    assert len(ids) == 20
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", PATH),
+        ("GET", PATH),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/nothing"),
+        ("GET", "/health/live"),
+        ("GET", "/health/ready"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("GET", "/docs"),
+        ("GET", "/nowhere"),
+    ],
+)
+async def test_every_answer_has_its_id_and_time(
+    client: httpx.AsyncClient, method: str, path: str
+) -> None:
+    """x-request-id and openai-processing-ms are on every route's answers, good or bad."""
+    answer = await client.request(method, path, headers={"x-request-id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    assert int(answer.headers["openai-processing-ms"]) >= 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("accept", ["application/json", "application/octet-stream"])
+async def test_server_timing_has_the_stages(default_checkpoint: Checkpoint, accept: str) -> None:
+    """Server-Timing has the four stages in order, in milliseconds, of JSON and of raw answers."""
+    engine = FakeEngine(default_checkpoint.card, delay=0.15)
+    async with fake_service(default_checkpoint, engine) as (client, _):
+        answer = await client.post(PATH, json=TEXT, headers={"accept": accept})
+    stages = re.findall(r"(\w+);dur=(\d+\.?\d*)(?:, |$)", answer.headers["server-timing"])
+    assert [name for name, _ in stages] == ["tokenize", "queue", "engine", "encode"]
+    milliseconds = {name: float(value) for name, value in stages}
+    assert milliseconds["engine"] == 150  # the fake engine reports its delay
+    assert int(answer.headers["openai-processing-ms"]) >= 140
+    assert milliseconds["queue"] == 0
+
+
+@pytest.mark.anyio
+async def test_a_refusal_has_no_stages(client: httpx.AsyncClient) -> None:
+    """Where nothing was embedded there is no Server-Timing."""
+    assert "server-timing" not in (await client.post(PATH, json={})).headers

@@ -1,0 +1,109 @@
+"""Log lines as the process that collects them sees them: one JSON object a line, on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def test_an_event_is_one_json_object() -> None:
+    """An event carries its fields, its level and an ISO time in UTC."""
+    before = datetime.now(UTC)
+    (line,) = logged("structlog.get_logger('x').info('loaded', model='m', texts=3, task=None)")
+    stamp = datetime.fromisoformat(line.pop("timestamp"))
+    assert line == {"event": "loaded", "level": "info", "model": "m", "texts": 3, "task": None}
+    assert stamp.utcoffset() is not None
+    assert before <= stamp <= datetime.now(UTC)
+
+
+def test_nothing_is_written_to_standard_output() -> None:
+    """Standard output stays free for what a command prints."""
+    done = run("structlog.get_logger().error('to stderr'); logging.error('this too')")
+    assert done.stdout == b""
+    assert done.stderr.count(b"\n") == 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_level_is_honoured(level: str) -> None:
+    """What is less important than the level is left out, of structlog's events and logging's."""
+    code = "\n".join(
+        f"structlog.get_logger().{name}('ours {name}')\nlogging.getLogger('lib').{name}('{name}')"
+        for name in LEVELS
+    )
+    events = [line["event"] for line in logged(code, level)]
+    kept = LEVELS[LEVELS.index(level) :]
+    assert events == [event for name in kept for event in (f"ours {name}", name)]
+
+
+def test_an_exception_is_in_the_line() -> None:
+    """log.exception writes the traceback into the same line, under its own key."""
+    (line,) = logged(
+        "try:\n    {}['lost']\nexcept KeyError:\n"
+        "    structlog.get_logger().exception('unhandled_error', request_id='r-1')"
+    )
+    assert line["event"] == "unhandled_error"
+    assert line["request_id"] == "r-1"
+    assert line["level"] == "error"
+    assert "Traceback" in line["exception"]
+    assert "KeyError: 'lost'" in line["exception"]
+
+
+def test_other_libraries_have_the_same_format() -> None:
+    """A record of the standard library's logging becomes a line like ours, naming its logger."""
+    (line,) = logged("logging.getLogger('uvicorn.error').warning('closing %d of %s', 3, 'them')")
+    assert line["event"] == "closing 3 of them"
+    assert line["level"] == "warning"
+    assert line["logger"] == "uvicorn.error"
+    assert "timestamp" in line
+
+
+def test_an_exception_of_another_library_is_in_the_line() -> None:
+    """A traceback given to the standard library's logging is kept."""
+    (line,) = logged(
+        "try:\n    1 / 0\nexcept ZeroDivisionError:\n    logging.getLogger('lib').exception('no')"
+    )
+    assert line["event"] == "no"
+    assert "ZeroDivisionError" in line["exception"]
+
+
+def test_a_percent_sign_in_a_message_stays() -> None:
+    """A foreign message is formatted once: what it holds then is data."""
+    (line,) = logged("logging.getLogger('lib').info('%s', '100 %s {done} %d')")
+    assert line["event"] == "100 %s {done} %d"
+
+
+def test_a_line_break_does_not_split_a_line() -> None:
+    """Whatever a value holds, an event stays one line."""
+    (line,) = logged("structlog.get_logger().info('a\\nb', id='c\\r\\nd', name='é\\u2028')")
+    assert (line["event"], line["id"], line["name"]) == ("a\nb", "c\r\nd", "é\u2028")
+
+
+def test_configuring_twice_writes_once() -> None:
+    """A second call replaces the first: lines are not doubled, and the new level holds."""
+    lines = logged(
+        "configure_logs('warning')\nlogging.warning('once')\nlogging.info('never')", "info"
+    )
+    assert [line["event"] for line in lines] == ["once"]
+
+
+def logged(code: str, level: str = "info") -> list[dict[str, Any]]:
+    """What code writes to a pipe on stderr, each line parsed."""
+    return [json.loads(line) for line in run(code, level).stderr.split(b"\n") if line]
+
+
+def run(code: str, level: str = "info") -> subprocess.CompletedProcess[bytes]:
+    """Run code in a process of its own whose logs are configured."""
+    head = (
+        "import logging, structlog\n"
+        "from taskvec.telemetry.logs import configure_logs\n"
+        f"configure_logs({level!r})\n"
+    )
+    command = [sys.executable, "-c", head + code]
+    return subprocess.run(command, capture_output=True, check=True, timeout=60)

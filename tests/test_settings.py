@@ -1,0 +1,163 @@
+"""The settings: one environment variable each, refused by name where they cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from taskvec.checkpoint.hub import DEFAULT_MODEL
+from taskvec.settings import (
+    AdapterMode,
+    Dtype,
+    LogLevel,
+    Settings,
+    TokenInput,
+    environment_variable,
+)
+
+FIELDS = list(Settings.model_fields)
+
+FROM_ENVIRONMENT = [
+    ("model", "/models/mine", "/models/mine"),
+    ("revision", "v2", "v2"),
+    ("served_model_name", "ours", "ours"),
+    ("model_aliases", "a, b,,c ,", ("a", "b", "c")),
+    ("host", "0.0.0.0", "0.0.0.0"),  # noqa: S104 - a value to read, nothing listens
+    ("port", "0", 0),
+    ("device", "cuda:1", "cuda:1"),
+    ("dtype", "float32", Dtype.FLOAT32),
+    ("adapter_mode", "low-rank", AdapterMode.LOW_RANK),
+    ("threads", "3", 3),
+    ("tokenizer_threads", "2", 2),
+    ("max_batch_tokens", "4096", 4096),
+    ("max_tokens", "512", 512),
+    ("max_texts", "1", 1),
+    ("max_body_bytes", "1000", 1000),
+    ("max_queue_tokens", "5000", 5000),
+    ("request_timeout", "0.5", 0.5),
+    ("drain_timeout", "5", 5),
+    ("token_input", "accept", TokenInput.ACCEPT),
+    ("log_level", "debug", LogLevel.DEBUG),
+    ("log_requests", "false", False),
+]
+
+REFUSED = [
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "http"),
+    ("device", "tpu"),
+    ("device", "cuda:x"),
+    ("dtype", "int8"),
+    ("adapter_mode", "none"),
+    ("threads", "-1"),
+    ("tokenizer_threads", "257"),
+    ("max_batch_tokens", "-1"),
+    ("max_tokens", "-1"),
+    ("max_texts", "0"),
+    ("max_body_bytes", "0"),
+    ("max_queue_tokens", "0"),
+    ("request_timeout", "0"),
+    ("request_timeout", "nan"),
+    ("drain_timeout", "0"),
+    ("token_input", "maybe"),
+    ("log_level", "loud"),
+    ("log_requests", "perhaps"),
+]
+
+
+@pytest.mark.parametrize(("field", "text", "value"), FROM_ENVIRONMENT, ids=str)
+def test_every_setting_has_its_variable(
+    monkeypatch: pytest.MonkeyPatch, field: str, text: str, value: object
+) -> None:
+    """TASKVEC_ and the field's name in capitals set exactly that field."""
+    monkeypatch.setenv(environment_variable(field), text)
+    changed = Settings().model_dump()
+    assert changed[field] == value
+    assert type(changed[field]) is type(value)
+    assert {n for n, v in changed.items() if v != defaults()[n]} <= {field}
+
+
+def test_no_setting_is_forgotten_here() -> None:
+    """The table above has every field, so that a new one is tested too."""
+    assert [field for field, *_ in FROM_ENVIRONMENT] == FIELDS
+
+
+def test_without_variables_the_built_in_model_is_served_locally() -> None:
+    """The defaults are the model in the package, on this machine's own address alone."""
+    settings = Settings()
+    assert (settings.model, settings.host, settings.port) == (DEFAULT_MODEL, "127.0.0.1", 8080)
+    assert (settings.max_texts, settings.token_input) == (2048, TokenInput.REJECT)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_setting_is_described(field: str) -> None:
+    """Every field says what it is for: help and configuration page are made of it."""
+    description = Settings.model_fields[field].description or ""
+    assert len(description) > 15
+    assert description.endswith(".")
+
+
+@pytest.mark.parametrize(("field", "text"), REFUSED, ids=str)
+def test_a_bad_value_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, field: str, text: str
+) -> None:
+    """A value out of bounds is refused, and the error says which variable it was."""
+    variable = environment_variable(field)
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    (fault,) = refused.value.errors()
+    assert environment_variable(str(fault["loc"][0])) == variable
+    assert fault["input"] == text
+    assert fault["msg"].startswith(("Input should", "String should"))
+
+
+def test_all_bad_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has two mistakes is told of both."""
+    monkeypatch.setenv("TASKVEC_PORT", "70000")
+    monkeypatch.setenv("TASKVEC_DTYPE", "fp32")
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert {fault["loc"][0] for fault in refused.value.errors()} == {"port", "dtype"}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_an_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """TASKVEC_X= means the default: compose files and charts pass on what was left blank."""
+    monkeypatch.setenv(environment_variable(field), "")
+    assert Settings().model_dump()[field] == defaults()[field]
+
+
+def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument wins over its variable."""
+    monkeypatch.setenv("TASKVEC_PORT", "1234")
+    assert Settings(port=4321).port == 4321
+
+
+@pytest.mark.parametrize(
+    "given", ["a,b", " a , b ", ("a", "b"), ["a", "b"]], ids=["commas", "spaces", "tuple", "list"]
+)
+def test_aliases_are_split_at_commas(given: Any) -> None:
+    """Aliases come as one string from outside, as a sequence from code."""
+    assert Settings(model_aliases=given).model_aliases == ("a", "b")
+
+
+def test_settings_do_not_change() -> None:
+    """A Settings is frozen: what was started is what is served."""
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1
+    assert settings.port == 8080
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    """A misspelt argument is an error, not silence."""
+    with pytest.raises(ValidationError, match="prot"):
+        Settings(prot=1)
+
+
+def defaults() -> dict[str, Any]:
+    """Every field's default."""
+    return {name: field.default for name, field in Settings.model_fields.items()}

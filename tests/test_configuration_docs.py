@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 
 import pytest
+
 from conftest import repository
 
 PAGES = runpy.run_path(str(repository() / "docs" / "render_configuration.py"))["pages"]()

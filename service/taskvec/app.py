@@ -89,7 +89,7 @@ def create_app(
         response_model=None,
         responses={
             200: {"description": "One vector a text, in order.", "content": response_content()},
-            **error_responses(400, 404, 413, 415, 429, 500, 503, 504),
+            **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504),
         },
         openapi_extra={
             "requestBody": request_body(

@@ -65,9 +65,9 @@ def embed_lines(
                 if error.param is None or not error.param.startswith("input["):
                     raise
                 place = int(error.param[6:].partition("]")[0])
-                raise InvalidRequestError(
-                    f"Line {done + place + 1}: {error.message}", code=error.code
-                ) from None
+                fault = error.message.removeprefix(f"{error.param} ")
+                fault = fault.replace("send truncate: true", "give --truncate")
+                raise InvalidRequestError(f"Line {done + place + 1} {fault}") from None
             sink.write(vectors)
             done += len(chunk)
             elapsed = progress.tasks[0].elapsed or 0.0
@@ -147,7 +147,12 @@ class _NpyFile:
         )
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("wb")
+        try:
+            self._file = self._path.open("wb")
+        except OSError as error:
+            raise InvalidRequestError(
+                f"{self._path} cannot be written: {error.strerror}."
+            ) from None
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -157,6 +157,7 @@ def check(
     """
     with _clear_failures():
         configure_logs("warning")
+        Settings(device=device)  # refused before anything is printed
         checkpoint = open_checkpoint(model, revision)
         card = checkpoint.card
         from taskvec.wiring import task_table  # noqa: PLC0415 - tasks only where a card is printed
@@ -218,6 +219,7 @@ def embed(  # noqa: PLR0917 - typer calls it by name
     """
     with _clear_failures():
         configure_logs("warning")
+        Settings(device=device)  # refused before a line is read
         from taskvec.bulk import embed_lines  # noqa: PLC0415 - loads torch
         from taskvec.library import Embedder  # noqa: PLC0415
 
@@ -248,8 +250,12 @@ def _clear_failures() -> Iterator[None]:
     except TaskvecError as error:
         _exit(error.message, USAGE)
     except ValidationError as error:
-        faults = (f"{environment_variable(str(e['loc'][0]))}: {e['msg']}" for e in error.errors())
-        _exit("; ".join(faults), USAGE)
+        _exit("; ".join(map(_setting_fault, error.errors())), USAGE)
+
+
+def _setting_fault(error: Any) -> str:
+    name = str(error["loc"][0])
+    return f"--{name.replace('_', '-')} ({environment_variable(name)}): {error['msg']}"
 
 
 def _exit(sentence: str, code: int) -> NoReturn:

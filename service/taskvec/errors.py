@@ -62,6 +62,13 @@ class MethodNotAllowedError(InvalidRequestError):
     default_code = "method_not_allowed"
 
 
+class SlowBodyError(InvalidRequestError):
+    """The body did not arrive in time; the rest was not read."""
+
+    status = 408
+    default_code = "body_timeout"
+
+
 class PayloadTooLargeError(InvalidRequestError):
     """The body is over the limit; it was not read to its end."""
 
@@ -112,6 +119,7 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
     InvalidRequestError,
     NotFoundError,
     MethodNotAllowedError,
+    SlowBodyError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
     QueueFullError,

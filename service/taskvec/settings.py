@@ -50,7 +50,9 @@ class LogLevel(enum.StrEnum):
 class Settings(BaseSettings):
     """The settings, read from ``TASKVEC_*`` variables where not given."""
 
-    model_config = SettingsConfigDict(env_prefix="TASKVEC_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="TASKVEC_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
 
     model: Annotated[
         str,

@@ -94,8 +94,10 @@ def _read_adapter(folder: Path, name: str, backbone: Backbone) -> Adapter:
         )
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{config_file} has no valid r and lora_alpha.") from None
+    if rank < 1 or not math.isfinite(alpha):
+        raise CheckpointError(f"{config_file} has no valid r and lora_alpha: {rank} and {alpha}.")
     keys = _match_keys(tensor_shapes(weights), weights, rank, backbone)
     wanted = _wanted_modules(config, config_file, backbone)
     absent = sorted(wanted - {module for _, module in keys})

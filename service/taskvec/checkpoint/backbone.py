@@ -38,6 +38,20 @@ class Backbone:
     qk_norm: bool
 
     @property
+    def extents(self) -> tuple[int, ...]:
+        """Every size, each at least 1."""
+        return (
+            self.vocabulary,
+            self.hidden,
+            self.layers,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.intermediate,
+            self.max_positions,
+        )
+
+    @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """Linear layers of one block: name -> (out, in)."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -106,7 +120,7 @@ def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], where
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=int(config.get("head_dim") or hidden // max(heads, 1)),
             intermediate=int(config["intermediate_size"]),
             norm_eps=float(config["rms_norm_eps"]),
             rope_theta=_rope_theta(config, where),
@@ -118,8 +132,10 @@ def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], where
         raise CheckpointError(
             f"{where} has no {missing}: it is not a complete model config; download it again."
         ) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{where} has a value of the wrong kind ({error}).") from None
+    if min(backbone.extents) < 1:
+        raise CheckpointError(f"{where} has a size below 1: {backbone}.")
     if backbone.heads % backbone.kv_heads:
         raise CheckpointError(
             f"{where}: {backbone.heads} attention heads cannot share {backbone.kv_heads} key heads."
@@ -127,12 +143,18 @@ def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], where
     return backbone
 
 
-def matryoshka_dimensions(config: Mapping[str, Any], hidden: int) -> tuple[int, ...]:
-    """Dimensions the model was trained to be cut at; empty where the config does not say."""
+def matryoshka_dimensions(config: Mapping[str, Any], hidden: int, where: str) -> tuple[int, ...]:
+    """Dimensions the model was trained to be cut at; empty where the config does not say.
+
+    Raises:
+        CheckpointError: they are no list of whole numbers.
+    """
     listed = config.get("matryoshka_dimensions") or ()
+    if not isinstance(listed, list | tuple) or not all(type(d) is int for d in listed):
+        raise CheckpointError(f"{where}: matryoshka_dimensions is no list of whole numbers.")
     if not listed and config.get("model_type") == "jina_embeddings_v5":
         listed = JINA_V5_MATRYOSHKA
-    return tuple(sorted(int(d) for d in listed if int(d) <= hidden))
+    return tuple(sorted(d for d in listed if d <= hidden))
 
 
 def _architecture(config: Mapping[str, Any], tensor_names: frozenset[str], where: str) -> str:
@@ -157,9 +179,12 @@ def _refuse_unimplemented(config: Mapping[str, Any], where: str) -> None:
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(key):
             raise CheckpointError(f"{where} sets {key}, which taskvec does not implement.")
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise CheckpointError(f"{where} has layers of type {sorted(kinds)}: only full_attention.")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise CheckpointError(f"{where}: layer_types is no list.")
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if others:
+        raise CheckpointError(f"{where} has layers of type {others[:3]}: only full_attention.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"{where} names the activation {activation!r}: only silu is known.")

@@ -25,10 +25,12 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} is missing: copy or download the checkpoint again."
         ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as JSON ({error}): copy or download it again."
+        ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object.")
+        raise CheckpointError(f"{file} holds no JSON object: copy or download it again.")
     return value
 
 
@@ -74,7 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     shards = read_json(index_file).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{index_file} has no weight_map.")
+        raise CheckpointError(f"{index_file} has no weight_map: copy or download it again.")
     names = sorted(set(map(str, shards.values())))
     for name in names:
         if Path(name).name != name:

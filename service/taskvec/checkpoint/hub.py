@@ -37,8 +37,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """
     if model == DEFAULT_MODEL:
         return read_checkpoint(Path(__file__).parents[1] / "default_model", DEFAULT_MODEL)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _folder(model)
+    if folder is not None:
         return read_checkpoint(folder, folder.resolve().name)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
@@ -49,10 +49,19 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     return read_checkpoint(snapshot, model, revision=snapshot.name)
 
 
+def _folder(model: str) -> Path | None:
+    try:
+        folder = Path(model).expanduser()
+        return folder if model and folder.is_dir() else None
+    except (OSError, RuntimeError):  # no such user, a name too long for the file system
+        return None
+
+
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and only hubs need it
     from huggingface_hub.errors import (  # noqa: PLC0415
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -60,6 +69,8 @@ def _download(model: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_WANTED_FILES)))
+    except HFValidationError as error:
+        raise CheckpointError(f"{model!r} cannot be a hub id: {error}") from None
     except RevisionNotFoundError:
         raise CheckpointError(f"The hub has no revision {revision!r} of {model}.") from None
     except RepositoryNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
     task_names = config.get("task_names") or []
     if not isinstance(task_names, list):
         raise CheckpointError(f"{config_file}: task_names is no list.")
-    adapters = read_adapters(folder, backbone, [str(task) for task in task_names])
+    task_names = [str(task) for task in task_names]
+    if len(set(task_names)) != len(task_names):
+        raise CheckpointError(f"{config_file}: task_names repeats a name: {task_names}.")
+    adapters = read_adapters(folder, backbone, task_names)
     prompts, default_prompt = _prompts(folder, required=bool(adapters))
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
@@ -77,7 +81,7 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
             dimension=backbone.hidden,
             max_tokens=_max_tokens(folder, backbone),
             vocabulary=backbone.vocabulary,
-            matryoshka=matryoshka_dimensions(config, backbone.hidden),
+            matryoshka=matryoshka_dimensions(config, backbone.hidden, str(config_file)),
             adapters=tuple(adapter.name for adapter in adapters),
             parameters=backbone.parameters,
         ),
@@ -98,6 +102,11 @@ def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[
 
 
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, folder: Path) -> None:
+    if backbone.layers > len(shapes):  # before so many names are made
+        raise CheckpointError(
+            f"config.json in {folder} implies {backbone.layers} layers, the weights have only "
+            f"{len(shapes)} tensors: config and weights are not of one model."
+        )
     wanted = dict(backbone.tensors())
     for name, shape in wanted.items():
         if name not in shapes:
@@ -132,7 +141,7 @@ def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | Non
             "wrong vectors."
         )
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of its prompts.")
     return dict(prompts), default
 
@@ -141,6 +150,6 @@ def _max_tokens(folder: Path, backbone: Backbone) -> int:
     file = folder / "tokenizer_config.json"
     stated = read_json(file).get("model_max_length") if file.is_file() else None
     # transformers writes 1e30 for "no limit"; the positions are the limit then.
-    if not isinstance(stated, int | float) or stated < 1:
+    if not isinstance(stated, int | float) or not math.isfinite(stated) or stated < 1:
         return backbone.max_positions
     return min(int(stated), backbone.max_positions)

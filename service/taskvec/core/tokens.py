@@ -5,7 +5,8 @@ tokens: those that no later character can change. What decides a token lies near
 like characters it is split from, and the merges within that run. So a token is settled once GUARD
 characters of the text lie behind it. White space is the exception: a later line break can join a
 whole run of it to the line break before, so in a run that reaches the window's end nothing from
-its last line break on is settled.
+its last line break on is settled. Combining marks and control characters are another: normalisers
+reorder or drop whole runs of them, so a run that reaches the window's end does not count either.
 
 The window is bounded too, so that a hostile text costs no more than a long one: where WIDEST_TOKEN
 characters a token do not fill the limit (megabytes of white space, say), the text is refused.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -196,4 +198,11 @@ def _settled_until(window: str) -> int:
     trailing = window[len(body) :]
     last_break = max(trailing.rfind("\n"), trailing.rfind("\r"))
     end = len(body) + last_break + 1 if last_break >= 0 else len(window)
+    while end and _joins(window[end - 1]):
+        end -= 1
     return end - GUARD
+
+
+def _joins(character: str) -> bool:
+    """True for what normalisers drop or reorder: combining marks, and controls but for breaks."""
+    return unicodedata.category(character)[0] in "MC" and not character.isspace()

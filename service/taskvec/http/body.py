@@ -14,25 +14,31 @@ from taskvec.errors import (
     ClientClosedError,
     InvalidRequestError,
     PayloadTooLargeError,
+    SlowBodyError,
     UnsupportedMediaTypeError,
 )
 
 T = TypeVar("T")
+
+MOST_DIGITS = 18
+"""Of a Content-Length worth reading as a number."""
 
 WATCH_AFTER = 0.02
 """Seconds before a request's connection is watched: most are answered sooner, and a watching task
 costs as much as everything else that is done for a small request."""
 
 
-async def read_json(request: Request, limit: int) -> Any:
+async def read_json(request: Request, limit: int, seconds: float) -> Any:
     """The parsed body.
 
     Args:
         request: not yet read.
         limit: most bytes; a longer body is refused by its header, or as soon as it passes it.
+        seconds: how long the body may take to arrive.
 
     Raises:
         UnsupportedMediaTypeError: declared as something other than JSON.
+        SlowBodyError: not there in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client left while sending.
         InvalidRequestError: not JSON: also NaN, lone surrogates and nesting beyond 1,024 levels.
@@ -45,12 +51,28 @@ async def read_json(request: Request, limit: int) -> Any:
             "application/json."
         )
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
+    if length.isdecimal() and (len(length) > MOST_DIGITS or int(length) > limit):
         raise _too_large(limit)
+    try:
+        async with asyncio.timeout(seconds):
+            body = await _read(request.receive, limit)
+    except TimeoutError:
+        raise SlowBodyError(
+            f"The body did not arrive within {seconds:g} seconds: send fewer texts at once."
+        ) from None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
-        message = await request.receive()
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientClosedError("The client left while sending its body.")
         chunk = message.get("body", b"")
@@ -59,13 +81,7 @@ async def read_json(request: Request, limit: int) -> Any:
             raise _too_large(limit)
         chunks.append(chunk)
         if not message.get("more_body", False):
-            break
-    try:
-        return orjson.loads(chunks[0] if len(chunks) == 1 else b"".join(chunks))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(
-            f"The body is not valid JSON: {error}.", code="invalid_json"
-        ) from None
+            return b"".join(chunks)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

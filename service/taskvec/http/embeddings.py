@@ -50,7 +50,7 @@ class EmbeddingsRoute:
     async def __call__(self, request: Request) -> Response:
         """Answer one request; failures are raised as TaskvecError."""
         record = record_of(request.scope)
-        body = await read_json(request, self._limits.body_bytes)
+        body = await read_json(request, self._limits.body_bytes, self._limits.seconds)
         job, transport = self.read(body, request.headers)
         record.task, record.texts = job.task.name, len(job.inputs)
         result = await unless_client_leaves(request.receive, self._embedder.embed(job))
@@ -228,7 +228,7 @@ def _output_type(value: Any, field: str) -> str:
                 param=field,
             )
         value = value[0]
-    name = _string(value, field)
+    name = _string(value, field, code="invalid_embedding_type")
     known = ["float", "base64", *(kind.value for kind in OutputType if kind.value != "float")]
     if name not in known:
         raise InvalidRequestError(
@@ -256,11 +256,13 @@ def _agreed(body: Mapping[str, Any], fields: Sequence[str], read: Any) -> Any:
     return value
 
 
-def _string(value: Any, field: str) -> str | None:
+def _string(value: Any, field: str, *, code: str | None = None) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise InvalidRequestError(
-        f"{field} must be a string, got {_kind(value)}.", code=f"invalid_{field}", param=field
+        f"{field} must be a string, got {_kind(value)}.",
+        code=code or f"invalid_{field}",
+        param=field,
     )
 
 

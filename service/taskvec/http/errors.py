@@ -75,7 +75,7 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
         headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
     if error.status in NO_RETRY_HELPS:
         headers["x-should-retry"] = "false"
-    if error.status == 413:
+    if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not worth reading
     return Response(
         orjson.dumps(body), error.status, headers=headers, media_type="application/json"

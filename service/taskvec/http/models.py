@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from taskvec.core.tasks import Task
 from taskvec.engines.base import ModelCard
 from taskvec.errors import NotFoundError
 from taskvec.http.errors import error_responses
 from taskvec.http.names import ServedNames
+
+MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+"""Described here: a parameter that FastAPI reads is documented with a 422 that never happens."""
 
 
 def models_router(
@@ -36,9 +39,9 @@ def models_router(
         }
 
     entries = {name: entry(name, all_tasks) for name in names.all}
-    for task in all_tasks:
-        name = f"{names.primary}:{task}"
-        entries[name] = entry(name, [task])
+    for name in names.all:
+        for task in all_tasks:
+            entries[f"{name}:{task}"] = entry(f"{name}:{task}", [task])
     router = APIRouter(prefix="/v1/models", tags=["models"])
 
     @router.get("", summary="List the served model, its aliases and its tasks")
@@ -46,9 +49,13 @@ def models_router(
         return {"object": "list", "data": list(entries.values())}
 
     @router.get(
-        "/{model_id:path}", summary="One model, alias or name:task", responses=error_responses(404)
+        "/{model_id:path}",  # noqa: FAST003 - see MODEL_ID
+        summary="One model, alias or name:task",
+        responses=error_responses(404),
+        openapi_extra={"parameters": [MODEL_ID]},
     )
-    async def get_model(model_id: str) -> dict[str, Any]:
+    async def get_model(request: Request) -> dict[str, Any]:
+        model_id: str = request.path_params["model_id"]
         if model_id not in entries:
             raise NotFoundError(
                 f"There is no model {model_id[:200]!r}: see /v1/models.",

@@ -22,7 +22,7 @@ def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
     async def live() -> dict[str, str]:
         health = engine.health()
         if health.state is EngineState.DEAD:
-            raise UnavailableError(f"The engine is dead: {health.reason}.")
+            raise UnavailableError(f"The engine is dead: {health.reason}.", retry_after=1)
         return {"status": "live"}
 
     @router.get(

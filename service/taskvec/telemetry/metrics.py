@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-STATUSES = ("200", "400", "413", "415", "429", "499", "500", "503", "504")
+STATUSES = ("200", "400", "404", "405", "408", "413", "415", "429", "499", "500", "503", "504")
 NO_TASK = "none"
 """Task label of requests that failed before their task was known."""
 

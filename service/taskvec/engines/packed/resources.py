@@ -7,15 +7,28 @@ from pathlib import Path
 
 import torch
 
+from taskvec.errors import CheckpointError
+
 CGROUP = Path("/sys/fs/cgroup")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(
+            f"There is no device {wanted}: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices. Choose another --device, or install a "
+            "torch build for CUDA and the driver."
+        )
+    return device
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -62,6 +75,8 @@ def _cgroup_bytes() -> int:
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
+        statistics = (CGROUP / "memory.stat").read_text().splitlines()
+        used -= int(dict(line.split() for line in statistics)["inactive_file"])  # page cache
+    except (OSError, ValueError, KeyError):
         return 1 << 62
     return 1 << 62 if limit == "max" else max(0, int(limit) - used)

@@ -32,7 +32,7 @@ check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dep
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/deptry .
+	$(VENV)/bin/deptry service
 
 .PHONY: format
 format: $(VENV)/dev.stamp ## Format and fix what can be fixed

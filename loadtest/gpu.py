@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from oracle import Oracle
 from report import ratio, spread, write_result
 from synthetic import ADAPTERS, NANO, SMALL, TINY_NANO, TINY_SMALL, Shape, write_checkpoint

@@ -28,7 +28,7 @@ WIDEST_ACTIVATION = 3 << 20
 """Most elements of one block's widest activation: 6 MiB of bf16."""
 
 
-SMALL_FORWARD = 1 << 30
+SMALL_FORWARD = 1 << 29
 """Multiply-adds of a forward that stays on one thread: some milliseconds. Split over threads, its
 hundreds of tiny steps would each wait for all of them, and where a core is busy with something else
 each wait costs a time slice: 350 ms instead of 5 were seen (docs/adr/0004-small-forwards.md)."""

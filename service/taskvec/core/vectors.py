@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from taskvec.core.job import OutputType
 
 SMALLEST = np.float32(1e-19)
-"""Least divisor: keeps what is divided finite. Squares of smaller values are zero in float32."""
+"""Least length to divide by: the squares of smaller values vanish in float32."""
 
 
 def finish(
@@ -56,7 +56,7 @@ def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.gen
         offset: NDArray[np.int8] = (bits.astype(np.int16) - 128).astype(np.int8)
         return offset
     largest = np.abs(vectors).max(axis=1, keepdims=True)
-    steps: NDArray[np.float32] = np.rint(vectors / np.maximum(largest, SMALLEST) * 127)
+    steps: NDArray[np.float32] = np.rint(vectors / np.where(largest > 0, largest, 1) * 127)
     if output is OutputType.INT8:
         return steps.astype(np.int8)
     return (steps + 128).astype(np.uint8)

@@ -1,0 +1,57 @@
+"""What a text of 20 MB costs at an 8k limit: cut, refused, or hostile.
+
+python loadtest/truncation.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from report import spread, write_result
+from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.core.tokens import TextTokenizer
+from taskvec.errors import InvalidRequestError
+
+BYTES = 20_000_000
+LIMIT = 8192
+TEXTS = {
+    "English": "The quick brown fox jumps over the lazy dog, and nobody minds at all.\n",
+    "white space": " ",
+    "one letter": "a",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    tokenizer = TextTokenizer(
+        checkpoint.tokenizer,
+        max_tokens=LIMIT,
+        vocabulary=checkpoint.card.vocabulary,
+        threads=1,
+    )
+    figures = {}
+    for name, piece in TEXTS.items():
+        text = piece * (BYTES // len(piece))
+        for truncate in (True, False):
+            times = []
+            for _ in range(options.rounds):
+                begun = time.perf_counter()
+                try:
+                    (ids,) = tokenizer.encode_now([text], prompt="Document: ", truncate=truncate)
+                    outcome = f"{len(ids)} tokens"
+                except InvalidRequestError as error:
+                    outcome = error.code
+                times.append((time.perf_counter() - begun) * 1000)
+            case = f"{name}, {'truncate' if truncate else 'no truncate'}: {outcome}"
+            figures[case] = spread(times)
+            print(case, figures[case], flush=True)
+    tokenizer.close()
+    write_result("truncation", {"bytes": BYTES, "limit": LIMIT, "milliseconds": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -44,12 +44,13 @@ docs: $(VENV)/serve.stamp ## Write docs/configuration.md and .env.example from t
 	$(VENV)/bin/python docs/render_configuration.py
 
 .PHONY: bench
-bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency and truncation, one after another
+bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity
 	$(VENV)/bin/python loadtest/engine.py --shape mini --rounds 9
 	$(VENV)/bin/python loadtest/engine.py --shape qwen3-0.6b --rounds 3
 	$(VENV)/bin/python loadtest/gateway.py
 	$(VENV)/bin/python loadtest/latency.py
 	$(VENV)/bin/python loadtest/truncation.py
+	PYTHONPATH=tests $(VENV)/bin/python loadtest/parity.py
 
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/

@@ -15,7 +15,6 @@ import asyncio
 import base64
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
 from report import ratio, spread, write_result
+from server import free_port, wait_ready
 from taskvec.app import create_app
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint
@@ -185,13 +185,11 @@ def main() -> None:
 
 def measured(side: str, texts: int, seconds: int) -> float:
     """Requests per second that one fresh server answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, __file__, "--serve", side, "--port", str(port)]
     with subprocess.Popen(command) as server, script(texts) as lua:
         try:
-            wait_ready(f"http://127.0.0.1:{port}/health/ready")
+            wait_ready(port)
             url = f"http://127.0.0.1:{port}/v1/embeddings"
             wrk(lua, url, 1)
             report = wrk(lua, url, seconds)
@@ -221,18 +219,6 @@ def script(texts: int) -> Any:
             f"wrk.body = {body}\n"
         )
         yield file
-
-
-def wait_ready(url: str) -> None:
-    """Until the server answers; ten seconds at most."""
-    limit = time.monotonic() + 10
-    while time.monotonic() < limit:
-        try:
-            if httpx.get(url).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.05)
-    raise TimeoutError(url)
 
 
 def tokenizer_rates(rounds: int) -> list[float]:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import httpx
-
 from report import spread, write_result
+from server import free_port, wait_ready
 
 TEXT = "How do I find out which process listens on a port?"
 
@@ -28,14 +26,12 @@ def main() -> None:
     options = parser.parse_args()
     ready, medians, tails, engine, resident = [], [], [], [], []
     for _ in range(options.starts):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         begun = time.perf_counter()
         command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
             try:
-                wait_ready(f"http://127.0.0.1:{port}/health/ready")
+                wait_ready(port)
                 ready.append(time.perf_counter() - begun)
                 times, engine_times = one_by_one(port, options.requests)
                 medians.append(times[len(times) // 2])
@@ -80,19 +76,6 @@ def one_by_one(port: int, requests: int) -> tuple[list[float], list[float]]:
             engine.append(float(stage.partition(",")[0]))
     connection.close()
     return sorted(times), sorted(engine)
-
-
-def wait_ready(url: str) -> None:
-    """Until the server says so; a minute at most."""
-    limit = time.monotonic() + 60
-    while time.monotonic() < limit:
-        try:
-            if httpx.get(url).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.01)
-    raise TimeoutError(url)
 
 
 def resident_megabytes(pid: int) -> float:

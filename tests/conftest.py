@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import settings as hypothesis_settings
 
 from fakes import FakeEngine
@@ -87,20 +88,26 @@ def free_port() -> int:
         return port
 
 
-@asynccontextmanager
-async def fake_service(
-    checkpoint: Checkpoint, engine: FakeEngine | None = None, **settings: Any
-) -> AsyncIterator[tuple[httpx.AsyncClient, FakeEngine]]:
-    """The whole application in this process, in front of a fake engine."""
-    engine = engine or FakeEngine(checkpoint.card)
-    failures: list[BaseException] = []
-    app = create_app(
+def fake_application(
+    checkpoint: Checkpoint, engine: FakeEngine, failures: list[BaseException], **settings: Any
+) -> FastAPI:
+    """The whole application in front of a fake engine; a failed start is added to ``failures``."""
+    return create_app(
         Settings(log_requests=False, **settings),
         checkpoint,
         engine,
         Metrics(task_table(checkpoint).names),
         failures.append,
     )
+
+
+@asynccontextmanager
+async def fake_service(
+    checkpoint: Checkpoint, engine: FakeEngine | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, FakeEngine]]:
+    """The whole application in this process, in front of a fake engine."""
+    engine = engine or FakeEngine(checkpoint.card)
+    app = fake_application(checkpoint, engine, [], **settings)
     async with app.router.lifespan_context(app):
         await asyncio.sleep(0)  # the application starts its engine in a task of its own
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
-from taskvec.engines.base import EngineState, TokenBatch, TokenIds
+from taskvec.engines.base import EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
@@ -128,11 +128,7 @@ async def test_a_small_request_passes_a_big_one(checkpoint: Checkpoint) -> None:
     """One text sent behind two thousand is answered long before them."""
     options = replace(FP32, max_batch_tokens=512)
     async with running(checkpoint, options) as (engine, observed):
-        big = asyncio.create_task(
-            engine.embed(TokenBatch([random_ids(16, n) for n in range(2048)], "clustering"))
-        )
-        while not observed.batches:
-            await asyncio.sleep(0.001)
+        big = await big_request_under_way(engine, observed)
         before = len(observed.batches)
         await engine.embed(TokenBatch([random_ids(16, 9)], "retrieval"))
         assert len(observed.batches) - before <= 3
@@ -145,11 +141,7 @@ async def test_cancelled_texts_leave_the_queue(checkpoint: Checkpoint) -> None:
     """A cancelled request costs no more than the forward it was in."""
     options = replace(FP32, max_batch_tokens=512)
     async with running(checkpoint, options) as (engine, observed):
-        big = asyncio.create_task(
-            engine.embed(TokenBatch([random_ids(16, n) for n in range(2048)], "clustering"))
-        )
-        while not observed.batches:
-            await asyncio.sleep(0.001)
+        big = await big_request_under_way(engine, observed)
         big.cancel()
         await engine.embed(TokenBatch([random_ids(16, 9)], "retrieval"))
     assert big.cancelled()
@@ -249,6 +241,18 @@ async def running(
         yield engine, observed
     finally:
         await engine.stop()
+
+
+async def big_request_under_way(
+    engine: PackedEngine, observed: Observed
+) -> asyncio.Task[EngineResult]:
+    """Two thousand texts, of which the first are in a forward or behind one."""
+    big = asyncio.create_task(
+        engine.embed(TokenBatch([random_ids(16, n) for n in range(2048)], "clustering"))
+    )
+    while not observed.batches:
+        await asyncio.sleep(0.001)
+    return big
 
 
 def random_ids(length: int, seed: int) -> TokenIds:

@@ -16,13 +16,9 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from conftest import fake_service
+from conftest import fake_application, fake_service
 from fakes import FakeEngine
-from taskvec.app import create_app
 from taskvec.checkpoint.layout import Checkpoint
-from taskvec.settings import Settings
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table
 
 PATH = "/v1/embeddings"
 PATIENCE = 20.0
@@ -54,13 +50,7 @@ def served(checkpoint: Checkpoint, delay: float = 0.0, **settings: Any) -> Itera
     """The application in front of a fake engine, served by uvicorn in a thread."""
     engine = FakeEngine(checkpoint.card, delay=delay)
     failures: list[BaseException] = []
-    app = create_app(
-        Settings(log_requests=False, **settings),
-        checkpoint,
-        engine,
-        Metrics(task_table(checkpoint).names),
-        failures.append,
-    )
+    app = fake_application(checkpoint, engine, failures, **settings)
     config = uvicorn.Config(
         app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5
     )

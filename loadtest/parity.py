@@ -1,6 +1,6 @@
 """How far the packed engine lies from transformers and peft in float32, on a CPU.
 
-    PYTHONPATH=tests python loadtest/parity.py
+PYTHONPATH=tests python loadtest/parity.py
 """
 
 from __future__ import annotations

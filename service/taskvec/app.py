@@ -15,8 +15,11 @@ from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine
-from taskvec.http.embeddings import EmbeddingsRoute, Limits
+from taskvec.engines.wire import WIRE_PATH
+from taskvec.http.embeddings import EmbeddingsRoute
+from taskvec.http.engine import EngineRoute
 from taskvec.http.errors import error_responses, install_error_handlers
+from taskvec.http.limits import Limits
 from taskvec.http.middleware import RequestTrace
 from taskvec.http.models import models_router
 from taskvec.http.names import ServedNames
@@ -37,6 +40,7 @@ def create_app(
     on_failure: OnFailure,
     *,
     tokenizer: TextTokenizer | None = None,
+    behind_gateway: bool = False,
 ) -> FastAPI:
     """Wire the service.
 
@@ -47,6 +51,7 @@ def create_app(
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
+        behind_gateway: True where gateways of the same service count and log the requests.
     """
     tasks = task_table(checkpoint)
     tokenizer = tokenizer or text_tokenizer(
@@ -73,15 +78,16 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
+    limits = Limits(
+        settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
+    )
+    if token_ids:
+        app.add_route(
+            WIRE_PATH, EngineRoute(embedder, limits).__call__, ["POST"], include_in_schema=False
+        )
     app.add_api_route(
         "/v1/embeddings",
-        EmbeddingsRoute(
-            embedder,
-            names,
-            Limits(
-                settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
-            ),
-        ).__call__,
+        EmbeddingsRoute(embedder, names, limits).__call__,
         methods=["POST"],
         tags=["embeddings"],
         summary="Embed texts for a task",
@@ -100,7 +106,11 @@ def create_app(
     app.include_router(models_router(checkpoint.card, embedder.max_tokens, tasks, names))
     app.include_router(probes_router(engine, metrics))
     install_error_handlers(app)
-    app.add_middleware(RequestTrace, metrics=metrics, log_requests=settings.log_requests)
+    app.add_middleware(
+        RequestTrace,
+        metrics=None if behind_gateway else metrics,
+        log_requests=settings.log_requests and not behind_gateway,
+    )
     return app
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
 import typer
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from taskvec import __version__
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
@@ -50,72 +51,25 @@ def main() -> None:
 def _serve(**options: Any) -> None:
     """Serve a model over HTTP: OpenAI's /v1/embeddings, health, metrics and /docs.
 
-    Every option can be set by its environment variable instead.
+    Every option can be set by its environment variable instead. TASKVEC_ENGINE_API_KEY, a secret,
+    only by that.
     """
-    import uvicorn  # noqa: PLC0415 - the other commands need no server
+    from taskvec.serving import serve  # noqa: PLC0415 - the other commands need no server
 
-    from taskvec.app import create_app  # noqa: PLC0415
-
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with _clear_failures():
         settings = Settings(**given)
         configure_logs(settings.log_level)
-        checkpoint = open_checkpoint(settings.model, settings.revision)
-        engine, metrics = _packed_engine(settings, checkpoint)
-        failures: list[BaseException] = []
-
-        def stop_serving(error: BaseException) -> None:
-            failures.append(error)
-            server.should_exit = True
-
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(settings, checkpoint, engine, metrics, stop_serving),
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=75,  # longer than the idle time of common load balancers
-                timeout_graceful_shutdown=settings.drain_timeout,
-            )
-        )
-        server.run()
-        if failures:
-            raise failures[0]
-
-
-def _packed_engine(settings: Settings, checkpoint: Any) -> tuple[Any, Any]:
-    try:
-        from taskvec.engines.packed.engine import (  # noqa: PLC0415 - torch is an extra
-            PackedEngine,
-            PackedOptions,
-        )
-    except ModuleNotFoundError as missing:
-        if missing.name != "torch":
-            raise
-        raise CheckpointError("The packed engine needs torch: install taskvec[packed].") from None
-    from taskvec.telemetry.metrics import Metrics  # noqa: PLC0415
-    from taskvec.wiring import task_table  # noqa: PLC0415
-
-    metrics = Metrics(task_table(checkpoint).names)
-    options = PackedOptions(
-        device=settings.device,
-        dtype=settings.dtype,
-        adapter_mode=settings.adapter_mode,
-        max_batch_tokens=settings.max_batch_tokens,
-        threads=settings.threads,
-    )
-    return PackedEngine(checkpoint, options, metrics), metrics
+        serve(settings)
 
 
 def _settings_signature() -> inspect.Signature:
     """One option for each setting, so that help and settings cannot drift apart."""
     parameters = []
     for name, field in Settings.model_fields.items():
-        kind = field.annotation
-        if kind == tuple[str, ...]:
-            kind = str
+        kind = _option_type(field.annotation)
+        if kind is None:
+            continue
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else default
         if isinstance(shown, enum.Enum):
@@ -123,7 +77,7 @@ def _settings_signature() -> inspect.Signature:
         flag = f"--{name.replace('_', '-')}"
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-            help=f"{field.description} Default: {'none' if shown in (None, '') else shown}.",
+            help=f"{field.description} Default: {'none' if shown in (None, '', {}) else shown}.",
             show_default=False,
             envvar=environment_variable(name),
         )
@@ -134,6 +88,17 @@ def _settings_signature() -> inspect.Signature:
             )
         )
     return inspect.Signature(parameters)
+
+
+def _option_type(annotation: Any) -> Any:
+    """What typer reads a setting as; None for a secret, which is read from its variable alone."""
+    if annotation == SecretStr | None:
+        return None
+    if annotation == tuple[str, ...]:
+        return list[str]
+    if annotation == dict[str, Any]:
+        return str
+    return annotation
 
 
 _serve.__signature__ = _settings_signature()  # type: ignore[attr-defined]
@@ -234,6 +199,35 @@ def embed(  # noqa: PLR0917 - typer calls it by name
             )
 
 
+@app.command("engine-args")
+def engine_args(  # noqa: PLR0917 - typer calls it by name
+    model: ModelArgument = DEFAULT_MODEL,
+    revision: RevisionOption = None,
+    device: Annotated[str, typer.Option(help="What the server runs on: cuda or cpu.")] = "cuda",
+    dtype: DtypeOption = Dtype.AUTO,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where the copy that vLLM reads is made.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest text; 0 for the model's limit.")] = 0,
+) -> None:
+    """Print the vllm serve command line that fits a model, one adapter a task.
+
+    Makes the copy that vLLM reads: its folder, and the adapters' folders, must be there under the
+    same paths where the command runs.
+    """
+    with _clear_failures():
+        configure_logs("warning")
+        if device not in ("cuda", "cpu"):
+            _exit(f"--device must be cuda or cpu, got {device}", USAGE)
+        from taskvec.checkpoint.plain import plain_folder  # noqa: PLC0415
+        from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
+
+        checkpoint = open_checkpoint(model, revision)
+        folder = plain_folder(checkpoint, Settings(cache_dir=cache_dir).cache.absolute())
+        options = VllmOptions(dtype=dtype, max_tokens=max_tokens)
+        typer.echo(shlex.join(server_command(checkpoint, folder, options, gpu=device == "cuda")))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -254,6 +248,8 @@ def _clear_failures() -> Iterator[None]:
 
 
 def _setting_fault(error: Any) -> str:
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
     name = str(error["loc"][0])
     return f"--{name.replace('_', '-')} ({environment_variable(name)}): {error['msg']}"
 

@@ -6,12 +6,24 @@ docs/configuration.md and .env.example are generated from it (``make docs``).
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from taskvec.checkpoint.hub import DEFAULT_MODEL
+from taskvec.engines.remote.addresses import check_url
+
+
+class EngineKind(enum.StrEnum):
+    """What embeds."""
+
+    PACKED = "packed"
+    VLLM = "vllm"
+    REMOTE = "remote"
 
 
 class Dtype(enum.StrEnum):
@@ -79,6 +91,59 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 for any free one.")] = 8080
 
+    workers: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=256,
+            description="Gateway processes; more than one share one engine process. For short "
+            "texts the gateway is the limit, not the engine.",
+        ),
+    ] = 1
+
+    engine: Annotated[
+        EngineKind,
+        Field(
+            description="packed: our own, in this process; vllm: vLLM in this process; remote: "
+            "vLLM or taskvec servers elsewhere."
+        ),
+    ] = EngineKind.PACKED
+    engine_url: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Servers of the remote engine: http://host:port, https://host:port, "
+            "unix:///path, or dns://name:port for every address behind a name; several by "
+            "repeating the option or with commas."
+        ),
+    ] = ()
+    engine_api_key: Annotated[
+        SecretStr | None,
+        Field(description="Key that is sent to the remote engine's servers as a bearer token."),
+    ] = None
+    engine_ca: Annotated[
+        Path | None,
+        Field(
+            description="File with the certificates that vouch for https engine servers; none for "
+            "the system's."
+        ),
+    ] = None
+    engine_call_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds after which a remote engine's server that has not answered counts "
+            "as hung and another one is asked.",
+        ),
+    ] = 120.0
+    cache_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder for what is computed once a model: golden vectors, and the copy "
+            "that vLLM reads; none for taskvec in the user's cache folder."
+        ),
+    ] = None
+
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     ] = "auto"
@@ -117,6 +182,35 @@ class Settings(BaseSettings):
         ),
     ] = 0
 
+    max_batch_texts: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="vllm: most texts in one forward; 0 for what suits the device.",
+        ),
+    ] = 0
+    memory_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="vllm: share of the GPU's memory (on a CPU, of the RAM) that it may take; "
+            "0 for 0.9 (0.3).",
+        ),
+    ] = 0.0
+    tensor_parallel: Annotated[
+        int, Field(ge=1, description="vllm: devices that one copy of the model is split over.")
+    ] = 1
+    data_parallel: Annotated[int, Field(ge=1, description="vllm: copies of the model.")] = 1
+    vllm_args: Annotated[
+        dict[str, Any],
+        NoDecode,
+        Field(
+            description="vllm: further engine arguments by vLLM's own names, as a JSON object such "
+            'as {"max_loras": 8}; they win over all others.'
+        ),
+    ] = {}
+
     max_tokens: Annotated[
         int, Field(ge=0, description="Longest text in tokens; 0 for the model's own limit.")
     ] = 0
@@ -152,12 +246,66 @@ class Settings(BaseSettings):
         bool, Field(description="Write one log line a request; never its texts.")
     ] = True
 
-    @field_validator("model_aliases", mode="before")
+    @field_validator("model_aliases", "engine_url", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(name.strip() for name in value.split(",") if name.strip())
+        listed = [value] if isinstance(value, str) else value
+        if isinstance(listed, list | tuple) and all(isinstance(part, str) for part in listed):
+            names = (name.strip() for part in listed for name in part.split(","))
+            return tuple(name for name in names if name)
         return value
+
+    @field_validator("engine_url")
+    @classmethod
+    def _check_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_url, value))
+
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"it is not valid JSON ({error})") from None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.engine is EngineKind.REMOTE and not self.engine_url:
+            raise ValueError(
+                "--engine remote needs at least one --engine-url (TASKVEC_ENGINE_URL): where are "
+                "its servers?"
+            )
+        if self.engine is not EngineKind.REMOTE and self.engine_url:
+            raise ValueError(
+                f"--engine-url is for --engine remote, and the engine is {self.engine.value}."
+            )
+        return self
+
+    @property
+    def cache(self) -> Path:
+        """``cache_dir``, or its default."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        home = os.environ.get("XDG_CACHE_HOME")
+        return (Path(home) if home else Path.home() / ".cache") / "taskvec"
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which another process reads the same settings."""
+        variables = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            elif isinstance(value, tuple):
+                value = ",".join(value)
+            elif isinstance(value, dict):
+                value = json.dumps(value)
+            elif isinstance(value, enum.Enum):
+                value = value.value
+            variables[environment_variable(name)] = "" if value is None else str(value)
+        return variables
 
 
 def environment_variable(field: str) -> str:

@@ -16,7 +16,12 @@ from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenB
 
 PATH = "/v1/embeddings"
 TASKS = {"retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"}
-CODES = {"starting": "starting", "stopping": "draining", "dead": "engine_unavailable"}
+CODES = {
+    "starting": "starting",
+    "stopping": "draining",
+    "unavailable": "engine_unavailable",
+    "dead": "engine_unavailable",
+}
 SERIES = {
     "taskvec_requests": "counter",
     "taskvec_texts": "counter",
@@ -31,6 +36,9 @@ SERIES = {
     "taskvec_forward_seconds": "histogram",
     "taskvec_texts_dropped": "counter",
     "taskvec_engine_ready": "gauge",
+    "taskvec_engine_call_seconds": "histogram",
+    "taskvec_engine_retries": "counter",
+    "taskvec_engine_lookup_failures": "counter",
 }
 
 

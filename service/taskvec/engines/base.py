@@ -84,10 +84,11 @@ class EngineResult:
 
 
 class EngineState(enum.Enum):
-    """Where an engine is in its life."""
+    """Where an engine is in its life; UNAVAILABLE ends by itself, DEAD only with the process."""
 
     STARTING = "starting"
     READY = "ready"
+    UNAVAILABLE = "unavailable"
     STOPPING = "stopping"
     DEAD = "dead"
 

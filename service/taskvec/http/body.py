@@ -50,21 +50,36 @@ async def read_json(request: Request, limit: int, seconds: float) -> Any:
             f"The body is declared as {kind[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
+    try:
+        return orjson.loads(await read_bytes(request, limit, seconds))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"The body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+
+
+async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
+    """The body as it came.
+
+    Args:
+        request: not yet read.
+        limit: most bytes; a longer body is refused by its header, or as soon as it passes it.
+        seconds: how long the body may take to arrive.
+
+    Raises:
+        SlowBodyError: not there in time; the rest is not read.
+        PayloadTooLargeError: over the limit; the rest is not read.
+        ClientClosedError: the client left while sending.
+    """
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and (len(length) > MOST_DIGITS or int(length) > limit):
         raise _too_large(limit)
     try:
         async with asyncio.timeout(seconds):
-            body = await _read(request.receive, limit)
+            return await _read(request.receive, limit)
     except TimeoutError:
         raise SlowBodyError(
             f"The body did not arrive within {seconds:g} seconds: send fewer texts at once."
-        ) from None
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(
-            f"The body is not valid JSON: {error}.", code="invalid_json"
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from starlette.requests import Request
@@ -17,6 +17,7 @@ from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
 from taskvec.http.body import read_json, unless_client_leaves
 from taskvec.http.encoding import OCTET_STREAM, Transport, encode_off_loop
+from taskvec.http.limits import Limits, seconds_allowed
 from taskvec.http.names import ServedNames
 from taskvec.http.record import record_of
 
@@ -28,15 +29,6 @@ TOKENS_REFUSED = (
     "give meaningless vectors. Send strings (langchain-openai: check_embedding_ctx_length=False), "
     "or let the operator set TASKVEC_TOKEN_INPUT=accept."
 )
-
-
-class Limits(NamedTuple):
-    """What one request may size."""
-
-    body_bytes: int
-    texts: int
-    seconds: float
-    token_ids: bool
 
 
 class EmbeddingsRoute:
@@ -86,7 +78,7 @@ class EmbeddingsRoute:
             output=output,
             normalized=normalized is not False,
             truncate=bool(truncate),
-            deadline=time.monotonic() + self._seconds(headers),
+            deadline=time.monotonic() + seconds_allowed(headers, self._limits.seconds),
         )
         return job, transport
 
@@ -100,18 +92,6 @@ class EmbeddingsRoute:
                 "input_type": _string(body.get("input_type"), "input_type"),
             }
         )
-
-    def _seconds(self, headers: Mapping[str, str]) -> float:
-        asked = headers.get("x-request-timeout-ms")
-        if asked is None:
-            return self._limits.seconds
-        if not asked.isdecimal() or not 0 < len(asked) < 12 or int(asked) == 0:
-            raise InvalidRequestError(
-                "The header x-request-timeout-ms must be a whole number of milliseconds above 0.",
-                code="invalid_timeout",
-                param="x-request-timeout-ms",
-            )
-        return min(self._limits.seconds, int(asked) / 1000)
 
     def _inputs(self, value: Any, *, truncate: bool) -> Sequence[str] | Sequence[TokenIds]:
         if not isinstance(value, list):
@@ -154,14 +134,18 @@ class EmbeddingsRoute:
                 param=where,
             )
         model = self._embedder.model
-        for i, token in enumerate(value):
-            if type(token) is not int or not 0 <= token < model.vocabulary:
-                raise InvalidRequestError(
-                    f"{where}[{i}] is no token id of this model: ids are whole numbers from 0 to "
-                    f"{model.vocabulary - 1}.",
-                    code="invalid_token_id",
-                    param=f"{where}[{i}]",
-                )
+        if set(map(type, value)) != {int} or min(value) < 0 or max(value) >= model.vocabulary:
+            wrong = next(
+                i
+                for i, token in enumerate(value)
+                if type(token) is not int or not 0 <= token < model.vocabulary
+            )
+            raise InvalidRequestError(
+                f"{where}[{wrong}] is no token id of this model: ids are whole numbers from 0 to "
+                f"{model.vocabulary - 1}.",
+                code="invalid_token_id",
+                param=f"{where}[{wrong}]",
+            )
         if len(value) > self._embedder.max_tokens:
             if not truncate:
                 raise InvalidRequestError(

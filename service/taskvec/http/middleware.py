@@ -25,7 +25,14 @@ log = structlog.get_logger("taskvec.requests")
 class RequestTrace:
     """Pure ASGI middleware; sits outside everything else."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics | None, *, log_requests: bool) -> None:
+        """Wrap an application.
+
+        Args:
+            app: what answers.
+            metrics: None where another process counts the requests.
+            log_requests: whether each request gets a line.
+        """
         self._app = app
         self._metrics = metrics
         self._log_requests = log_requests
@@ -36,7 +43,7 @@ class RequestTrace:
             return
         record = RequestRecord(_request_id(scope))
         scope[RECORD_KEY] = record
-        embeds = scope["path"] in EMBED_PATHS
+        metrics = self._metrics if scope["path"] in EMBED_PATHS else None
 
         async def send_traced(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -44,8 +51,8 @@ class RequestTrace:
                 message["headers"] = [*message.get("headers", ()), *_trace_headers(record)]
             await send(message)
 
-        if embeds:
-            self._metrics.request_started()
+        if metrics is not None:
+            metrics.request_started()
         try:
             await self._app(scope, receive, send_traced)
         except Exception:
@@ -57,10 +64,8 @@ class RequestTrace:
         finally:
             seconds = time.perf_counter() - record.started
             status = record.status or 499
-            if embeds:
-                self._metrics.request_ended(
-                    record.task, status, record.texts, record.tokens, seconds
-                )
+            if metrics is not None:
+                metrics.request_ended(record.task, status, record.texts, record.tokens, seconds)
             if self._log_requests:
                 log.info(
                     "request",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable under which processes share their series; see prometheus_client's multiprocess
+mode. It must be set before prometheus_client is imported."""
 
 STATUSES = ("200", "400", "404", "405", "408", "413", "415", "429", "499", "500", "503", "504")
 NO_TASK = "none"
 """Task label of requests that failed before their task was known."""
 
+CALL_OUTCOMES = ("ok", "busy", "unreachable", "error", "timeout", "wrong", "abandoned")
 DROP_REASONS = ("cancelled", "expired", "failed")
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
@@ -56,12 +64,19 @@ class Metrics:
             "taskvec_requests_in_flight",
             "How many embedding requests are being worked on?",
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self._queue_texts = Gauge(
-            "taskvec_queue_texts", "How many texts wait for a forward?", registry=self.registry
+            "taskvec_queue_texts",
+            "How many texts wait for a forward (vllm: or are in one)?",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self._queue_tokens = Gauge(
-            "taskvec_queue_tokens", "How many tokens wait for a forward?", registry=self.registry
+            "taskvec_queue_tokens",
+            "How many tokens wait for a forward (vllm: or are in one)?",
+            registry=self.registry,
+            multiprocess_mode="livesum",
         )
         self._queue_seconds = Histogram(
             "taskvec_queue_seconds",
@@ -94,7 +109,39 @@ class Metrics:
             registry=self.registry,
         )
         self._ready = Gauge(
-            "taskvec_engine_ready", "Would the engine answer now (1 or 0)?", registry=self.registry
+            "taskvec_engine_ready",
+            "Would the engine answer now (1 or 0)?",
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._server_serving = Gauge(
+            "taskvec_engine_server_serving",
+            "Which engine servers are proven and may be called (1), which not (0)?",
+            ("server",),
+            registry=self.registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._calls = Counter(
+            "taskvec_engine_calls",
+            "How many calls to engine servers ended, by server and outcome?",
+            ("server", "outcome"),
+            registry=self.registry,
+        )
+        self._call_seconds = Histogram(
+            "taskvec_engine_call_seconds",
+            "How long does a call to an engine server take?",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._retries = Counter(
+            "taskvec_engine_retries",
+            "How many failed calls to engine servers were sent again?",
+            registry=self.registry,
+        )
+        self._lookup_failures = Counter(
+            "taskvec_engine_lookup_failures",
+            "How often could the name of engine servers not be resolved?",
+            registry=self.registry,
         )
         self._by_label = {
             (task, status): (
@@ -155,7 +202,48 @@ class Metrics:
         """See ``EngineObserver``."""
         self._dropped.labels(reason).inc(texts)
 
+    def server_changed(self, server: str, *, serving: bool) -> None:
+        """See ``PoolObserver``."""
+        self._server_serving.labels(server).set(1 if serving else 0)
+        for outcome in CALL_OUTCOMES:
+            self._calls.labels(server, outcome)
+
+    def server_left(self, server: str) -> None:
+        """See ``PoolObserver``."""
+        self._server_serving.remove(server)
+        for outcome in CALL_OUTCOMES:
+            self._calls.remove(server, outcome)
+
+    def call_ended(self, server: str, outcome: str, seconds: float) -> None:
+        """See ``PoolObserver``."""
+        self._calls.labels(server, outcome).inc()
+        self._call_seconds.observe(seconds)
+
+    def call_retried(self) -> None:
+        """See ``PoolObserver``."""
+        self._retries.inc()
+
+    def lookup_failed(self) -> None:
+        """See ``PoolObserver``."""
+        self._lookup_failures.inc()
+
     def render(self, *, ready: bool) -> bytes:
-        """All series in Prometheus' text format."""
+        """All series in Prometheus' text format; of all processes where several share them."""
         self._ready.set(1 if ready else 0)
-        return generate_latest(self.registry)
+        shared = os.environ.get(SHARED_FOLDER)
+        if shared is None:
+            return generate_latest(self.registry)
+        _forget_dead_processes(Path(shared))
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, shared)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def _forget_dead_processes(shared: Path) -> None:
+    """Remove the live gauges of processes that are gone; what they counted stays."""
+    for file in shared.glob("gauge_live*_*.db"):
+        process = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Golden vectors: what each adapter of a checkpoint must give for a few probe texts.
+
+Computed once by the numpy reference, kept in the cache folder, and used to refuse any engine or
+server that would serve other vectors: a missing or swapped adapter, wrong weights, wrong pooling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.reference import reference_vectors
+
+PROBE_LENGTHS = (24, 5)
+"""Tokens of the probe texts: two lengths, so that a batch of them is a mixed one."""
+
+MATCH = 0.99
+"""Least cosine to the golden vector: bfloat16 stays above 0.999, 8-bit weights about 0.99."""
+
+_FORMAT = b"golden 1"
+_BASE = ""
+"""How the bare backbone is called in the file; no adapter can have that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenVectors:
+    """What to ask, and what must come back.
+
+    Attributes:
+        probes: token ids of each probe.
+        vectors: adapter (None: the bare backbone) -> float32 [probes, dimension], length 1 each.
+        adapters: those that an engine must serve; ``(None,)`` where the checkpoint has none.
+    """
+
+    probes: tuple[NDArray[np.int32], ...]
+    vectors: Mapping[str | None, NDArray[np.float32]]
+    adapters: tuple[str | None, ...]
+
+    def fault(self, adapter: str | None, given: NDArray[np.float32]) -> str | None:
+        """What is wrong with an engine's answer to the probes; None if nothing is.
+
+        Args:
+            adapter: the one that was asked for.
+            given: float32 [probes, dimension], of any length.
+        """
+        wanted = self.vectors[adapter]
+        asked = named(adapter)
+        if given.shape != wanted.shape:
+            return f"{asked} gives vectors of shape {list(given.shape)}, not {list(wanted.shape)}"
+        if not np.isfinite(given).all():
+            return f"{asked} gives vectors that are not finite"
+        lengths = np.linalg.norm(given, axis=1, keepdims=True)
+        if not lengths.all():
+            return f"{asked} gives vectors of zeros"
+        cosines = {
+            name: float((golden * (given / lengths)).sum(axis=1).min())
+            for name, golden in self.vectors.items()
+        }
+        nearest = max(cosines, key=lambda name: cosines[name])
+        if nearest != adapter and cosines[nearest] >= MATCH:
+            return f"{asked} gives the vectors of {named(nearest)}"
+        if cosines[adapter] < MATCH:
+            return (
+                f"{asked} gives wrong vectors: cosine {cosines[adapter]:.3f} to the right ones, at "
+                f"least {MATCH} is asked; other weights, another model, or too coarse a number type"
+            )
+        return None
+
+
+def named(adapter: str | None) -> str:
+    """How messages call an adapter."""
+    return "the bare backbone" if adapter is None else f"adapter {adapter!r}"
+
+
+def golden_vectors(checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
+    """The golden vectors of a checkpoint, from the cache or computed.
+
+    Args:
+        checkpoint: whose.
+        cache: folder to keep them in; one that cannot be written is no error.
+    """
+    random = np.random.default_rng(0)
+    vocabulary = checkpoint.backbone.vocabulary
+    lengths = [min(length, checkpoint.card.max_tokens) for length in PROBE_LENGTHS]
+    probes = tuple(random.integers(0, vocabulary, length, dtype=np.int32) for length in lengths)
+    names: list[str | None] = [None, *checkpoint.card.adapters]
+    file = cache / "golden" / f"{fingerprint(checkpoint)}.npz"
+    vectors = _stored(file, names, (len(probes), checkpoint.backbone.hidden))
+    if vectors is None:
+        rows = reference_vectors(
+            checkpoint,
+            [probe for _ in names for probe in probes],
+            [name for name in names for _ in probes],
+        )
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        parts = np.split(unit.astype(np.float32), len(names))
+        vectors = dict(zip(names, parts, strict=True))
+        _store(file, vectors)
+    return GoldenVectors(probes, vectors, checkpoint.card.adapters or (None,))
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Names one state of a checkpoint's files; changes when a config or weight file does."""
+    adapters = [adapter.weights for adapter in checkpoint.adapters]
+    weights = sorted({file for file, _ in checkpoint.weights.values()})
+    digest = hashlib.sha256(_FORMAT)
+    for file in [checkpoint.folder / "config.json", *weights, *adapters]:
+        state = file.stat()
+        digest.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for adapter in checkpoint.adapters:
+        digest.update(f"{adapter.name} {adapter.scale}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _stored(
+    file: Path, names: Sequence[str | None], shape: tuple[int, int]
+) -> dict[str | None, NDArray[np.float32]] | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            vectors = {name: arrays[name or _BASE] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # not there, or a write that was cut short: computed again
+    fits = all(v.shape == shape and v.dtype == np.float32 for v in vectors.values())
+    return vectors if fits else None
+
+
+def _store(file: Path, vectors: Mapping[str | None, NDArray[np.float32]]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = file.with_suffix(".part.npz")
+        arrays: dict[str, Any] = {name or _BASE: rows for name, rows in vectors.items()}
+        np.savez(whole, **arrays)
+        whole.replace(file)
+    except OSError:
+        return  # a read-only cache costs seconds at the next start, nothing else

@@ -1,0 +1,89 @@
+"""A checkpoint as stock vLLM can serve it with an adapter per request.
+
+vLLM reads jina_embeddings_v5 only by code from the checkpoint, and merges one task for the life of
+the process. The same weights under the config of a plain architecture, with the adapters beside
+them as LoRA requests, serve every task in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from taskvec.checkpoint.golden import fingerprint
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.errors import CheckpointError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
+    """The folder to give vLLM as its model: weights and tokenizer linked, config rewritten.
+
+    Args:
+        checkpoint: stays as it is; its adapters are named by their own folders.
+        cache: the folder is made in here, once for each state of the checkpoint.
+
+    Raises:
+        CheckpointError: the cache cannot be written.
+    """
+    folder = cache / "plain" / fingerprint(checkpoint)
+    unfinished = folder.with_suffix(".part")
+    try:
+        if not folder.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            for file in _linked_files(checkpoint):
+                (unfinished / file.name).symlink_to(file.resolve())
+            config = json.dumps(plain_config(checkpoint), indent=2)
+            (unfinished / "config.json").write_text(config + "\n")
+            unfinished.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"vLLM needs a prepared copy of {checkpoint.card.name}, which cannot be written to "
+            f"{folder} ({error.strerror}): set --cache-dir to a writable folder."
+        ) from None
+    return folder
+
+
+def _linked_files(checkpoint: Checkpoint) -> list[Path]:
+    weights = sorted({file for file, _ in checkpoint.weights.values()})
+    index = checkpoint.folder / "model.safetensors.index.json"
+    others = [index, *(checkpoint.folder / name for name in _TOKENIZER_FILES)]
+    return weights + [file for file in others if file.is_file()]
+
+
+def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config.json of a plain architecture that vLLM and transformers know without extra code.
+
+    EuroBERT has exactly Llama's weight names; vLLM's bidirectional Llama is its forward.
+    """
+    backbone = checkpoint.backbone
+    config: dict[str, Any] = {
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "head_dim": backbone.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": backbone.hidden,
+        "intermediate_size": backbone.intermediate,
+        "max_position_embeddings": backbone.max_positions,
+        "num_attention_heads": backbone.heads,
+        "num_hidden_layers": backbone.layers,
+        "num_key_value_heads": backbone.kv_heads,
+        "rms_norm_eps": backbone.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
+        "rope_theta": backbone.rope_theta,
+        "tie_word_embeddings": True,
+        "vocab_size": backbone.vocabulary,
+    }
+    if backbone.causal:
+        return config | {"architectures": ["Qwen3Model"], "model_type": "qwen3"}
+    return config | {
+        "architectures": ["LlamaBidirectionalModel"],
+        "model_type": "llama",
+        "is_causal": False,
+        "mlp_bias": False,
+        "pooling": "last",
+    }

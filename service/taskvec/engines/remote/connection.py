@@ -1,0 +1,82 @@
+"""One exchange with a server, with a limit on time and size, and one name for each way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+import aiohttp
+
+from taskvec.engines.remote.faults import Outcome, ServerFault
+
+_LONGEST_COMPLAINT = 300
+_KEY_WANTED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+
+class Call(NamedTuple):
+    """What is posted."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Connection:
+    """The way to one server."""
+
+    def __init__(self, session: aiohttp.ClientSession, base: str) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            session: whose connections are used.
+            base: the server's URL, without a trailing slash.
+        """
+        self._session = session
+        self._base = base
+
+    async def get(self, path: str, most_bytes: int, seconds: float) -> bytes:
+        """The body of the answer to a GET; see ``post``."""
+        return await self._exchange("GET", Call(path, b"", {}), most_bytes, seconds)
+
+    async def post(self, call: Call, most_bytes: int, seconds: float) -> bytes:
+        """The body of a 200, or one byte more than ``most_bytes`` of it.
+
+        Raises:
+            ServerFault: no connection, another status, or no whole answer in time.
+        """
+        return await self._exchange("POST", call, most_bytes, seconds)
+
+    async def _exchange(self, method: str, call: Call, most_bytes: int, seconds: float) -> bytes:
+        url = self._base + call.path
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._session.request(
+                    method, url, data=call.body or None, headers=call.headers
+                ) as response,
+            ):
+                if response.status == HTTPStatus.OK:
+                    return await _read(response.content, most_bytes)
+                complaint = await _read(response.content, _LONGEST_COMPLAINT)
+        except TimeoutError:
+            raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ServerFault(Outcome.UNREACHABLE, f"{type(error).__name__}: {error}") from None
+        busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
+        hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_WANTED else ""
+        raise ServerFault(
+            Outcome.BUSY if busy else Outcome.ERROR,
+            f"status {response.status}{hint}: {complaint.decode(errors='replace')}",
+        )
+
+
+async def _read(stream: aiohttp.StreamReader, most_bytes: int) -> bytes:
+    parts, size = [], 0
+    async for part in stream.iter_any():
+        parts.append(part)
+        size += len(part)
+        if size > most_bytes:
+            break
+    return b"".join(parts)[: most_bytes + 1]

@@ -1,0 +1,123 @@
+"""Small calls that travel together: what arrives while others are under way shares the next call.
+
+An HTTP call costs about as much as tokenising ten short texts, on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from taskvec.engines.base import TokenIds
+from taskvec.engines.remote.dialects import Vectors
+from taskvec.engines.remote.faults import Outcome, ServerFault
+
+TRIPS = 2
+"""Calls under way at a time: one that the engine works on, one that waits for it."""
+
+TEXTS_A_TRIP = 64
+
+Send = Callable[[Sequence[TokenIds], Sequence[str | None], float], Awaitable[Vectors]]
+
+
+@dataclass(eq=False, slots=True)
+class _Parcel:
+    """The texts of one caller."""
+
+    texts: Sequence[TokenIds]
+    adapter: str | None
+    seconds: float
+    future: asyncio.Future[Vectors]
+    trip: _Trip | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Trip:
+    """One call under way."""
+
+    parcels: list[_Parcel]
+    task: asyncio.Task[None] | None = field(default=None)
+
+    @property
+    def unwanted(self) -> bool:
+        """True once nobody waits for any of it."""
+        return all(parcel.future.cancelled() for parcel in self.parcels)
+
+
+class Courier:
+    """Sends parcels at once while few calls are under way, and together otherwise."""
+
+    def __init__(self, send: Send) -> None:
+        """Nothing is under way yet.
+
+        Args:
+            send: one call: texts, their adapters, seconds it may take.
+        """
+        self._send = send
+        self._waiting: deque[_Parcel] = deque()
+        self._trips: set[_Trip] = set()
+
+    async def deliver(
+        self, texts: Sequence[TokenIds], adapter: str | None, seconds: float
+    ) -> Vectors:
+        """The vectors of some texts, float32 [texts, dimension].
+
+        Cancelling withdraws them; a call that nobody waits for any more is closed.
+
+        Raises:
+            ServerFault: the call that they travelled in failed.
+        """
+        parcel = _Parcel(texts, adapter, seconds, asyncio.get_running_loop().create_future())
+        self._waiting.append(parcel)
+        self._start_trips()
+        try:
+            async with asyncio.timeout(seconds):
+                return await parcel.future
+        except TimeoutError:
+            raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
+        finally:
+            trip = parcel.trip
+            if trip is not None and trip.task is not None and trip.unwanted:
+                trip.task.cancel()
+
+    def _start_trips(self) -> None:
+        while self._waiting and len(self._trips) < TRIPS:
+            trip = _Trip(self._load())
+            if not trip.parcels:
+                return
+            for parcel in trip.parcels:
+                parcel.trip = trip
+            self._trips.add(trip)
+            trip.task = asyncio.create_task(self._travel(trip))
+
+    def _load(self) -> list[_Parcel]:
+        parcels: list[_Parcel] = []
+        texts = 0
+        while self._waiting and texts < TEXTS_A_TRIP:
+            parcel = self._waiting.popleft()
+            if not parcel.future.done():
+                parcels.append(parcel)
+                texts += len(parcel.texts)
+        return parcels
+
+    async def _travel(self, trip: _Trip) -> None:
+        texts = [text for parcel in trip.parcels for text in parcel.texts]
+        adapters = [parcel.adapter for parcel in trip.parcels for _ in parcel.texts]
+        try:
+            vectors = await self._send(texts, adapters, max(p.seconds for p in trip.parcels))
+        except ServerFault as fault:
+            for parcel in trip.parcels:
+                if not parcel.future.done():
+                    parcel.future.set_exception(ServerFault(fault.outcome, fault.message))
+        else:
+            start = 0
+            for parcel in trip.parcels:
+                stop = start + len(parcel.texts)
+                if not parcel.future.done():
+                    parcel.future.set_result(vectors[start:stop])
+                start = stop
+        finally:
+            self._trips.discard(trip)
+            self._start_trips()

@@ -1,0 +1,310 @@
+"""The pool behind the Engine protocol: splits, balances, retries."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import structlog
+
+from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import (
+    EngineHealth,
+    EngineResult,
+    EngineState,
+    ModelCard,
+    TokenBatch,
+    TokenIds,
+)
+from taskvec.engines.remote.addresses import Resolve, addresses_of, expand
+from taskvec.engines.remote.budget import RetryBudget
+from taskvec.engines.remote.dialects import Vectors
+from taskvec.engines.remote.faults import ServerFault
+from taskvec.engines.remote.server import PoolObserver, Server
+from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
+from taskvec.gather import gather_or_cancel
+
+log = structlog.get_logger(__name__)
+
+TEXTS_A_CALL, TOKENS_A_CALL = 64, 16_384
+"""A larger request is split into calls that run side by side, perhaps on several servers."""
+
+ATTEMPTS = 3
+"""How often one call is sent, each time to another server where there is one."""
+
+CONNECTIONS_A_SERVER = 512
+IDLE_SECONDS = 3.0
+"""Connections are closed after so long: before vLLM closes them after five seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteOptions:
+    """How the pool runs.
+
+    Attributes:
+        urls: ``http://host:port``, ``https://host:port``, ``unix:///path``, or ``dns://name:port``
+            for every address behind a name.
+        api_key: sent to every server as a bearer token; None for none.
+        ca: file with the certificates that vouch for https servers; None for the system's.
+        max_tokens: longest text that is sent; 0 for the model's own limit.
+        call_seconds: how long one call may take before another server is asked.
+        check_seconds: a server that answered nothing for so long is checked with a probe.
+        lookup_seconds: how often names are resolved again.
+    """
+
+    urls: tuple[str, ...]
+    api_key: str | None = None
+    ca: Path | None = None
+    max_tokens: int = 0
+    call_seconds: float = 120.0
+    check_seconds: float = 10.0
+    lookup_seconds: float = 5.0
+
+
+class RemoteEngine:
+    """Embeds on other servers; each is proven before it is used."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cache: Path,
+        options: RemoteOptions,
+        observer: PoolObserver | None = None,
+        resolve: Resolve = addresses_of,
+    ) -> None:
+        """Prepare; no connection is opened yet.
+
+        Args:
+            checkpoint: what the servers must serve.
+            cache: folder for the golden vectors.
+            options: which servers, and how they are treated.
+            observer: told of calls and servers.
+            resolve: how names are looked up.
+        """
+        self._checkpoint = checkpoint
+        self._cache = cache
+        self._options = options
+        self._observer = observer
+        self._resolve = resolve
+        self._budget = RetryBudget()
+        self._servers: dict[str, tuple[Server, asyncio.Task[None]]] = {}
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._finder: asyncio.Task[None] | None = None
+        self._state = EngineState.STARTING
+        self._golden: GoldenVectors | None = None
+        self._lookup_faults: list[str] = []
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def model(self) -> ModelCard:
+        """See ``Engine.model``."""
+        return self._checkpoint.card
+
+    def health(self) -> EngineHealth:
+        """See ``Engine.health``; ready while at least one server is."""
+        if self._state not in (EngineState.STARTING, EngineState.READY):
+            return EngineHealth(self._state, "it finishes what was admitted")
+        if self._serving():
+            self._state = EngineState.READY
+            return EngineHealth(EngineState.READY)
+        faults = [f"{server.name}: {server.reason}" for server, _ in self._servers.values()]
+        reason = "; ".join(faults + self._lookup_faults) or "no server is known yet"
+        starting = self._state is EngineState.STARTING
+        state = EngineState.STARTING if starting else EngineState.UNAVAILABLE
+        return EngineHealth(state, f"no engine server can be used: {reason}")
+
+    async def start(self) -> None:
+        """See ``Engine.start``; servers may come up later."""
+        loop = asyncio.get_running_loop()
+        self._golden = await loop.run_in_executor(
+            None, golden_vectors, self._checkpoint, self._cache
+        )
+        if self._state is EngineState.STARTING:
+            self._sessions["tcp"] = self._session(
+                aiohttp.TCPConnector(
+                    limit=0,
+                    limit_per_host=CONNECTIONS_A_SERVER,
+                    keepalive_timeout=IDLE_SECONDS,
+                    ssl=self._trust(),
+                )
+            )
+            self._finder = asyncio.create_task(self._find_servers())
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        """See ``Engine.embed``."""
+        self.health().require_ready()
+        begun = time.monotonic()
+        self._calls += 1
+        self._idle.clear()
+        try:
+            vectors = await self._embed_split(batch)
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+        # The servers' queues are inside: from here all of it is computing.
+        return EngineResult(vectors, queued=0.0, computed=time.monotonic() - begun)
+
+    async def stop(self) -> None:
+        """See ``Engine.stop``."""
+        self._state = EngineState.STOPPING
+        await self._idle.wait()
+        self._state = EngineState.DEAD
+        keepers = [keeper for _, keeper in self._servers.values()]
+        for task in [*keepers, *([self._finder] if self._finder else [])]:
+            task.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        for session in self._sessions.values():
+            await session.close()
+
+    async def _embed_split(self, batch: TokenBatch) -> Vectors:
+        parts = split(batch.ids, servers=len(self._serving()))
+        if len(parts) == 1:
+            return await self._embed_part(batch, parts[0])
+        return np.concatenate(
+            await gather_or_cancel(self._embed_part(batch, part) for part in parts)
+        )
+
+    async def _embed_part(self, batch: TokenBatch, part: slice) -> Vectors:
+        ids = batch.ids[part]
+        tokens = sum(map(len, ids))
+        tried: list[Server] = []
+        faults: list[str] = []
+        self._budget.earn()
+        while True:
+            server = self._choose(tried)
+            if server is None:
+                break
+            left = self._options.call_seconds
+            if batch.deadline is not None:
+                left = min(left, batch.deadline - time.monotonic())
+                if left <= 0:
+                    break
+            try:
+                return await server.call(ids, batch.adapter, tokens, left)
+            except ServerFault as fault:
+                tried.append(server)
+                faults.append(f"{server.name}: {fault.message}")
+            if len(tried) >= ATTEMPTS or not self._budget.spend():
+                break
+            if self._observer is not None:
+                self._observer.call_retried()
+        if batch.deadline is not None and time.monotonic() >= batch.deadline:
+            raise DeadlineExceededError(
+                "The request's deadline passed before an engine server answered."
+            )
+        log.error("engine_call_given_up", texts=len(ids), faults=faults)
+        raise UnavailableError(
+            "No engine server could embed this now: send it again later.", retry_after=1
+        )
+
+    def _serving(self) -> list[Server]:
+        return [server for server, _ in self._servers.values() if server.serving]
+
+    def _choose(self, tried: Sequence[Server]) -> Server | None:
+        """The less loaded of two at random; one that has failed this call only as the last."""
+        serving = self._serving()
+        fresh = [server for server in serving if server not in tried] or serving
+        if len(fresh) > 2:
+            fresh = random.sample(fresh, 2)
+        random.shuffle(fresh)
+        return min(fresh, key=lambda server: server.tokens, default=None)
+
+    async def _find_servers(self) -> None:
+        dynamic = any(url.startswith("dns:") for url in self._options.urls)
+        while True:
+            urls, self._lookup_faults = await expand(self._options.urls, self._resolve)
+            for fault in self._lookup_faults:
+                log.warning("engine_lookup_failed", reason=fault)
+                if self._observer is not None:
+                    self._observer.lookup_failed()
+            for url in urls:
+                if url not in self._servers:
+                    self._join(url)
+            if not self._lookup_faults:  # without an answer nobody is known to have left
+                for url in [url for url in self._servers if url not in urls]:
+                    self._leave(url)
+            if not dynamic:
+                return
+            await asyncio.sleep(self._options.lookup_seconds)
+
+    def _join(self, url: str) -> None:
+        key = url if url.startswith("unix:") else "tcp"
+        if key not in self._sessions:
+            path = url.removeprefix("unix://")
+            self._sessions[key] = self._session(
+                aiohttp.UnixConnector(path, limit=CONNECTIONS_A_SERVER)
+            )
+        assert self._golden is not None  # noqa: S101 - start() made it
+        longest = self.model.max_tokens
+        server = Server(
+            url,
+            self._sessions[key],
+            self.model,
+            self._golden,
+            max_tokens=min(self._options.max_tokens or longest, longest),
+            call_seconds=self._options.call_seconds,
+            check_seconds=self._options.check_seconds,
+            observer=self._observer,
+        )
+        self._servers[url] = (server, asyncio.create_task(server.keep()))
+
+    def _leave(self, url: str) -> None:
+        """No new calls; those in flight end as they would."""
+        server, keeper = self._servers.pop(url)
+        keeper.cancel()
+        log.info("engine_server", server=server.name, state="left")
+        if self._observer is not None:
+            self._observer.server_left(server.name)
+
+    def _session(self, connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+        key = self._options.api_key
+        return aiohttp.ClientSession(
+            connector=connector,
+            headers={"authorization": f"Bearer {key}"} if key else None,
+            timeout=aiohttp.ClientTimeout(),  # each call has a limit of its own
+            trust_env=False,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    def _trust(self) -> ssl.SSLContext | bool:
+        if self._options.ca is None:
+            return True
+        try:
+            return ssl.create_default_context(cafile=self._options.ca)
+        except (OSError, ssl.SSLError) as error:
+            raise CheckpointError(
+                f"--engine-ca {self._options.ca} cannot be read as certificates ({error})."
+            ) from None
+
+
+def split(ids: Sequence[TokenIds], servers: int) -> list[slice]:
+    """A request cut into calls, in order.
+
+    Args:
+        ids: its texts.
+        servers: how many could share the work.
+    """
+    tokens = sum(map(len, ids))
+    if len(ids) <= TEXTS_A_CALL and tokens <= TOKENS_A_CALL // max(1, servers):
+        return [slice(0, len(ids))]
+    share = min(TOKENS_A_CALL, max(1, -(-tokens // max(1, servers))))
+    parts: list[slice] = []
+    start = held = 0
+    for i, text in enumerate(ids):
+        if i > start and (i - start == TEXTS_A_CALL or held + len(text) > share):
+            parts.append(slice(start, i))
+            start, held = i, 0
+        held += len(text)
+    return [*parts, slice(start, len(ids))]

@@ -1,0 +1,1 @@
+"""vLLM as the engine: token ids in, an adapter per request."""

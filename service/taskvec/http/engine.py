@@ -1,0 +1,95 @@
+"""POST /v1/engine/embed: the texts of other taskvec gateways, already tokenised, adapters mixed."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+
+from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.job import EmbedJob
+from taskvec.core.tasks import Task
+from taskvec.engines.base import TokenIds
+from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
+from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
+from taskvec.gather import gather_or_cancel
+from taskvec.http.body import read_bytes, unless_client_leaves
+from taskvec.http.limits import Limits, seconds_allowed
+
+
+class EngineRoute:
+    """Unpacks texts, embeds those of one adapter as one job, packs the vectors."""
+
+    def __init__(self, embedder: AsyncEmbedder, limits: Limits) -> None:
+        self._embedder = embedder
+        self._limits = limits
+        self._tasks: dict[str | None, Task] = {task.adapter: task for task in embedder.tasks}
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one call; failures are raised as TaskvecError."""
+        if request.headers.get("content-type") != WIRE_TYPE:
+            raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
+        seconds = seconds_allowed(request.headers, self._limits.seconds)
+        body = await read_bytes(request, self._limits.body_bytes, self._limits.seconds)
+        try:
+            ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
+            ) from None
+        self._check(ids)
+        vectors = await unless_client_leaves(
+            request.receive, self._embed(ids, adapters, time.monotonic() + seconds)
+        )
+        return Response(vectors, media_type=WIRE_TYPE)
+
+    async def _embed(
+        self, ids: list[TokenIds], adapters: list[str | None], deadline: float
+    ) -> bytes:
+        places: dict[str | None, list[int]] = {}
+        for place, adapter in enumerate(adapters):
+            places.setdefault(adapter, []).append(place)
+        jobs = [
+            EmbedJob(
+                inputs=[ids[place] for place in chosen],
+                task=self._task(adapter),
+                normalized=False,
+                deadline=deadline,
+            )
+            for adapter, chosen in places.items()
+        ]
+        if len(jobs) == 1:
+            return (await self._embedder.embed(jobs[0])).vectors.astype("<f4", copy=False).tobytes()
+        answers = await gather_or_cancel(self._embedder.embed(job) for job in jobs)
+        vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")
+        for chosen, answer in zip(places.values(), answers, strict=True):
+            vectors[chosen] = answer.vectors
+        return vectors.tobytes()
+
+    def _task(self, adapter: str | None) -> Task:
+        if adapter not in self._tasks:
+            raise InvalidRequestError(
+                f"There is no adapter {(adapter or '')[:80]!r} here.", code="unknown_adapter"
+            )
+        return self._tasks[adapter]
+
+    def _check(self, ids: list[TokenIds]) -> None:
+        if len(ids) > self._limits.texts:
+            raise InvalidRequestError(
+                f"{len(ids)} texts: at most {self._limits.texts} fit in one call.",
+                code="too_many_inputs",
+            )
+        longest = max(map(len, ids))
+        if longest > self._embedder.max_tokens:
+            raise InvalidRequestError(
+                f"A text has {longest} tokens: at most {self._embedder.max_tokens} fit.",
+                code="input_too_long",
+            )
+        vocabulary = self._embedder.model.vocabulary
+        if any(text.min() < 0 or text.max() >= vocabulary for text in ids):
+            raise InvalidRequestError(
+                f"A text has ids that this model lacks: they go from 0 to {vocabulary - 1}.",
+                code="invalid_token_id",
+            )

@@ -1,0 +1,37 @@
+"""What one request may size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from taskvec.errors import InvalidRequestError
+
+TIMEOUT_HEADER = "x-request-timeout-ms"
+
+
+class Limits(NamedTuple):
+    """The limits of a route that embeds."""
+
+    body_bytes: int
+    texts: int
+    seconds: float
+    token_ids: bool
+
+
+def seconds_allowed(headers: Mapping[str, str], most: float) -> float:
+    """How long a request may take: what the client asks for, at most what the server allows.
+
+    Raises:
+        InvalidRequestError: the client's header is no number of milliseconds.
+    """
+    asked = headers.get(TIMEOUT_HEADER)
+    if asked is None:
+        return most
+    if not asked.isdecimal() or not 0 < len(asked) < 12 or int(asked) == 0:
+        raise InvalidRequestError(
+            f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0.",
+            code="invalid_timeout",
+            param=TIMEOUT_HEADER,
+        )
+    return min(most, int(asked) / 1000)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import json
 import types
 import typing
 from pathlib import Path
+from typing import Any
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from taskvec.settings import Settings, environment_variable
@@ -27,7 +30,8 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     rows = []
     for name, field in Settings.model_fields.items():
-        option = f"`--{name.replace('_', '-')}`"
+        secret = field.annotation == SecretStr | None
+        option = "only the variable" if secret else f"`--{name.replace('_', '-')}`"
         variable = f"`{environment_variable(name)}`"
         default = f"`{_text(field.default)}`" if _text(field.default) else "none"
         cells = [option, variable, _values(field), default, field.description or ""]
@@ -59,6 +63,8 @@ def _text(default: object) -> str:
         return str(default.value)
     if isinstance(default, tuple):
         return ",".join(default)
+    if isinstance(default, dict):
+        return json.dumps(default) if default else ""
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -68,8 +74,17 @@ def _values(field: FieldInfo) -> str:
         kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
     if isinstance(kind, enum.EnumType):
         return ", ".join(f"`{member.value}`" for member in kind)
-    names = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
-    name = names.get(kind, "names, separated by commas")
+    names: dict[object, str] = {
+        bool: "`true`, `false`",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        Path: "path",
+        SecretStr: "text",
+        dict[str, Any]: "JSON object",
+        tuple[str, ...]: "names, separated by commas",
+    }
+    name = names[kind]
     bounds = [
         f"{sign} {limit}"
         for part in field.metadata

@@ -248,10 +248,11 @@ def _clear_failures() -> Iterator[None]:
 
 
 def _setting_fault(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not error["loc"]:
-        return str(error["msg"]).removeprefix("Value error, ")
+        return message
     name = str(error["loc"][0])
-    return f"--{name.replace('_', '-')} ({environment_variable(name)}): {error['msg']}"
+    return f"--{name.replace('_', '-')} ({environment_variable(name)}): {message}"
 
 
 def _exit(sentence: str, code: int) -> NoReturn:

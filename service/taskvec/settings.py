@@ -266,9 +266,12 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
+            parsed = json.loads(value)
         except ValueError as error:
             raise ValueError(f"it is not valid JSON ({error})") from None
+        if not isinstance(parsed, dict):
+            raise ValueError('it is no JSON object such as {"max_loras": 8}')  # noqa: TRY004
+        return parsed
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

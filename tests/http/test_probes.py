@@ -37,6 +37,8 @@ SERIES = {
     "taskvec_texts_dropped": "counter",
     "taskvec_engine_ready": "gauge",
     "taskvec_engine_call_seconds": "histogram",
+    "taskvec_engine_calls": "counter",
+    "taskvec_engine_server_serving": "gauge",
     "taskvec_engine_retries": "counter",
     "taskvec_engine_lookup_failures": "counter",
 }

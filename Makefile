@@ -5,6 +5,7 @@ PORT ?= 8080
 MODEL ?= taskvec-mini
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
+VLLM_VENV ?= .venv-vllm
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -25,6 +26,10 @@ test: $(VENV)/dev.stamp ## Run the whole test suite
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
 	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/telemetry
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_VENV)/stamp ## Run the tests against the real vLLM, on the CPU (installs 3 GB)
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm # vLLM's warnings are not ours to cure
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dependencies
@@ -68,11 +73,14 @@ lock: $(VENV)/dev.stamp ## Renew requirements/*.txt
 		--output-file requirements/serve.txt pyproject.toml
 	$(COMPILE) --extra test --constraint requirements/gateway.in \
 		--output-file requirements/gateway.txt pyproject.toml
+	$(COMPILE) --extra test-vllm --output-file requirements/vllm.txt pyproject.toml
 	sed -i 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
+	# Builds of these for other torches: with them, vLLM's CPU build cannot import its models.
+	sed -i -E '/^(torchvision|torchaudio|torchcodec|triton)==/d' requirements/vllm.txt
 
 .PHONY: clean
 clean: ## Remove environments, caches and builds
-	rm -rf $(VENV) $(GATEWAY_VENV) .cache dist .*_cache .hypothesis
+	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -93,4 +101,10 @@ $(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml
 	$(PYTHON) -m venv $(GATEWAY_VENV)
 	$(GATEWAY_VENV)/bin/pip install --quiet --requirement requirements/gateway.txt
 	$(GATEWAY_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import socket
 import subprocess
@@ -30,6 +31,10 @@ from taskvec.wiring import task_table
 # says something about the change; new examples are found where people work.
 hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
 hypothesis_settings.load_profile("taskvec")
+
+# vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
+# `make test-vllm`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""Real vLLM servers, and the vectors that every engine must give."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from conftest import free_port
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.plain import plain_folder
+from taskvec.checkpoint.reference import reference_vectors
+from taskvec.engines.base import TokenIds
+from taskvec.engines.vllm.arguments import VllmOptions, server_command
+
+START_SECONDS = 240.0
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+LENGTHS = (1, 2, 7, 33, 150)
+
+
+class VllmServer:
+    """A stock vLLM OpenAI server, started by the command line that taskvec prints for it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, cache: Path, lora_modules: Sequence[str] | None = None
+    ) -> None:
+        folder = plain_folder(checkpoint, cache)
+        words = server_command(checkpoint, folder, VllmOptions(memory_share=0.15), gpu=False)
+        if lora_modules is not None:
+            words = [*words[: words.index("--lora-modules") + 1], *lora_modules]
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        # The CPU build has no `vllm` command that works; its server module takes the same flags.
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        place = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self._command = [*module, *words[2:], *place]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise AssertionError(self._process.communicate()[1].decode())
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.2)
+        raise AssertionError(f"{self.url} did not start in {START_SECONDS} s")
+
+    def kill(self) -> None:
+        """SIGKILL, to it and its engine process."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
+
+
+@contextmanager
+def vllm_servers(*servers: VllmServer) -> Iterator[tuple[VllmServer, ...]]:
+    """Start them side by side, wait for all, kill them at the end."""
+    with ExitStack() as stack:
+        for server in servers:
+            server.start()
+            stack.callback(server.kill)
+        for server in servers:
+            server.wait()
+        yield servers
+
+
+def mixed_batches(checkpoint: Checkpoint) -> list[tuple[str | None, list[TokenIds]]]:
+    """For each adapter, texts of mixed lengths."""
+    random = np.random.default_rng(1)
+    vocabulary = checkpoint.backbone.vocabulary
+    return [
+        (adapter, [random.integers(5, vocabulary, n, dtype=np.int32) for n in LENGTHS])
+        for adapter in checkpoint.card.adapters
+    ]
+
+
+def cosines(
+    checkpoint: Checkpoint, adapter: str | None, ids: Sequence[TokenIds], given: NDArray[Any]
+) -> NDArray[np.float32]:
+    """Of each vector to the float32 reference, which the oracle's tests hold."""
+    truth = reference_vectors(checkpoint, ids, [adapter] * len(ids))
+    return (unit(truth) * unit(given)).sum(axis=1)
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Rows of length 1."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

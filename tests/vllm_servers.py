@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,7 @@ class VllmServer:
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
         place = ["--host", "127.0.0.1", "--port", str(self.port)]
         self._command = [*module, *words[2:], *place]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server object
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -57,7 +59,7 @@ class VllmServer:
             self._command,
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=self._log,
             start_new_session=True,
         )
 
@@ -66,19 +68,23 @@ class VllmServer:
         while time.monotonic() < limit:
             assert self._process is not None
             if self._process.poll() is not None:
-                raise AssertionError(self._process.communicate()[1].decode())
+                raise AssertionError(self._complaint())
             try:
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.2)
-        raise AssertionError(f"{self.url} did not start in {START_SECONDS} s")
+        raise AssertionError(f"no start in {START_SECONDS} s: {self._complaint()}")
+
+    def _complaint(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-5000:]
 
     def kill(self) -> None:
         """SIGKILL, to it and its engine process."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
+            self._process.wait()
             self._process = None
 
 

@@ -95,9 +95,7 @@ async def test_both_layouts(tmp_path: Path, shape: object) -> None:
 async def test_wrong_vectors_end_the_start(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A device that gives other vectors than the golden ones is not served, and says what is."""
     extra = {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}}
-    engine = VllmEngine(
-        default_checkpoint, tmp_path, VllmOptions(memory_share=0.15, extra=extra)
-    )
+    engine = VllmEngine(default_checkpoint, tmp_path, VllmOptions(memory_share=0.15, extra=extra))
     with pytest.raises(CheckpointError, match=r"adapter .* gives wrong vectors.*--engine packed"):
         await engine.start()
     assert engine.health().state is EngineState.DEAD

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -37,10 +37,8 @@ def serving(cache: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
             wait_until(f"{url}/health/ready", process, START_SECONDS)
             yield url, process
         finally:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.communicate()
 
 
@@ -74,7 +72,8 @@ def test_a_signal_to_the_whole_group_loses_nothing(cache: Path) -> None:
         for thread in threads:
             thread.join()
         process.wait(60)
-        assert [answer.status_code for answer in answers] == [200] * 8
+        assert [answer.text for answer in answers if answer.status_code != 200] == []
+        assert len(answers) == 8
 
 
 def test_a_dead_engine_process_is_not_live(cache: Path) -> None:

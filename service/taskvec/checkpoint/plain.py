@@ -16,7 +16,8 @@ from taskvec.checkpoint.golden import fingerprint
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.errors import CheckpointError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
+"""Read tokenizer.json as it is: a class chosen by the architecture's name may not fit it."""
 
 
 def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
@@ -37,8 +38,11 @@ def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
             unfinished.mkdir(parents=True)
             for file in _linked_files(checkpoint):
                 (unfinished / file.name).symlink_to(file.resolve())
-            config = json.dumps(plain_config(checkpoint), indent=2)
-            (unfinished / "config.json").write_text(config + "\n")
+            for name, config in (
+                ("config.json", plain_config(checkpoint)),
+                ("tokenizer_config.json", _TOKENIZER_CONFIG),
+            ):
+                (unfinished / name).write_text(json.dumps(config, indent=2) + "\n")
             unfinished.rename(folder)
     except OSError as error:
         raise CheckpointError(
@@ -51,8 +55,7 @@ def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
 def _linked_files(checkpoint: Checkpoint) -> list[Path]:
     weights = sorted({file for file, _ in checkpoint.weights.values()})
     index = checkpoint.folder / "model.safetensors.index.json"
-    others = [index, *(checkpoint.folder / name for name in _TOKENIZER_FILES)]
-    return weights + [file for file in others if file.is_file()]
+    return [*weights, checkpoint.tokenizer, *([index] if index.is_file() else [])]
 
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:

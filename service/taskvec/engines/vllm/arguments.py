@@ -94,6 +94,7 @@ def server_command(
 ) -> list[str]:
     """The ``vllm serve`` command line for a checkpoint, word by word."""
     arguments = engine_arguments(checkpoint, folder, options, gpu=gpu)
+    del arguments["skip_tokenizer_init"]  # routes of the server that we do not use need one
     words = ["vllm", "serve", arguments.pop("model"), "--served-model-name", checkpoint.card.name]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ class VllmEngine:
         )
         # vLLM's processes are born with the signals of a terminal and an orchestrator blocked:
         # only this process hears them, drains, and then ends vLLM.
+        resource_tracker.ensure_running()  # its start would unblock them again
         blocked = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:

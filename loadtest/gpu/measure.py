@@ -1,0 +1,160 @@
+"""The engines on a CUDA device: correct first, then measured; see run.sh.
+
+Tokens a second through the Engine protocol, as the service uses it: many requests at once, each of
+equal lengths, one task or four mixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parity import differences
+from report import ratio, spread, write_result
+from synthetic import ADAPTERS, NANO, SMALL, TINY_NANO, TINY_SMALL, Shape, write_checkpoint
+from taskvec.checkpoint.golden import golden_vectors
+from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.engines.base import Engine, TokenBatch
+from taskvec.engines.packed.engine import PackedEngine, PackedOptions
+from taskvec.engines.packed.weights import load_transformer
+from taskvec.engines.vllm.arguments import VllmOptions
+from taskvec.engines.vllm.engine import VllmEngine
+from workload import equal_lengths
+
+CUDA = torch.device("cuda")
+SHAPES = {"nano": (NANO, TINY_NANO), "small": (SMALL, TINY_SMALL)}
+LENGTHS = (16, 50, 512, 8192)
+TEXTS_A_REQUEST = 64
+TOKENS_A_ROUND = 2_000_000
+BATCH_TOKENS = 65_536
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--tokens", type=int, default=TOKENS_A_ROUND, help="of one round")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "batch_tokens": BATCH_TOKENS,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        for name in options.shapes:
+            shape, tiny = SHAPES[name]
+            checkpoint = read_checkpoint(write_checkpoint(room / f"tiny-{name}", tiny), name)
+            figures[f"{name}, packed, difference from the oracle"] = differences(
+                checkpoint, room, CUDA
+            )
+            figures |= asyncio.run(measure(room, name, shape, options))
+            write_result("gpu", figures)  # what is measured stays, whatever fails later
+
+
+async def measure(
+    room: Path, name: str, shape: Shape, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Each engine at each length, one task and four; a profile of one packed forward."""
+    folder = write_checkpoint(room / name, shape, dtype=torch.bfloat16)
+    checkpoint = read_checkpoint(folder, name)
+    golden_vectors(checkpoint, room)  # not in anybody's start time
+    figures: dict[str, Any] = {f"{name}, packed, profile": profile(checkpoint)}
+    for label, make in engines(checkpoint, room).items():
+        engine = make()
+        begun = time.perf_counter()
+        await engine.start()
+        figures[f"{name}, {label}, seconds to start"] = round(time.perf_counter() - begun, 1)
+        for length in options.lengths:
+            figures[f"{name}, {label}, {length} tokens"] = await rates(engine, length, options)
+            print(name, label, length, figures[f"{name}, {label}, {length} tokens"], flush=True)
+        await engine.stop()
+    return figures
+
+
+def engines(checkpoint: Checkpoint, room: Path) -> dict[str, Callable[[], Engine]]:
+    """Both ways of the packed engine, and vLLM where it is installed."""
+    sides: dict[str, Callable[[], Engine]] = {
+        f"packed {mode}": lambda mode=mode: PackedEngine(  # type: ignore[misc]
+            checkpoint,
+            PackedOptions(
+                device="cuda", dtype="bfloat16", adapter_mode=mode, max_batch_tokens=BATCH_TOKENS
+            ),
+        )
+        for mode in ("merged", "low-rank")
+    }
+    if importlib.util.find_spec("vllm"):
+        sides["vllm"] = lambda: VllmEngine(
+            checkpoint, room, VllmOptions(max_batch_tokens=BATCH_TOKENS)
+        )
+    return sides
+
+
+async def rates(engine: Engine, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second at one length."""
+    length = min(length, engine.model.max_tokens)
+    texts = max(TEXTS_A_REQUEST, options.tokens // length)
+    ids = equal_lengths(texts, length, engine.model.vocabulary)
+    measured: dict[str, list[float]] = {"one task": [], "four tasks": []}
+    for warm in [True] + [False] * options.rounds:
+        for side, values in measured.items():
+            tasks = ADAPTERS[:1] if side == "one task" else ADAPTERS
+            requests = [
+                TokenBatch(ids[start : start + TEXTS_A_REQUEST], tasks[i % len(tasks)])
+                for i, start in enumerate(range(0, texts, TEXTS_A_REQUEST))
+            ]
+            begun = time.perf_counter()
+            await asyncio.gather(*map(engine.embed, requests))
+            if not warm:
+                values.append(texts * length / (time.perf_counter() - begun))
+    return {
+        **{side: spread(values, 0) for side, values in measured.items()},
+        "four over one": ratio(measured["four tasks"], measured["one task"]),
+    }
+
+
+def profile(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Where one full merged forward of 512-token texts spends its time, ten greatest parts."""
+    transformer = load_transformer(checkpoint, device=CUDA, dtype=torch.bfloat16, merge=True)
+    ids = equal_lengths(BATCH_TOKENS // 512, 512, checkpoint.backbone.vocabulary)
+    names: list[str | None] = [ADAPTERS[i % 4] for i in range(len(ids))]
+    transformer.embed(ids, names)
+    with profiled() as events:
+        begun = time.perf_counter()
+        transformer.embed(ids, names)
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begun
+    greatest = sorted(events(), key=lambda e: -max(e.self_device_time_total, e.self_cpu_time_total))
+    table = [
+        {
+            "what": event.key[:80],
+            "calls": event.count,
+            "device_ms": round(event.self_device_time_total / 1e3, 2),
+            "host_ms": round(event.self_cpu_time_total / 1e3, 2),
+        }
+        for event in greatest[:10]
+    ]
+    return [{"what": "wall", "device_ms": round(wall * 1e3, 2)}, *table]
+
+
+@contextmanager
+def profiled() -> Iterator[Callable[[], Any]]:
+    """Torch's profiler; yields what gives its events once the block has ended."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as running:
+        yield running.key_averages
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Servers that cost next to nothing, so that what stands before them can be measured.
+
+They give the golden vectors to a gateway's probes and ready bytes to everything else.
+
+    python loadtest/null_server.py vllm --port 9000 --model FOLDER
+    python loadtest/null_server.py taskvec --uds /tmp/engine.sock --model FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import uvicorn
+
+from taskvec.app import create_app
+from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
+from taskvec.checkpoint.hub import open_checkpoint
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
+from taskvec.settings import Settings, TokenInput
+from taskvec.telemetry.logs import configure_logs
+from taskvec.telemetry.metrics import Metrics
+from taskvec.wiring import task_table
+
+MOST_TEXTS = 2048
+
+
+class NullEngine:
+    """Answers at once with vectors that it has made before."""
+
+    def __init__(self, checkpoint: Checkpoint, golden: GoldenVectors) -> None:
+        self.model = checkpoint.card
+        random = np.random.default_rng(0)
+        self._vectors = random.standard_normal((MOST_TEXTS, self.model.dimension), np.float32)
+        self._golden = {
+            (adapter, probe.tobytes()): vector
+            for adapter, vectors in golden.vectors.items()
+            for probe, vector in zip(golden.probes, vectors, strict=True)
+        }
+
+    async def start(self) -> None:
+        pass
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        return EngineResult(self.answer(batch.ids, batch.adapter), 0.0, 0.0)
+
+    def answer(self, ids: Any, adapter: str | None) -> Any:
+        known = self._golden.get((adapter, ids[0].tobytes()))
+        if known is None:
+            return self._vectors[: len(ids)]
+        return np.stack([self._golden[adapter, text.tobytes()] for text in ids])
+
+    async def stop(self) -> None:
+        pass
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(EngineState.READY)
+
+
+class NullVllm:
+    """As much of vLLM's OpenAI server as a gateway talks to; a bare ASGI application."""
+
+    def __init__(self, engine: NullEngine) -> None:
+        self._engine = engine
+        card = engine.model
+        entries: list[dict[str, Any]] = [
+            {"id": "base", "owned_by": "vllm", "max_model_len": card.max_tokens, "parent": None}
+        ]
+        entries += [{"id": name, "owned_by": "vllm", "parent": "base"} for name in card.adapters]
+        self._models = orjson.dumps({"object": "list", "data": entries})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        content = self._models
+        if scope["path"] == "/v1/embeddings":
+            request = orjson.loads(body)
+            ids = [np.array(text, dtype=np.int32) for text in request["input"]]
+            adapter = None if request["model"] == "base" else request["model"]
+            content = self._engine.answer(ids, adapter).tobytes()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": content})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("vllm", "taskvec"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--uds")
+    options = parser.parse_args()
+    configure_logs("error")
+    checkpoint = open_checkpoint(options.model)
+    engine = NullEngine(checkpoint, golden_vectors(checkpoint, options.cache))
+    app: Any = NullVllm(engine)
+    if options.kind == "taskvec":
+        metrics = Metrics(task_table(checkpoint).names)
+        settings = Settings(token_input=TokenInput.ACCEPT)
+        app = create_app(settings, checkpoint, engine, metrics, print, behind_gateway=True)
+    place = {"uds": options.uds} if options.uds else {"port": options.port}
+    uvicorn.run(app, log_config=None, access_log=False, **place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""What a gateway costs in front of other servers, and how gateways side by side scale.
+
+Three parts: the gateway's processor time per text in front of servers that cost nothing; one and
+two gateway processes in front of one engine process; and, given vLLM's own environment (``make
+.venv-vllm/stamp``), the gateway against calling the same vLLM server directly with the same token
+ids and bytes. wrk sends the load.
+
+    python loadtest/remote.py --vllm-python .venv-vllm/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from report import ratio, spread, write_result
+from server import free_port, wait_ready
+from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.checkpoint.plain import plain_folder
+from taskvec.engines.vllm.arguments import VllmOptions, server_command
+from workload import QWEN, checkpoint_of
+
+HERE = Path(__file__).parent
+TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--vllm-python", type=Path)
+    options = parser.parse_args()
+    model = str(checkpoint_of(QWEN).folder)
+    with tempfile.TemporaryDirectory() as room:
+        figures: dict[str, Any] = {
+            "vector": "1024 dimensions, base64, tokenised by the gateway",
+            "gateway processor time": {
+                kind: processor_time(kind, model, Path(room), options)
+                for kind in ("vllm", "taskvec")
+            },
+            "gateways side by side": side_by_side(model, Path(room), options),
+        }
+        if options.vllm_python:
+            figures["over vLLM"] = over_vllm(options.vllm_python, Path(room), options)
+    write_result("remote", figures)
+
+
+def processor_time(
+    kind: str, model: str, room: Path, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Microseconds of the gateway process per text, 32 texts a request, 8 connections."""
+    micros, rates = [], []
+    with null_server(kind, model, room) as url, gateway(model, room, url) as (place, pid):
+        for warm in [True] + [False] * options.rounds:
+            before, done = cpu_seconds(pid), ready_requests(place)
+            rate = wrk(f"{place}/v1/embeddings", text_body(32), 8, options.seconds)[0]
+            requests = ready_requests(place) - done
+            if not warm:
+                micros.append((cpu_seconds(pid) - before) / requests / 32 * 1e6)
+                rates.append(rate)
+    result = {
+        "microseconds a text": spread(micros),
+        "requests of 32 texts a second": spread(rates, 0),
+    }
+    print(kind, result, flush=True)
+    return result
+
+
+def side_by_side(model: str, room: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One and two gateway processes before one engine process whose engine costs nothing."""
+    result: dict[str, Any] = {}
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with null_server("taskvec", model, room, unix=True) as url:
+        engine = int((room / "null.pid").read_text())
+        costs: dict[str, list[float]] = {"gateways": [], "engine process": []}
+        for warm in [True] + [False] * options.rounds:
+            for workers, values in rates.items():
+                with gateway(model, room, url, "--workers", str(workers)) as (place, pid):
+                    wrk(f"{place}/v1/embeddings", text_body(1), 64, 1)
+                    before = [cpu_seconds(pid), cpu_seconds(engine)]
+                    done = ready_requests(place)
+                    rate = wrk(f"{place}/v1/embeddings", text_body(1), 64, options.seconds)[0]
+                    requests = ready_requests(place) - done
+                    after = [cpu_seconds(pid), cpu_seconds(engine)]
+                if warm:
+                    continue
+                values.append(rate)
+                for name, start, end in zip(costs, before, after, strict=True):
+                    costs[name].append((end - start) / requests * 1e6)
+    result["requests of one text a second"] = {n: spread(r, 0) for n, r in rates.items()}
+    result["two over one"] = ratio(rates[2], rates[1])
+    result["microseconds a request"] = {name: spread(values) for name, values in costs.items()}
+    print(result, flush=True)
+    return result
+
+
+def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The default model on one vLLM server: asked directly, and through the gateway."""
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    random = np.random.default_rng(0)
+    ids = random.integers(5, checkpoint.backbone.vocabulary, (8, 20)).tolist()
+    direct_body = {
+        "model": "retrieval",
+        "input": ids[:1],
+        "encoding_format": "bytes_only",
+        "embed_dtype": "float32",
+        "use_activation": True,
+    }
+    through_body = {"input": ids[:1], "task": "retrieval"}
+    raw = {"Accept": "application/octet-stream"}
+    figures: dict[str, list[float]] = {}
+    with (
+        vllm_server(python, room) as url,
+        gateway(DEFAULT_MODEL, room, url, "--token-input", "accept") as (place, _),
+    ):
+        sides = {
+            "direct": (url, direct_body, {}),
+            "through the gateway": (place, through_body, raw),
+        }
+        for warm in [True] + [False] * options.rounds:
+            for side, (base, body, headers) in sides.items():
+                for texts, connections in ((1, 1), (8, 16)):
+                    sent = body | {"input": ids[:texts]}
+                    rate, p50 = wrk(
+                        f"{base}/v1/embeddings", sent, connections, options.seconds, headers
+                    )
+                    if not warm:
+                        figures.setdefault(f"{side}, {connections}: rate", []).append(rate)
+                        figures.setdefault(f"{side}, {connections}: p50", []).append(p50)
+    added = [
+        a - b
+        for a, b in zip(
+            figures["through the gateway, 1: p50"], figures["direct, 1: p50"], strict=True
+        )
+    ]
+    result = {
+        "one text of 20 tokens, one connection, p50 ms": {
+            side: spread(figures[f"{side}, 1: p50"], 2) for side in sides
+        },
+        "added ms": spread(added, 2),
+        "8 texts of 20 tokens, 16 connections, requests a second": {
+            side: spread(figures[f"{side}, 16: rate"], 1) for side in sides
+        },
+        "throughput, gateway over direct": ratio(
+            figures["through the gateway, 16: rate"], figures["direct, 16: rate"]
+        ),
+    }
+    print(result, flush=True)
+    return result
+
+
+@contextmanager
+def null_server(kind: str, model: str, room: Path, *, unix: bool = False) -> Iterator[str]:
+    """A server that costs next to nothing; yields its URL."""
+    port, socket = free_port(), room / "null.sock"
+    place = ["--uds", str(socket)] if unix else ["--port", str(port)]
+    command = [sys.executable, str(HERE / "null_server.py"), kind, "--model", model]
+    with subprocess.Popen([*command, "--cache", str(room), *place]) as process:
+        (room / "null.pid").write_text(str(process.pid))
+        try:
+            yield f"unix://{socket}" if unix else f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def gateway(model: str, room: Path, engine: str, *options: str) -> Iterator[tuple[str, int]]:
+    """`taskvec serve --engine remote`, ready; yields its URL and process id."""
+    port = free_port()
+    command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--model", model]
+    command += ["--engine", "remote", "--engine-url", engine, "--cache-dir", str(room)]
+    command += ["--no-log-requests", "--log-level", "error", *options]
+    with subprocess.Popen(command) as process:
+        try:
+            wait_ready(port)
+            yield f"http://127.0.0.1:{port}", process.pid
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def vllm_server(python: Path, room: Path) -> Iterator[str]:
+    """A stock vLLM server of the default model, by the command line that taskvec prints."""
+    checkpoint = open_checkpoint(DEFAULT_MODEL)
+    words = server_command(
+        checkpoint, plain_folder(checkpoint, room), VllmOptions(memory_share=0.15), gpu=False
+    )
+    port = free_port()
+    module = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:]]
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    with ExitStack() as stack:
+        log = stack.enter_context((room / "vllm.log").open("wb"))
+        process = stack.enter_context(
+            subprocess.Popen(
+                [
+                    *module,
+                    "--port",
+                    str(port),
+                    "--host",
+                    "127.0.0.1",
+                    "--disable-uvicorn-access-log",
+                ],
+                env={**os.environ, **quiet, "VLLM_CPU_KVCACHE_SPACE": "1"},
+                stdout=log,
+                stderr=log,
+            )
+        )
+        stack.callback(process.terminate)
+        limit = time.monotonic() + 300
+        while time.monotonic() < limit:
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        else:
+            raise TimeoutError((room / "vllm.log").read_text()[-2000:])
+        yield f"http://127.0.0.1:{port}"
+
+
+def text_body(texts: int) -> dict[str, Any]:
+    """A request of so many texts."""
+    return {"input": [TEXT] * texts, "encoding_format": "base64", "task": "clustering"}
+
+
+def wrk(
+    url: str,
+    body: dict[str, Any],
+    connections: int,
+    seconds: int,
+    headers: dict[str, str] | None = None,
+) -> tuple[float, float]:
+    """Requests a second and the median latency in milliseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "post.lua"
+        lines = ['wrk.method = "POST"', 'wrk.headers["Content-Type"] = "application/json"']
+        for name, value in (headers or {}).items():
+            lines.append(f'wrk.headers["{name}"] = "{value}"')
+        script.write_text("\n".join([*lines, f"wrk.body = {json.dumps(json.dumps(body))}", ""]))
+        command = f"wrk -t1 -c{connections} -d{seconds}s --latency -s {script} {url}"
+        report = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, check=True
+        ).stdout
+    assert "Non-2xx" not in report, report
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", report)
+    median = re.search(r"50%\s+([\d.]+)(us|ms|s)", report)
+    assert rate is not None, report
+    assert median is not None, report
+    return float(rate[1]), float(median[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[median[2]]
+
+
+def ready_requests(place: str) -> float:
+    """Requests answered with 200 so far."""
+    lines = httpx.get(f"{place}/metrics").text.splitlines()
+    return sum(
+        float(line.split()[-1])
+        for line in lines
+        if line.startswith("taskvec_requests_total{") and 'status="200"' in line
+    )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and its descendants."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    total = (int(fields[11]) + int(fields[12])) / TICKS
+    return total + sum(map(cpu_seconds, children(pid)))
+
+
+def children(pid: int) -> Sequence[int]:
+    """The living children of a process."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+if __name__ == "__main__":
+    main()

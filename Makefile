@@ -29,7 +29,7 @@ test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/stamp ## Run the tests against the real vLLM, on the CPU (installs 3 GB)
-	$(VLLM_VENV)/bin/python -m pytest -W default tests/vllm # vLLM's warnings are not ours to cure
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm # vLLM's warnings are not ours to cure
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dependencies

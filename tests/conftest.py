@@ -34,7 +34,7 @@ hypothesis_settings.load_profile("taskvec")
 
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
 
 
 @pytest.fixture

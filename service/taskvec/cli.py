@@ -208,7 +208,9 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
     cache_dir: Annotated[
         Path | None, typer.Option(help="Where the copy that vLLM reads is made.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest text; 0 for the model's limit.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest text; 0 for the model's limit.")
+    ] = 0,
 ) -> None:
     """Print the vllm serve command line that fits a model, one adapter a task.
 
@@ -223,7 +225,7 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
         from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
 
         checkpoint = open_checkpoint(model, revision)
-        folder = plain_folder(checkpoint, Settings(cache_dir=cache_dir).cache.absolute())
+        folder = plain_folder(checkpoint, (cache_dir or Settings().cache).absolute())
         options = VllmOptions(dtype=dtype, max_tokens=max_tokens)
         typer.echo(shlex.join(server_command(checkpoint, folder, options, gpu=device == "cuda")))
 

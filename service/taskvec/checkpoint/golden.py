@@ -7,7 +7,7 @@ server that would serve other vectors: a missing or swapped adapter, wrong weigh
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.checkpoint.reference import reference_vectors
 
-PROBE_LENGTHS = (24, 5)
-"""Tokens of the probe texts: two lengths, so that a batch of them is a mixed one."""
+PROBES = (
+    "Query: how do I stop a program that is still running?",
+    "Document: a glacier is a large mass of ice that moves slowly down a valley, and carries the "
+    "stones that it breaks off the rock.",
+)
+"""Real text, on which a trained model's adapters differ far more than on random tokens; of two
+lengths, so that a batch of them is a mixed one."""
 
 MATCH = 0.99
 """Least cosine to the golden vector: bfloat16 stays above 0.999, 8-bit weights about 0.99."""
 
-_FORMAT = b"golden 1"
+_FORMAT = b"2"
+"""Of what is kept in the cache folder, the plain copy too."""
+
 _BASE = ""
 """How the bare backbone is called in the file; no adapter can have that name."""
 
@@ -57,19 +65,19 @@ class GoldenVectors:
             return f"{asked} gives vectors of shape {list(given.shape)}, not {list(wanted.shape)}"
         if not np.isfinite(given).all():
             return f"{asked} gives vectors that are not finite"
-        lengths = np.linalg.norm(given, axis=1, keepdims=True)
+        lengths = np.linalg.norm(given.astype(np.float64), axis=1, keepdims=True)
         if not lengths.all():
             return f"{asked} gives vectors of zeros"
-        cosines = {
-            name: float((golden * (given / lengths)).sum(axis=1).min())
-            for name, golden in self.vectors.items()
-        }
-        nearest = max(cosines, key=lambda name: cosines[name])
-        if nearest != adapter and cosines[nearest] >= MATCH:
-            return f"{asked} gives the vectors of {named(nearest)}"
-        if cosines[adapter] < MATCH:
+        names = list(self.vectors)
+        unit = given / lengths
+        cosines = np.stack([(golden * unit).sum(axis=1) for golden in self.vectors.values()])
+        for probe, nearest in enumerate(cosines.argmax(axis=0)):
+            if names[nearest] != adapter and cosines[nearest, probe] >= MATCH:
+                return f"{asked} gives the vectors of {named(names[nearest])}"
+        right = cosines[names.index(adapter)]
+        if right.min() < MATCH:
             return (
-                f"{asked} gives wrong vectors: cosine {cosines[adapter]:.3f} to the right ones, at "
+                f"{asked} gives wrong vectors: cosine {right.min():.3f} to the right ones, at "
                 f"least {MATCH} is asked; other weights, another model, or too coarse a number type"
             )
         return None
@@ -87,12 +95,10 @@ def golden_vectors(checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
         checkpoint: whose.
         cache: folder to keep them in; one that cannot be written is no error.
     """
-    random = np.random.default_rng(0)
-    vocabulary = checkpoint.backbone.vocabulary
-    lengths = [min(length, checkpoint.card.max_tokens) for length in PROBE_LENGTHS]
-    probes = tuple(random.integers(0, vocabulary, length, dtype=np.int32) for length in lengths)
+    probes = _probes(checkpoint)
     names: list[str | None] = [None, *checkpoint.card.adapters]
-    file = cache / "golden" / f"{fingerprint(checkpoint)}.npz"
+    asked = zlib.crc32(b" ".join(probe.tobytes() for probe in probes))
+    file = cache / "golden" / f"{fingerprint(checkpoint)}-{asked:08x}.npz"
     vectors = _stored(file, names, (len(probes), checkpoint.backbone.hidden))
     if vectors is None:
         rows = reference_vectors(
@@ -120,13 +126,22 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:32]
 
 
+def _probes(checkpoint: Checkpoint) -> tuple[NDArray[np.int32], ...]:
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    most, last = checkpoint.card.max_tokens, checkpoint.backbone.vocabulary - 1
+    ids = (np.array(tokenizer.encode(text).ids[:most], dtype=np.int32) for text in PROBES)
+    return tuple(np.minimum(text, last) for text in ids)
+
+
 def _stored(
     file: Path, names: Sequence[str | None], shape: tuple[int, int]
 ) -> dict[str | None, NDArray[np.float32]] | None:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             vectors = {name: arrays[name or _BASE] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # noqa: BLE001 - a damaged file fails in many ways
         return None  # not there, or a write that was cut short: computed again
     fits = all(v.shape == shape and v.dtype == np.float32 for v in vectors.values())
     return vectors if fits else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
         CheckpointError: the cache cannot be written.
     """
     folder = cache / "plain" / fingerprint(checkpoint)
-    unfinished = folder.with_suffix(".part")
     try:
         if not folder.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+            unfinished.chmod(0o755)
             for file in _linked_files(checkpoint):
                 (unfinished / file.name).symlink_to(file.resolve())
             for name, config in (
@@ -43,7 +44,12 @@ def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
                 ("tokenizer_config.json", _TOKENIZER_CONFIG),
             ):
                 (unfinished / name).write_text(json.dumps(config, indent=2) + "\n")
-            unfinished.rename(folder)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                if not folder.is_dir():
+                    raise
     except OSError as error:
         raise CheckpointError(
             f"vLLM needs a prepared copy of {checkpoint.card.name}, which cannot be written to "

@@ -126,7 +126,7 @@ class _Reference:
     def _mlp(self, layer: int, values: Matrix) -> Matrix:
         gate = self._linear(layer, "mlp.gate_proj", values)
         up = self._linear(layer, "mlp.up_proj", values)
-        return self._linear(layer, "mlp.down_proj", gate / (1 + np.exp(-gate)) * up)
+        return self._linear(layer, "mlp.down_proj", gate * (0.5 + 0.5 * np.tanh(0.5 * gate)) * up)
 
 
 def _rotated(values: Matrix) -> Matrix:

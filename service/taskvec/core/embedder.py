@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from taskvec.core.admission import Admission
 from taskvec.core.job import Embeddings, EmbedJob, Timings
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
 from taskvec.core.vectors import finish
-from taskvec.engines.base import Engine, ModelCard, TokenBatch, TokenIds
+from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
+from taskvec.gather import gather_or_cancel
 
 FINISH_INLINE = 1 << 16
 """Up to so many values are finished in the event loop: less than a millisecond."""
@@ -51,38 +53,57 @@ class AsyncEmbedder:
             DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
             UnavailableError: the engine cannot embed now.
         """
-        job.check_dimensions(self.model.dimension)
+        (result,) = await self.embed_together([job])
+        return result
+
+    async def embed_together(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
+        """Embed the jobs of one request: admitted together, under the earliest deadline.
+
+        Raises:
+            TaskvecError: as ``embed``; if one fails, all do.
+        """
+        for job in jobs:
+            job.check_dimensions(self.model.dimension)
         self._engine.health().require_ready()
-        if job.deadline is None:
-            return await self._embed(job)
+        deadlines = [job.deadline for job in jobs if job.deadline is not None]
+        if not deadlines:
+            return await self._embed(jobs)
         try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                return await self._embed(job)
+            async with asyncio.timeout(min(deadlines) - time.monotonic()):
+                return await self._embed(jobs)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
                 "or allow more time."
             ) from None
 
-    async def _embed(self, job: EmbedJob) -> Embeddings:
+    async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
         begun = time.monotonic()
-        ids = await self._token_ids(job)
-        tokenized = time.monotonic()
-        batch = TokenBatch(ids=ids, adapter=job.task.adapter, deadline=job.deadline)
-        tokens = batch.tokens
-        with self._admission.admit(tokens):
-            result = await self._engine.embed(batch)
+        batches = [
+            TokenBatch(await self._token_ids(job), job.task.adapter, job.deadline) for job in jobs
+        ]
+        tokenizing = time.monotonic() - begun
+        with self._admission.admit(sum(batch.tokens for batch in batches)):
+            if len(batches) == 1:
+                results = [await self._engine.embed(batches[0])]
+            else:
+                results = await gather_or_cancel(map(self._engine.embed, batches))
+        return [
+            Embeddings(
+                vectors=await self._finished(job, result),
+                tokens=batch.tokens,
+                timings=Timings(tokenizing, result.queued, result.computed),
+            )
+            for job, batch, result in zip(jobs, batches, results, strict=True)
+        ]
+
+    @staticmethod
+    async def _finished(job: EmbedJob, result: EngineResult) -> NDArray[np.generic]:
         arguments = (result.vectors, job.dimensions, job.output)
         if result.vectors.size <= FINISH_INLINE:
-            vectors = finish(*arguments, normalized=job.normalized)
-        else:
-            vectors = await asyncio.get_running_loop().run_in_executor(
-                None, lambda: finish(*arguments, normalized=job.normalized)
-            )
-        return Embeddings(
-            vectors=vectors,
-            tokens=tokens,
-            timings=Timings(tokenized - begun, result.queued, result.computed),
+            return finish(*arguments, normalized=job.normalized)
+        return await asyncio.get_running_loop().run_in_executor(
+            None, lambda: finish(*arguments, normalized=job.normalized)
         )
 
     async def _token_ids(self, job: EmbedJob) -> Sequence[TokenIds]:

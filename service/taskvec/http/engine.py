@@ -14,7 +14,6 @@ from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
-from taskvec.gather import gather_or_cancel
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, seconds_allowed
 
@@ -60,9 +59,9 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
+        answers = await self._embedder.embed_together(jobs)
         if len(jobs) == 1:
-            return (await self._embedder.embed(jobs[0])).vectors.astype("<f4", copy=False).tobytes()
-        answers = await gather_or_cancel(self._embedder.embed(job) for job in jobs)
+            return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")
         for chosen, answer in zip(places.values(), answers, strict=True):
             vectors[chosen] = answer.vectors

@@ -94,7 +94,8 @@ def server_command(
 ) -> list[str]:
     """The ``vllm serve`` command line for a checkpoint, word by word."""
     arguments = engine_arguments(checkpoint, folder, options, gpu=gpu)
-    del arguments["skip_tokenizer_init"]  # routes of the server that we do not use need one
+    if "skip_tokenizer_init" not in options.extra:
+        del arguments["skip_tokenizer_init"]  # routes of the server that we do not use need one
     words = ["vllm", "serve", arguments.pop("model"), "--served-model-name", checkpoint.card.name]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
@@ -105,6 +106,8 @@ def server_command(
         else:
             words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     if checkpoint.adapters:
-        homes = (f"{adapter.name}={adapter.weights.parent}" for adapter in checkpoint.adapters)
+        homes = (
+            f"{adapter.name}={adapter.weights.parent.absolute()}" for adapter in checkpoint.adapters
+        )
         words += ["--lora-modules", *homes]
     return words

@@ -23,6 +23,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def two_servers(default_checkpoint: Checkpoint, cache: Path) -> Iterator[tuple[VllmServer, ...]]:
     """Two servers of the default model with all of its adapters."""
-    servers = (VllmServer(default_checkpoint, cache), VllmServer(default_checkpoint, cache))
+    servers = tuple(VllmServer(default_checkpoint, cache, core) for core in range(2))
     with vllm_servers(*servers):
         yield servers

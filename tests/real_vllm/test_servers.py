@@ -30,7 +30,7 @@ Servers = tuple[VllmServer, ...]
 
 @contextmanager
 def gateway(cache: Path, *servers: VllmServer) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`taskvec serve --engine remote` in front of some servers; ready once one has proven itself."""
+    """`taskvec serve --engine remote` in front of some servers."""
     port = free_port()
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--engine", "remote"]
     command += ["--cache-dir", str(cache), "--no-log-requests"]
@@ -190,8 +190,10 @@ async def test_servers_with_the_wrong_adapters_are_refused(
         "classification": homes["retrieval"],
     }
     servers = (
-        VllmServer(default_checkpoint, cache, missing),
-        VllmServer(default_checkpoint, cache, [f"{name}={home}" for name, home in swapped.items()]),
+        VllmServer(default_checkpoint, cache, 0, missing),
+        VllmServer(
+            default_checkpoint, cache, 1, [f"{name}={home}" for name, home in swapped.items()]
+        ),
     )
     reasons = []
     with vllm_servers(*servers):

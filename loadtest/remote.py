@@ -50,8 +50,11 @@ def main() -> None:
         figures: dict[str, Any] = {
             "vector": "1024 dimensions, base64, tokenised by the gateway",
             "gateway processor time": {
-                kind: processor_time(kind, model, Path(room), options)
+                f"{kind}, {connections} connections": processor_time(
+                    kind, connections, model, Path(room), options
+                )
                 for kind in ("vllm", "taskvec")
+                for connections in (2, 8)
             },
             "gateways side by side": side_by_side(model, Path(room), options),
         }
@@ -61,14 +64,14 @@ def main() -> None:
 
 
 def processor_time(
-    kind: str, model: str, room: Path, options: argparse.Namespace
+    kind: str, connections: int, model: str, room: Path, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of the gateway process per text, 32 texts a request, 8 connections."""
+    """Microseconds of the gateway process per text, 32 texts a request."""
     micros, rates = [], []
     with null_server(kind, model, room) as url, gateway(model, room, url) as (place, pid):
         for warm in [True] + [False] * options.rounds:
             before, done = cpu_seconds(pid), ready_requests(place)
-            rate = wrk(f"{place}/v1/embeddings", text_body(32), 8, options.seconds)[0]
+            rate = wrk(f"{place}/v1/embeddings", text_body(32), connections, options.seconds)[0]
             requests = ready_requests(place) - done
             if not warm:
                 micros.append((cpu_seconds(pid) - before) / requests / 32 * 1e6)
@@ -77,7 +80,7 @@ def processor_time(
         "microseconds a text": spread(micros),
         "requests of 32 texts a second": spread(rates, 0),
     }
-    print(kind, result, flush=True)
+    print(kind, connections, result, flush=True)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,7 +15,7 @@ from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.tokens import TextTokenizer
-from taskvec.engines.base import Engine
+from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
@@ -31,6 +32,9 @@ from taskvec.wiring import task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
+LOOK_EVERY = 0.02
+"""Seconds between two looks at an engine that starts."""
+
 
 def create_app(
     settings: Settings,
@@ -41,6 +45,7 @@ def create_app(
     *,
     tokenizer: TextTokenizer | None = None,
     behind_gateway: bool = False,
+    patience: float = 0.0,
 ) -> FastAPI:
     """Wire the service.
 
@@ -52,6 +57,8 @@ def create_app(
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
         behind_gateway: True where gateways of the same service count and log the requests.
+        patience: seconds that connections are not accepted while the engine starts, so that of
+            several processes on one socket none refuses what another would answer.
     """
     tasks = task_table(checkpoint)
     tokenizer = tokenizer or text_tokenizer(
@@ -65,6 +72,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
+        await _until_ready(engine, patience)
         yield
         await engine.stop()
         await starting
@@ -112,6 +120,12 @@ def create_app(
         log_requests=settings.log_requests and not behind_gateway,
     )
     return app
+
+
+async def _until_ready(engine: Engine, seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while engine.health().state is EngineState.STARTING and time.monotonic() < limit:
+        await asyncio.sleep(LOOK_EVERY)
 
 
 async def _start(engine: Engine, on_failure: OnFailure) -> None:

@@ -25,6 +25,9 @@ from taskvec.telemetry.logs import configure_logs
 OnFailure = Callable[[BaseException], None]
 WORKER_APP = "taskvec.serving:worker_app"
 SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
+WORKER_PATIENCE = 10.0
+"""Seconds that a gateway process waits for its engine before it accepts connections."""
+
 LOOK_EVERY = 1.0
 """Seconds between two looks at the engine of several gateways."""
 
@@ -122,7 +125,7 @@ def worker_app() -> FastAPI:
     def stop_serving(error: BaseException) -> None:
         raise error
 
-    return _application(settings, stop_serving)[0]
+    return _application(settings, stop_serving, patience=WORKER_PATIENCE)[0]
 
 
 def _server_options(settings: Settings) -> dict[str, Any]:
@@ -135,9 +138,8 @@ def _server_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _application(
-    settings: Settings, on_failure: OnFailure, *, behind_gateway: bool = False
-) -> tuple[FastAPI, Engine]:
+def _application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[FastAPI, Engine]:
+    """The application, wired as ``create_app`` says, and its engine."""
     from taskvec.app import create_app  # noqa: PLC0415 - after SHARED_SERIES is set
     from taskvec.telemetry.metrics import Metrics  # noqa: PLC0415
     from taskvec.wiring import task_table  # noqa: PLC0415
@@ -145,10 +147,7 @@ def _application(
     checkpoint = open_checkpoint(settings.model, settings.revision)
     metrics = Metrics(task_table(checkpoint).names)
     engine = make_engine(settings, checkpoint, metrics)
-    app = create_app(
-        settings, checkpoint, engine, metrics, on_failure, behind_gateway=behind_gateway
-    )
-    return app, engine
+    return create_app(settings, checkpoint, engine, metrics, on_failure, **how), engine
 
 
 def make_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:

@@ -30,7 +30,7 @@ ERRORS_TO_OPEN = 3
 """So many failed calls in a row and a server is dropped."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
-"""Seconds until a dropped server is tried again; doubles each time."""
+"""Seconds until a dropped server is tried again; grows by half each time."""
 
 
 class ServerState(enum.StrEnum):
@@ -133,7 +133,7 @@ class Server:
                 lies = fault.outcome is Outcome.WRONG
                 self._enter(ServerState.REFUSED if lies else ServerState.OPEN, fault.message)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause = min(1.5 * pause, LONGEST_PAUSE)
                 continue
             pause = FIRST_PAUSE
             self._errors = 0

@@ -1,0 +1,332 @@
+"""Several gateway processes in front of one engine process, as one service."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from conftest import free_port, running_server, wait_until
+from taskvec.checkpoint.layout import Checkpoint
+
+TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
+TEXTS = ["one", "two words", "and a text that is rather longer than the others " * 3]
+EXACT = ("--dtype", "float32", "--log-level", "error")
+OUTPUTS = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
+RAW_OUTPUTS = {"float": "<f4", "float16": "<f2", "int8": "i1", "ubinary": "u1"}
+
+
+class Served:
+    """A ``taskvec serve`` process, its address, and its children."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "taskvec", "serve", "--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    def descendants(self) -> set[int]:
+        """The ids of all processes below it."""
+        found: set[int] = set()
+        new = {self.process.pid}
+        while new:
+            found |= new
+            new = {child for parent in new for child in children(parent)} - found
+        return found - {self.process.pid}
+
+    def gateways(self) -> set[int]:
+        """The ids of the processes that run Python's spawned workers."""
+        return {process for process in self.descendants() if "spawn_main" in command_of(process)}
+
+
+@contextmanager
+def served(*options: str) -> Iterator[Served]:
+    """A ready server, ended at the end if the test has not ended it."""
+    server = Served(*options)
+    try:
+        wait_until(f"{server.url}/health/ready", server.process)
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Served]:
+    """Two gateways and their engine, on the default model."""
+    with served("--workers", "2", *EXACT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[str]:
+    """One process that serves the same."""
+    with running_server(*EXACT) as url:
+        yield url
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_the_answer_is_that_of_one_process(
+    workers: Served, alone: str, task: str, output: str
+) -> None:
+    """Every task and output type gives the JSON that a single process gives."""
+    body = {"input": TEXTS, "task": task, "embedding_type": output, "dimensions": 128}
+    mine, theirs = (embed(url, body).json() for url in (workers.url, alone))
+    assert {k: v for k, v in mine.items() if k != "data"} == {
+        k: v for k, v in theirs.items() if k != "data"
+    }
+    rows = [[decoded(row["embedding"]) for row in answer["data"]] for answer in (mine, theirs)]
+    # A value between two steps of a quantised type may fall to either side.
+    allowed = 1e-5 if output in {"float", "base64"} else 1 if "int8" in output else 0
+    assert np.abs(np.subtract(*rows)).max() <= allowed
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("output", "dtype"), RAW_OUTPUTS.items())
+def test_raw_bytes_are_those_of_one_process(
+    workers: Served, alone: str, task: str, output: str, dtype: str
+) -> None:
+    """A matrix comes with the same headers and values as from a single process."""
+    body = {"input": TEXTS, "task": task, "embedding_type": output, "normalized": True}
+    answers = [embed(url, body, accept="application/octet-stream") for url in (workers.url, alone)]
+    for header in ("content-type", "x-embedding-shape", "x-embedding-dtype", "x-prompt-tokens"):
+        assert answers[0].headers[header] == answers[1].headers[header]
+    mine, theirs = (np.frombuffer(a.content, dtype).astype(np.float64) for a in answers)
+    assert len(mine) >= len(TEXTS) * 32
+    allowed = {"float": 1e-5, "float16": 1e-3, "int8": 1, "ubinary": 0}[output]
+    assert np.abs(mine - theirs).max() <= allowed
+
+
+def test_lengths_survive_the_way_to_the_engine(workers: Served, alone: str) -> None:
+    """Vectors that are not normalised keep the length that the engine gave them."""
+    body = {"input": TEXTS, "normalized": False, "task": "clustering"}
+    mine, theirs = (
+        np.array([row["embedding"] for row in embed(url, body).json()["data"]])
+        for url in (workers.url, alone)
+    )
+    assert np.abs(np.linalg.norm(theirs, axis=1) - 1).max() > 0.01
+    assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_errors_are_those_of_one_process(workers: Served, alone: str) -> None:
+    """What a client does wrong is told as a single process tells it; token ids stay refused."""
+    for body in ({"input": ["a", ""]}, {"input": [1, 2]}, {"input": "x", "task": "poetry"}):
+        mine, theirs = (
+            httpx.post(f"{url}/v1/embeddings", json=body) for url in (workers.url, alone)
+        )
+        assert mine.status_code == theirs.status_code == 400
+        assert mine.json()["error"] == theirs.json()["error"]
+    assert httpx.post(f"{workers.url}/v1/engine/embed", content=b"x").status_code == 404
+
+
+def test_metrics_are_of_all_processes() -> None:
+    """Whichever gateway renders them, the series are those of the service as one."""
+    with served("--workers", "2", *EXACT) as server:
+        for n in range(40):
+            embed(server.url, {"input": f"text {n}", "task": TASKS[n % len(TASKS)]})
+        httpx.post(f"{server.url}/v1/embeddings", json={"input": ""})
+        for _ in range(12):
+            shown = httpx.get(f"{server.url}/metrics").text
+            assert total(shown, "taskvec_requests_total", 'status="200"') == 40
+            assert total(shown, "taskvec_requests_total", 'status="400"') == 1
+            assert total(shown, "taskvec_requests_total") == 41, "a call to the engine was counted"
+            assert total(shown, "taskvec_texts_total", 'status="200"') == 40
+            assert total(shown, "taskvec_requests_in_flight") == 0
+            assert total(shown, "taskvec_queue_texts") == total(shown, "taskvec_queue_tokens") == 0
+            assert total(shown, "taskvec_engine_ready") == 1
+            assert total(shown, "taskvec_batch_texts_sum") >= 40
+            assert total(shown, "taskvec_forward_seconds_count") > 0
+            assert "pid=" not in shown
+            lines = [line for line in shown.splitlines() if not line.startswith("#")]
+            series = [line.rpartition(" ")[0] for line in lines]
+            assert len(series) == len(set(series)), "a series came twice"
+
+
+def test_every_gateway_answers(workers: Served) -> None:
+    """Requests go on while one gateway does nothing, whichever of the two that is."""
+    first, second = sorted(workers.gateways())
+    for still in (first, second):
+        os.kill(still, signal.SIGSTOP)
+        try:
+            # The sleeper may have been given a connection already: another try gets the other one.
+            assert any(answers(workers.url) for _ in range(10))
+        finally:
+            os.kill(still, signal.SIGCONT)
+
+
+def test_nothing_is_lost_on_sigterm() -> None:
+    """SIGTERM under load: every request whose connection was taken is answered; no process stays."""
+    with served("--workers", "2", *EXACT) as server:
+        processes = server.descendants()
+        assert len(server.gateways()) == 2
+        with ThreadPoolExecutor(8) as threads:
+            load = Load(server.url)
+            runs = [threads.submit(load.run) for _ in range(8)]
+            load.wait_for(24)
+            server.process.send_signal(signal.SIGTERM)
+            signalled = time.monotonic()
+            errors = server.process.communicate(timeout=60)[1].decode()
+            ended = time.monotonic() - signalled
+            load.stop.set()
+            for run in runs:
+                run.result()
+        assert ended < 30
+        assert set(load.seen) <= {"200", "refused"}, load.seen
+        assert load.seen["200"] >= 24
+        assert errors.strip() == ""
+        assert server.process.returncode in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+        assert not [process for process in processes if Path(f"/proc/{process}").exists()]
+
+
+def test_a_killed_gateway_is_replaced() -> None:
+    """A gateway that dies costs what it held: the other goes on, a new one comes, counts stay."""
+    with served("--workers", "2", *EXACT) as server:
+        for _ in range(10):
+            embed(server.url, {"input": "before"})
+        before = server.gateways()
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: len(server.gateways() - {killed}) == 2)
+        wait_until(f"{server.url}/health/ready", server.process)
+        answered = 0
+        while answered < 10:
+            reply = httpx.post(f"{server.url}/v1/embeddings", json={"input": "after"}, timeout=30)
+            # The new gateway listens before it has proven the engine, and says so.
+            assert reply.status_code == 200 or reply.json()["code"] == "starting"
+            answered += reply.status_code == 200
+        shown = httpx.get(f"{server.url}/metrics").text
+        assert total(shown, "taskvec_requests_total", 'status="200"') == 20
+        assert total(shown, "taskvec_requests_in_flight") == 0
+
+
+def test_a_damaged_checkpoint_ends_the_start(
+    tmp_path: Path, default_checkpoint: Checkpoint
+) -> None:
+    """An adapter without effect ends all processes: exit code 3, one sentence that names it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(default_checkpoint.folder, folder)
+    file = folder / "adapters/clustering/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: np.zeros_like(v) if "lora_B" in k else v for k, v in tensors.items()}, file)
+    server = Served("--workers", "2", "--model", str(folder), "--log-level", "error")
+    errors = server.process.communicate(timeout=60)[1].decode()
+    assert server.process.returncode == 3, errors
+    (sentence,) = errors.splitlines()
+    assert sentence.startswith("taskvec: ")
+    assert "'clustering'" in sentence
+
+
+class Load:
+    """Requests on fresh connections until told to stop, and what became of each."""
+
+    def __init__(self, url: str, most: int = 200, seconds: float = 20) -> None:
+        self.stop = threading.Event()
+        self.seen: dict[str, int] = {"200": 0}
+        self._url = url
+        self._numbers = count()
+        self._most = most
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while not self.stop.is_set() and time.monotonic() < self._until:
+            number = next(self._numbers)
+            if number >= self._most:
+                return
+            try:
+                body = {"input": [f"text {number} {n}" for n in range(16)]}
+                reply = httpx.post(
+                    f"{self._url}/v1/embeddings",
+                    json=body | {"task": TASKS[number % 5]},
+                    headers={"connection": "close"},
+                    timeout=60,
+                )
+                outcome = str(reply.status_code)
+                if outcome == "200":
+                    assert len(reply.json()["data"]) == 16
+            except httpx.ConnectError:
+                outcome = "refused"
+                time.sleep(0.05)
+            except httpx.TransportError as error:
+                outcome = repr(error)
+            with self._lock:
+                self.seen[outcome] = self.seen.get(outcome, 0) + 1
+
+    def wait_for(self, answered: int) -> None:
+        wait_for(lambda: self.seen["200"] >= answered)
+
+
+def embed(url: str, body: dict[str, Any], accept: str = "application/json") -> httpx.Response:
+    """The answer to a request on a connection of its own."""
+    return httpx.post(
+        f"{url}/v1/embeddings", json=body, headers={"accept": accept}, timeout=60
+    ).raise_for_status()
+
+
+def answers(url: str) -> bool:
+    """Whether a fresh connection gets an answer soon."""
+    try:
+        return httpx.post(f"{url}/v1/embeddings", json={"input": "x"}, timeout=3).is_success
+    except httpx.TimeoutException:
+        return False
+
+
+def decoded(embedding: list[float] | str) -> list[float]:
+    """The numbers of an embedding, as numbers or base64 of float32."""
+    if isinstance(embedding, str):
+        return np.frombuffer(base64.b64decode(embedding), "<f4").tolist()
+    return embedding
+
+
+def total(shown: str, name: str, label: str = "") -> float:
+    """The sum of a series in Prometheus' text over all labels, or over those that have one."""
+    values = [
+        float(line.rpartition(" ")[2])
+        for line in shown.splitlines()
+        if re.match(rf"{name}[{{ ]", line) and label in line
+    ]
+    assert values, f"no series {name} {label}"
+    return sum(values)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until something holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def children(process: int) -> list[int]:
+    """The ids of a process's children, whichever thread started them; none where it is gone."""
+    try:
+        lists = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for listed in lists for child in listed.split()]
+
+
+def command_of(process: int) -> str:
+    """A process's command line; empty where it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""

@@ -111,7 +111,9 @@ def create_app(
             )
         },
     )
-    app.include_router(models_router(checkpoint.card, embedder.max_tokens, tasks, names))
+    app.include_router(
+        models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids)
+    )
     app.include_router(probes_router(engine, metrics))
     install_error_handlers(app)
     app.add_middleware(
@@ -124,7 +126,8 @@ def create_app(
 
 async def _until_ready(engine: Engine, seconds: float) -> None:
     limit = time.monotonic() + seconds
-    while engine.health().state is EngineState.STARTING and time.monotonic() < limit:
+    # An engine tells by its health alone.
+    while engine.health().state is EngineState.STARTING and time.monotonic() < limit:  # noqa: ASYNC110
         await asyncio.sleep(LOOK_EVERY)
 
 

@@ -22,10 +22,7 @@ from taskvec.checkpoint.reference import reference_vectors
 
 PROBES = (
     "Query: how do I stop a program that is still running?",
-    (
-        "Document: a glacier is a large mass of ice that moves slowly down a valley, and carries the "
-        "stones that it breaks off the rock."
-    ),
+    "Document: a glacier is a mass of ice that moves slowly down a valley and carries stones.",
 )
 """Real text, on which a trained model's adapters differ far more than on random tokens; of two
 lengths, so that a batch of them is a mixed one."""

@@ -19,7 +19,12 @@ MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type
 
 
 def models_router(
-    card: ModelCard, max_tokens: int, tasks: Iterable[Task], names: ServedNames
+    card: ModelCard,
+    max_tokens: int,
+    tasks: Iterable[Task],
+    names: ServedNames,
+    *,
+    token_ids: bool,
 ) -> APIRouter:
     """The two routes."""
     created = int(time.time())
@@ -35,6 +40,7 @@ def models_router(
             "matryoshka_dimensions": list(card.matryoshka),
             "max_tokens": max_tokens,
             "tasks": task_names,
+            "token_input": token_ids,
             "revision": card.revision,
         }
 

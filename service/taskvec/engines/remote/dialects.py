@@ -107,6 +107,10 @@ async def recognise(
         tasks |= {name.partition(".")[0] for name in tasks}  # retrieval.query: adapter retrieval
         longest = entries[roots[0]].get("max_tokens")
         missing = [name for name in card.adapters if name not in tasks]
+        if not entries[roots[0]].get("token_input"):
+            raise ServerFault(
+                Outcome.WRONG, "it takes no token ids: start it with TASKVEC_TOKEN_INPUT=accept"
+            )
         dialect = TaskvecDialect()
         flag = "--max-tokens"
     else:

@@ -61,6 +61,7 @@ class VllmEngine:
         self._observer = observer
         self._health = EngineHealth(EngineState.STARTING, "vLLM is loading the model")
         self._llm: Any = None
+        self._started = False
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._texts = 0
@@ -93,8 +94,11 @@ class VllmEngine:
             if self._llm is not None:
                 await self._shut_down()
             raise
-        if self._health.state is EngineState.STARTING:
-            self._health = EngineHealth(EngineState.READY)
+        if self._health.state is not EngineState.STARTING:  # stopped while it was loading
+            await self._shut_down()
+            return
+        self._started = True
+        self._health = EngineHealth(EngineState.READY)
         log.info(
             "engine_ready",
             model=self.model.name,
@@ -125,7 +129,7 @@ class VllmEngine:
             self._health = EngineHealth(EngineState.STOPPING, "it finishes what was admitted")
         # An abort inside vLLM fails every request in flight: drain here, then shut it down.
         await self._idle.wait()
-        if self._llm is not None:
+        if self._started:
             await self._shut_down()
         self._health = EngineHealth(EngineState.DEAD, "stopped")
 
@@ -221,7 +225,7 @@ class VllmEngine:
             self._observer.queue_changed(self._texts, self._tokens)
 
     async def _shut_down(self) -> None:
-        llm, self._llm = self._llm, None
+        llm, self._llm, self._started = self._llm, None, False
         await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
         del llm
         gc.collect()  # its destructor must run before the interpreter takes its modules away

@@ -32,11 +32,14 @@ from server import free_port, wait_ready
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.plain import plain_folder
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
+from taskvec.wiring import text_tokenizer
 from workload import QWEN, checkpoint_of
 
 HERE = Path(__file__).parent
 TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
 TICKS = os.sysconf("SC_CLK_TCK")
+VLLM_LONGER = 4
+"""vLLM on a CPU answers few requests a second: its rounds are so many times longer."""
 
 
 def main() -> None:
@@ -56,6 +59,7 @@ def main() -> None:
                 for kind in ("vllm", "taskvec")
                 for connections in (2, 8)
             },
+            "of it the tokenizer, measured alone": tokenizer_time(options),
             "gateways side by side": side_by_side(model, Path(room), options),
         }
         if options.vllm_python:
@@ -82,6 +86,19 @@ def processor_time(
     }
     print(kind, connections, result, flush=True)
     return result
+
+
+def tokenizer_time(options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds a text, 32 texts a call, nothing else running."""
+    tokenizer = text_tokenizer(checkpoint_of(QWEN), max_tokens=0, threads=1)
+    micros = []
+    for warm in [True] + [False] * options.rounds:
+        begun = time.process_time()
+        for _ in range(300):
+            tokenizer.encode_now([TEXT] * 32, prompt="Document: ", truncate=False)
+        if not warm:
+            micros.append((time.process_time() - begun) / 300 / 32 * 1e6)
+    return spread(micros)
 
 
 def side_by_side(model: str, room: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +157,11 @@ def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str
                 for texts, connections in ((1, 1), (8, 16)):
                     sent = body | {"input": ids[:texts]}
                     rate, p50 = wrk(
-                        f"{base}/v1/embeddings", sent, connections, options.seconds, headers
+                        f"{base}/v1/embeddings",
+                        sent,
+                        connections,
+                        VLLM_LONGER * options.seconds,
+                        headers,
                     )
                     if not warm:
                         figures.setdefault(f"{side}, {connections}: rate", []).append(rate)

@@ -35,14 +35,22 @@ sys.meta_path.insert(0, Refuse())
 
 MAKE_ENGINE = f"""{WITHOUT_TORCH}
 from taskvec.checkpoint.hub import open_checkpoint
-from taskvec.serving import make_engine
+from taskvec.wiring import make_engine
 from taskvec.settings import Settings
 
 settings = Settings(engine="remote", engine_url="http://127.0.0.1:1")
 print(type(make_engine(settings, open_checkpoint({DEFAULT_MODEL!r}), None)).__name__)
 """
 
-SERVE = f"{WITHOUT_TORCH}\nfrom taskvec.cli import main\nmain()\n"
+SERVE = f"{WITHOUT_TORCH}\nfrom taskvec.cli import main\nif __name__ == '__main__':\n    main()\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers keep what they compute once in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,7 @@ def test_a_request_id_need_not_be_unique(gateway: Served, servers: tuple[Served,
 
 
 def test_a_client_that_leaves_takes_its_texts_with_it(servers: tuple[Served, Served]) -> None:
-    """When a client closes its connection, what its request has queued in the servers is dropped."""
+    """When a client closes its connection, what it has queued in the servers is dropped."""
     with served(*before(*servers)) as gateway:
         was = sum(dropped(server) for server in servers)
         body = {"input": ["word " * 400 + str(n) for n in range(1024)]}
@@ -149,7 +157,7 @@ def test_a_server_that_takes_no_token_ids_is_not_used() -> None:
 
 
 def test_a_gateway_waits_for_its_servers() -> None:
-    """Before its servers are up a gateway is live and says "starting"; then it is ready by itself."""
+    """Before its servers are up a gateway is live and "starting"; later ready by itself."""
     port = free_port()
     with served(*GATEWAY, "--engine-url", f"http://127.0.0.1:{port}", probe="live") as gateway:
         wait_for(lambda: str(port) in readiness(gateway).json()["detail"])

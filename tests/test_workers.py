@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ EXACT = ("--dtype", "float32", "--log-level", "error")
 OUTPUTS = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
 RAW_OUTPUTS = {"float": "<f4", "float16": "<f2", "int8": "i1", "ubinary": "u1"}
 MODULE = ("-m", "taskvec")
+REMOTE = ("--engine", "remote", "--engine-url", "https://127.0.0.1:1")
 
 
 class Served:
@@ -58,15 +60,30 @@ class Served:
 
 
 @contextmanager
-def served(*options: str, probe: str = "ready", **how: Any) -> Iterator[Served]:
-    """A server whose probe is well, ended at the end if the test has not ended it."""
+def started(*options: str, **how: Any) -> Iterator[Served]:
+    """A server that may not listen yet, ended at the end if the test has not ended it."""
     server = Served(*options, **how)
     try:
-        wait_until(f"{server.url}/health/{probe}", server.process)
         yield server
     finally:
         server.process.terminate()
         server.process.communicate(timeout=60)
+
+
+@contextmanager
+def served(*options: str, probe: str = "ready", **how: Any) -> Iterator[Served]:
+    """A server whose probe is well."""
+    with started(*options, **how) as server:
+        wait_until(f"{server.url}/health/{probe}", server.process)
+        yield server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers keep what they compute once in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +178,18 @@ def test_metrics_are_of_all_processes() -> None:
             assert len(series) == len(set(series)), "a series came twice"
 
 
+def test_the_first_connection_is_answered() -> None:
+    """From the moment the port takes connections no request is told to come back later."""
+    with started("--workers", "2", *EXACT) as server:
+        wait_for(lambda: connects(server.port), seconds=60)
+        statuses = {
+            httpx.post(f"{server.url}/v1/embeddings", json={"input": str(n)}).status_code
+            for n in range(100)
+        }
+        assert statuses == {200}
+        assert len(server.gateways()) == 2
+
+
 def test_every_gateway_answers(workers: Served) -> None:
     """Requests go on while one gateway does nothing, whichever of the two that is."""
     first, second = sorted(workers.gateways())
@@ -205,34 +234,95 @@ def test_a_killed_gateway_is_replaced() -> None:
         before = server.gateways()
         killed = min(before)
         os.kill(killed, signal.SIGKILL)
+        for _ in range(5):
+            embed(server.url, {"input": "by the other"})
         wait_for(lambda: len(server.gateways() - {killed}) == 2)
-        wait_until(f"{server.url}/health/ready", server.process)
-        answered = 0
-        while answered < 10:
-            reply = httpx.post(f"{server.url}/v1/embeddings", json={"input": "after"}, timeout=30)
-            # The new gateway listens before it has proven the engine, and says so.
-            assert reply.status_code == 200 or reply.json()["code"] == "starting"
-            answered += reply.status_code == 200
+        for _ in range(5):
+            embed(server.url, {"input": "by either"})
         shown = httpx.get(f"{server.url}/metrics").text
         assert total(shown, "taskvec_requests_total", 'status="200"') == 20
         assert total(shown, "taskvec_requests_in_flight") == 0
 
 
-def test_a_damaged_checkpoint_ends_the_start(
-    tmp_path: Path, default_checkpoint: Checkpoint
-) -> None:
-    """An adapter without effect ends all processes: exit code 3, one sentence that names it."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(default_checkpoint.folder, folder)
-    file = folder / "adapters/clustering/adapter_model.safetensors"
+def without_effect(file: Path) -> None:
     tensors = load_file(file)
     save_file({k: np.zeros_like(v) if "lora_B" in k else v for k, v in tensors.items()}, file)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [without_effect, cut_short])
+def test_a_damaged_checkpoint_ends_the_start(
+    tmp_path: Path, default_checkpoint: Checkpoint, damage: Callable[[Path], None]
+) -> None:
+    """A damaged adapter ends all processes: exit code 3, one sentence that names it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(default_checkpoint.folder, folder)
+    damage(folder / "adapters/clustering/adapter_model.safetensors")
     server = Served("--workers", "2", "--model", str(folder), "--log-level", "error")
-    errors = server.process.communicate(timeout=60)[1].decode()
-    assert server.process.returncode == 3, errors
+    code, errors = ended(server)
+    assert code == 3, errors
     (sentence,) = errors.splitlines()
     assert sentence.startswith("taskvec: ")
-    assert "'clustering'" in sentence
+    assert "clustering" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--model", "/no/such/folder"), "/no/such/folder"),
+        (("--device", "cuda:99"), "--device"),
+        ((*REMOTE, "--model", "/no/such/folder"), "/no/such/folder"),
+        ((*REMOTE, "--engine-ca", "/no/such/file"), "--engine-ca /no/such/file"),
+    ],
+    ids=str,
+)
+def test_a_start_that_cannot_be_ends(options: tuple[str, ...], named: str) -> None:
+    """What no new gateway would cure is not tried for ever: exit code 3, one sentence."""
+    server = Served("--workers", "2", "--log-level", "error", *options)
+    code, errors = ended(server)
+    assert code == 3, errors
+    (sentence,) = errors.splitlines()
+    assert sentence.startswith("taskvec: ")
+    assert named in sentence
+
+
+def test_a_busy_port_is_named() -> None:
+    """A port that is taken ends the start with a line that names the address, as of one process."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = Served("--workers", "2", "--log-level", "error", port=port)
+        code, errors = ended(server)
+    assert code == 3, errors
+    (line,) = errors.splitlines()
+    assert "in use" in line
+    assert str(port) in line
+
+
+def test_a_start_can_be_broken_off() -> None:
+    """SIGTERM ends gateways that still wait for their engine."""
+    server = Served("--workers", "2", "--log-level", "error", *REMOTE)
+    wait_for(lambda: len(server.gateways()) == 2)
+    time.sleep(1)  # they are importing; then they wait
+    server.process.terminate()
+    _, errors = ended(server)
+    assert errors.strip() == ""
+
+
+def ended(server: Served) -> tuple[int, str]:
+    """The exit code and errors of a server that ends by itself; ended by force if it does not."""
+    try:
+        errors = server.process.communicate(timeout=30)[1]
+    except subprocess.TimeoutExpired:
+        processes = server.descendants()
+        server.process.kill()
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        errors = server.process.communicate()[1]
+        raise AssertionError(f"it did not end: {errors.decode()[-2000:]}") from None
+    return server.process.returncode, errors.decode()
 
 
 class Load:
@@ -288,6 +378,15 @@ def answers(url: str) -> bool:
         return httpx.post(f"{url}/v1/embeddings", json={"input": "x"}, timeout=3).is_success
     except httpx.TimeoutException:
         return False
+
+
+def connects(port: int) -> bool:
+    """Whether the port takes connections."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def decoded(embedding: list[float] | str) -> list[float]:

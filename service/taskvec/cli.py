@@ -54,13 +54,18 @@ def _serve(**options: Any) -> None:
     Every option can be set by its environment variable instead. TASKVEC_ENGINE_API_KEY, a secret,
     only by that.
     """
-    from taskvec.serving import serve  # noqa: PLC0415 - the other commands need no server
-
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with _clear_failures():
         settings = Settings(**given)
         configure_logs(settings.log_level)
-        serve(settings)
+        if settings.workers == 1:
+            from taskvec.serving import serve_alone  # noqa: PLC0415 - only this needs a server
+
+            serve_alone(settings)
+        else:
+            from taskvec.workers import serve_together  # noqa: PLC0415
+
+            serve_together(settings)
 
 
 def _settings_signature() -> inspect.Signature:

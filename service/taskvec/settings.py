@@ -63,7 +63,11 @@ class Settings(BaseSettings):
     """The settings, read from ``TASKVEC_*`` variables where not given."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TASKVEC_", frozen=True, extra="forbid", env_ignore_empty=True
+        env_prefix="TASKVEC_",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # a key may be among it
     )
 
     model: Annotated[
@@ -282,7 +286,8 @@ class Settings(BaseSettings):
             )
         if self.engine is not EngineKind.REMOTE and self.engine_url:
             raise ValueError(
-                f"--engine-url is for --engine remote, and the engine is {self.engine.value}."
+                "--engine-url (TASKVEC_ENGINE_URL) is for --engine remote (TASKVEC_ENGINE), and "
+                f"the engine is {self.engine.value}."
             )
         return self
 

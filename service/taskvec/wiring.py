@@ -1,12 +1,16 @@
-"""From a checkpoint to the parts of core that it decides."""
+"""From a checkpoint and the settings to the parts that they decide."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
+from taskvec.engines.base import Engine
+from taskvec.errors import CheckpointError
+from taskvec.settings import EngineKind, Settings
 
 
 def task_table(checkpoint: Checkpoint) -> TaskTable:
@@ -29,3 +33,67 @@ def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> 
         vocabulary=card.vocabulary,
         threads=threads or min(4, os.cpu_count() or 1),
     )
+
+
+def make_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+    """The engine that the settings ask for; not started.
+
+    Raises:
+        CheckpointError: what it needs is not installed.
+    """
+    if settings.engine is EngineKind.REMOTE:
+        return _remote_engine(settings, checkpoint, observer)
+    if settings.engine is EngineKind.VLLM:
+        return _vllm_engine(settings, checkpoint, observer)
+    return _packed_engine(settings, checkpoint, observer)
+
+
+def _packed_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+    try:
+        from taskvec.engines.packed.engine import (  # noqa: PLC0415 - torch is an extra
+            PackedEngine,
+            PackedOptions,
+        )
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        raise CheckpointError("The packed engine needs torch: install taskvec[packed].") from None
+    options = PackedOptions(
+        device=settings.device,
+        dtype=settings.dtype,
+        adapter_mode=settings.adapter_mode,
+        max_batch_tokens=settings.max_batch_tokens,
+        threads=settings.threads,
+    )
+    return PackedEngine(checkpoint, options, observer)
+
+
+def _vllm_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+    from taskvec.engines.vllm.arguments import VllmOptions  # noqa: PLC0415
+    from taskvec.engines.vllm.engine import VllmEngine  # noqa: PLC0415
+
+    options = VllmOptions(
+        dtype=settings.dtype,
+        max_tokens=settings.max_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_texts=settings.max_batch_texts,
+        memory_share=settings.memory_share,
+        tensor_parallel=settings.tensor_parallel,
+        data_parallel=settings.data_parallel,
+        extra=settings.vllm_args,
+    )
+    return VllmEngine(checkpoint, settings.cache, options, observer)
+
+
+def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+    from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions  # noqa: PLC0415
+
+    key = settings.engine_api_key
+    options = RemoteOptions(
+        urls=settings.engine_url,
+        api_key=key.get_secret_value() if key else None,
+        ca=settings.engine_ca,
+        max_tokens=settings.max_tokens,
+        call_seconds=settings.engine_call_timeout,
+    )
+    return RemoteEngine(checkpoint, settings.cache, options, observer)

@@ -7,28 +7,42 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 """A host name -> its addresses; raises OSError where there are none."""
 
-_URL = re.compile(r"(?:https?|unix|dns)://\S+")
-_DNS = re.compile(r"dns://(?P<host>[^/:]+):(?P<port>\d{1,5})")
+_URL = re.compile(r"(?:https?://|unix:///)[^\s@]+")
+_DNS = re.compile(r"dns://(?P<host>[^\s/:@]+):(?P<port>\d{1,5})")
 
 
 def check_url(url: str) -> str:
     """A server's URL, without a trailing slash.
 
     Raises:
-        ValueError: it is none of ``http://``, ``https://``, ``unix:///path`` or ``dns://name:port``.
+        ValueError: it is none of ``http://``, ``https://``, ``unix:///path`` or ``dns://name:port``,
+            or holds a password.
     """
     url = url.rstrip("/")
-    valid = _DNS.fullmatch(url) if url.startswith("dns:") else _URL.fullmatch(url)
-    if not valid:
+    if (_DNS if url.startswith("dns:") else _URL).fullmatch(url) and _has_place(url):
+        return url
+    if "@" in url:
         raise ValueError(
-            f"{url!r} is no engine URL: write http://host:port, https://host:port, "
-            "unix:///path/to/socket, or dns://name:port for every address behind a name"
+            "an engine URL holds no name and password, which would stand in logs and metrics: set "
+            "TASKVEC_ENGINE_API_KEY"
         )
-    return url
+    raise ValueError(
+        f"{url!r} is no engine URL: write http://host:port, https://host:port, "
+        "unix:///path/to/socket, or dns://name:port for every address behind a name"
+    )
+
+
+def _has_place(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        return parts.scheme == "unix" or (bool(parts.hostname) and parts.port != 0)
+    except ValueError:  # the port is no number, or too large
+        return False
 
 
 async def addresses_of(host: str) -> Sequence[str]:
@@ -56,7 +70,7 @@ async def expand(urls: Sequence[str], resolve: Resolve) -> tuple[list[str], list
             continue
         try:
             found = await resolve(name["host"])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             failures.append(f"{url} could not be resolved ({error})")
             continue
         servers += [f"http://{_bracketed(address)}:{name['port']}" for address in found]

@@ -54,7 +54,7 @@ class Connection:
             async with (
                 asyncio.timeout(seconds),
                 self._session.request(
-                    method, url, data=call.body or None, headers=call.headers
+                    method, url, data=call.body or None, headers=call.headers, allow_redirects=False
                 ) as response,
             ):
                 if response.status == HTTPStatus.OK:

@@ -18,6 +18,9 @@ TRIPS = 2
 """Calls under way at a time: one that the engine works on, one that waits for it."""
 
 TEXTS_A_TRIP = 64
+GRACE = 0.05
+"""Seconds by which a call's own limit comes before that of a caller with the same: only the call
+can tell a hung server."""
 
 Send = Callable[[Sequence[TokenIds], Sequence[str | None], float], Awaitable[Vectors]]
 
@@ -73,7 +76,7 @@ class Courier:
         self._waiting.append(parcel)
         self._start_trips()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds + GRACE):
                 return await parcel.future
         except TimeoutError:
             raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
@@ -107,10 +110,10 @@ class Courier:
         adapters = [parcel.adapter for parcel in trip.parcels for _ in parcel.texts]
         try:
             vectors = await self._send(texts, adapters, max(p.seconds for p in trip.parcels))
-        except ServerFault as fault:
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody may wait for ever
             for parcel in trip.parcels:
                 if not parcel.future.done():
-                    parcel.future.set_exception(ServerFault(fault.outcome, fault.message))
+                    parcel.future.set_exception(_copy(error))
         else:
             start = 0
             for parcel in trip.parcels:
@@ -121,3 +124,8 @@ class Courier:
         finally:
             self._trips.discard(trip)
             self._start_trips()
+
+
+def _copy(error: Exception) -> Exception:
+    """One for each who is told: a traceback belongs to one task."""
+    return ServerFault(error.outcome, error.message) if isinstance(error, ServerFault) else error

@@ -103,7 +103,7 @@ async def recognise(
         dialect: Dialect = VllmDialect(base_name)
         flag = "--max-model-len"
     elif roots and "tasks" in entries[roots[0]]:
-        tasks = set(entries[roots[0]]["tasks"])
+        tasks = {str(name) for name in _listed(entries[roots[0]]["tasks"])}
         tasks |= {name.partition(".")[0] for name in tasks}  # retrieval.query: adapter retrieval
         longest = entries[roots[0]].get("max_tokens")
         missing = [name for name in card.adapters if name not in tasks]
@@ -128,6 +128,10 @@ async def recognise(
             f"{flag}, or lower --max-tokens here",
         )
     return dialect
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:

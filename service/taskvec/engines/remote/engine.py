@@ -27,7 +27,7 @@ from taskvec.engines.base import (
 from taskvec.engines.remote.addresses import Resolve, addresses_of, expand
 from taskvec.engines.remote.budget import RetryBudget
 from taskvec.engines.remote.dialects import Vectors
-from taskvec.engines.remote.faults import ServerFault
+from taskvec.engines.remote.faults import Outcome, ServerFault
 from taskvec.engines.remote.server import PoolObserver, Server
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
 from taskvec.gather import gather_or_cancel
@@ -88,6 +88,9 @@ class RemoteEngine:
             options: which servers, and how they are treated.
             observer: told of calls and servers.
             resolve: how names are looked up.
+
+        Raises:
+            CheckpointError: the certificates cannot be read.
         """
         self._checkpoint = checkpoint
         self._cache = cache
@@ -98,6 +101,7 @@ class RemoteEngine:
         self._servers: dict[str, tuple[Server, asyncio.Task[None]]] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._finder: asyncio.Task[None] | None = None
+        self._trusted = _trust(options.ca)
         self._state = EngineState.STARTING
         self._golden: GoldenVectors | None = None
         self._lookup_faults: list[str] = []
@@ -135,7 +139,7 @@ class RemoteEngine:
                     limit=0,
                     limit_per_host=CONNECTIONS_A_SERVER,
                     keepalive_timeout=IDLE_SECONDS,
-                    ssl=self._trust(),
+                    ssl=self._trusted,
                 )
             )
             self._finder = asyncio.create_task(self._find_servers())
@@ -160,10 +164,11 @@ class RemoteEngine:
         self._state = EngineState.STOPPING
         await self._idle.wait()
         self._state = EngineState.DEAD
-        keepers = [keeper for _, keeper in self._servers.values()]
-        for task in [*keepers, *([self._finder] if self._finder else [])]:
+        tasks = [keeper for _, keeper in self._servers.values()]
+        tasks += [self._finder] if self._finder else []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*keepers, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for session in self._sessions.values():
             await session.close()
 
@@ -193,9 +198,12 @@ class RemoteEngine:
             try:
                 return await server.call(ids, batch.adapter, tokens, left)
             except ServerFault as fault:
+                if fault.outcome is Outcome.BUSY and server in tried:
+                    break  # it has said so already
                 tried.append(server)
                 faults.append(f"{server.name}: {fault.message}")
-            if len(tried) >= ATTEMPTS or not self._budget.spend():
+            passed = batch.deadline is not None and time.monotonic() >= batch.deadline
+            if passed or len(tried) >= ATTEMPTS or not self._budget.spend():
                 break
             if self._observer is not None:
                 self._observer.call_retried()
@@ -243,7 +251,9 @@ class RemoteEngine:
         if key not in self._sessions:
             path = url.removeprefix("unix://")
             self._sessions[key] = self._session(
-                aiohttp.UnixConnector(path, limit=CONNECTIONS_A_SERVER)
+                aiohttp.UnixConnector(
+                    path, limit=CONNECTIONS_A_SERVER, keepalive_timeout=IDLE_SECONDS
+                )
             )
         assert self._golden is not None  # noqa: S101 - start() made it
         longest = self.model.max_tokens
@@ -263,6 +273,7 @@ class RemoteEngine:
         """No new calls; those in flight end as they would."""
         server, keeper = self._servers.pop(url)
         keeper.cancel()
+        server.leave()
         log.info("engine_server", server=server.name, state="left")
         if self._observer is not None:
             self._observer.server_left(server.name)
@@ -278,15 +289,16 @@ class RemoteEngine:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    def _trust(self) -> ssl.SSLContext | bool:
-        if self._options.ca is None:
-            return True
-        try:
-            return ssl.create_default_context(cafile=self._options.ca)
-        except (OSError, ssl.SSLError) as error:
-            raise CheckpointError(
-                f"--engine-ca {self._options.ca} cannot be read as certificates ({error})."
-            ) from None
+
+def _trust(ca: Path | None) -> ssl.SSLContext | bool:
+    if ca is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise CheckpointError(
+            f"--engine-ca {ca} cannot be read as certificates ({error})."
+        ) from None
 
 
 def split(ids: Sequence[TokenIds], servers: int) -> list[slice]:

@@ -8,6 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Protocol
 
@@ -28,6 +29,9 @@ SMALL_CALL = 8
 
 ERRORS_TO_OPEN = 3
 """So many failed calls in a row and a server is dropped."""
+
+PROBES_APART = 6
+"""Even a busy server is probed once in so many check intervals."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 """Seconds until a dropped server is tried again; grows by half each time."""
@@ -112,7 +116,7 @@ class Server:
         self._dialect: Dialect | None = None
         self._courier = Courier(self._send)
         self._errors = 0
-        self._answered_at = 0.0
+        self._answered_at = self._probed_at = 0.0
         self._dropped = asyncio.Event()
         self._probed = itertools.cycle(golden.adapters)
         if observer is not None:
@@ -141,6 +145,10 @@ class Server:
             self._enter(ServerState.CLOSED, "")
             await self._watch()
             await asyncio.sleep(FIRST_PAUSE)
+
+    def leave(self) -> None:
+        """It is no longer listed: what is in flight ends unreported."""
+        self._observer = None
 
     async def call(
         self, ids: Sequence[TokenIds], adapter: str | None, tokens: int, seconds: float
@@ -200,6 +208,7 @@ class Server:
             "engine_call_failed", server=self.name, outcome=fault.outcome, reason=fault.message
         )
         if fault.outcome is Outcome.BUSY:
+            self._answered_at = time.monotonic()  # a refusal shows that it is alive
             return
         self._errors += 1
         if self.serving and (fault.outcome in OPENS_AT_ONCE or self._errors >= ERRORS_TO_OPEN):
@@ -208,12 +217,17 @@ class Server:
 
     async def _prove(self) -> None:
         """Every adapter is there and gives its golden vectors."""
-        self._dialect = await recognise(
-            self._connection, self._card, self._max_tokens, self._call_seconds
-        )
+        try:
+            self._dialect = await recognise(
+                self._connection, self._card, self._max_tokens, self._call_seconds
+            )
+        except (TypeError, AttributeError, LookupError) as error:
+            raise ServerFault(
+                Outcome.WRONG, f"its /v1/models is not understood ({error})"
+            ) from None
         for adapter in self._golden.adapters:
             await self._probe(adapter)
-        self._answered_at = time.monotonic()
+        self._answered_at = self._probed_at = time.monotonic()
 
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
@@ -223,20 +237,23 @@ class Server:
             raise ServerFault(Outcome.WRONG, fault)
 
     async def _watch(self) -> None:
-        """Until the server is dropped; where it has been quiet for long, one probe."""
+        """Until the server is dropped; one probe where it was quiet for long, and now and then."""
         while self.serving:
-            quiet = time.monotonic() - self._answered_at
+            due = min(
+                self._answered_at + self._check_seconds,
+                self._probed_at + PROBES_APART * self._check_seconds,
+            )
+            if time.monotonic() < due:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(due - time.monotonic()):
+                        await self._dropped.wait()
+                continue
+            self._probed_at = time.monotonic()
             try:
-                async with asyncio.timeout(max(0.0, self._check_seconds - quiet)):
-                    await self._dropped.wait()
-            except TimeoutError:
-                if time.monotonic() - self._answered_at < self._check_seconds:
-                    continue
-                try:
-                    await self._probe(next(self._probed))
-                except ServerFault as fault:
-                    if self.serving and fault.outcome is not Outcome.BUSY:
-                        self._enter(ServerState.OPEN, fault.message)
+                await self._probe(next(self._probed))
+            except ServerFault as fault:
+                if self.serving and fault.outcome is not Outcome.BUSY:
+                    self._enter(ServerState.OPEN, fault.message)
 
     def _enter(self, state: ServerState, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):

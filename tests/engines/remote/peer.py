@@ -1,0 +1,273 @@
+"""The other side of a pool: a real HTTP server whose behaviour a test can switch."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from conftest import free_port
+from fakes import hashed_vector
+from taskvec.checkpoint.golden import golden_vectors
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import TokenBatch, TokenIds
+from taskvec.engines.remote.addresses import Resolve, addresses_of
+from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions
+from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
+from taskvec.telemetry.metrics import Metrics
+
+BROKEN = ("truncated", "endless", "silent", "closing")
+SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}
+Vectors = NDArray[np.float32]
+
+
+class Peer:
+    """A server of either kind: golden vectors for the probes, hashed ones for other texts.
+
+    Attributes:
+        behaviour: honest, swapped, base, missing, wrong dimension, nan, wrong count, truncated,
+            endless, silent, closing, slow, no list, or a status: applies to the next call on.
+        calls: texts and adapters of each call that arrived and was no probe.
+        posts: how many calls arrived, probes among them.
+        closed: how many calls the other side gave up.
+        keys: the authorization headers seen.
+        deadlines: the deadlines sent along, in milliseconds.
+        held: calls that were no probe wait until this is set.
+        listing: what /v1/models says instead of the truth, where not None.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dialect: str = "vllm",
+        behaviour: str = "honest",
+        max_tokens: int | None = None,
+    ) -> None:
+        self.card = checkpoint.card
+        self.dialect = dialect
+        self.behaviour = behaviour
+        self.max_tokens = max_tokens or self.card.max_tokens
+        self.calls: list[tuple[list[TokenIds], list[str | None]]] = []
+        self.posts = 0
+        self.closed = 0
+        self.keys: list[str | None] = []
+        self.deadlines: list[int] = []
+        self.held = asyncio.Event()
+        self.held.set()
+        self.listing: Any = None
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._runner: web.AppRunner | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            self._golden = golden_vectors(checkpoint, Path(folder))
+        self._probes = {probe.tobytes(): i for i, probe in enumerate(self._golden.probes)}
+
+    async def start(self, *, socket: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
+        """Listen, on the same port each time, or on a socket."""
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/embeddings", self._embeddings)
+        app.router.add_post(WIRE_PATH, self._wire)
+        # Cancelled handlers are how it sees that the other side closed the connection.
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05
+        )
+        await self._runner.setup()
+        site: web.BaseSite
+        if socket is not None:
+            self.url = f"unix://{socket}"
+            site = web.UnixSite(self._runner, socket)
+        else:
+            scheme = "http" if tls is None else "https"
+            self.url = f"{scheme}://127.0.0.1:{self.port}"
+            site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=tls)
+        await site.start()
+
+    async def stop(self) -> None:
+        """Close everything."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        self.keys.append(request.headers.get("authorization"))
+        if self.behaviour == "no list":
+            return web.Response(text="<html>Welcome to nginx!</html>")
+        if self.behaviour in BROKEN or self.behaviour.isdigit():
+            return await self._misbehave(request, b"{}")
+        if self.listing is not None:
+            return web.json_response(self.listing)
+        lacked = "retrieval" if self.behaviour == "missing" else ""
+        names = [name for name in self.card.adapters if name != lacked]
+        if self.dialect == "vllm":
+            root = {"id": "base", "owned_by": "vllm", "max_model_len": self.max_tokens}
+            adapters = [{"id": name, "owned_by": "vllm", "parent": "base"} for name in names]
+            return web.json_response({"object": "list", "data": [root, *adapters]})
+        tasks = [f"{name}.query" if name == "retrieval" else name for name in names]
+        entry = {"id": "mini", "tasks": tasks, "max_tokens": self.max_tokens, "token_input": True}
+        return web.json_response({"object": "list", "data": [entry]})
+
+    async def _embeddings(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        assert body["encoding_format"] == "bytes_only"
+        name = None if body["model"] == "base" else body["model"]
+        texts = [np.array(ids, dtype=np.int32) for ids in body["input"]]
+        return await self._answer(request, texts, [name] * len(texts))
+
+    async def _wire(self, request: web.Request) -> web.StreamResponse:
+        self.deadlines.append(int(request.headers["x-request-timeout-ms"]))
+        texts, adapters = unpack_texts(request.headers[ADAPTERS_HEADER], await request.read())
+        return await self._answer(request, texts, adapters)
+
+    async def _answer(
+        self, request: web.Request, texts: list[TokenIds], adapters: list[str | None]
+    ) -> web.StreamResponse:
+        self.posts += 1
+        try:
+            if not all(text.tobytes() in self._probes for text in texts):
+                self.calls.append((texts, adapters))
+                await self.held.wait()
+            if self.behaviour == "slow":
+                await asyncio.sleep(0.2)
+            return await self._misbehave(request, self._vectors(texts, adapters).tobytes())
+        except asyncio.CancelledError:
+            self.closed += 1
+            raise
+
+    def _vectors(self, texts: Sequence[TokenIds], adapters: Sequence[str | None]) -> Vectors:
+        rows = [self._vector(*pair) for pair in zip(texts, adapters, strict=True)]
+        if self.behaviour == "nan":
+            rows[0][3] = np.nan
+        if self.behaviour == "wrong count":
+            rows = rows[:-1]
+        vectors = np.stack(rows) if rows else np.empty((0, self.card.dimension), dtype="<f4")
+        return vectors[:, :-1] if self.behaviour == "wrong dimension" else vectors
+
+    def _vector(self, text: TokenIds, adapter: str | None) -> Vectors:
+        if self.behaviour == "swapped":
+            adapter = SWAPPED.get(adapter or "", adapter)
+        if self.behaviour == "base":
+            adapter = None
+        probe = self._probes.get(text.tobytes())
+        if probe is not None:
+            return 3 * self._golden.vectors[adapter][probe]
+        return hashed_vector(text, adapter, self.card.dimension)
+
+    async def _misbehave(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        """The answer, or what the present behaviour makes of it."""
+        assert request.transport is not None
+        if self.behaviour.isdigit():
+            return web.Response(status=int(self.behaviour), text="no, sorry")
+        if self.behaviour == "closing":
+            request.transport.abort()
+        if self.behaviour == "silent":
+            await asyncio.Event().wait()
+        if self.behaviour in ("truncated", "endless"):
+            answer = web.StreamResponse()
+            if self.behaviour == "truncated":
+                answer.content_length = len(content) + 2
+            await answer.prepare(request)
+            await answer.write(content)
+            if self.behaviour == "truncated":
+                request.transport.abort()
+                return answer
+            while True:
+                await answer.write(b"\0" * 65_536)
+        return web.Response(body=content, content_type=WIRE_TYPE)
+
+
+@asynccontextmanager
+async def listening(*peers: Peer, **place: Any) -> AsyncIterator[None]:
+    """Peers that listen, where ``Peer.start`` is told to, and are gone at the end."""
+    try:
+        for peer in peers:
+            await peer.start(**place)
+        yield
+    finally:
+        for peer in peers:
+            peer.held.set()
+            await peer.stop()
+
+
+@asynccontextmanager
+async def pool(
+    checkpoint: Checkpoint,
+    cache: Path,
+    *peers: Peer,
+    proven: int | None = None,
+    resolve: Resolve = addresses_of,
+    **options: Any,
+) -> AsyncIterator[tuple[RemoteEngine, Metrics]]:
+    """An engine in front of peers, once ``proven`` of them (all of them) may be called."""
+    metrics = Metrics(checkpoint.card.adapters)
+    given = {"urls": tuple(peer.url for peer in peers), "call_seconds": 5.0} | options
+    engine = RemoteEngine(checkpoint, cache, RemoteOptions(**given), metrics, resolve)
+    wanted = len(peers) if proven is None else proven
+    try:
+        await engine.start()
+        await until(lambda: serving(metrics) == wanted)
+        yield engine, metrics
+    finally:
+        for peer in peers:
+            peer.held.set()
+        await engine.stop()
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for something to become true."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def samples(registry: CollectorRegistry, name: str) -> dict[Mapping[str, str] | Any, float]:
+    """Values of one series, by the values of its labels."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def serving(metrics: Metrics) -> int:
+    """How many servers may be called."""
+    return int(sum(samples(metrics.registry, "taskvec_engine_server_serving").values()))
+
+
+def ended(metrics: Metrics, outcome: str, peer: Peer | None = None) -> int:
+    """How many calls ended so, to one peer or to all."""
+    calls = samples(metrics.registry, "taskvec_engine_calls_total")
+    return int(
+        sum(
+            count
+            for labels, count in calls.items()
+            if outcome in labels and (peer is None or peer.url in labels)
+        )
+    )
+
+
+def retried(metrics: Metrics) -> int:
+    """How many calls were sent again."""
+    return int(sum(samples(metrics.registry, "taskvec_engine_retries_total").values()))
+
+
+def batch(texts: int, adapter: str = "retrieval", *, start: int = 1, length: int = 3) -> TokenBatch:
+    """Texts that no other batch with another start has."""
+    ids = [np.arange(i, i + length, dtype=np.int32) for i in range(start, start + texts)]
+    return TokenBatch(ids, adapter)
+
+
+def truth(asked: TokenBatch, dimension: int) -> Vectors:
+    """What an honest peer gives."""
+    return np.stack([hashed_vector(ids, asked.adapter, dimension) for ids in asked.ids])

@@ -1,0 +1,275 @@
+"""Servers that are not what they should be, from the start or once they were proven."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from conftest import free_port
+from engines.remote.peer import Peer, batch, ended, listening, pool, serving, truth, until
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import EngineState, TokenBatch
+from taskvec.engines.remote.engine import RemoteEngine
+from taskvec.errors import DeadlineExceededError, UnavailableError
+
+OUTCOMES = {
+    "wrong dimension": "wrong",
+    "nan": "wrong",
+    "wrong count": "wrong",
+    "endless": "wrong",
+    "truncated": "unreachable",
+    "closing": "unreachable",
+    "silent": "timeout",
+    "500": "error",
+    "503": "error",
+    "401": "error",
+    "204": "error",
+    "429": "busy",
+}
+DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+
+
+def told(engine: RemoteEngine) -> bool:
+    """Whether the only server's proof has failed, so that there is a reason."""
+    reason = engine.health().reason
+    return "not proven" not in reason and "known yet" not in reason
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ("missing", "does not serve the adapters retrieval"),
+        ("swapped", "adapter 'clustering' gives the vectors of adapter 'retrieval'"),
+        ("base", "adapter 'classification' gives the vectors of the bare backbone"),
+        ("no list", "its /v1/models is no list of models"),
+        ("endless", "no list of models"),
+        ("nan", "values that are not finite"),
+        ("wrong count", "bytes or more for 2 vectors of 256 values"),
+        ("wrong dimension", "bytes or more for 2 vectors of 256 values"),
+    ],
+)
+@DIALECTS
+async def test_a_server_that_lies_is_refused(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, words: str, dialect: str
+) -> None:
+    """It never gets a call, and the reason names the server, the adapter and what it gave."""
+    peer = Peer(default_checkpoint, behaviour=behaviour, dialect=dialect)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics),
+    ):
+        await until(lambda: told(engine))
+        health = engine.health()
+        assert health.state is EngineState.STARTING
+        assert words in health.reason
+        assert peer.url in health.reason
+        with pytest.raises(UnavailableError, match="cannot embed now"):
+            await engine.embed(batch(1))
+        assert serving(metrics) == 0
+    assert peer.calls == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "listing",
+    [
+        [],
+        {},
+        {"data": 5},
+        {"data": ["a"]},
+        {"data": [{"name": "a"}]},
+        {"data": []},
+        {"data": [{"id": "a", "owned_by": "somebody"}]},
+        {"data": [{"id": "a", "tasks": 5}]},
+        {"data": [{"id": "a", "tasks": None}]},
+        {"data": [{"id": "a", "tasks": [1, [2]]}]},
+        {"data": [{"id": "a", "owned_by": "vllm", "parent": "b"}]},
+    ],
+)
+async def test_a_strange_listing_is_refused_and_asked_for_again(
+    default_checkpoint: Checkpoint, tmp_path: Path, listing: Any
+) -> None:
+    """Whatever JSON /v1/models holds, the server is refused, and used once it is right."""
+    peer = Peer(default_checkpoint)
+    peer.listing = listing
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics),
+    ):
+        await until(lambda: told(engine))
+        assert f"{peer.url}: it" in engine.health().reason
+        peer.listing = None
+        await until(lambda: serving(metrics) == 1)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("behaviour", OUTCOMES)
+@DIALECTS
+async def test_one_server_that_turns_bad(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, dialect: str
+) -> None:
+    """Alone, it makes every request a 503, never a wrong vector, and its outcome is counted."""
+    peer = Peer(default_checkpoint, dialect=dialect)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, call_seconds=1.5) as (engine, metrics),
+    ):
+        before = ended(metrics, OUTCOMES[behaviour])
+        peer.behaviour = behaviour
+        for _ in range(3):
+            with pytest.raises(UnavailableError):
+                await engine.embed(batch(3))
+        assert ended(metrics, OUTCOMES[behaviour], peer) > before
+        assert serving(metrics) == (behaviour == "429")
+        assert engine.health().ready == (behaviour == "429")
+        peer.behaviour = "honest"
+        await until(lambda: serving(metrics) == 1)
+        assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("behaviour", [*OUTCOMES, "slow"])
+@DIALECTS
+async def test_one_of_two_servers_turns_bad(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, dialect: str
+) -> None:
+    """The other one answers, rightly, every request."""
+    good, bad = peers = [Peer(default_checkpoint, dialect=dialect) for _ in range(2)]
+    async with (
+        listening(*peers),
+        pool(default_checkpoint, tmp_path, *peers, call_seconds=1.5) as (engine, metrics),
+    ):
+        bad.behaviour = behaviour
+        asked = [batch(1 + i % 12, start=i + 1) for i in range(24)]
+        answers = await asyncio.gather(*map(engine.embed, asked))
+        for ask, answer in zip(asked, answers, strict=True):
+            assert np.array_equal(answer.vectors, truth(ask, 256))
+        assert good.calls
+        assert ended(metrics, OUTCOMES.get(behaviour, "ok"), bad)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("behaviour", ["silent", "endless", "slow", "500"])
+async def test_a_deadline_holds_before_a_bad_server(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str
+) -> None:
+    """Whatever the server does, a client that waits 0.1 s is answered soon after."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        peer.behaviour = behaviour
+        begun = time.monotonic()
+        asked = TokenBatch(batch(3).ids, "retrieval", deadline=begun + 0.1)
+        with pytest.raises((UnavailableError, DeadlineExceededError)):
+            await engine.embed(asked)
+        assert time.monotonic() - begun < 3
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [302, 307])
+async def test_a_redirect_is_not_followed(
+    default_checkpoint: Checkpoint, tmp_path: Path, status: int
+) -> None:
+    """Texts go to no server that was not proven, whoever points there."""
+    elsewhere = Peer(default_checkpoint)
+    peer = Peer(default_checkpoint)
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"location": elsewhere.url + request.path})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with (
+        listening(peer, elsewhere),
+        pool(default_checkpoint, tmp_path, peer) as (engine, _),
+    ):
+        await peer.stop()
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", peer.port).start()
+        try:
+            for start in (1, 2):
+                with pytest.raises(UnavailableError):
+                    await engine.embed(batch(1, start=start))
+        finally:
+            await runner.cleanup()
+    assert elsewhere.posts == 0
+    assert elsewhere.keys == []
+
+
+@pytest.mark.anyio
+async def test_nobody_listens(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A port without a server is a reason to wait, by the server's name."""
+    url = f"http://127.0.0.1:{free_port()}"
+    async with pool(default_checkpoint, tmp_path, proven=0, urls=(url,)) as (engine, _):
+        await until(lambda: "Connect" in engine.health().reason)
+        assert f"{url}: " in engine.health().reason
+        assert engine.health().state is EngineState.STARTING
+
+
+@pytest.mark.anyio
+@DIALECTS
+async def test_a_hung_server_is_dropped_after_one_call(
+    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+) -> None:
+    """A call that nobody limited and that got no answer in time drops the server at once."""
+    peer = Peer(default_checkpoint, dialect=dialect)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, call_seconds=1.5, check_seconds=600) as (
+            engine,
+            metrics,
+        ),
+    ):
+        peer.behaviour = "silent"
+        with pytest.raises(UnavailableError):
+            await engine.embed(batch(1))
+        assert ended(metrics, "timeout") == 1
+        assert serving(metrics) == 0
+
+
+@pytest.mark.anyio
+async def test_a_quiet_server_is_checked(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without any request, adapters that were swapped after the proof are noticed."""
+    peer = Peer(default_checkpoint)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, check_seconds=0.05) as (
+            engine,
+            metrics,
+        ),
+    ):
+        posts = peer.posts
+        await until(lambda: peer.posts >= posts + 5)
+        assert serving(metrics) == 1
+        peer.behaviour = "swapped"
+        await until(lambda: serving(metrics) == 0)
+        await until(lambda: "gives the vectors of adapter" in engine.health().reason)
+    assert peer.calls == []
+
+
+@pytest.mark.anyio
+async def test_a_quiet_busy_server_is_not_stormed(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A check that is answered with a 429 is not sent again at once."""
+    peer = Peer(default_checkpoint)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, check_seconds=0.2) as (
+            _,
+            metrics,
+        ),
+    ):
+        peer.behaviour = "429"
+        await until(lambda: ended(metrics, "busy"))
+        posts = peer.posts
+        await asyncio.sleep(1)
+        assert peer.posts - posts <= 10
+        assert serving(metrics) == 1

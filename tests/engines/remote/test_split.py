@@ -1,0 +1,102 @@
+"""A request cut into calls, and sent to several servers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.remote.peer import Peer, batch, listening, pool, truth
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import TokenIds
+from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL, split
+
+
+def texts(*lengths: int) -> list[TokenIds]:
+    """Texts of these lengths."""
+    return [np.ones(length, dtype=np.int32) for length in lengths]
+
+
+@given(
+    st.lists(st.integers(1, 40) | st.integers(1, 40_000), min_size=1, max_size=300),
+    st.integers(0, 20),
+)
+def test_calls_cover_the_request_in_order(lengths: list[int], servers: int) -> None:
+    """Every text is in exactly one call, in order; no call is empty, or over either limit."""
+    ids = texts(*lengths)
+    parts = split(ids, servers)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ids)))
+    for part in parts:
+        assert 1 <= part.stop - part.start <= TEXTS_A_CALL
+        held = sum(map(len, ids[part]))
+        assert held <= TOKENS_A_CALL or part.stop - part.start == 1
+
+
+@given(st.integers(1, 64), st.integers(1, 200), st.integers(0, 5))
+def test_a_small_request_stays_whole(count: int, length: int, servers: int) -> None:
+    """What fits in one call and would not keep several servers busy is one call."""
+    ids = texts(*[length] * count)
+    if count * length <= TOKENS_A_CALL // max(1, servers):
+        assert split(ids, servers) == [slice(0, count)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "servers", "calls"),
+    [
+        ([1] * 64, 8, 1),
+        ([1] * 65, 1, 2),
+        ([1] * 128, 2, 2),
+        ([256] * 64, 1, 1),
+        ([256] * 64, 2, 2),
+        ([256] * 64, 4, 4),
+        ([TOKENS_A_CALL], 4, 1),
+        ([TOKENS_A_CALL + 1], 1, 1),
+        ([TOKENS_A_CALL, 1, TOKENS_A_CALL], 1, 3),
+    ],
+)
+def test_the_work_is_shared_evenly(lengths: list[int], servers: int, calls: int) -> None:
+    """A large request becomes as many calls as there are servers, or as the limits ask."""
+    assert len(split(texts(*lengths), servers)) == calls
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+async def test_a_large_request_goes_to_both_servers(
+    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+) -> None:
+    """Of 200 texts each server gets calls of at most 64, and the answer keeps their order."""
+    peers = [Peer(default_checkpoint, dialect=dialect) for _ in range(2)]
+    async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, _):
+        asked = batch(200)
+        answer = await engine.embed(asked)
+    assert np.array_equal(answer.vectors, truth(asked, engine.model.dimension))
+    assert answer.vectors.dtype == np.float32
+    assert all(len(ids) <= 64 for peer in peers for ids, _ in peer.calls)
+    assert sum(len(ids) for peer in peers for ids, _ in peer.calls) == 200
+    assert all(peer.calls for peer in peers)
+
+
+@pytest.mark.anyio
+async def test_balance_prefers_the_idle_server(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """While one server holds a long text, all short ones go to the other."""
+    peers = [Peer(default_checkpoint) for _ in range(2)]
+    async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, _):
+        for peer in peers:
+            peer.held.clear()
+        slow = asyncio.create_task(engine.embed(batch(1, length=500)))
+        async with asyncio.timeout(10):
+            while not any(peer.calls for peer in peers):
+                await asyncio.sleep(0.01)
+        busy, idle = sorted(peers, key=lambda peer: -len(peer.calls))
+        idle.held.set()
+        for start in range(20):
+            await engine.embed(batch(2, start=start + 5))
+        assert (len(busy.calls), len(idle.calls)) == (1, 20)
+        busy.held.set()
+        assert len((await slow).vectors) == 1

@@ -146,18 +146,19 @@ async def test_a_busy_server_stays(default_checkpoint: Checkpoint, tmp_path: Pat
 
 @pytest.mark.anyio
 async def test_retries_come_to_an_end(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A busy server is asked twice, and once the reserve of retries is spent hardly again."""
-    peer = Peer(default_checkpoint)
-    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
-        peer.behaviour = "429"
+    """Each busy server is asked once, and when the reserve of retries is spent hardly a second."""
+    peers = Peer(default_checkpoint), Peer(default_checkpoint)
+    async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
+        for peer in peers:
+            peer.behaviour = "429"
         with pytest.raises(UnavailableError):
             await engine.embed(batch(1))
         assert (ended(metrics, "busy"), retried(metrics)) == (2, 1)
-        for _ in range(12):
+        for _ in range(14):
             await asyncio.gather(
                 *(engine.embed(batch(1)) for _ in range(100)), return_exceptions=True
             )
-        assert RESERVE <= retried(metrics) <= RESERVE + 1201 * 0.2
+        assert RESERVE <= retried(metrics) <= RESERVE + 1401 * 0.2
         before = ended(metrics, "busy")
         await asyncio.gather(*(engine.embed(batch(1)) for _ in range(50)), return_exceptions=True)
         assert ended(metrics, "busy") - before <= 50 + 11
@@ -247,3 +248,22 @@ async def test_stopping_waits_for_calls(
             assert np.array_equal((await request).vectors, truth(batch(2, start=i + 1), 256))
         await stopping
         assert engine.health().state is EngineState.DEAD
+
+
+@pytest.mark.anyio
+async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What waits for a shared call fails with its server, which may come back as another."""
+    peer = Peer(default_checkpoint, dialect="taskvec")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        peer.held.clear()
+        requests = [asyncio.create_task(engine.embed(batch(1))) for _ in range(4)]
+        await until(lambda: len(peer.calls) == 2)
+        await peer.stop()
+        peer.behaviour = "swapped"
+        peer.held.set()
+        await peer.start()
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 4
+        assert len(peer.calls) == 2

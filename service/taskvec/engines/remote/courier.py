@@ -78,12 +78,13 @@ class Courier:
         try:
             async with asyncio.timeout(seconds + GRACE):
                 return await parcel.future
-        except TimeoutError:
+        except TimeoutError:  # it had waited; the call's own limit comes a little later
             raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
-        finally:
+        except asyncio.CancelledError:
             trip = parcel.trip
             if trip is not None and trip.task is not None and trip.unwanted:
                 trip.task.cancel()
+            raise
 
     def _start_trips(self) -> None:
         while self._waiting and len(self._trips) < TRIPS:

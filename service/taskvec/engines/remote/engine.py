@@ -186,10 +186,8 @@ class RemoteEngine:
         tried: list[Server] = []
         faults: list[str] = []
         self._budget.earn()
-        while True:
-            server = self._choose(tried)
-            if server is None:
-                break
+        server = self._choose(tried)
+        while server is not None:
             left = self._options.call_seconds
             if batch.deadline is not None:
                 left = min(left, batch.deadline - time.monotonic())
@@ -198,12 +196,14 @@ class RemoteEngine:
             try:
                 return await server.call(ids, batch.adapter, tokens, left)
             except ServerFault as fault:
-                if fault.outcome is Outcome.BUSY and server in tried:
-                    break  # it has said so already
+                busy = fault.outcome is Outcome.BUSY
                 tried.append(server)
                 faults.append(f"{server.name}: {fault.message}")
+            server = self._choose(tried)
             passed = batch.deadline is not None and time.monotonic() >= batch.deadline
-            if passed or len(tried) >= ATTEMPTS or not self._budget.spend():
+            if passed or server is None or (busy and server in tried) or len(tried) >= ATTEMPTS:
+                break
+            if not self._budget.spend():
                 break
             if self._observer is not None:
                 self._observer.call_retried()

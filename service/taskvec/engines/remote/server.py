@@ -114,7 +114,7 @@ class Server:
         self._check_seconds = check_seconds
         self._observer = observer
         self._dialect: Dialect | None = None
-        self._courier = Courier(self._send)
+        self._courier = Courier(self._send_waiting)
         self._errors = 0
         self._answered_at = self._probed_at = 0.0
         self._dropped = asyncio.Event()
@@ -175,6 +175,14 @@ class Server:
         finally:
             self.tokens -= tokens
 
+    async def _send_waiting(
+        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+    ) -> Vectors:
+        """``_send`` for texts that may have waited while the server was dropped."""
+        if not self.serving:
+            raise ServerFault(Outcome.UNREACHABLE, self.reason)
+        return await self._send(texts, adapters, seconds)
+
     async def _send(
         self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
     ) -> Vectors:
@@ -204,9 +212,8 @@ class Server:
         return vectors
 
     def _failed(self, fault: ServerFault) -> None:
-        log.warning(
-            "engine_call_failed", server=self.name, outcome=fault.outcome, reason=fault.message
-        )
+        level = log.debug if fault.outcome is Outcome.BUSY else log.warning  # overload is no fault
+        level("engine_call_failed", server=self.name, outcome=fault.outcome, reason=fault.message)
         if fault.outcome is Outcome.BUSY:
             self._answered_at = time.monotonic()  # a refusal shows that it is alive
             return
@@ -231,7 +238,7 @@ class Server:
 
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
-        vectors = await self.call(probes, adapter, sum(map(len, probes)), self._call_seconds)
+        vectors = await self._send(probes, [adapter] * len(probes), self._call_seconds)
         fault = self._golden.fault(adapter, vectors)
         if fault is not None:
             raise ServerFault(Outcome.WRONG, fault)

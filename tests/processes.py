@@ -1,0 +1,183 @@
+"""Real ``taskvec serve`` processes: their children, their end, and load that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from conftest import free_port, wait_until
+
+TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
+TEXTS = ["one", "two words", "and a text that is rather longer than the others " * 3]
+EXACT = ("--dtype", "float32", "--log-level", "error")
+MODULE = ("-m", "taskvec")
+
+
+class Served:
+    """A ``taskvec serve`` process, its address, and its children."""
+
+    def __init__(self, *options: str, port: int = 0, run: tuple[str, ...] = MODULE) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, *run, "serve", "--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+
+    def descendants(self) -> set[int]:
+        """The ids of all processes below it."""
+        found: set[int] = set()
+        new = {self.process.pid}
+        while new:
+            found |= new
+            new = {child for parent in new for child in children(parent)} - found
+        return found - {self.process.pid}
+
+    def gateways(self) -> set[int]:
+        """The ids of the processes that run Python's spawned workers."""
+        return {process for process in self.descendants() if "spawn_main" in command_of(process)}
+
+
+@contextmanager
+def started(*options: str, **how: Any) -> Iterator[Served]:
+    """A server that may not listen yet, ended at the end if the test has not ended it."""
+    server = Served(*options, **how)
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.communicate(timeout=60)
+
+
+@contextmanager
+def served(*options: str, probe: str = "ready", **how: Any) -> Iterator[Served]:
+    """A server whose probe is well."""
+    with started(*options, **how) as server:
+        wait_until(f"{server.url}/health/{probe}", server.process)
+        yield server
+
+
+def ended(server: Served) -> tuple[int, str]:
+    """The exit code and errors of a server that ends by itself; ended by force if it does not."""
+    try:
+        errors = server.process.communicate(timeout=30)[1]
+    except subprocess.TimeoutExpired:
+        processes = server.descendants()
+        server.process.kill()
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        errors = server.process.communicate()[1]
+        raise AssertionError(f"it did not end: {errors.decode()[-2000:]}") from None
+    return server.process.returncode, errors.decode()
+
+
+class Load:
+    """Requests on fresh connections until told to stop, and what became of each."""
+
+    def __init__(self, url: str, most: int = 200, seconds: float = 20) -> None:
+        self.stop = threading.Event()
+        self.seen: dict[str, int] = {"200": 0}
+        self._url = url
+        self._numbers = count()
+        self._most = most
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while not self.stop.is_set() and time.monotonic() < self._until:
+            number = next(self._numbers)
+            if number >= self._most:
+                return
+            try:
+                filler = " word" * 60  # so that it is still being embedded when signals come
+                body = {"input": [f"text {number} {n}{filler}" for n in range(16)]}
+                reply = httpx.post(
+                    f"{self._url}/v1/embeddings",
+                    json=body | {"task": TASKS[number % 5]},
+                    headers={"connection": "close"},
+                    timeout=60,
+                )
+                outcome = str(reply.status_code)
+                if outcome == "200":
+                    assert len(reply.json()["data"]) == 16
+            except httpx.ConnectError:
+                outcome = "refused"
+                time.sleep(0.05)
+            except httpx.TransportError as error:
+                outcome = repr(error)
+            with self._lock:
+                self.seen[outcome] = self.seen.get(outcome, 0) + 1
+
+    def hold(self) -> None:
+        """Start no more requests; return when those under way have been taken from the kernel.
+
+        It resets what is still in a socket's queue when the last process closes it.
+        """
+        self.stop.set()
+        time.sleep(0.05)
+
+    def wait_for(self, answered: int) -> None:
+        wait_for(lambda: self.seen["200"] >= answered)
+
+
+def embed(url: str, body: dict[str, Any], accept: str = "application/json") -> httpx.Response:
+    """The answer to a request on a connection of its own."""
+    return httpx.post(
+        f"{url}/v1/embeddings", json=body, headers={"accept": accept}, timeout=60
+    ).raise_for_status()
+
+
+def connects(port: int) -> bool:
+    """Whether the port takes connections."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def total(shown: str, name: str, label: str = "") -> float:
+    """The sum of a series in Prometheus' text over all labels, or over those that have one."""
+    values = [
+        float(line.rpartition(" ")[2])
+        for line in shown.splitlines()
+        if re.match(rf"{name}[{{ ]", line) and label in line
+    ]
+    assert values, f"no series {name} {label}"
+    return sum(values)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until something holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def children(process: int) -> list[int]:
+    """The ids of a process's children, whichever thread started them; none where it is gone."""
+    try:
+        lists = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(child) for listed in lists for child in listed.split()]
+
+
+def command_of(process: int) -> str:
+    """A process's command line; empty where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""

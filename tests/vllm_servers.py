@@ -66,7 +66,9 @@ class VllmServer:
             env=self._environment,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
-            start_new_session=True,
+            # Not a session of its own: vLLM's worker waits by yielding its core, and the kernel
+            # lets it yield only to its session. A server that started beside it stood still.
+            process_group=0,
         )
 
     def wait(self) -> None:

@@ -30,7 +30,7 @@ def serving(cache: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--engine", "vllm"]
     command += ["--memory-share", "0.15", "--cache-dir", str(cache), "--no-log-requests", *options]
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0
     ) as process:
         try:
             url = f"http://127.0.0.1:{port}"

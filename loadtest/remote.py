@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ TEXT = "How do I find out which process listens on a port, and stop it without l
 TICKS = os.sysconf("SC_CLK_TCK")
 VLLM_LONGER = 4
 """vLLM on a CPU answers few requests a second: its rounds are so many times longer."""
+SIDES = ("direct", "through the gateway")
+Figures = dict[tuple[str, int, int], list[tuple[float, float]]]
+"""By side, texts a request and connections: requests a second and median milliseconds, a round."""
 
 
 def main() -> None:
@@ -130,62 +134,64 @@ def side_by_side(model: str, room: Path, options: argparse.Namespace) -> dict[st
 
 
 def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The default model on one vLLM server: asked directly, and through the gateway."""
-    checkpoint = open_checkpoint(DEFAULT_MODEL)
-    random = np.random.default_rng(0)
-    ids = random.integers(5, checkpoint.backbone.vocabulary, (8, 20)).tolist()
-    direct_body = {
-        "model": "retrieval",
-        "input": ids[:1],
-        "encoding_format": "bytes_only",
-        "embed_dtype": "float32",
-        "use_activation": True,
-    }
-    through_body = {"input": ids[:1], "task": "retrieval"}
-    raw = {"Accept": "application/octet-stream"}
-    figures: dict[str, list[float]] = {}
-    with (
-        vllm_server(python, room) as url,
-        gateway(DEFAULT_MODEL, room, url, "--token-input", "accept") as (place, _),
-    ):
-        sides = {
-            "direct": (url, direct_body, {}),
-            "through the gateway": (place, through_body, raw),
-        }
-        for warm in [True] + [False] * options.rounds:
-            for side, (base, body, headers) in sides.items():
-                for texts, connections in ((1, 1), (8, 16)):
-                    sent = body | {"input": ids[:texts]}
-                    rate, p50 = wrk(
-                        f"{base}/v1/embeddings",
-                        sent,
-                        connections,
-                        VLLM_LONGER * options.seconds,
-                        headers,
-                    )
-                    if not warm:
-                        figures.setdefault(f"{side}, {connections}: rate", []).append(rate)
-                        figures.setdefault(f"{side}, {connections}: p50", []).append(p50)
-    added = [
-        a - b
-        for a, b in zip(
-            figures["through the gateway, 1: p50"], figures["direct, 1: p50"], strict=True
-        )
-    ]
+    """A vLLM server asked directly, and through the gateway: a real one, and one without cost."""
+    seconds = options.seconds
+    with null_server("vllm", DEFAULT_MODEL, room) as url:
+        free = directly_and_through(url, room, {(1, 1): seconds}, options.rounds)
+    with vllm_server(python, room) as url:
+        loads = {(1, 1): VLLM_LONGER * seconds, (8, 16): VLLM_LONGER * seconds}
+        real = directly_and_through(url, room, loads, options.rounds)
     result = {
         "one text of 20 tokens, one connection, p50 ms": {
-            side: spread(figures[f"{side}, 1: p50"], 2) for side in sides
+            "vLLM on these cores": p50s(real),
+            "a server without cost": p50s(free),
         },
-        "added ms": spread(added, 2),
         "8 texts of 20 tokens, 16 connections, requests a second": {
-            side: spread(figures[f"{side}, 16: rate"], 1) for side in sides
+            side: spread([rate for rate, _ in real[side, 8, 16]], 1) for side in SIDES
         },
         "throughput, gateway over direct": ratio(
-            figures["through the gateway, 16: rate"], figures["direct, 16: rate"]
+            *([rate for rate, _ in real[side, 8, 16]] for side in reversed(SIDES))
         ),
     }
     print(result, flush=True)
     return result
+
+
+def p50s(figures: Figures) -> dict[str, dict[str, float]]:
+    """The median latencies of one text at a time, and their difference, in milliseconds."""
+    direct, through = ([p50 for _, p50 in figures[side, 1, 1]] for side in SIDES)
+    added = [a - b for a, b in zip(through, direct, strict=True)]
+    return {"direct": spread(direct, 2), "through": spread(through, 2), "added": spread(added, 2)}
+
+
+def directly_and_through(
+    url: str, room: Path, loads: dict[tuple[int, int], int], rounds: int
+) -> Figures:
+    """What wrk found by side, texts and connections; a load is texts, connections and seconds."""
+    random = np.random.default_rng(0)
+    vocabulary = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
+    ids = random.integers(5, vocabulary, (8, 20)).tolist()
+    direct = {
+        "model": "retrieval",
+        "encoding_format": "bytes_only",
+        "embed_dtype": "float32",
+        "use_activation": True,
+    }
+    raw = {"Accept": "application/octet-stream"}
+    figures: Figures = {}
+    with gateway(DEFAULT_MODEL, room, url, "--token-input", "accept") as (place, _):
+        through = (place, {"task": "retrieval"}, raw)
+        sides = dict(zip(SIDES, ((url, direct, {}), through), strict=True))
+        for warm in [True] + [False] * rounds:
+            for (side, (base, body, headers)), (load, seconds) in product(
+                sides.items(), loads.items()
+            ):
+                texts, connections = load
+                sent = body | {"input": ids[:texts]}
+                found = wrk(f"{base}/v1/embeddings", sent, connections, seconds, headers)
+                if not warm:
+                    figures.setdefault((side, texts, connections), []).append(found)
+    return figures
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from taskvec.engines.packed.turns import TurnQueue
+from taskvec.engines.base import Priority
+from taskvec.engines.packed.turns import WEIGHTS, TurnQueue
 
 COSTS = st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=12)
 
@@ -23,17 +24,24 @@ class AnyHistory(RuleBasedStateMachine):
         self.queue: TurnQueue[int] = TurnQueue(quantum)
         self.costs: dict[int, list[int]] = {}
         self.waiting: dict[int, list[int]] = {}
+        self.priorities: dict[int, Priority] = {}
 
-    @rule(costs=COSTS)
-    def push(self, costs: list[int]) -> None:
+    @rule(costs=COSTS, priority=st.sampled_from(Priority))
+    def push(self, costs: list[int], priority: Priority) -> None:
         request = len(self.costs)
         self.costs[request] = costs
         self.waiting[request] = list(range(len(costs)))
-        self.queue.push(request, list(costs))
+        self.priorities[request] = priority
+        self.queue.push(request, list(costs), priority)
 
-    @rule(budget=st.integers(min_value=1, max_value=200))
-    def take(self, budget: int) -> None:
+    @rule(
+        budget=st.integers(min_value=1, max_value=200),
+        seconds=st.floats(min_value=0, max_value=10),
+    )
+    def take(self, budget: int, seconds: float) -> None:
         batch = self.queue.take(budget)
+        self.queue.spend(seconds)
+        assert len({self.priorities[request] for request, _ in batch}) <= 1, "one class a batch"
         assert bool(batch) == any(self.waiting.values()), "work is never left lying"
         for request, place in batch:
             assert self.waiting[request].pop(0) == place, "once, and in order"
@@ -142,6 +150,63 @@ def test_big_requests_get_equal_shares(costs: list[int], quantum: int, budget: i
         served = [shares[request] for request in range(len(costs))]
         # a turn is a quantum, and what is left of one (less than a text) is carried over
         assert max(served) - min(served) <= quantum + max(costs)
+
+
+def test_an_interactive_text_is_not_mixed_into_a_bulk_batch() -> None:
+    """It leaves with the very next batch, alone: it waits for no forward but the present one."""
+    queue: TurnQueue[str] = TurnQueue(256)
+    queue.push("big", [16] * 2048, Priority.BULK)
+    for n in range(10):
+        assert {request for request, _ in queue.take(1024)} == {"big"}
+        queue.spend(0.1)
+        queue.push(f"small {n}", [16])
+        assert queue.take(1024) == [(f"small {n}", 0)]
+        queue.spend(0.004)
+
+
+@pytest.mark.parametrize("cost", [0.001, 0.01, 0.1])
+def test_classes_share_the_time_by_weight(cost: float) -> None:
+    """While both wait, each gets its weight of the engine's seconds, whatever a batch takes."""
+    queue: TurnQueue[Priority] = TurnQueue(64)
+    seconds = {Priority.INTERACTIVE: cost, Priority.BULK: 0.05}
+    spent: Counter[Priority] = Counter()
+    for priority in [*Priority, *Priority]:
+        queue.push(priority, [16] * 4, priority)
+    while sum(spent.values()) < 50:
+        for priority in {request for request, _ in queue.take(64)}:
+            spent[priority] += seconds[priority]
+            queue.spend(seconds[priority])
+            queue.push(priority, [16] * 4, priority)
+    shares = {priority: spent[priority] / sum(spent.values()) for priority in Priority}
+    whole = sum(WEIGHTS.values())
+    assert shares == pytest.approx({p: WEIGHTS[p] / whole for p in Priority}, abs=0.02)
+
+
+def test_an_absent_class_saves_little_up() -> None:
+    """After hours of bulk alone, interactive work gets a second and then its share."""
+    queue: TurnQueue[Priority] = TurnQueue(64)
+    queue.push(Priority.BULK, [64] * 40, Priority.BULK)
+    queue.take(64)
+    queue.spend(10_000)
+    queue.push(Priority.INTERACTIVE, [64] * 40, Priority.INTERACTIVE)
+    served = []
+    for _ in range(30):
+        served.append(queue.take(64)[0][0])
+        queue.spend(0.1)
+    assert set(served[:10]) == {Priority.INTERACTIVE}
+    assert Counter(served[10:]) == {Priority.INTERACTIVE: 16, Priority.BULK: 4}
+
+
+def test_short_visits_are_not_paid_for() -> None:
+    """Interactive texts that come one by one leave at once, as long as they take little."""
+    queue: TurnQueue[Priority] = TurnQueue(64)
+    queue.push(Priority.BULK, [64] * 400, Priority.BULK)
+    for _ in range(100):
+        queue.push(Priority.INTERACTIVE, [16], Priority.INTERACTIVE)
+        assert queue.take(64) == [(Priority.INTERACTIVE, 0)]
+        queue.spend(0.004)
+        assert queue.take(64)[0][0] == Priority.BULK
+        queue.spend(0.05)
 
 
 def test_dropping_counts_what_still_waits() -> None:

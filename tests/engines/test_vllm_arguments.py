@@ -188,7 +188,8 @@ def parsed(words: list[str]) -> dict[str, list[str]]:
 def test_the_command_line_says_the_same(default_checkpoint: Checkpoint, gpu: bool) -> None:
     """Each engine argument is one flag with its value: a server embeds as the engine would.
 
-    Only the tokenizer stays: a server's other routes do not start without one.
+    But a server's other routes do not start without a tokenizer, and a gateway's requests to it
+    have no priorities.
     """
     given = arguments(default_checkpoint, gpu=gpu)
     words = server_command(default_checkpoint, FOLDER, VllmOptions(), gpu=gpu)
@@ -197,7 +198,7 @@ def test_the_command_line_says_the_same(default_checkpoint: Checkpoint, gpu: boo
     assert flags.pop("--served-model-name") == [default_checkpoint.card.name]
     homes = flags.pop("--lora-modules")
     assert homes == [f"{a.name}={a.weights.parent}" for a in default_checkpoint.adapters]
-    del given["model"], given["skip_tokenizer_init"]
+    del given["model"], given["skip_tokenizer_init"], given["scheduling_policy"]
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
         if value is False:

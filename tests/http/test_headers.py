@@ -103,3 +103,26 @@ async def test_server_timing_has_the_stages(default_checkpoint: Checkpoint, acce
 async def test_a_refusal_has_no_stages(client: httpx.AsyncClient) -> None:
     """Where nothing was embedded there is no Server-Timing."""
     assert "server-timing" not in (await client.post(PATH, json={})).headers
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", [None, "interactive", "bulk"])
+async def test_the_class_reaches_the_engine(
+    default_checkpoint: Checkpoint, given: str | None
+) -> None:
+    """x-priority says which share of the engine a request draws on; interactive is the default."""
+    async with fake_service(default_checkpoint) as (client, engine):
+        headers = {} if given is None else {"x-priority": given}
+        assert (await client.post(PATH, json=TEXT, headers=headers)).status_code == 200
+        assert engine.batches[-1].priority == (given or "interactive")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", ["", "Bulk", "urgent", "1"])
+async def test_an_unknown_class_is_refused(client: httpx.AsyncClient, given: str) -> None:
+    """The refusal names the header and the two classes."""
+    answer = await client.post(PATH, json=TEXT, headers={"x-priority": given})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_priority"
+    assert answer.json()["error"]["param"] == "x-priority"
+    assert "interactive, bulk" in answer.json()["detail"]

@@ -80,7 +80,8 @@ class AsyncEmbedder:
     async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
         begun = time.monotonic()
         batches = [
-            TokenBatch(await self._token_ids(job), job.task.adapter, job.deadline) for job in jobs
+            TokenBatch(await self._token_ids(job), job.task.adapter, job.deadline, job.priority)
+            for job in jobs
         ]
         tokenizing = time.monotonic() - begun
         with self._admission.admit(sum(batch.tokens for batch in batches)):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.tasks import Task
-from taskvec.engines.base import TokenIds
+from taskvec.engines.base import Priority, TokenIds
 from taskvec.errors import InvalidRequestError
 
 
@@ -40,6 +40,7 @@ class EmbedJob:
         normalized: True scales vectors to length 1 before they are quantised.
         truncate: True cuts what is too long, False refuses it.
         deadline: ``time.monotonic()`` after which nobody waits; None for never.
+        priority: which share of the engine it draws on.
     """
 
     inputs: Sequence[str] | Sequence[TokenIds]
@@ -49,6 +50,7 @@ class EmbedJob:
     normalized: bool = True
     truncate: bool = False
     deadline: float | None = None
+    priority: Priority = Priority.INTERACTIVE
 
     def check_dimensions(self, dimension: int) -> None:
         """Refuse dimensions that a model of this width, or the output type, cannot give.

@@ -45,6 +45,13 @@ class ModelCard:
     parameters: int
 
 
+class Priority(enum.StrEnum):
+    """Which of two classes a request belongs to; each gets its share of the engine's time."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
     """The texts of one request, as token ids.
@@ -53,6 +60,7 @@ class TokenBatch:
         ids: one int32 array [length] a text, each 1..max_tokens long, ids below the vocabulary.
         adapter: the adapter to apply to all of them; None for the bare backbone.
         deadline: ``time.monotonic()`` after which nobody waits for the answer; None for never.
+        priority: its class. A batch that takes more than one forward is bulk whatever this says.
 
     Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not already in a
     forward.
@@ -61,6 +69,7 @@ class TokenBatch:
     ids: Sequence[TokenIds]
     adapter: str | None
     deadline: float | None = None
+    priority: Priority = Priority.INTERACTIVE
 
     @property
     def tokens(self) -> int:

@@ -17,7 +17,7 @@ from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
 from taskvec.http.body import read_json, unless_client_leaves
 from taskvec.http.encoding import OCTET_STREAM, Transport, encode_off_loop
-from taskvec.http.limits import Limits, seconds_allowed
+from taskvec.http.limits import Limits, priority_asked, seconds_allowed
 from taskvec.http.names import ServedNames
 from taskvec.http.record import record_of
 
@@ -79,6 +79,7 @@ class EmbeddingsRoute:
             normalized=normalized is not False,
             truncate=bool(truncate),
             deadline=time.monotonic() + seconds_allowed(headers, self._limits.seconds),
+            priority=priority_asked(headers),
         )
         return job, transport
 

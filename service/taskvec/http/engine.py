@@ -11,11 +11,11 @@ from starlette.responses import Response
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.tasks import Task
-from taskvec.engines.base import TokenIds
+from taskvec.engines.base import Priority, TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
-from taskvec.http.limits import Limits, seconds_allowed
+from taskvec.http.limits import Limits, priority_asked, seconds_allowed
 
 
 class EngineRoute:
@@ -31,6 +31,7 @@ class EngineRoute:
         if request.headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = seconds_allowed(request.headers, self._limits.seconds)
+        priority = priority_asked(request.headers)
         body = await read_bytes(request, self._limits.body_bytes, self._limits.seconds)
         try:
             ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
@@ -40,12 +41,16 @@ class EngineRoute:
             ) from None
         self._check(ids)
         vectors = await unless_client_leaves(
-            request.receive, self._embed(ids, adapters, time.monotonic() + seconds)
+            request.receive, self._embed(ids, adapters, time.monotonic() + seconds, priority)
         )
         return Response(vectors, media_type=WIRE_TYPE)
 
     async def _embed(
-        self, ids: list[TokenIds], adapters: list[str | None], deadline: float
+        self,
+        ids: list[TokenIds],
+        adapters: list[str | None],
+        deadline: float,
+        priority: Priority,
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -56,6 +61,7 @@ class EngineRoute:
                 task=self._task(adapter),
                 normalized=False,
                 deadline=deadline,
+                priority=priority,
             )
             for adapter, chosen in places.items()
         ]

@@ -1,13 +1,15 @@
-"""What one request may size."""
+"""What one request may size, and what it asks of the schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from taskvec.engines.base import Priority
 from taskvec.errors import InvalidRequestError
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+PRIORITY_HEADER = "x-priority"
 
 
 class Limits(NamedTuple):
@@ -35,3 +37,22 @@ def seconds_allowed(headers: Mapping[str, str], most: float) -> float:
             param=TIMEOUT_HEADER,
         )
     return min(most, int(asked) / 1000)
+
+
+def priority_asked(headers: Mapping[str, str]) -> Priority:
+    """The class that the client puts its request into; interactive where it says nothing.
+
+    Raises:
+        InvalidRequestError: there is no such class.
+    """
+    asked = headers.get(PRIORITY_HEADER)
+    if asked is None:
+        return Priority.INTERACTIVE
+    try:
+        return Priority(asked)
+    except ValueError:
+        raise InvalidRequestError(
+            f"The header {PRIORITY_HEADER} must be one of {', '.join(Priority)}.",
+            code="invalid_priority",
+            param=PRIORITY_HEADER,
+        ) from None

@@ -41,6 +41,7 @@ class Peer:
         closed: how many calls the other side gave up.
         keys: the authorization headers seen.
         deadlines: the deadlines sent along, in milliseconds.
+        priorities: the classes sent along.
         held: calls that were no probe wait until this is set.
         listing: what /v1/models says instead of the truth, where not None.
     """
@@ -62,6 +63,7 @@ class Peer:
         self.closed = 0
         self.keys: list[str | None] = []
         self.deadlines: list[int] = []
+        self.priorities: list[str] = []
         self.held = asyncio.Event()
         self.held.set()
         self.listing: Any = None
@@ -126,6 +128,7 @@ class Peer:
 
     async def _wire(self, request: web.Request) -> web.StreamResponse:
         self.deadlines.append(int(request.headers["x-request-timeout-ms"]))
+        self.priorities.append(request.headers["x-priority"])
         texts, adapters = unpack_texts(request.headers[ADAPTERS_HEADER], await request.read())
         return await self._answer(request, texts, adapters)
 

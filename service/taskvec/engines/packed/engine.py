@@ -20,6 +20,7 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
+    Priority,
     TokenBatch,
 )
 from taskvec.engines.packed.proof import prove_adapters
@@ -142,7 +143,12 @@ class PackedEngine:
         )
         with self._wake:
             self._health.require_ready()
-            self._queue.push(request, [len(batch.ids[i]) for i in order])
+            fits = batch.tokens <= self._budget
+            self._queue.push(
+                request,
+                [len(batch.ids[i]) for i in order],
+                batch.priority if fits else Priority.BULK,
+            )
             self._report_queue()
             self._wake.notify()
         try:
@@ -254,7 +260,10 @@ class PackedEngine:
             log.exception("forward_failed", texts=len(ids))
             self._fail({id(request): request for request, _ in rows}, error)
             return
-        done = time.monotonic()
+        finally:
+            done = time.monotonic()
+            with self._wake:
+                self._queue.spend(done - begun)
         if self._observer is not None:
             self._observer.batch_finished(len(ids), sum(map(len, ids)), done - begun)
         for (request, i), vector in zip(rows, vectors, strict=True):

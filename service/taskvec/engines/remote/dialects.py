@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from taskvec.engines.base import ModelCard, TokenIds
+from taskvec.engines.base import ModelCard, Priority, TokenIds
 from taskvec.engines.remote.connection import Call, Connection
 from taskvec.engines.remote.faults import Outcome, ServerFault
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
@@ -29,7 +29,11 @@ class Dialect(Protocol):
     mixes: bool
 
     def call(
-        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+        self,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        seconds: float,
+        priority: Priority,
     ) -> Call:
         """What to send for some texts, whose vectors are wanted within so many seconds."""
 
@@ -48,6 +52,7 @@ class VllmDialect:
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
         seconds: float,  # noqa: ARG002 - vLLM knows no deadline: a closed connection ends a call
+        priority: Priority,  # noqa: ARG002 - vLLM's own is a setting of its start, and strict
     ) -> Call:
         """See ``Dialect``."""
         body = {
@@ -67,7 +72,11 @@ class TaskvecDialect:
     mixes = True
 
     def call(
-        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+        self,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        seconds: float,
+        priority: Priority,
     ) -> Call:
         """See ``Dialect``."""
         names, body = pack_texts(texts, adapters)
@@ -75,6 +84,7 @@ class TaskvecDialect:
             "content-type": WIRE_TYPE,
             ADAPTERS_HEADER: names,
             "x-request-timeout-ms": str(max(1, int(seconds * 1000))),
+            "x-priority": priority.value,
         }
         return Call(WIRE_PATH, body, headers)
 

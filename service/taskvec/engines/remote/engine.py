@@ -21,6 +21,7 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
+    Priority,
     TokenBatch,
     TokenIds,
 )
@@ -174,13 +175,15 @@ class RemoteEngine:
 
     async def _embed_split(self, batch: TokenBatch) -> Vectors:
         parts = split(batch.ids, servers=len(self._serving()))
+        # A server sees only a part: what is bulk for its size must be told.
+        priority = batch.priority if batch.tokens <= TOKENS_A_CALL else Priority.BULK
         if len(parts) == 1:
-            return await self._embed_part(batch, parts[0])
+            return await self._embed_part(batch, parts[0], priority)
         return np.concatenate(
-            await gather_or_cancel(self._embed_part(batch, part) for part in parts)
+            await gather_or_cancel(self._embed_part(batch, part, priority) for part in parts)
         )
 
-    async def _embed_part(self, batch: TokenBatch, part: slice) -> Vectors:
+    async def _embed_part(self, batch: TokenBatch, part: slice, priority: Priority) -> Vectors:
         ids = batch.ids[part]
         tokens = sum(map(len, ids))
         tried: list[Server] = []
@@ -194,7 +197,7 @@ class RemoteEngine:
                 if left <= 0:
                     break
             try:
-                return await server.call(ids, batch.adapter, tokens, left)
+                return await server.call(ids, batch.adapter, tokens, left, priority)
             except ServerFault as fault:
                 busy = fault.outcome is Outcome.BUSY
                 tried.append(server)

@@ -16,7 +16,7 @@ import aiohttp
 import structlog
 
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import ModelCard, TokenIds
+from taskvec.engines.base import ModelCard, Priority, TokenIds
 from taskvec.engines.remote.connection import Connection
 from taskvec.engines.remote.courier import Courier
 from taskvec.engines.remote.dialects import Dialect, Vectors, read_vectors, recognise
@@ -26,6 +26,10 @@ log = structlog.get_logger(__name__)
 
 SMALL_CALL = 8
 """Requests of up to so many texts may share a call with others."""
+
+BULK_CALLS = 4
+"""Bulk calls under way to one server: enough to keep it busy, too few to make others wait long
+behind them in a queue that knows no classes, such as vLLM's."""
 
 ERRORS_TO_OPEN = 3
 """So many failed calls in a row and a server is dropped."""
@@ -115,6 +119,7 @@ class Server:
         self._observer = observer
         self._dialect: Dialect | None = None
         self._courier = Courier(self._send_waiting)
+        self._bulk_calls = asyncio.Semaphore(BULK_CALLS)
         self._errors = 0
         self._answered_at = self._probed_at = 0.0
         self._dropped = asyncio.Event()
@@ -151,7 +156,12 @@ class Server:
         self._observer = None
 
     async def call(
-        self, ids: Sequence[TokenIds], adapter: str | None, tokens: int, seconds: float
+        self,
+        ids: Sequence[TokenIds],
+        adapter: str | None,
+        tokens: int,
+        seconds: float,
+        priority: Priority,
     ) -> Vectors:
         """Embed some texts on this server.
 
@@ -160,6 +170,7 @@ class Server:
             adapter: one that the server has proven.
             tokens: total number of ids.
             seconds: how long it may take.
+            priority: bulk calls take turns, a few at a time.
 
         Returns:
             float32 [texts, dimension], not normalised.
@@ -169,22 +180,47 @@ class Server:
         """
         self.tokens += tokens
         try:
+            if priority is Priority.BULK:
+                return await self._send_in_turn(ids, [adapter] * len(ids), seconds)
             if self._dialect is None or not self._dialect.mixes or len(ids) > SMALL_CALL:
                 return await self._send(ids, [adapter] * len(ids), seconds)
             return await self._courier.deliver(ids, adapter, seconds)
         finally:
             self.tokens -= tokens
 
-    async def _send_waiting(
+    async def _send_in_turn(
         self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+    ) -> Vectors:
+        limit = time.monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                await self._bulk_calls.acquire()
+        except TimeoutError:
+            raise ServerFault(Outcome.TIMEOUT, f"no turn within {seconds:.3g} seconds") from None
+        try:
+            left = max(0.001, limit - time.monotonic())
+            return await self._send_waiting(texts, adapters, left, Priority.BULK)
+        finally:
+            self._bulk_calls.release()
+
+    async def _send_waiting(
+        self,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        seconds: float,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> Vectors:
         """``_send`` for texts that may have waited while the server was dropped."""
         if not self.serving:
             raise ServerFault(Outcome.UNREACHABLE, self.reason)
-        return await self._send(texts, adapters, seconds)
+        return await self._send(texts, adapters, seconds, priority)
 
     async def _send(
-        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+        self,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        seconds: float,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> Vectors:
         if self._dialect is None:
             raise ServerFault(Outcome.UNREACHABLE, self.reason)
@@ -193,7 +229,9 @@ class Server:
         dimension = self._card.dimension
         try:
             content = await self._connection.post(
-                self._dialect.call(texts, adapters, seconds), len(texts) * dimension * 4, seconds
+                self._dialect.call(texts, adapters, seconds, priority),
+                len(texts) * dimension * 4,
+                seconds,
             )
             vectors = read_vectors(content, len(texts), dimension)
             outcome = Outcome.OK

@@ -71,6 +71,7 @@ def engine_arguments(
         "tensor_parallel_size": options.tensor_parallel,
         "data_parallel_size": options.data_parallel,
         "skip_tokenizer_init": True,  # only token ids come in
+        "scheduling_policy": "priority",
         "enable_prefix_caching": False,  # texts rarely share one, and its timing tells tenants
     }
     if not gpu:
@@ -94,8 +95,10 @@ def server_command(
 ) -> list[str]:
     """The ``vllm serve`` command line for a checkpoint, word by word."""
     arguments = engine_arguments(checkpoint, folder, options, gpu=gpu)
-    if "skip_tokenizer_init" not in options.extra:
-        del arguments["skip_tokenizer_init"]  # routes of the server that we do not use need one
+    # Routes of the server that we do not use need a tokenizer; and a gateway's requests to it have
+    # no priorities: it sends a few bulk texts at a time.
+    for name in {"skip_tokenizer_init", "scheduling_policy"} - set(options.extra):
+        del arguments[name]
     words = ["vllm", "serve", arguments.pop("model"), "--served-model-name", checkpoint.card.name]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

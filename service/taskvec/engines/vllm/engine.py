@@ -25,6 +25,7 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
+    Priority,
     TokenBatch,
     TokenIds,
 )
@@ -35,6 +36,9 @@ from taskvec.gather import gather_or_cancel
 log = structlog.get_logger(__name__)
 
 Vectors = NDArray[np.float32]
+
+PRIORITIES = {Priority.INTERACTIVE: 0, Priority.BULK: 1}
+"""VLLM's own: it takes the lower first, strictly."""
 
 
 class VllmEngine:
@@ -62,6 +66,7 @@ class VllmEngine:
         self._health = EngineHealth(EngineState.STARTING, "vLLM is loading the model")
         self._llm: Any = None
         self._started = False
+        self._batch_tokens = 0
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._texts = 0
@@ -98,6 +103,7 @@ class VllmEngine:
             await self._shut_down()
             return
         self._started = True
+        self._batch_tokens = arguments["max_num_batched_tokens"]
         self._health = EngineHealth(EngineState.READY)
         log.info(
             "engine_ready",
@@ -117,7 +123,10 @@ class VllmEngine:
         begun = time.monotonic()
         self._count(len(batch.ids), batch.tokens)
         try:
-            vectors = await self._embed_all(batch.ids, batch.adapter)
+            fits = batch.tokens <= self._batch_tokens
+            vectors = await self._embed_all(
+                batch.ids, batch.adapter, batch.priority if fits else Priority.BULK
+            )
         finally:
             self._count(-len(batch.ids), -batch.tokens)
         # vLLM does not say how long a text waited: all of it counts as computing.
@@ -189,11 +198,15 @@ class VllmEngine:
                     "stock vLLM with one task's weights merged serves that task."
                 )
 
-    async def _embed_all(self, ids: Any, adapter: str | None) -> Vectors:
+    async def _embed_all(
+        self, ids: Any, adapter: str | None, priority: Priority = Priority.INTERACTIVE
+    ) -> Vectors:
         # Cancelling the tasks, not closing the generators, is what aborts in vLLM.
-        return np.stack(await gather_or_cancel(self._embed_one(text, adapter) for text in ids))
+        return np.stack(
+            await gather_or_cancel(self._embed_one(text, adapter, priority) for text in ids)
+        )
 
-    async def _embed_one(self, ids: TokenIds, adapter: str | None) -> Vectors:
+    async def _embed_one(self, ids: TokenIds, adapter: str | None, priority: Priority) -> Vectors:
         from vllm import PoolingParams  # noqa: PLC0415
         from vllm.inputs import tokens_input  # noqa: PLC0415
         from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
@@ -205,6 +218,7 @@ class VllmEngine:
                 PoolingParams(task="embed", use_activation=False),
                 request_id=f"taskvec-{next(self._numbers)}",  # a client's own could repeat
                 lora_request=self._adapters[adapter] if adapter is not None else None,
+                priority=PRIORITIES[priority],
             ):
                 vector = output.outputs.data.float().numpy()
         except EngineDeadError:

@@ -1,0 +1,71 @@
+"""Bulk before a pool: a few calls at a time, so that others need not queue behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
+from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import Priority
+from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL
+from taskvec.engines.remote.server import BULK_CALLS
+
+MANY = TEXTS_A_CALL * (2 * BULK_CALLS + 1)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+async def test_bulk_goes_a_few_calls_at_a_time(
+    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+) -> None:
+    """While a server works on its share of bulk, an interactive request reaches it at once."""
+    peer = Peer(default_checkpoint, dialect=dialect)
+    asked = replace(batch(MANY), priority=Priority.BULK)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        peer.held.clear()
+        bulk = asyncio.create_task(engine.embed(asked))
+        await until(lambda: len(peer.calls) == BULK_CALLS)
+        other = asyncio.create_task(engine.embed(batch(1, start=5000)))
+        await until(lambda: len(peer.calls) == BULK_CALLS + 1)
+        assert len(peer.calls[-1][0]) == 1, "the interactive one, not more bulk"
+        peer.held.set()
+        answers = await bulk
+        await other
+    assert np.array_equal(answers.vectors, truth(asked, default_checkpoint.card.dimension))
+    if dialect == "taskvec":
+        assert peer.priorities.count("bulk") == len(peer.calls) - 1
+
+
+@pytest.mark.anyio
+async def test_a_request_of_many_calls_is_bulk(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What is larger than a call in tokens takes turns, whatever it calls itself."""
+    peer = Peer(default_checkpoint, dialect="taskvec")
+    asked = batch(MANY, length=TOKENS_A_CALL // MANY + 1)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        await engine.embed(asked)
+    assert set(peer.priorities[-len(peer.calls) :]) == {"bulk"}
+
+
+@pytest.mark.anyio
+async def test_withdrawn_bulk_gives_its_turns_back(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """After a client has left in the middle of bulk, the next bulk request is answered."""
+    peer = Peer(default_checkpoint, dialect="vllm")
+    asked = replace(batch(MANY), priority=Priority.BULK)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.held.clear()
+        left = asyncio.create_task(engine.embed(asked))
+        await until(lambda: len(peer.calls) == BULK_CALLS)
+        left.cancel()
+        await until(lambda: ended(metrics, "abandoned") == BULK_CALLS)
+        peer.held.set()
+        answer = await engine.embed(asked)
+    assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import structlog
 from fastapi import FastAPI
 
 from taskvec import __version__
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
+from taskvec.core.calibration import measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
+from taskvec.errors import TaskvecError
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
 from taskvec.http.errors import error_responses, install_error_handlers
@@ -31,6 +35,8 @@ from taskvec.telemetry.metrics import Metrics
 from taskvec.wiring import task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
+
+log = structlog.get_logger(__name__)
 
 LOOK_EVERY = 0.02
 """Seconds between two looks at an engine that starts."""
@@ -64,7 +70,8 @@ def create_app(
     tokenizer = tokenizer or text_tokenizer(
         checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
     )
-    embedder = AsyncEmbedder(engine, tokenizer, tasks, Admission(settings.max_queue_tokens))
+    admission = Admission(settings.max_queue_tokens, settings.queue_seconds)
+    embedder = AsyncEmbedder(engine, tokenizer, tasks, admission)
     names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
     token_ids = settings.token_input is TokenInput.ACCEPT
 
@@ -72,8 +79,10 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
+        measuring = asyncio.create_task(_measure(engine, admission))
         await _until_ready(engine, patience)
         yield
+        measuring.cancel()
         await engine.stop()
         await starting
         tokenizer.close()
@@ -129,6 +138,22 @@ async def _until_ready(engine: Engine, seconds: float) -> None:
     # An engine tells by its health alone.
     while engine.health().state is EngineState.STARTING and time.monotonic() < limit:  # noqa: ASYNC110
         await asyncio.sleep(LOOK_EVERY)
+
+
+async def _measure(engine: Engine, admission: Admission) -> None:
+    await _until_ready(engine, math.inf)
+    if admission.derived and engine.health().ready:
+        try:
+            tokens, seconds = await measure_speed(engine)
+        except TaskvecError as error:
+            log.warning("engine_not_measured", reason=error.message)
+            return
+        admission.learn(tokens, seconds)
+        log.info(
+            "engine_measured",
+            tokens_per_second=round(admission.rate),
+            max_queue_tokens=admission.budget,
+        )
 
 
 async def _start(engine: Engine, on_failure: OnFailure) -> None:

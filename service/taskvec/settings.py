@@ -225,10 +225,19 @@ class Settings(BaseSettings):
     max_queue_tokens: Annotated[
         int,
         Field(
-            ge=1,
-            description="Most tokens admitted and not yet answered; beyond it requests get 429.",
+            ge=0,
+            description="Most tokens admitted and not yet answered; beyond it requests get 429. 0 "
+            "for what the engine does in queue_seconds, by its measured speed.",
         ),
-    ] = 4_194_304
+    ] = 0
+    queue_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds of the engine's work that may be queued, where max_queue_tokens "
+            "is 0.",
+        ),
+    ] = 30.0
     request_timeout: Annotated[
         float,
         Field(gt=0, description="Seconds a request may take; a client may ask for less."),

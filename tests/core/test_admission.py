@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.core.admission import LONGEST_RETRY, Admission
+from taskvec.core.admission import LEAST_BUDGET, LONGEST_RETRY, Admission
 from taskvec.errors import QueueFullError
 
 
@@ -54,7 +54,7 @@ def fail(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> 
 
 def test_requests_share_the_budget_to_the_last_token(clock: Clock) -> None:
     """What fits is admitted, one token more is refused, and leaving makes room."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(60):
         with admission.admit(40):
             assert admission.tokens == 100
@@ -67,7 +67,7 @@ def test_requests_share_the_budget_to_the_last_token(clock: Clock) -> None:
 
 def test_a_refusal_names_the_numbers(clock: Clock) -> None:
     """The message says what is queued, what was asked and what the limit is."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(70):
         message = refusal(admission, 31).message
     assert [number in message for number in ("70 tokens", "31 more", "100")] == [True] * 3
@@ -75,7 +75,7 @@ def test_a_refusal_names_the_numbers(clock: Clock) -> None:
 
 def test_a_refused_request_holds_no_room(clock: Clock) -> None:
     """Refusals leave the budget as it was."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(50):
         for _ in range(10):
             refusal(admission, 51)
@@ -86,7 +86,7 @@ def test_a_refused_request_holds_no_room(clock: Clock) -> None:
 
 def test_a_request_beyond_the_budget_is_admitted_alone(clock: Clock) -> None:
     """A request larger than the whole budget waits for an empty queue, not for ever."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(1):
         refusal(admission, 5000)
     with admission.admit(5000):
@@ -96,7 +96,7 @@ def test_a_request_beyond_the_budget_is_admitted_alone(clock: Clock) -> None:
 
 def test_failure_gives_the_room_back(clock: Clock) -> None:
     """Room is freed however the request ends."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with pytest.raises(RuntimeError), admission.admit(100):
         raise RuntimeError
     with admission.admit(100):
@@ -105,14 +105,14 @@ def test_failure_gives_the_room_back(clock: Clock) -> None:
 
 def test_without_experience_the_guess_is_a_second(clock: Clock) -> None:
     """Before anything has been answered, clients are asked back after one second."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(100):
         assert retry_after(admission, 100) == 1.0
 
 
 def test_the_guess_follows_the_measured_rate(clock: Clock) -> None:
     """At 10 tokens a second, room for 50 more tokens comes after 5 seconds."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
     with admission.admit(100):
         assert retry_after(admission, 50) == pytest.approx(5)
@@ -121,7 +121,7 @@ def test_the_guess_follows_the_measured_rate(clock: Clock) -> None:
 
 def test_the_guess_is_never_longer_than_emptying_the_queue(clock: Clock) -> None:
     """A request beyond the budget needs an empty queue, and no more than that."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
     with admission.admit(80):
         assert retry_after(admission, 100_000) == pytest.approx(8)
@@ -129,7 +129,7 @@ def test_the_guess_is_never_longer_than_emptying_the_queue(clock: Clock) -> None
 
 def test_idle_time_does_not_slow_the_rate(clock: Clock) -> None:
     """Only time in which something was being embedded counts."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
     clock.now += 3600
     work(admission, clock, tokens=100, seconds=10)
@@ -139,7 +139,7 @@ def test_idle_time_does_not_slow_the_rate(clock: Clock) -> None:
 
 def test_requests_at_the_same_time_share_the_clock(clock: Clock) -> None:
     """Seconds that several requests spend together are counted once."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     with admission.admit(50):
         clock.now += 5
         with admission.admit(50):
@@ -150,7 +150,7 @@ def test_requests_at_the_same_time_share_the_clock(clock: Clock) -> None:
 
 def test_what_failed_is_no_work_done(clock: Clock) -> None:
     """Cancelled and failed tokens took time and gave nothing: the guess gets longer."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
     with pytest.raises(RuntimeError):
         fail(admission, clock, tokens=100, seconds=10)
@@ -160,7 +160,7 @@ def test_what_failed_is_no_work_done(clock: Clock) -> None:
 
 def test_old_rates_are_forgotten(clock: Clock) -> None:
     """After a few minutes of faster work the guess follows the new rate."""
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=100)
     for _ in range(200):
         work(admission, clock, tokens=100, seconds=1)
@@ -170,7 +170,7 @@ def test_old_rates_are_forgotten(clock: Clock) -> None:
 
 def test_the_guess_has_bounds(clock: Clock) -> None:
     """Never under a second, never above what the OpenAI SDK obeys."""
-    slow, fast = Admission(100, clock), Admission(100, clock)
+    slow, fast = Admission(100, clock=clock), Admission(100, clock=clock)
     work(slow, clock, tokens=1, seconds=1000)
     work(fast, clock, tokens=100, seconds=0.001)
     with slow.admit(100), fast.admit(100):
@@ -191,7 +191,7 @@ def test_the_guess_has_bounds(clock: Clock) -> None:
 def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, float]]) -> None:
     """Over any history, what is held is the sum of those within, and within the budget."""
     clock = Clock()
-    admission = Admission(100, clock)
+    admission = Admission(100, clock=clock)
     inside: list[tuple[int, ExitStack]] = []
     for tokens, leave, seconds in wanted:
         clock.now += seconds
@@ -209,3 +209,47 @@ def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, 
     for _, stack in inside:
         stack.close()
     assert admission.tokens == 0
+
+
+def test_the_budget_is_what_the_engine_does_in_some_seconds(clock: Clock) -> None:
+    """Without a fixed limit the budget follows the engine's measured speed."""
+    admission = Admission(seconds=10, clock=clock)
+    assert admission.budget == LEAST_BUDGET
+    admission.learn(tokens=50_000, seconds=5)
+    assert admission.budget == 100_000
+    with admission.admit(100_000):
+        assert refusal(admission, 1).retry_after == pytest.approx(1)
+
+
+def test_little_work_does_not_make_the_engine_look_slow(clock: Clock) -> None:
+    """One short text at a time shows how long a text takes, and not what the engine can do."""
+    admission = Admission(seconds=10, clock=clock)
+    admission.learn(tokens=50_000, seconds=5)
+    for _ in range(10_000):
+        work(admission, clock, tokens=10, seconds=0.005)
+    assert admission.rate == pytest.approx(10_000)
+
+
+@pytest.mark.parametrize("rate", [2_000, 40_000])
+def test_much_work_shows_what_the_engine_does_now(clock: Clock, rate: int) -> None:
+    """An engine that has become slower or faster is known for it after some minutes of load."""
+    admission = Admission(seconds=10, clock=clock)
+    admission.learn(tokens=50_000, seconds=5)
+    for _ in range(40):
+        work(admission, clock, tokens=80_000, seconds=80_000 / rate)
+    assert admission.rate == pytest.approx(rate, rel=0.1)
+
+
+def test_after_a_refusal_the_door_stays_shut_until_there_is_room_for_some(clock: Clock) -> None:
+    """What would be refused is refused before it costs any work, and not for ever."""
+    admission = Admission(1000, clock=clock)
+    admission.require_room()
+    with ExitStack() as most, ExitStack() as rest:
+        most.enter_context(admission.admit(850))
+        rest.enter_context(admission.admit(150))
+        admission.require_room()
+        refusal(admission, 10)
+        with pytest.raises(QueueFullError, match="1000 tokens are queued"):
+            admission.require_room()
+        rest.close()
+        admission.require_room()

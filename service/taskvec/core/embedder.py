@@ -65,6 +65,7 @@ class AsyncEmbedder:
         for job in jobs:
             job.check_dimensions(self.model.dimension)
         self._engine.health().require_ready()
+        self._admission.require_room()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         if not deadlines:
             return await self._embed(jobs)

@@ -16,7 +16,7 @@ from engines.remote.peer import Peer, batch, ended, listening, pool, serving, tr
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.engine import RemoteEngine
-from taskvec.errors import DeadlineExceededError, UnavailableError
+from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
 
 OUTCOMES = {
     "wrong dimension": "wrong",
@@ -115,7 +115,7 @@ async def test_a_strange_listing_is_refused_and_asked_for_again(
 async def test_one_server_that_turns_bad(
     default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, dialect: str
 ) -> None:
-    """Alone, it makes every request a 503, never a wrong vector, and its outcome is counted."""
+    """Alone, it makes every request a 503 (a full one a 429), never a wrong vector; it counts."""
     peer = Peer(default_checkpoint, dialect=dialect)
     async with (
         listening(peer),
@@ -124,7 +124,7 @@ async def test_one_server_that_turns_bad(
         before = ended(metrics, OUTCOMES[behaviour])
         peer.behaviour = behaviour
         for _ in range(3):
-            with pytest.raises(UnavailableError):
+            with pytest.raises(QueueFullError if behaviour == "429" else UnavailableError):
                 await engine.embed(batch(3))
         assert ended(metrics, OUTCOMES[behaviour], peer) > before
         assert serving(metrics) == (behaviour == "429")

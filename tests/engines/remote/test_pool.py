@@ -24,7 +24,7 @@ from engines.remote.peer import (
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.budget import RESERVE
-from taskvec.errors import DeadlineExceededError, UnavailableError
+from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
 
 DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
 
@@ -151,7 +151,7 @@ async def test_retries_come_to_an_end(default_checkpoint: Checkpoint, tmp_path: 
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
         for peer in peers:
             peer.behaviour = "429"
-        with pytest.raises(UnavailableError):
+        with pytest.raises(QueueFullError):
             await engine.embed(batch(1))
         assert (ended(metrics, "busy"), retried(metrics)) == (2, 1)
         for _ in range(14):

@@ -69,7 +69,13 @@ class Connection:
         raise ServerFault(
             Outcome.BUSY if busy else Outcome.ERROR,
             f"status {response.status}{hint}: {complaint.decode(errors='replace')}",
+            _seconds(response.headers.get("retry-after", "")),
         )
+
+
+def _seconds(retry_after: str) -> float:
+    """A Retry-After header's seconds; one where it has none that we read."""
+    return float(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else 1.0
 
 
 async def _read(stream: aiohttp.StreamReader, most_bytes: int) -> bytes:

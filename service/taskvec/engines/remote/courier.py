@@ -129,4 +129,6 @@ class Courier:
 
 def _copy(error: Exception) -> Exception:
     """One for each who is told: a traceback belongs to one task."""
-    return ServerFault(error.outcome, error.message) if isinstance(error, ServerFault) else error
+    if isinstance(error, ServerFault):
+        return ServerFault(error.outcome, error.message, error.retry_after)
+    return error

@@ -30,7 +30,12 @@ from taskvec.engines.remote.budget import RetryBudget
 from taskvec.engines.remote.dialects import Vectors
 from taskvec.engines.remote.faults import Outcome, ServerFault
 from taskvec.engines.remote.server import PoolObserver, Server
-from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
+from taskvec.errors import (
+    CheckpointError,
+    DeadlineExceededError,
+    QueueFullError,
+    UnavailableError,
+)
 from taskvec.gather import gather_or_cancel
 
 log = structlog.get_logger(__name__)
@@ -188,6 +193,7 @@ class RemoteEngine:
         tokens = sum(map(len, ids))
         tried: list[Server] = []
         faults: list[str] = []
+        waits: list[float] = []
         self._budget.earn()
         server = self._choose(tried)
         while server is not None:
@@ -202,6 +208,7 @@ class RemoteEngine:
                 busy = fault.outcome is Outcome.BUSY
                 tried.append(server)
                 faults.append(f"{server.name}: {fault.message}")
+                waits += [fault.retry_after] if busy else []
             server = self._choose(tried)
             passed = batch.deadline is not None and time.monotonic() >= batch.deadline
             if passed or server is None or (busy and server in tried) or len(tried) >= ATTEMPTS:
@@ -213,6 +220,11 @@ class RemoteEngine:
         if batch.deadline is not None and time.monotonic() >= batch.deadline:
             raise DeadlineExceededError(
                 "The request's deadline passed before an engine server answered."
+            )
+        if len(waits) == len(tried) > 0:
+            raise QueueFullError(
+                "The engine servers have no room for more: send it again later.",
+                retry_after=min(waits),
             )
         log.error("engine_call_given_up", texts=len(ids), faults=faults)
         raise UnavailableError(

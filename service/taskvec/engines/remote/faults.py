@@ -22,9 +22,16 @@ OPENS_AT_ONCE = frozenset({Outcome.UNREACHABLE, Outcome.TIMEOUT, Outcome.WRONG})
 
 
 class ServerFault(Exception):  # noqa: N818 - no error of ours: another server may do better
-    """One call to one server failed."""
+    """One call to one server failed.
 
-    def __init__(self, outcome: Outcome, message: str) -> None:
+    Attributes:
+        outcome: how.
+        message: what happened, after the server's name and a colon.
+        retry_after: seconds after which a busy server wants to be asked again.
+    """
+
+    def __init__(self, outcome: Outcome, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.outcome = outcome
         self.message = message
+        self.retry_after = retry_after

@@ -1,0 +1,136 @@
+"""What single texts wait while requests of 2,048 texts keep the engine full.
+
+The bound: the time of one forward, plus twice the idle p99.
+
+    python loadtest/fairness.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from latency import one_by_one
+from report import spread, write_result
+from server import free_port, wait_ready
+
+BULK_CLIENTS = 4
+TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=300)
+    options = parser.parse_args()
+    port = free_port()
+    command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--no-log-requests"]
+    figures: dict[str, list[float]] = {}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_ready(port)
+            for _ in range(options.rounds):
+                for name, value in one_round(port, options.requests).items():
+                    figures.setdefault(name, []).append(value)
+        finally:
+            server.terminate()
+    write_result("fairness", {name: spread(values, 2) for name, values in figures.items()})
+
+
+def one_round(port: int, requests: int) -> dict[str, float]:
+    """Milliseconds: idle, one forward, under bulk that says so and bulk that does not."""
+    figures: dict[str, float] = {}
+    idle, _ = one_by_one(port, requests)
+    figures |= {"idle p50 ms": middle(idle), "idle p99 ms": tail(idle)}
+    for name, headers in (("marked", {"x-priority": "bulk"}), ("unmarked", {})):
+        with bulk(port, headers):
+            before = forwards(port)
+            times, _ = one_by_one(port, requests)
+            after = forwards(port)
+        figures[f"under {name} bulk p50 ms"] = middle(times)
+        figures[f"under {name} bulk p99 ms"] = tail(times)
+        if name == "marked":
+            figures["one bulk forward ms"] = bulk_forward(before, after, requests, idle)
+            figures["texts a second meanwhile"] = (after["texts"] - before["texts"]) / (
+                after["at"] - before["at"]
+            )
+    figures["bound ms"] = figures["one bulk forward ms"] + 2 * figures["idle p99 ms"]
+    return figures
+
+
+def bulk_forward(
+    before: dict[str, float], after: dict[str, float], singles: int, idle: list[float]
+) -> float:
+    """Milliseconds of a forward that was no single text's; those took at most what idle ones do."""
+    forwards_between = after["count"] - before["count"] - singles
+    spent = (after["seconds"] - before["seconds"]) * 1000 - singles * middle(idle)
+    return spent / forwards_between
+
+
+@contextmanager
+def bulk(port: int, headers: dict[str, str]) -> Iterator[None]:
+    """Clients that send 2,048 texts again and again, once all of them wait in the queue."""
+    over = threading.Event()
+    body = json.dumps({"input": [TEXT] * 2048, "encoding_format": "base64"}).encode()
+    sent = {"Content-Type": "application/json", **headers}
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        while not over.is_set():
+            connection.request("POST", "/v1/embeddings", body, sent)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(BULK_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        while forwards(port)["waiting"] < 2048:
+            time.sleep(0.02)
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def forwards(port: int) -> dict[str, float]:
+    """The engine's counters now."""
+    wanted = {
+        "taskvec_forward_seconds_count": "count",
+        "taskvec_forward_seconds_sum": "seconds",
+        "taskvec_batch_texts_sum": "texts",
+        "taskvec_queue_texts": "waiting",
+    }
+    found: dict[str, Any] = {"at": time.monotonic()}
+    for line in httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines():
+        name, _, value = line.partition(" ")
+        if name in wanted:
+            found[wanted[name]] = float(value)
+    return found
+
+
+def middle(times: list[float]) -> float:
+    """The median of sorted times."""
+    return times[len(times) // 2]
+
+
+def tail(times: list[float]) -> float:
+    """The 99th percentile of sorted times."""
+    return times[len(times) * 99 // 100]
+
+
+if __name__ == "__main__":
+    main()

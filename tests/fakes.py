@@ -33,6 +33,7 @@ class FakeEngine:
         self.model = model
         self.batches: list[TokenBatch] = []
         self.cancelled = 0
+        self.finished = 0
         self._delay = delay
         self._error = error
         self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
@@ -51,6 +52,7 @@ class FakeEngine:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        self.finished += 1
         vectors = [hashed_vector(ids, batch.adapter, self.model.dimension) for ids in batch.ids]
         return EngineResult(np.stack(vectors), queued=0.0, computed=self._delay)
 

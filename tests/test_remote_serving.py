@@ -126,13 +126,13 @@ def test_a_killed_server_loses_no_request() -> None:
         served(*before(first, second)) as gateway,
         ThreadPoolExecutor(8) as threads,
     ):
-        load = Load(gateway.url)
+        load = Load(gateway.url, most=120, seconds=60)
         runs = [threads.submit(load.run) for _ in range(8)]
         load.wait_for(24)
         first.process.kill()
         for run in runs:
             run.result()
-        assert load.seen == {"200": 200}
+        assert load.seen == {"200": 120}
         assert serving(gateway, first) == 0
         assert serving(gateway, second) == 1
         with served(*SERVER, port=first.port):
@@ -202,7 +202,7 @@ def test_a_gateway_serves_without_torch(
 
 
 def test_sigterm_of_a_gateway_loses_nothing(servers: tuple[Served, Served]) -> None:
-    """SIGTERM of a gateway under load: what it has taken is answered."""
+    """SIGTERM of a gateway under load: what it has taken is answered, or refused as draining."""
     with served(*before(*servers)) as gateway, ThreadPoolExecutor(8) as threads:
         load = Load(gateway.url)
         runs = [threads.submit(load.run) for _ in range(8)]
@@ -212,7 +212,7 @@ def test_sigterm_of_a_gateway_loses_nothing(servers: tuple[Served, Served]) -> N
         errors = gateway.process.communicate(timeout=60)[1].decode()
         for run in runs:
             run.result()
-        assert set(load.seen) == {"200"}, load.seen
+        assert set(load.seen) <= {"200", "503"}, load.seen
         assert errors.strip() == ""
 
 

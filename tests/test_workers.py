@@ -165,7 +165,7 @@ def test_every_gateway_answers(workers: Served) -> None:
 
 
 def test_nothing_is_lost_on_sigterm() -> None:
-    """SIGTERM under load: what a gateway has taken is answered; no process stays."""
+    """SIGTERM under load: what was taken is answered, or refused as draining; no process stays."""
     with served("--workers", "2", *EXACT) as server:
         processes = server.descendants()
         assert len(server.gateways()) == 2
@@ -181,7 +181,7 @@ def test_nothing_is_lost_on_sigterm() -> None:
             for run in runs:
                 run.result()
         assert ended < 30
-        assert set(load.seen) == {"200"}, load.seen
+        assert set(load.seen) <= {"200", "503"}, load.seen
         assert load.seen["200"] >= 24
         assert errors.strip() == ""
         assert server.process.returncode in {0, -signal.SIGTERM, 128 + signal.SIGTERM}

@@ -17,10 +17,12 @@ from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.calibration import measure_speed
 from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.health import ServiceHealth
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import TaskvecError
+from taskvec.http.drain import drained_first
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
 from taskvec.http.errors import error_responses, install_error_handlers
@@ -71,7 +73,13 @@ def create_app(
         checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
     )
     admission = Admission(settings.max_queue_tokens, settings.queue_seconds)
-    embedder = AsyncEmbedder(engine, tokenizer, tasks, admission)
+    health = ServiceHealth(
+        engine,
+        stall_seconds=settings.stall_timeout,
+        dead_seconds=settings.dead_timeout,
+        canary_seconds=settings.canary_interval,
+    )
+    embedder = AsyncEmbedder(engine, tokenizer, tasks, admission, health)
     names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
     token_ids = settings.token_input is TokenInput.ACCEPT
 
@@ -80,9 +88,12 @@ def create_app(
         gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
         measuring = asyncio.create_task(_measure(engine, admission))
+        watching = asyncio.create_task(health.watch())
         await _until_ready(engine, patience)
-        yield
+        with drained_first(health, settings.drain_grace, settings.drain_timeout):
+            yield
         measuring.cancel()
+        watching.cancel()
         await engine.stop()
         await starting
         tokenizer.close()
@@ -123,7 +134,7 @@ def create_app(
     app.include_router(
         models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids)
     )
-    app.include_router(probes_router(engine, metrics))
+    app.include_router(probes_router(health, metrics))
     install_error_handlers(app)
     app.add_middleware(
         RequestTrace,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
 from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
@@ -63,7 +64,11 @@ class Embedder:
         engine = PackedEngine(checkpoint, options)
         tokenizer = text_tokenizer(checkpoint, max_tokens=0, threads=1)
         self._embedder = AsyncEmbedder(
-            engine, tokenizer, task_table(checkpoint), Admission(max_tokens=1 << 62)
+            engine,
+            tokenizer,
+            task_table(checkpoint),
+            Admission(max_tokens=1 << 62),
+            ServiceHealth(engine),
         )
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal())

@@ -242,6 +242,37 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, description="Seconds a request may take; a client may ask for less."),
     ] = 300.0
+    stall_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds after which an engine that has work and finishes nothing makes "
+            "the service not ready.",
+        ),
+    ] = 60.0
+    dead_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds after which such an engine makes the service not live, so that an "
+            "orchestrator starts it again.",
+        ),
+    ] = 300.0
+    canary_interval: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds without a finished text after which one is embedded as a test.",
+        ),
+    ] = 30.0
+    drain_grace: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Seconds after SIGTERM in which requests are still taken, so that load "
+            "balancers see that the service is not ready; 5 to 10 behind one.",
+        ),
+    ] = 0.0
     drain_timeout: Annotated[
         int,
         Field(ge=1, description="Seconds that requests in flight get to finish on shutdown."),

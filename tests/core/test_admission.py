@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.core.admission import LEAST_BUDGET, LONGEST_RETRY, Admission
+from taskvec.core.admission import FIRST_BUDGET, LEAST_BUDGET, LONGEST_RETRY, Admission
+from taskvec.engines.base import Priority
 from taskvec.errors import QueueFullError
+
+INTERACTIVE, BULK = Priority
 
 
 class Clock:
@@ -28,7 +31,7 @@ def clock() -> Clock:
 
 
 def refusal(admission: Admission, tokens: int) -> QueueFullError:
-    with pytest.raises(QueueFullError) as refused, admission.admit(tokens):
+    with pytest.raises(QueueFullError) as refused, admission.admit(tokens, INTERACTIVE):
         pytest.fail("admitted")
     return refused.value
 
@@ -41,13 +44,13 @@ def retry_after(admission: Admission, tokens: int) -> float:
 
 def work(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> None:
     """Embed so many tokens in so many seconds, with nothing else going on."""
-    with admission.admit(tokens):
+    with admission.admit(tokens, INTERACTIVE):
         clock.now += seconds
 
 
 def fail(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> None:
     """Fail after so many seconds."""
-    with admission.admit(tokens):
+    with admission.admit(tokens, INTERACTIVE):
         clock.now += seconds
         raise RuntimeError
 
@@ -55,12 +58,12 @@ def fail(admission: Admission, clock: Clock, *, tokens: int, seconds: float) -> 
 def test_requests_share_the_budget_to_the_last_token(clock: Clock) -> None:
     """What fits is admitted, one token more is refused, and leaving makes room."""
     admission = Admission(100, clock=clock)
-    with admission.admit(60):
-        with admission.admit(40):
+    with admission.admit(60, INTERACTIVE):
+        with admission.admit(40, INTERACTIVE):
             assert admission.tokens == 100
             assert refusal(admission, 1).code == "queue_full"
         assert refusal(admission, 41).status == 429
-        with admission.admit(40):
+        with admission.admit(40, INTERACTIVE):
             assert admission.tokens == 100
     assert admission.tokens == 0
 
@@ -68,28 +71,30 @@ def test_requests_share_the_budget_to_the_last_token(clock: Clock) -> None:
 def test_a_refusal_names_the_numbers(clock: Clock) -> None:
     """The message says what is queued, what was asked and what the limit is."""
     admission = Admission(100, clock=clock)
-    with admission.admit(70):
+    with admission.admit(70, INTERACTIVE):
         message = refusal(admission, 31).message
-    assert [number in message for number in ("70 tokens", "31 more", "100")] == [True] * 3
+    assert [number in message for number in ("70 interactive tokens", "31 more", "100")] == [
+        True
+    ] * 3
 
 
 def test_a_refused_request_holds_no_room(clock: Clock) -> None:
     """Refusals leave the budget as it was."""
     admission = Admission(100, clock=clock)
-    with admission.admit(50):
+    with admission.admit(50, INTERACTIVE):
         for _ in range(10):
             refusal(admission, 51)
         assert admission.tokens == 50
-        with admission.admit(50):
+        with admission.admit(50, INTERACTIVE):
             pass
 
 
 def test_a_request_beyond_the_budget_is_admitted_alone(clock: Clock) -> None:
     """A request larger than the whole budget waits for an empty queue, not for ever."""
     admission = Admission(100, clock=clock)
-    with admission.admit(1):
+    with admission.admit(1, INTERACTIVE):
         refusal(admission, 5000)
-    with admission.admit(5000):
+    with admission.admit(5000, INTERACTIVE):
         refusal(admission, 1)
     assert admission.tokens == 0
 
@@ -97,16 +102,16 @@ def test_a_request_beyond_the_budget_is_admitted_alone(clock: Clock) -> None:
 def test_failure_gives_the_room_back(clock: Clock) -> None:
     """Room is freed however the request ends."""
     admission = Admission(100, clock=clock)
-    with pytest.raises(RuntimeError), admission.admit(100):
+    with pytest.raises(RuntimeError), admission.admit(100, INTERACTIVE):
         raise RuntimeError
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert admission.tokens == 100
 
 
 def test_without_experience_the_guess_is_a_second(clock: Clock) -> None:
     """Before anything has been answered, clients are asked back after one second."""
     admission = Admission(100, clock=clock)
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 100) == 1.0
 
 
@@ -114,7 +119,7 @@ def test_the_guess_follows_the_measured_rate(clock: Clock) -> None:
     """At 10 tokens a second, room for 50 more tokens comes after 5 seconds."""
     admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 50) == pytest.approx(5)
         assert retry_after(admission, 20) == pytest.approx(2)
 
@@ -123,7 +128,7 @@ def test_the_guess_is_never_longer_than_emptying_the_queue(clock: Clock) -> None
     """A request beyond the budget needs an empty queue, and no more than that."""
     admission = Admission(100, clock=clock)
     work(admission, clock, tokens=100, seconds=10)
-    with admission.admit(80):
+    with admission.admit(80, INTERACTIVE):
         assert retry_after(admission, 100_000) == pytest.approx(8)
 
 
@@ -133,18 +138,18 @@ def test_idle_time_does_not_slow_the_rate(clock: Clock) -> None:
     work(admission, clock, tokens=100, seconds=10)
     clock.now += 3600
     work(admission, clock, tokens=100, seconds=10)
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 50) == pytest.approx(5)
 
 
 def test_requests_at_the_same_time_share_the_clock(clock: Clock) -> None:
     """Seconds that several requests spend together are counted once."""
     admission = Admission(100, clock=clock)
-    with admission.admit(50):
+    with admission.admit(50, INTERACTIVE):
         clock.now += 5
-        with admission.admit(50):
+        with admission.admit(50, INTERACTIVE):
             clock.now += 5
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 50) == pytest.approx(5)
 
 
@@ -154,7 +159,7 @@ def test_what_failed_is_no_work_done(clock: Clock) -> None:
     work(admission, clock, tokens=100, seconds=10)
     with pytest.raises(RuntimeError):
         fail(admission, clock, tokens=100, seconds=10)
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 50) > 6
 
 
@@ -164,7 +169,7 @@ def test_old_rates_are_forgotten(clock: Clock) -> None:
     work(admission, clock, tokens=100, seconds=100)
     for _ in range(200):
         work(admission, clock, tokens=100, seconds=1)
-    with admission.admit(100):
+    with admission.admit(100, INTERACTIVE):
         assert retry_after(admission, 100) == pytest.approx(1, rel=0.1)
 
 
@@ -173,7 +178,7 @@ def test_the_guess_has_bounds(clock: Clock) -> None:
     slow, fast = Admission(100, clock=clock), Admission(100, clock=clock)
     work(slow, clock, tokens=1, seconds=1000)
     work(fast, clock, tokens=100, seconds=0.001)
-    with slow.admit(100), fast.admit(100):
+    with slow.admit(100, INTERACTIVE), fast.admit(100, INTERACTIVE):
         assert retry_after(slow, 100) == LONGEST_RETRY
         assert retry_after(fast, 100) == 1.0
 
@@ -201,7 +206,7 @@ def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, 
         if inside and admission.tokens + tokens > 100:
             assert 1 <= retry_after(admission, tokens) <= LONGEST_RETRY
         else:
-            stack.enter_context(admission.admit(tokens))
+            stack.enter_context(admission.admit(tokens, INTERACTIVE))
             inside.append((tokens, stack))
         held = [held for held, _ in inside]
         assert admission.tokens == sum(held)
@@ -214,10 +219,12 @@ def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, 
 def test_the_budget_is_what_the_engine_does_in_some_seconds(clock: Clock) -> None:
     """Without a fixed limit the budget follows the engine's measured speed."""
     admission = Admission(seconds=10, clock=clock)
+    assert admission.budget == FIRST_BUDGET
+    admission.learn(tokens=10, seconds=5)
     assert admission.budget == LEAST_BUDGET
     admission.learn(tokens=50_000, seconds=5)
     assert admission.budget == 100_000
-    with admission.admit(100_000):
+    with admission.admit(100_000, INTERACTIVE):
         assert refusal(admission, 1).retry_after == pytest.approx(1)
 
 
@@ -243,13 +250,36 @@ def test_much_work_shows_what_the_engine_does_now(clock: Clock, rate: int) -> No
 def test_after_a_refusal_the_door_stays_shut_until_there_is_room_for_some(clock: Clock) -> None:
     """What would be refused is refused before it costs any work, and not for ever."""
     admission = Admission(1000, clock=clock)
-    admission.require_room()
+    admission.require_room(INTERACTIVE)
     with ExitStack() as most, ExitStack() as rest:
-        most.enter_context(admission.admit(850))
-        rest.enter_context(admission.admit(150))
-        admission.require_room()
+        most.enter_context(admission.admit(850, INTERACTIVE))
+        rest.enter_context(admission.admit(150, INTERACTIVE))
+        admission.require_room(INTERACTIVE)
         refusal(admission, 10)
-        with pytest.raises(QueueFullError, match="1000 tokens are queued"):
-            admission.require_room()
+        with pytest.raises(QueueFullError, match="1000 interactive tokens are queued"):
+            admission.require_room(INTERACTIVE)
         rest.close()
-        admission.require_room()
+        admission.require_room(INTERACTIVE)
+
+
+def test_bulk_keeps_nobody_else_out(clock: Clock) -> None:
+    """Each class has a budget: where bulk is refused, an interactive request is admitted."""
+    admission = Admission(100, clock=clock)
+    with admission.admit(5000, BULK):
+        with pytest.raises(QueueFullError), admission.admit(1, BULK):
+            pytest.fail("admitted")
+        with pytest.raises(QueueFullError):
+            admission.require_room(BULK)
+        admission.require_room(INTERACTIVE)
+        with admission.admit(100, INTERACTIVE):
+            assert admission.tokens == 5100
+
+
+def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
+    """More than a second of the engine's work is; where the speed is unknown, what it says."""
+    admission = Admission(100, clock=clock)
+    assert admission.class_of(10**9, INTERACTIVE) is INTERACTIVE
+    admission.learn(tokens=1000, seconds=1)
+    assert admission.class_of(1000, INTERACTIVE) is INTERACTIVE
+    assert admission.class_of(1001, INTERACTIVE) is BULK
+    assert admission.class_of(1, BULK) is BULK

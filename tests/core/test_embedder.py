@@ -14,6 +14,7 @@ from fakes import FakeEngine, hashed_vector
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import FINISH_INLINE, AsyncEmbedder
+from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob, OutputType
 from taskvec.core.vectors import finish
 from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
@@ -44,7 +45,9 @@ class Service:
         self.admission = Admission(room)
         self.tokenizer = text_tokenizer(checkpoint, max_tokens=0, threads=1)
         self.tasks = task_table(checkpoint)
-        self.embedder = AsyncEmbedder(engine, self.tokenizer, self.tasks, self.admission)
+        self.embedder = AsyncEmbedder(
+            engine, self.tokenizer, self.tasks, self.admission, ServiceHealth(engine)
+        )
 
     def job(self, inputs: Sequence[Any], task: str = "retrieval.query", **fields: Any) -> EmbedJob:
         return EmbedJob(inputs=inputs, task=self.tasks.get(task), **fields)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from taskvec.engines.base import Priority
 from taskvec.errors import QueueFullError
 
 MEMORY_SECONDS = 30.0
@@ -16,7 +17,13 @@ LONGEST_RETRY = 120.0
 """OpenAI's SDK obeys Retry-After up to this many seconds."""
 
 LEAST_BUDGET = 16_384
-"""Tokens that may wait however slow the engine is, and before its speed is known."""
+"""Tokens that may wait however slow the engine is."""
+
+FIRST_BUDGET = 1 << 20
+"""Tokens that may wait before the engine's speed is known."""
+
+BULK_SECONDS = 1.0
+"""A request of more than so much of the engine's time is bulk, whatever it says."""
 
 DEEP_SECONDS = 1.0
 """An engine shows its speed only while at least so much work waits for it."""
@@ -29,8 +36,7 @@ are refused before they cost any work."""
 class Admission:
     """Admits requests while their tokens fit the budget; belongs to one event loop.
 
-    Attributes:
-        tokens: admitted and not yet answered.
+    Each class has a budget of its own, so that bulk keeps nobody else out.
     """
 
     def __init__(
@@ -54,8 +60,13 @@ class Admission:
         self._answered = 0.0
         self._busy = 0.0
         self._since = 0.0
-        self._open = True
-        self.tokens = 0
+        self._open = dict.fromkeys(Priority, True)
+        self._held = dict.fromkeys(Priority, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Admitted and not yet answered, of both classes."""
+        return sum(self._held.values())
 
     @property
     def derived(self) -> bool:
@@ -64,8 +75,9 @@ class Admission:
 
     @property
     def budget(self) -> int:
-        """Most tokens that may be admitted and not yet answered."""
-        return self._max or max(LEAST_BUDGET, int(self._seconds * self.rate))
+        """Most tokens of a class that may be admitted and not yet answered."""
+        known = max(LEAST_BUDGET, int(self._seconds * self.rate)) if self.rate else FIRST_BUDGET
+        return self._max or known
 
     @property
     def rate(self) -> float:
@@ -76,42 +88,48 @@ class Admission:
         """The engine was seen to embed so many tokens in so many seconds, with nothing else."""
         self._answered, self._busy = float(tokens), seconds
 
-    def require_room(self) -> None:
+    def class_of(self, tokens: int, asked: Priority) -> Priority:
+        """The class that a request of so many tokens belongs to."""
+        return Priority.BULK if self.rate and tokens > BULK_SECONDS * self.rate else asked
+
+    def require_room(self, priority: Priority) -> None:
         """Refuse at once while requests that came before are being refused for lack of room.
 
         Raises:
             QueueFullError: there was no room a moment ago; says when there should be.
         """
-        if not self._open and self.tokens:
-            raise self._full(0)
+        if not self._open[priority] and self._held[priority]:
+            raise self._full(0, priority)
 
     @contextmanager
-    def admit(self, tokens: int) -> Iterator[None]:
-        """Hold room for a request while it is worked on.
+    def admit(self, tokens: int, priority: Priority) -> Iterator[None]:
+        """Hold room for a request of a class while it is worked on.
 
         Raises:
             QueueFullError: there is no room; says when there should be.
         """
-        if self.tokens and self.tokens + tokens > self.budget:
-            self._open = False
-            raise self._full(tokens)
+        if self._held[priority] and self._held[priority] + tokens > self.budget:
+            self._open[priority] = False
+            raise self._full(tokens, priority)
         if not self.tokens:
             self._since = self._clock()
-        self.tokens += tokens
+        self._held[priority] += tokens
         finished = False
         try:
             yield
             finished = True
         finally:
             self._learn(tokens if finished else 0)
-            self.tokens -= tokens
-            self._open = self._open or self.tokens <= REOPEN * self.budget
+            self._held[priority] -= tokens
+            if self._held[priority] <= REOPEN * self.budget:
+                self._open[priority] = True
 
-    def _full(self, tokens: int) -> QueueFullError:
+    def _full(self, tokens: int, priority: Priority) -> QueueFullError:
+        held = self._held[priority]
         return QueueFullError(
-            f"{self.tokens} tokens are queued or being embedded, and {tokens or 'any'} more would "
-            f"pass the limit of {self.budget}: send it again later.",
-            retry_after=self._seconds_until_room(tokens),
+            f"{held} {priority} tokens are queued or being embedded, and {tokens or 'any'} more "
+            f"would pass the limit of {self.budget}: send it again later.",
+            retry_after=self._seconds_until_room(tokens, held),
         )
 
     def _learn(self, answered: int) -> None:
@@ -123,9 +141,9 @@ class Admission:
         self._answered = self._answered * fade + answered
         self._busy = self._busy * fade + elapsed
 
-    def _seconds_until_room(self, tokens: int) -> float:
+    def _seconds_until_room(self, tokens: int, held: int) -> float:
         if not self.rate:
             return 1.0
-        held, budget = self.tokens, self.budget
+        budget = self.budget
         surplus = min(held, max(held + tokens - budget, held - REOPEN * budget))
         return min(LONGEST_RETRY, max(1.0, surplus / self.rate))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.admission import Admission
+from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob, Timings
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
@@ -27,11 +28,17 @@ class AsyncEmbedder:
     """Resolves, tokenises, admits, embeds and finishes."""
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, tasks: TaskTable, admission: Admission
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        tasks: TaskTable,
+        admission: Admission,
+        health: ServiceHealth,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
+        self._health = health
         self.tasks = tasks
 
     @property
@@ -64,14 +71,14 @@ class AsyncEmbedder:
         """
         for job in jobs:
             job.check_dimensions(self.model.dimension)
-        self._engine.health().require_ready()
-        self._admission.require_room()
+        self._health.require_open()
+        self._admission.require_room(jobs[0].priority)
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
-        if not deadlines:
-            return await self._embed(jobs)
+        seconds = min(deadlines) - time.monotonic() if deadlines else None
         try:
-            async with asyncio.timeout(min(deadlines) - time.monotonic()):
-                return await self._embed(jobs)
+            with self._health.work():
+                async with asyncio.timeout(seconds):
+                    return await self._embed(jobs)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
@@ -80,12 +87,15 @@ class AsyncEmbedder:
 
     async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
         begun = time.monotonic()
-        batches = [
-            TokenBatch(await self._token_ids(job), job.task.adapter, job.deadline, job.priority)
-            for job in jobs
-        ]
+        ids = [await self._token_ids(job) for job in jobs]
         tokenizing = time.monotonic() - begun
-        with self._admission.admit(sum(batch.tokens for batch in batches)):
+        tokens = sum(len(text) for texts in ids for text in texts)
+        priority = self._admission.class_of(tokens, jobs[0].priority)
+        batches = [
+            TokenBatch(texts, job.task.adapter, job.deadline, priority)
+            for texts, job in zip(ids, jobs, strict=True)
+        ]
+        with self._admission.admit(tokens, priority), self._health.waiting():
             if len(batches) == 1:
                 results = [await self._engine.embed(batches[0])]
             else:

@@ -153,6 +153,10 @@ class Engine(Protocol):
     def model(self) -> ModelCard:
         """The card of the served model; known before ``start``."""
 
+    @property
+    def finished(self) -> int:
+        """Grows with all that is embedded; work that waits while this stands still is stalled."""
+
     async def start(self) -> None:
         """Load the weights, prove every adapter, warm up.
 

@@ -75,8 +75,9 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
         headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
     if error.status in NO_RETRY_HELPS:
         headers["x-should-retry"] = "false"
-    if error.status in (408, 413):
-        headers["connection"] = "close"  # the rest of the body is not worth reading
+    if error.status in (408, 413) or error.code == "draining":
+        # The rest of the body is not worth reading, or another server should be asked.
+        headers["connection"] = "close"
     return Response(
         orjson.dumps(body), error.status, headers=headers, media_type="application/json"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from taskvec.engines.base import Engine, EngineState
+from taskvec.core.health import ServiceHealth
+from taskvec.engines.base import EngineState
 from taskvec.errors import UnavailableError
 from taskvec.http.errors import error_responses
 from taskvec.telemetry.metrics import Metrics
@@ -12,7 +13,7 @@ from taskvec.telemetry.metrics import Metrics
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
+def probes_router(health: ServiceHealth, metrics: Metrics) -> APIRouter:
     """/health/live, /health/ready and /metrics."""
     router = APIRouter(tags=["operations"])
 
@@ -20,9 +21,9 @@ def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
         "/health/live", summary="Can this process serve at all?", responses=error_responses(503)
     )
     async def live() -> dict[str, str]:
-        health = engine.health()
-        if health.state is EngineState.DEAD:
-            raise UnavailableError(f"The engine is dead: {health.reason}.", retry_after=1)
+        state = health.liveness()
+        if state.state is EngineState.DEAD:
+            raise UnavailableError(f"The engine is dead: {state.reason}.", retry_after=1)
         return {"status": "live"}
 
     @router.get(
@@ -31,7 +32,7 @@ def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
         responses=error_responses(503),
     )
     async def ready() -> dict[str, str]:
-        engine.health().require_ready()
+        health.readiness().require_ready()
         return {"status": "ready"}
 
     @router.get(
@@ -42,7 +43,7 @@ def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
     )
     async def series() -> Response:
         return Response(
-            metrics.render(ready=engine.health().ready),
+            metrics.render(ready=health.readiness().ready),
             headers={"content-type": PROMETHEUS_TEXT},
         )
 

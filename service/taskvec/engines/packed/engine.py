@@ -106,12 +106,18 @@ class PackedEngine:
         self._queue: TurnQueue[_Request] = TurnQueue(quantum=1)
         self._budget = 0
         self._stopping = False
+        self._finished = 0
         self._worker: threading.Thread | None = None
 
     @property
     def model(self) -> ModelCard:
         """See ``Engine.model``."""
         return self._checkpoint.card
+
+    @property
+    def finished(self) -> int:
+        """See ``Engine.finished``: texts."""
+        return self._finished
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
@@ -264,6 +270,7 @@ class PackedEngine:
             done = time.monotonic()
             with self._wake:
                 self._queue.spend(done - begun)
+        self._finished += len(ids)
         if self._observer is not None:
             self._observer.batch_finished(len(ids), sum(map(len, ids)), done - begun)
         for (request, i), vector in zip(rows, vectors, strict=True):

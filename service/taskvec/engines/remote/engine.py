@@ -34,6 +34,7 @@ from taskvec.errors import (
     CheckpointError,
     DeadlineExceededError,
     QueueFullError,
+    TaskvecError,
     UnavailableError,
 )
 from taskvec.gather import gather_or_cancel
@@ -111,6 +112,7 @@ class RemoteEngine:
         self._state = EngineState.STARTING
         self._golden: GoldenVectors | None = None
         self._lookup_faults: list[str] = []
+        self._finished = 0
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,6 +121,11 @@ class RemoteEngine:
     def model(self) -> ModelCard:
         """See ``Engine.model``."""
         return self._checkpoint.card
+
+    @property
+    def finished(self) -> int:
+        """See ``Engine.finished``: calls to servers."""
+        return self._finished
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``; ready while at least one server is."""
@@ -203,12 +210,15 @@ class RemoteEngine:
                 if left <= 0:
                     break
             try:
-                return await server.call(ids, batch.adapter, tokens, left, priority)
+                vectors = await server.call(ids, batch.adapter, tokens, left, priority)
             except ServerFault as fault:
                 busy = fault.outcome is Outcome.BUSY
                 tried.append(server)
                 faults.append(f"{server.name}: {fault.message}")
                 waits += [fault.retry_after] if busy else []
+            else:
+                self._finished += 1
+                return vectors
             server = self._choose(tried)
             passed = batch.deadline is not None and time.monotonic() >= batch.deadline
             if passed or server is None or (busy and server in tried) or len(tried) >= ATTEMPTS:
@@ -217,19 +227,12 @@ class RemoteEngine:
                 break
             if self._observer is not None:
                 self._observer.call_retried()
-        if batch.deadline is not None and time.monotonic() >= batch.deadline:
-            raise DeadlineExceededError(
-                "The request's deadline passed before an engine server answered."
-            )
         if len(waits) == len(tried) > 0:
             raise QueueFullError(
                 "The engine servers have no room for more: send it again later.",
                 retry_after=min(waits),
             )
-        log.error("engine_call_given_up", texts=len(ids), faults=faults)
-        raise UnavailableError(
-            "No engine server could embed this now: send it again later.", retry_after=1
-        )
+        raise _given_up(batch, faults)
 
     def _serving(self) -> list[Server]:
         return [server for server, _ in self._servers.values() if server.serving]
@@ -303,6 +306,17 @@ class RemoteEngine:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+
+
+def _given_up(batch: TokenBatch, faults: list[str]) -> TaskvecError:
+    if batch.deadline is not None and time.monotonic() >= batch.deadline:
+        return DeadlineExceededError(
+            "The request's deadline passed before an engine server answered."
+        )
+    log.error("engine_call_given_up", texts=len(batch.ids), faults=faults)
+    return UnavailableError(
+        "No engine server could embed this now: send it again later.", retry_after=1
+    )
 
 
 def _trust(ca: Path | None) -> ssl.SSLContext | bool:

@@ -69,6 +69,7 @@ class VllmEngine:
         self._batch_tokens = 0
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
+        self._finished = 0
         self._texts = 0
         self._tokens = 0
         self._idle = asyncio.Event()
@@ -78,6 +79,11 @@ class VllmEngine:
     def model(self) -> ModelCard:
         """See ``Engine.model``."""
         return self._checkpoint.card
+
+    @property
+    def finished(self) -> int:
+        """See ``Engine.finished``: texts."""
+        return self._finished
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
@@ -226,6 +232,7 @@ class VllmEngine:
             self._health.require_ready()
         if vector.shape != (self.model.dimension,):  # an aborted request ends without an error
             raise UnavailableError("vLLM gave up on a text: send the request again.", retry_after=1)
+        self._finished += 1
         return vector
 
     def _count(self, texts: int, tokens: int) -> None:

@@ -1,0 +1,106 @@
+"""The end of a real server: it leaves, refuses, answers what it has, and is gone."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from processes import EXACT, Load, Served, served, wait_for
+
+LONG = {"input": [f"{'word ' * 200}{n}" for n in range(2048)], "dimensions": 8}
+WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
+
+
+@contextmanager
+def long_request(server: Served) -> Iterator[Future[httpx.Response]]:
+    """A request that takes the engine some seconds, and is in it."""
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(httpx.post, f"{server.url}/v1/embeddings", json=LONG, timeout=300)
+        wait_for(lambda: "taskvec_requests_in_flight 1.0" in page(server))
+        wait_for(lambda: "taskvec_queue_texts 0.0" not in page(server))
+        yield answer
+
+
+@WORKERS
+def test_a_server_leaves_before_it_refuses(workers: str) -> None:
+    """Not ready at once, but serving for the grace; then 503 draining; what it has is answered."""
+    with (
+        served("--workers", workers, "--drain-grace", "2", *EXACT) as server,
+        long_request(server) as answer,
+    ):
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: ready(server) == 503, 1)
+        assert short(server).status_code == 200
+        wait_for(lambda: short(server).status_code == 503)
+        assert not answer.done()
+        refused = short(server)
+        assert refused.json()["code"] == "draining"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"
+        assert len(answer.result().json()["data"]) == 2048
+        assert server.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda item: item.name)
+def test_the_same_signal_again_ends_it_at_once(number: signal.Signals) -> None:
+    """Whoever does not want to wait need not."""
+    with served("--drain-grace", "60", *EXACT) as server, long_request(server) as answer:
+        server.process.send_signal(number)
+        wait_for(lambda: ready(server) == 503, 1)
+        server.process.send_signal(number)
+        begun = time.monotonic()
+        server.process.wait(30)
+        assert time.monotonic() - begun < 10
+        assert answer.exception() is not None or answer.result().status_code == 500
+
+
+def test_the_limit_ends_it() -> None:
+    """What is not answered within the limit is given up, with an answer that says so."""
+    with served("--drain-timeout", "1", *EXACT) as server, long_request(server) as answer:
+        server.process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        server.process.wait(30)
+        assert time.monotonic() - begun < 15
+        assert answer.exception() is not None or answer.result().status_code >= 500
+
+
+@WORKERS
+def test_a_restart_under_load_loses_nothing(workers: str) -> None:
+    """Clients that never stop see answers, clean refusals, and then a closed port; nothing else."""
+    options = ("--workers", workers, "--drain-grace", "0.5", *EXACT)
+    with served(*options) as server, ThreadPoolExecutor(6) as threads:
+        load = Load(server.url, most=10_000, seconds=60)
+        runs: list[Future[Any]] = [threads.submit(load.run) for _ in range(6)]
+        load.wait_for(12)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(30)
+        wait_for(lambda: load.seen.get("refused", 0) > 0)
+        with served(*options, port=server.port):
+            was = load.seen["200"]
+            wait_for(lambda: load.seen["200"] >= was + 12)
+            load.stop.set()
+            for run in runs:
+                run.result()
+    assert set(load.seen) <= {"200", "503", "refused"}, load.seen
+
+
+def page(server: Served) -> str:
+    """The metrics."""
+    return httpx.get(f"{server.url}/metrics").text
+
+
+def ready(server: Served) -> int:
+    """The readiness probe's status."""
+    return httpx.get(f"{server.url}/health/ready").status_code
+
+
+def short(server: Served) -> httpx.Response:
+    """The answer to a small request."""
+    return httpx.post(f"{server.url}/v1/embeddings", json={"input": "a"}, timeout=60)

@@ -14,7 +14,7 @@ import pytest
 
 from processes import EXACT, Load, Served, served, wait_for
 
-LONG = {"input": [f"{'word ' * 200}{n}" for n in range(2048)], "dimensions": 8}
+LONG = {"input": [f"{'word ' * 100}{n}" for n in range(2048)], "dimensions": 8}
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 
 

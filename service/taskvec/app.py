@@ -40,6 +40,8 @@ OnFailure = Callable[[BaseException], None]
 
 log = structlog.get_logger(__name__)
 
+NO_LIMIT = 1 << 62
+
 LOOK_EVERY = 0.02
 """Seconds between two looks at an engine that starts."""
 
@@ -72,7 +74,9 @@ def create_app(
     tokenizer = tokenizer or text_tokenizer(
         checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
     )
-    admission = Admission(settings.max_queue_tokens, settings.queue_seconds)
+    # Gateways admit for the engine that they share.
+    most = NO_LIMIT if behind_gateway else settings.max_queue_tokens
+    admission = Admission(most, settings.queue_seconds)
     health = ServiceHealth(
         engine,
         stall_seconds=settings.stall_timeout,

@@ -69,3 +69,18 @@ async def test_withdrawn_bulk_gives_its_turns_back(
         peer.held.set()
         answer = await engine.embed(asked)
     assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))
+
+
+@pytest.mark.anyio
+async def test_bulk_waits_for_a_full_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A part of a request that was admitted is sent again when the server has room."""
+    peer = Peer(default_checkpoint, dialect="taskvec")
+    asked = replace(batch(MANY), priority=Priority.BULK)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = "429"
+        bulk = asyncio.create_task(engine.embed(asked))
+        await until(lambda: ended(metrics, "busy") >= BULK_CALLS)
+        assert not bulk.done()
+        peer.behaviour = "honest"
+        answer = await bulk
+    assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))

@@ -198,8 +198,15 @@ class Server:
         except TimeoutError:
             raise ServerFault(Outcome.TIMEOUT, f"no turn within {seconds:.3g} seconds") from None
         try:
-            left = max(0.001, limit - time.monotonic())
-            return await self._send_waiting(texts, adapters, left, Priority.BULK)
+            while True:
+                left = max(0.001, limit - time.monotonic())
+                try:
+                    return await self._send_waiting(texts, adapters, left, Priority.BULK)
+                except ServerFault as fault:
+                    pause = fault.retry_after
+                    if fault.outcome is not Outcome.BUSY or time.monotonic() + pause >= limit:
+                        raise
+                await asyncio.sleep(pause)  # a part of a request that was admitted: it can wait
         finally:
             self._bulk_calls.release()
 

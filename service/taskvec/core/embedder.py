@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import cast
 
 import numpy as np
@@ -51,6 +52,10 @@ class AsyncEmbedder:
         """Longest text, special tokens included."""
         return self._tokenizer.max_tokens
 
+    def work(self) -> AbstractContextManager[None]:
+        """Around a whole request; see ``ServiceHealth.work``."""
+        return self._health.work()
+
     async def embed(self, job: EmbedJob) -> Embeddings:
         """Embed a job's inputs.
 
@@ -71,14 +76,13 @@ class AsyncEmbedder:
         """
         for job in jobs:
             job.check_dimensions(self.model.dimension)
-        self._health.require_open()
+        self._health.require_engine()
         self._admission.require_room(jobs[0].priority)
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
         try:
-            with self._health.work():
-                async with asyncio.timeout(seconds):
-                    return await self._embed(jobs)
+            async with asyncio.timeout(seconds):
+                return await self._embed(jobs)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "

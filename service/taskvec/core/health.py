@@ -24,7 +24,7 @@ class ServiceHealth:
     """Watches an engine work, and knows whether the service is leaving; of one event loop.
 
     Attributes:
-        working: requests that are being embedded, tokenising included.
+        working: requests that have come and have no answer yet.
     """
 
     def __init__(
@@ -97,11 +97,24 @@ class ServiceHealth:
                 code="draining",
                 retry_after=1,
             )
+        self.require_engine()
+
+    def require_engine(self) -> None:
+        """Refuse work that the engine cannot do now.
+
+        Raises:
+            UnavailableError: saying why, and when to come back.
+        """
         self._progress().require_ready()
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Around a request from its admission to its vectors."""
+        """Around a request that has come, from its first byte: what is within is answered.
+
+        Raises:
+            UnavailableError: see ``require_open``.
+        """
+        self.require_open()
         self.working += 1
         try:
             yield

@@ -41,6 +41,10 @@ class EmbeddingsRoute:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; failures are raised as TaskvecError."""
+        with self._embedder.work():
+            return await self._answer(request)
+
+    async def _answer(self, request: Request) -> Response:
         record = record_of(request.scope)
         body = await read_json(request, self._limits.body_bytes, self._limits.seconds)
         job, transport = self.read(body, request.headers)

@@ -28,6 +28,10 @@ class EngineRoute:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one call; failures are raised as TaskvecError."""
+        with self._embedder.work():
+            return await self._answer(request)
+
+    async def _answer(self, request: Request) -> Response:
         if request.headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = seconds_allowed(request.headers, self._limits.seconds)

@@ -14,6 +14,7 @@ from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import Priority
 from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL
 from taskvec.engines.remote.server import BULK_CALLS
+from taskvec.errors import UnavailableError
 
 MANY = TEXTS_A_CALL * (2 * BULK_CALLS + 1)
 
@@ -84,3 +85,19 @@ async def test_bulk_waits_for_a_full_server(default_checkpoint: Checkpoint, tmp_
         peer.behaviour = "honest"
         answer = await bulk
     assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))
+
+
+@pytest.mark.anyio
+async def test_bulk_finds_a_hung_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A server that does not answer bulk within a call's time is dropped, as by any other call."""
+    peer = Peer(default_checkpoint)
+    asked = replace(batch(3), priority=Priority.BULK)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, call_seconds=1.0) as (engine, metrics),
+    ):
+        peer.behaviour = "silent"
+        with pytest.raises(UnavailableError):
+            await engine.embed(asked)
+        assert ended(metrics, "timeout", peer) >= 1
+        assert not engine.health().ready

@@ -199,7 +199,10 @@ class Server:
             raise ServerFault(Outcome.TIMEOUT, f"no turn within {seconds:.3g} seconds") from None
         try:
             while True:
-                left = max(0.001, limit - time.monotonic())
+                # Waiting for a turn is no fault of the server: where no client's deadline is
+                # nearer, the call has the whole of a call's time, and is a hung one after it.
+                hung = seconds >= self._call_seconds
+                left = seconds if hung else max(0.001, limit - time.monotonic())
                 try:
                     return await self._send_waiting(texts, adapters, left, Priority.BULK)
                 except ServerFault as fault:

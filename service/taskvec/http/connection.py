@@ -69,7 +69,7 @@ class ClientConnections:
         return ClientConnection(self, **parts)
 
     def make_room(self) -> bool:
-        """Close the one that has waited longest, whether idle or sending its head.
+        """Close the one that has waited longest, whether idle or in the middle of sending.
 
         Under attack those are the attacker's: who sends whole requests has just begun to wait.
         False where all have a request in work.
@@ -90,7 +90,7 @@ class ClientConnections:
 class ClientConnection(HttpToolsProtocol):
     """uvicorn's connection, with bounds on what comes before the application sees a request.
 
-    It waits while it has no request in work: until its first head is whole, and between requests.
+    It waits while it has no request in work: until its first one is whole, and between requests.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -144,7 +144,7 @@ class ClientConnection(HttpToolsProtocol):
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
             self._refuse(self._refusal or InvalidRequestError(NO_HTTP, code="invalid_http"))
-        if self._head_timer is None and self in self._all.waiting:
+        if self._head_timer is None and self.cycle is not None and self.cycle.response_complete:
             self._time_head()
         if self._unparsed > self._limits.header_bytes:
             self._refuse(self._too_large())
@@ -165,14 +165,13 @@ class ClientConnection(HttpToolsProtocol):
         self._count(len(name) + len(value) + len(": \r\n"))
 
     def on_headers_complete(self) -> None:
-        """The head is whole: its request is in work."""
+        """The head is whole: the application may see the request."""
         self._unparsed = 0
         if self._is_offer():
             return
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        self._all.waiting.pop(self, None)
         if len(self.pipeline) >= MOST_PIPELINED:
             raise self._refused(
                 InvalidRequestError("Too many requests are pipelined: wait for the answers.")
@@ -185,9 +184,12 @@ class ClientConnection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
-        if not self._is_offer():
-            super().on_message_complete()
+        """The request is whole: it is in work, unless it has been refused already."""
+        if self._is_offer():
+            return
+        super().on_message_complete()
+        if not self.cycle.response_complete:
+            self._all.waiting.pop(self, None)
 
     def on_response_complete(self) -> None:
         """An answer is written: the next request may come."""
@@ -195,6 +197,7 @@ class ClientConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._time_answer()
         elif self.cycle.response_complete:
+            self._all.waiting.pop(self, None)
             self._all.waiting[self] = None
 
     def pause_writing(self) -> None:

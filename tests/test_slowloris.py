@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -138,3 +139,17 @@ def resident_megabytes(server: Served) -> float:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
     return int(kilobytes) / 1024
+
+
+def test_fewer_files_than_connections() -> None:
+    """Where the process may open few files, it takes as few connections, and goes on."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400));"
+        "from taskvec.cli import main; main()"
+    )
+    with served(*EXACT, "--log-level", "error", run=("-c", code)) as server, ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+        answer = httpx.post(f"{server.url}{PATH}", json={"input": "a text"})
+        assert len(embed(answer)) > 0
+        assert open_files(server) < 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -11,7 +12,8 @@ from fastapi import FastAPI
 
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import Engine
-from taskvec.http.connection import ClientConnections, ConnectionLimits
+from taskvec.http.connection import ClientConnection
+from taskvec.http.places import ConnectionLimits, Places
 from taskvec.settings import Settings
 
 OnFailure = Callable[[BaseException], None]
@@ -70,7 +72,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         connections=_room_for(settings.max_connections),
     )
     return {
-        "http": ClientConnections(limits),
+        "http": partial(ClientConnection, Places(limits)),
         "ws": "none",
         "log_config": None,
         "access_log": False,

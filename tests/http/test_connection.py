@@ -60,6 +60,26 @@ def test_the_next_request_has_the_timeout_of_the_first(default_checkpoint: Check
         assert hung_up(connection)
 
 
+def test_the_rest_of_a_refused_body_is_passed_over(default_checkpoint: Checkpoint) -> None:
+    """What comes behind an early answer neither spoils the connection nor keeps it for ever."""
+    refused = head("Content-Length: 10").replace(b"application/json", b"text/plain")
+    with (
+        served(default_checkpoint, header_timeout=0.3) as service,
+        service.connect() as connection,
+    ):
+        for rest in (b"aaaaa", b"aaaaa\r\n"):
+            connection.sendall(refused + b"aaaaa")
+            assert answer(connection)[0].status == 415
+            connection.sendall(rest)
+            time.sleep(0.5)  # longer than a head may take
+        connection.sendall(LIVE)
+        assert answer(connection)[0].status == 200
+        connection.sendall(refused)
+        assert answer(connection)[0].status == 415
+        connection.sendall(b"a")
+        assert hung_up(connection)
+
+
 @pytest.mark.parametrize(
     "request_head",
     [

@@ -1,27 +1,17 @@
-"""One client's connection: what it may take before its request is whole, and who makes room."""
+"""One client's connection: bounds on what it may take beside its requests."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import time
-from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
-import structlog
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from taskvec.errors import (
-    HeadersTooLargeError,
-    InvalidRequestError,
-    SlowRequestError,
-    TaskvecError,
-    UnavailableError,
-)
-from taskvec.http.errors import error_response
+from taskvec.errors import TaskvecError
+from taskvec.http import refusal
+from taskvec.http.places import Places, Timer
 
 PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})
 """Answered on every connection, so that a full server is not taken for a dead one."""
@@ -30,61 +20,7 @@ FIRST_REQUEST_SECONDS = 0.2
 """How long, on shutdown, a connection that was taken has to send its request."""
 
 MOST_PIPELINED = 32
-"""Requests that one read may bring ahead of their answers; known clients send one at a time."""
-
-NO_HTTP = "What the client sent is not well-formed HTTP/1.1: does it speak TLS, or through a proxy?"
-
-WARN_EVERY = 10.0
-"""Seconds between two warnings that connections are closed to make room."""
-
-log = structlog.get_logger(__name__)
-
-
-class ConnectionLimits(NamedTuple):
-    """The limits of a process's connections.
-
-    Attributes:
-        header_seconds: a request's head takes no longer, from its first byte or the connection's.
-        header_bytes: most bytes of a request's head, and of a body's trailers.
-        answer_seconds: an answer that the client has not read by then is dropped.
-        connections: most at a time.
-    """
-
-    header_seconds: float
-    header_bytes: int
-    answer_seconds: float
-    connections: int
-
-
-class ClientConnections:
-    """Makes the connections of one process; knows which of them wait for a request."""
-
-    def __init__(self, limits: ConnectionLimits) -> None:
-        self.limits = limits
-        self.waiting: dict[ClientConnection, None] = {}
-        self._warned = -WARN_EVERY
-
-    def __call__(self, **parts: Any) -> ClientConnection:
-        """What uvicorn calls for each connection that it accepts."""
-        return ClientConnection(self, **parts)
-
-    def make_room(self) -> bool:
-        """Close the one that has waited longest, whether idle or in the middle of sending.
-
-        Under attack those are the attacker's: who sends whole requests has just begun to wait.
-        False where all have a request in work.
-        """
-        self._warn()
-        if not self.waiting:
-            return False
-        next(iter(self.waiting)).close()
-        return True
-
-    def _warn(self) -> None:
-        now = time.monotonic()
-        if now - self._warned >= WARN_EVERY:
-            self._warned = now
-            log.warning("too_many_connections", limit=self.limits.connections)
+"""Requests that may come ahead of their answers; known clients send one at a time."""
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -95,12 +31,20 @@ class ClientConnection(HttpToolsProtocol):
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, all_: ClientConnections, **parts: Any) -> None:
+    def __init__(self, places: Places, **parts: Any) -> None:
+        """Wrap uvicorn's.
+
+        Args:
+            places: shared by all connections of the process.
+            parts: what uvicorn gives to each.
+        """
         super().__init__(**parts)
-        self._all = all_
-        self._limits = all_.limits
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._answer_timer: asyncio.TimerHandle | None = None
+        self._places = places
+        self._limits = places.limits
+        self._head_timer = Timer(self.loop, self._limits.header_seconds, self._head_is_late)
+        self._answer_timer = Timer(self.loop, self._limits.answer_seconds, self._abort)
+        self._head_open = False
+        self._request_open = False
         self._head_bytes = 0
         self._unparsed = 0
         self._refusal: TaskvecError | None = None
@@ -108,23 +52,22 @@ class ClientConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a place, or another's; where all are busy, answer probes only."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections and not self._all.make_room():
+        if len(self.connections) > self._limits.connections and not self._places.make_room():
             self.app = self._only_probes
-        self._all.waiting[self] = None
-        self._time_head()
+        self._places.begins_to_wait(self)
+        self._head_timer.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place back."""
         super().connection_lost(exc)
-        self._all.waiting.pop(self, None)
-        for timer in (self._head_timer, self._answer_timer):
-            if timer is not None:
-                timer.cancel()
+        self._places.waits_no_more(self)
+        self._head_timer.stop()
+        self._answer_timer.stop()
 
     def close(self) -> None:
         """Close a connection that waits; its place is free at once."""
         self.connections.discard(self)
-        self._all.waiting.pop(self, None)
+        self._places.waits_no_more(self)
         self.transport.close()
 
     def shutdown(self) -> None:
@@ -143,15 +86,16 @@ class ClientConnection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as offer:
             self._decline(data[offer.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(self._refusal or InvalidRequestError(NO_HTTP, code="invalid_http"))
-        if self._head_timer is None and self.cycle is not None and self.cycle.response_complete:
-            self._time_head()
+            self._refuse(self._refusal or refusal.no_http())
+        if self.cycle is not None and self.cycle.response_complete:
+            self._time_what_follows()
         if self._unparsed > self._limits.header_bytes:
-            self._refuse(self._too_large())
+            self._refuse(refusal.headers_too_large(self._limits.header_bytes))
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
+        self._head_open = self._request_open = True
         self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -169,13 +113,11 @@ class ClientConnection(HttpToolsProtocol):
         self._unparsed = 0
         if self._is_offer():
             return
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._head_open = False
+        self._head_timer.stop()
         if len(self.pipeline) >= MOST_PIPELINED:
-            raise self._refused(
-                InvalidRequestError("Too many requests are pipelined: wait for the answers.")
-            )
+            self._refusal = refusal.too_many_ahead()
+            raise self._refusal
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -188,33 +130,34 @@ class ClientConnection(HttpToolsProtocol):
         if self._is_offer():
             return
         super().on_message_complete()
-        if not self.cycle.response_complete:
-            self._all.waiting.pop(self, None)
+        self._request_open = False
+        if self.cycle.response_complete:
+            self._head_timer.stop()
+        else:
+            self._places.waits_no_more(self)
 
     def on_response_complete(self) -> None:
         """An answer is written: the next request may come."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self._time_answer()
+            self._answer_timer.start()
         elif self.cycle.response_complete:
-            self._all.waiting.pop(self, None)
-            self._all.waiting[self] = None
+            self._places.begins_to_wait(self)
 
     def pause_writing(self) -> None:
         """The client does not read its answer as fast as it is written."""
         super().pause_writing()
-        self._time_answer()
+        self._answer_timer.start()
 
     def resume_writing(self) -> None:
         """The client has read most of it."""
         super().resume_writing()
-        if self._answer_timer is not None:
-            self._answer_timer.cancel()
-            self._answer_timer = None
+        if not self.transport.is_closing():
+            self._answer_timer.stop()
 
     def timeout_keep_alive_handler(self) -> None:
         """No request came for long: whatever of the last answer was not read is dropped, too."""
-        self.transport.abort()
+        self._abort()
 
     def _is_offer(self) -> bool:
         """Whether the request offers another protocol; its body is not parsed then."""
@@ -237,53 +180,31 @@ class ClientConnection(HttpToolsProtocol):
             self.app = self.config.loaded_app
         if not full or scope["path"] in PROBE_PATHS:
             await self.config.loaded_app(scope, receive, send)
-            return
-        error = UnavailableError(
-            f"The server has as many connections as it takes, {self._limits.connections}: try "
-            "again later.",
-            code="too_many_connections",
-            retry_after=1,
-        )
-        response = _closing(error)
-        await response(scope, receive, send)
+        else:
+            response = refusal.last_response(refusal.no_place(self._limits.connections))
+            await response(scope, receive, send)
 
-    def _time_head(self) -> None:
-        self._head_timer = self.loop.call_later(self._limits.header_seconds, self._head_is_late)
+    def _time_what_follows(self) -> None:
+        """Behind an answer: the next head, the rest of a refused body, or noise."""
+        if self._request_open:
+            self._head_timer.start()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _head_is_late(self) -> None:
-        if not self._head_bytes and not self._unparsed:
-            self.close()  # it never sent anything: nobody reads an answer
-            return
-        self._refuse(
-            SlowRequestError(
-                f"The request's headers did not arrive within {self._limits.header_seconds:g} "
-                "seconds.",
-                code="header_timeout",
-            )
-        )
-
-    def _time_answer(self) -> None:
-        if self._answer_timer is None:
-            self._answer_timer = self.loop.call_later(
-                self._limits.answer_seconds, self.transport.abort
-            )
+        if self._head_open:
+            self._refuse(refusal.headers_too_slow(self._limits.header_seconds))
+        else:
+            self.close()  # nothing came that an answer would be due to
 
     def _count(self, size: int) -> None:
         self._unparsed = 0
         self._head_bytes += size
         if self._head_bytes > self._limits.header_bytes:
-            raise self._refused(self._too_large())
-
-    def _too_large(self) -> TaskvecError:
-        return HeadersTooLargeError(
-            f"The request's headers are larger than {self._limits.header_bytes} bytes: send fewer "
-            "or shorter ones."
-        )
-
-    def _refused(self, error: TaskvecError) -> TaskvecError:
-        """Remember an error that is raised through the parser, which hides it."""
-        self._refusal = error
-        return error
+            self._refusal = refusal.headers_too_large(self._limits.header_bytes)
+            raise self._refusal  # through the parser, which hides what it is
 
     def _refuse(self, error: TaskvecError) -> None:
         """Answer with an error where no other answer is due, and close."""
@@ -295,23 +216,9 @@ class ClientConnection(HttpToolsProtocol):
             self.flow.pause_reading()
             return
         if cycle is None or cycle.response_complete or not cycle.response_started:
-            self.transport.write(_in_full(error))
+            self.transport.write(refusal.as_bytes(error))
         self.transport.close()
-        self._time_answer()
+        self._answer_timer.start()
 
-
-def _in_full(error: TaskvecError) -> bytes:
-    """An answer outside of any request: head and body."""
-    response = _closing(error)
-    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
-    lines += [name + b": " + value for name, value in response.raw_headers]
-    return b"\r\n".join([*lines, b"", bytes(response.body)])
-
-
-def _closing(error: TaskvecError) -> Response:
-    """An error's answer, and the connection's last."""
-    request_id = os.urandom(16).hex()
-    response = error_response(error, request_id)
-    response.headers["x-request-id"] = request_id
-    response.headers["connection"] = "close"
-    return response
+    def _abort(self) -> None:
+        self.transport.abort()

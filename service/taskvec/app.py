@@ -40,6 +40,9 @@ OnFailure = Callable[[BaseException], None]
 
 log = structlog.get_logger(__name__)
 
+OTHER_VALUES = 1 << 18
+"""Values that a JSON body may have beside its texts or token ids."""
+
 LOOK_EVERY = 0.02
 """Seconds between two looks at an engine that starts."""
 
@@ -107,7 +110,12 @@ def create_app(
         redoc_url=None,
     )
     limits = Limits(
-        settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
+        body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_timeout,
+        values=OTHER_VALUES + settings.max_texts * (embedder.max_tokens if token_ids else 1),
+        texts=settings.max_texts,
+        seconds=settings.request_timeout,
+        token_ids=token_ids,
     )
     if token_ids:
         app.add_route(

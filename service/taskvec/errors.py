@@ -62,8 +62,8 @@ class MethodNotAllowedError(InvalidRequestError):
     default_code = "method_not_allowed"
 
 
-class SlowBodyError(InvalidRequestError):
-    """The body did not arrive in time; the rest was not read."""
+class SlowRequestError(InvalidRequestError):
+    """The request did not arrive in time; the rest was not read."""
 
     status = 408
     default_code = "body_timeout"
@@ -81,6 +81,13 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
     status = 415
     default_code = "unsupported_media_type"
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The headers are over the limit; the request was not read."""
+
+    status = 431
+    default_code = "headers_too_large"
 
 
 class QueueFullError(TaskvecError):
@@ -119,9 +126,10 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
     InvalidRequestError,
     NotFoundError,
     MethodNotAllowedError,
-    SlowBodyError,
+    SlowRequestError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
+    HeadersTooLargeError,
     QueueFullError,
     ClientClosedError,
     TaskvecError,

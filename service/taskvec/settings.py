@@ -238,6 +238,26 @@ class Settings(BaseSettings):
             "is 0.",
         ),
     ] = 30.0
+    max_header_bytes: Annotated[
+        int, Field(ge=1024, description="Largest head of a request: address and headers.")
+    ] = 65_536
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most client connections of a process; beyond it the one that has waited "
+            "longest for a request is closed.",
+        ),
+    ] = 4096
+    header_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a request's headers must arrive.")
+    ] = 10.0
+    body_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a request's body must arrive.")
+    ] = 30.0
+    answer_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a client must read its answer.")
+    ] = 60.0
     request_timeout: Annotated[
         float,
         Field(gt=0, description="Seconds a request may take; a client may ask for less."),

@@ -21,6 +21,7 @@ from uvicorn.supervisors import Multiprocess
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import EngineState
+from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
 from taskvec.errors import CheckpointError
 from taskvec.serving import application, server_options
 from taskvec.settings import EngineKind, Settings, TokenInput
@@ -105,12 +106,17 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
         failures.append(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    inner = settings.model_copy(update={"token_input": TokenInput.ACCEPT})
+    inner = settings.model_copy(
+        update={
+            "token_input": TokenInput.ACCEPT,
+            "max_connections": CONNECTIONS_A_SERVER * settings.workers,
+        }
+    )
     app, engine = application(inner, stop_all, behind_gateway=True)
     golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=outer))
-    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(settings)))
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
     over = threading.Event()
 
     def watch() -> None:

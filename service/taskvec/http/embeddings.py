@@ -42,8 +42,9 @@ class EmbeddingsRoute:
     async def __call__(self, request: Request) -> Response:
         """Answer one request; failures are raised as TaskvecError."""
         record = record_of(request.scope)
-        body = await read_json(request, self._limits.body_bytes, self._limits.seconds)
-        job, transport = self.read(body, request.headers)
+        job, transport = await read_json(
+            request, self._limits, lambda body: self.read(body, request.headers)
+        )
         record.task, record.texts = job.task.name, len(job.inputs)
         result = await unless_client_leaves(request.receive, self._embedder.embed(job))
         encoding_began = time.perf_counter()

@@ -32,7 +32,7 @@ class EngineRoute:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = seconds_allowed(request.headers, self._limits.seconds)
         priority = priority_asked(request.headers)
-        body = await read_bytes(request, self._limits.body_bytes, self._limits.seconds)
+        body = await read_bytes(request, self._limits)
         try:
             ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
         except ValueError as error:

@@ -13,9 +13,20 @@ PRIORITY_HEADER = "x-priority"
 
 
 class Limits(NamedTuple):
-    """The limits of a route that embeds."""
+    """The limits of a route that embeds.
+
+    Attributes:
+        body_bytes: most bytes of a body.
+        body_seconds: how long a body may take to arrive.
+        values: most JSON values in a body, whatever they are.
+        texts: most texts of a request.
+        seconds: how long a request may take once its body is there.
+        token_ids: whether ids are taken in place of text.
+    """
 
     body_bytes: int
+    body_seconds: float
+    values: int
     texts: int
     seconds: float
     token_ids: bool

@@ -28,7 +28,9 @@ from taskvec.http.probes import probes_router
 from taskvec.http.schema import request_body, response_content
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table, text_tokenizer
+from taskvec.telemetry.pulse import keep_time
+from taskvec.telemetry.traces import Tracer
+from taskvec.wiring import served_name, task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
@@ -44,6 +46,8 @@ def create_app(
     on_failure: OnFailure,
     *,
     tokenizer: TextTokenizer | None = None,
+    tracer: Tracer | None = None,
+    engine_name: str | None = None,
     behind_gateway: bool = False,
     patience: float = 0.0,
 ) -> FastAPI:
@@ -56,27 +60,39 @@ def create_app(
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
+        tracer: None where nobody asked for traces; closed at the end.
+        engine_name: what metrics call the engine; None for what the settings do.
         behind_gateway: True where gateways of the same service count and log the requests.
         patience: seconds that connections are not accepted while the engine starts, so that of
             several processes on one socket none refuses what another would answer.
     """
     tasks = task_table(checkpoint)
     tokenizer = tokenizer or text_tokenizer(
-        checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
+        checkpoint,
+        max_tokens=settings.max_tokens,
+        threads=settings.tokenizer_threads,
+        observer=metrics,
     )
     embedder = AsyncEmbedder(engine, tokenizer, tasks, Admission(settings.max_queue_tokens))
-    names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
+    names = ServedNames(served_name(settings, checkpoint), settings.model_aliases)
+    metrics.describe(
+        version=__version__, model=names.primary, engine=engine_name or settings.engine.value
+    )
     token_ids = settings.token_input is TokenInput.ACCEPT
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
+        pulse = asyncio.create_task(keep_time(metrics))
         await _until_ready(engine, patience)
         yield
         await engine.stop()
         await starting
         tokenizer.close()
+        pulse.cancel()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="taskvec",
@@ -120,6 +136,7 @@ def create_app(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
+        tracer=tracer,
     )
     return app
 

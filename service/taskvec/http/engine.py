@@ -16,6 +16,8 @@ from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, seconds_allowed
+from taskvec.http.record import record_of
+from taskvec.telemetry.stages import Stages
 
 
 class EngineRoute:
@@ -39,13 +41,16 @@ class EngineRoute:
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
             ) from None
         self._check(ids)
+        record = record_of(request.scope)
+        record.texts = len(ids)
         vectors = await unless_client_leaves(
-            request.receive, self._embed(ids, adapters, time.monotonic() + seconds)
+            request.receive, self._embed(ids, adapters, time.monotonic() + seconds, record.stages)
         )
+        record.tokens = sum(map(len, ids))
         return Response(vectors, media_type=WIRE_TYPE)
 
     async def _embed(
-        self, ids: list[TokenIds], adapters: list[str | None], deadline: float
+        self, ids: list[TokenIds], adapters: list[str | None], deadline: float, stages: Stages
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -59,7 +64,7 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
-        answers = await self._embedder.embed_together(jobs)
+        answers = await self._embedder.embed_together(jobs, stages)
         if len(jobs) == 1:
             return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")

@@ -42,7 +42,7 @@ def probes_router(engine: Engine, metrics: Metrics) -> APIRouter:
     )
     async def series() -> Response:
         return Response(
-            metrics.render(ready=engine.health().ready),
+            metrics.render(engine.health().state.value),
             headers={"content-type": PROMETHEUS_TEXT},
         )
 

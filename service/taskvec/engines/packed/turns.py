@@ -6,7 +6,7 @@ turn, as fq_codel does for new flows (RFC 8290, section 4.1).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -51,13 +51,20 @@ class TurnQueue(Generic[T]):
     tokens: int = 0
     _new: deque[Turn[T]] = field(default_factory=deque)
     _old: deque[Turn[T]] = field(default_factory=deque)
+    _by_age: OrderedDict[int, T] = field(default_factory=OrderedDict)
 
     def __iter__(self) -> Iterator[T]:
         yield from (turn.request for turn in (*self._new, *self._old))
 
+    @property
+    def oldest(self) -> T | None:
+        """The request that has waited longest, of those with a text that waits."""
+        return next(iter(self._by_age.values()), None)
+
     def push(self, request: T, costs: list[int]) -> None:
         """Queue a request whose texts cost so many tokens each."""
         self._new.append(Turn(request, costs))
+        self._by_age[id(request)] = request
         self.texts += len(costs)
         self.tokens += sum(costs)
 
@@ -67,6 +74,7 @@ class TurnQueue(Generic[T]):
         for ring in (self._new, self._old):
             for turn in [turn for turn in ring if leaves(turn.request)]:
                 ring.remove(turn)
+                del self._by_age[id(turn.request)]
                 waiting = turn.costs[turn.taken :]
                 self.texts -= len(waiting)
                 self.tokens -= sum(waiting)
@@ -95,6 +103,8 @@ class TurnQueue(Generic[T]):
                 room -= cost
                 self.texts -= 1
                 self.tokens -= cost
-            if not turn.done:
+            if turn.done:
+                del self._by_age[id(turn.request)]
+            else:
                 self._old.append(turn)
         return batch

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import aiohttp
 
 from taskvec.engines.remote.faults import Outcome, ServerFault
+from taskvec.telemetry.traces import present_span
 
 _LONGEST_COMPLAINT = 300
 _KEY_WANTED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -46,7 +47,12 @@ class Connection:
         Raises:
             ServerFault: no connection, another status, or no whole answer in time.
         """
-        return await self._exchange("POST", call, most_bytes, seconds)
+        span = present_span.get()
+        if span is None:
+            return await self._exchange("POST", call, most_bytes, seconds)
+        with span.call(self._base + call.path) as headers:
+            traced = call._replace(headers={**call.headers, **headers})
+            return await self._exchange("POST", traced, most_bytes, seconds)
 
     async def _exchange(self, method: str, call: Call, most_bytes: int, seconds: float) -> bytes:
         url = self._base + call.path

@@ -75,9 +75,6 @@ class OtelTracer:
 
         Args:
             model: an attribute of every request's span.
-
-        Raises:
-            ValueError: an ``OTEL_*`` variable is wrong.
         """
         self._model = model
         self._provider = TracerProvider(resource=_resource())

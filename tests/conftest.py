@@ -98,7 +98,7 @@ def fake_application(
 ) -> FastAPI:
     """The whole application in front of a fake engine; a failed start is added to ``failures``."""
     return create_app(
-        Settings(log_requests=False, **settings),
+        Settings(**{"log_requests": False, **settings}),
         checkpoint,
         engine,
         Metrics(task_table(checkpoint).names),

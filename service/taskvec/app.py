@@ -101,6 +101,8 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         redoc_url=None,
+        # FastAPI's own would tell of exceptions, and of requests a second time.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     limits = Limits(
         settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids

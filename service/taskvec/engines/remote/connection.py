@@ -12,7 +12,7 @@ import aiohttp
 from taskvec.engines.remote.faults import Outcome, ServerFault
 from taskvec.telemetry.traces import present_span
 
-_LONGEST_COMPLAINT = 300
+_LONGEST_COMPLAINT, _SHOWN = 4096, 300
 _KEY_WANTED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
@@ -66,6 +66,7 @@ class Connection:
                 if response.status == HTTPStatus.OK:
                     return await _read(response.content, most_bytes)
                 complaint = await _read(response.content, _LONGEST_COMPLAINT)
+                said = self._without_key(complaint.decode(errors="replace"))[:_SHOWN]
         except TimeoutError:
             raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -74,8 +75,13 @@ class Connection:
         hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_WANTED else ""
         raise ServerFault(
             Outcome.BUSY if busy else Outcome.ERROR,
-            f"status {response.status}{hint}: {complaint.decode(errors='replace')}",
+            f"status {response.status}{hint}: {said}",
         )
+
+    def _without_key(self, complaint: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        key = self._session.headers.get("authorization", "").removeprefix("Bearer ")
+        return complaint.replace(key, "***") if key else complaint
 
 
 async def _read(stream: aiohttp.StreamReader, most_bytes: int) -> bytes:

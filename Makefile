@@ -46,8 +46,9 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/serve.stamp ## Write docs/configuration.md and .env.example from the settings
+docs: $(VENV)/serve.stamp ## Write docs/configuration.md, .env.example and docs/metrics.md
 	$(VENV)/bin/python docs/render_configuration.py
+	$(VENV)/bin/python docs/render_metrics.py
 
 .PHONY: bench
 bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity

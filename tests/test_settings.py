@@ -65,6 +65,7 @@ FROM_ENVIRONMENT = [
     ("token_input", "accept", TokenInput.ACCEPT),
     ("log_level", "debug", LogLevel.DEBUG),
     ("log_requests", "false", False),
+    ("traces", "true", True),
 ]
 
 REFUSED = [
@@ -109,6 +110,7 @@ REFUSED = [
     ("token_input", "maybe"),
     ("log_level", "loud"),
     ("log_requests", "perhaps"),
+    ("traces", "perhaps"),
 ]
 
 

@@ -34,7 +34,9 @@ from taskvec.http.probes import probes_router
 from taskvec.http.schema import request_body, response_content
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table, text_tokenizer
+from taskvec.telemetry.pulse import keep_time
+from taskvec.telemetry.traces import Tracer
+from taskvec.wiring import served_name, task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
@@ -55,6 +57,8 @@ def create_app(
     on_failure: OnFailure,
     *,
     tokenizer: TextTokenizer | None = None,
+    tracer: Tracer | None = None,
+    engine_name: str | None = None,
     behind_gateway: bool = False,
     patience: float = 0.0,
 ) -> FastAPI:
@@ -67,13 +71,18 @@ def create_app(
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
+        tracer: None where nobody asked for traces; closed at the end.
+        engine_name: what metrics call the engine; None for what the settings do.
         behind_gateway: True where gateways of the same service count and log the requests.
         patience: seconds that connections are not accepted while the engine starts, so that of
             several processes on one socket none refuses what another would answer.
     """
     tasks = task_table(checkpoint)
     tokenizer = tokenizer or text_tokenizer(
-        checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
+        checkpoint,
+        max_tokens=settings.max_tokens,
+        threads=settings.tokenizer_threads,
+        observer=metrics,
     )
     admission = Admission(settings.max_queue_tokens, settings.queue_seconds)
     health = ServiceHealth(
@@ -83,7 +92,10 @@ def create_app(
         canary_seconds=settings.canary_interval,
     )
     embedder = AsyncEmbedder(engine, tokenizer, tasks, admission, health)
-    names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
+    names = ServedNames(served_name(settings, checkpoint), settings.model_aliases)
+    metrics.describe(
+        version=__version__, model=names.primary, engine=engine_name or settings.engine.value
+    )
     token_ids = settings.token_input is TokenInput.ACCEPT
 
     @asynccontextmanager
@@ -92,6 +104,7 @@ def create_app(
         starting = asyncio.create_task(_start(engine, on_failure))
         measuring = asyncio.create_task(_measure(engine, admission))
         watching = asyncio.create_task(health.watch())
+        pulse = asyncio.create_task(keep_time(metrics))
         await _until_ready(engine, patience)
         with drained_first(health, settings.drain_grace, settings.drain_timeout):
             yield
@@ -100,6 +113,9 @@ def create_app(
         await engine.stop()
         await starting
         tokenizer.close()
+        pulse.cancel()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="taskvec",
@@ -108,6 +124,8 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         redoc_url=None,
+        # FastAPI's own would tell of exceptions, and of requests a second time.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     limits = Limits(
         body_bytes=settings.max_body_bytes,
@@ -148,6 +166,7 @@ def create_app(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
+        tracer=tracer,
     )
     return app
 

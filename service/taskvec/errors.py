@@ -138,5 +138,38 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
 )
 
 
+CODES: tuple[str, ...] = (
+    *(error.default_code for error in ALL_ERRORS),
+    "conflicting_fields",
+    "draining",
+    "empty_input",
+    "input_too_long",
+    "invalid_body",
+    "invalid_dimensions",
+    "invalid_embedding_type",
+    "invalid_encoding_format",
+    "invalid_input",
+    "invalid_input_type",
+    "invalid_json",
+    "invalid_model",
+    "invalid_normalized",
+    "invalid_task",
+    "invalid_task_type",
+    "invalid_timeout",
+    "invalid_token_id",
+    "invalid_truncate",
+    "invalid_truncation",
+    "missing_input",
+    "model_not_found",
+    "starting",
+    "token_input_rejected",
+    "too_many_inputs",
+    "unknown_adapter",
+    "unknown_task",
+    "untokenizable_input",
+)
+"""Every code that a client may see."""
+
+
 class CheckpointError(Exception):
     """The checkpoint cannot be served: one sentence that names the file and the cure."""

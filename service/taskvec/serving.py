@@ -50,17 +50,20 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
     """The application, wired as ``create_app`` says, and its engine; nothing is started.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        CheckpointError: the model cannot be served, or traces not be made.
     """
     # Where processes share their series, prometheus_client must not be imported before they do.
     from taskvec.app import create_app  # noqa: PLC0415
     from taskvec.telemetry.metrics import Metrics  # noqa: PLC0415
-    from taskvec.wiring import make_engine, task_table  # noqa: PLC0415
+    from taskvec.telemetry.traces import make_tracer  # noqa: PLC0415
+    from taskvec.wiring import make_engine, served_name, task_table  # noqa: PLC0415
 
     checkpoint = open_checkpoint(settings.model, settings.revision)
     metrics = Metrics(task_table(checkpoint).names)
     engine = make_engine(settings, checkpoint, metrics)
-    return create_app(settings, checkpoint, engine, metrics, on_failure, **how), engine
+    tracer = make_tracer(served_name(settings, checkpoint)) if settings.traces else None
+    app = create_app(settings, checkpoint, engine, metrics, on_failure, tracer=tracer, **how)
+    return app, engine
 
 
 def server_options(settings: Settings) -> dict[str, Any]:

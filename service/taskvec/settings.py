@@ -309,6 +309,13 @@ class Settings(BaseSettings):
     log_requests: Annotated[
         bool, Field(description="Write one log line a request; never its texts.")
     ] = True
+    traces: Annotated[
+        bool,
+        Field(
+            description="Send OpenTelemetry traces over OTLP/HTTP, as the standard OTEL_* "
+            "variables say; needs taskvec[otel]."
+        ),
+    ] = False
 
     @field_validator("model_aliases", "engine_url", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
-from taskvec.core.tokens import TextTokenizer
+from taskvec.core.tokens import TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine
 from taskvec.errors import CheckpointError
 from taskvec.settings import EngineKind, Settings
@@ -18,13 +18,25 @@ def task_table(checkpoint: Checkpoint) -> TaskTable:
     return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt)
 
 
-def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> TextTokenizer:
+def served_name(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The name that clients ask for."""
+    return settings.served_model_name or checkpoint.card.name
+
+
+def text_tokenizer(
+    checkpoint: Checkpoint,
+    *,
+    max_tokens: int,
+    threads: int,
+    observer: TokenizerObserver | None = None,
+) -> TextTokenizer:
     """A checkpoint's tokenizer.
 
     Args:
         checkpoint: whose.
         max_tokens: 0 for the model's own limit.
         threads: 0 for one per core, at most 4.
+        observer: see ``TextTokenizer``.
     """
     card = checkpoint.card
     return TextTokenizer(
@@ -32,6 +44,7 @@ def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> 
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
         threads=threads or min(4, os.cpu_count() or 1),
+        observer=observer,
     )
 
 

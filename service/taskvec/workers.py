@@ -29,6 +29,8 @@ from taskvec.telemetry.logs import configure_logs
 
 GATEWAY = "taskvec.workers:gateway"
 SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
+ENGINE_BEHIND = "TASKVEC_ENGINE_BEHIND"
+"""The variable that tells gateway processes which engine they share, for their metrics."""
 
 BAD_START = 3
 """Exit code on which uvicorn does not start a process again."""
@@ -114,6 +116,7 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
     )
     app, engine = application(inner, stop_all, behind_gateway=True)
     golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
+    os.environ[ENGINE_BEHIND] = settings.engine.value
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=outer))
     server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
@@ -156,7 +159,8 @@ def gateway() -> FastAPI:
         os._exit(BAD_START)
 
     try:
-        return application(settings, end, patience=PATIENCE)[0]
+        behind = os.environ.get(ENGINE_BEHIND)
+        return application(settings, end, patience=PATIENCE, engine_name=behind)[0]
     except CheckpointError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - one sentence says it
         sys.exit(BAD_START)

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import Embeddings, EmbedJob, Timings
+from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
 from taskvec.core.vectors import finish
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 from taskvec.gather import gather_or_cancel
+from taskvec.telemetry.stages import Stages
 
 FINISH_INLINE = 1 << 16
 """Up to so many values are finished in the event loop: less than a millisecond."""
@@ -51,8 +52,17 @@ class AsyncEmbedder:
         """Longest text, special tokens included."""
         return self._tokenizer.max_tokens
 
-    async def embed(self, job: EmbedJob) -> Embeddings:
+    def cut(self, ids: list[int]) -> list[int]:
+        """The first ``max_tokens`` ids of a longer list."""
+        return self._tokenizer.cut(ids)
+
+    async def embed(self, job: EmbedJob, stages: Stages | None = None) -> Embeddings:
         """Embed a job's inputs.
+
+        Args:
+            job: what is wanted.
+            stages: where the time is noted, also of a job that fails; encoding has begun when
+                this returns.
 
         Raises:
             InvalidRequestError: dimensions or a text that the model cannot take.
@@ -60,11 +70,17 @@ class AsyncEmbedder:
             DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
             UnavailableError: the engine cannot embed now.
         """
-        (result,) = await self.embed_together([job])
+        (result,) = await self.embed_together([job], stages)
         return result
 
-    async def embed_together(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
+    async def embed_together(
+        self, jobs: Sequence[EmbedJob], stages: Stages | None = None
+    ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
+
+        Args:
+            jobs: at least one.
+            stages: see ``embed``.
 
         Raises:
             TaskvecError: as ``embed``; if one fails, all do.
@@ -73,38 +89,43 @@ class AsyncEmbedder:
             job.check_dimensions(self.model.dimension)
         self._health.require_open()
         self._admission.require_room(jobs[0].priority)
+        stages = stages or Stages()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
         try:
             with self._health.work():
                 async with asyncio.timeout(seconds):
-                    return await self._embed(jobs)
+                    return await self._embed(jobs, stages)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
                 "or allow more time."
             ) from None
 
-    async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
-        begun = time.monotonic()
+    async def _embed(self, jobs: Sequence[EmbedJob], stages: Stages) -> list[Embeddings]:
+        stages.begin("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
-        tokenizing = time.monotonic() - begun
+        stages.end()
         tokens = sum(len(text) for texts in ids for text in texts)
         priority = self._admission.class_of(tokens, jobs[0].priority)
         batches = [
-            TokenBatch(texts, job.task.adapter, job.deadline, priority)
+            TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
             for texts, job in zip(ids, jobs, strict=True)
         ]
         with self._admission.admit(tokens, priority), self._health.waiting():
+            stages.begin("queue")
             if len(batches) == 1:
                 results = [await self._engine.embed(batches[0])]
             else:
                 results = await gather_or_cancel(map(self._engine.embed, batches))
+        queued = min(result.queued for result in results)
+        whole = max(result.queued + result.computed for result in results)
+        stages.embedded(queued, whole - queued)
+        stages.begin("encode")
         return [
             Embeddings(
                 vectors=await self._finished(job, result),
                 tokens=batch.tokens,
-                timings=Timings(tokenizing, result.queued, result.computed),
             )
             for job, batch, result in zip(jobs, batches, results, strict=True)
         ]

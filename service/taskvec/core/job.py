@@ -74,15 +74,6 @@ class EmbedJob:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds a job spent in each stage."""
-
-    tokenize: float
-    queue: float
-    engine: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Embeddings:
     """The answer to a job.
@@ -95,4 +86,3 @@ class Embeddings:
 
     vectors: NDArray[np.generic]
     tokens: int
-    timings: Timings

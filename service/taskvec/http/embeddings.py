@@ -46,17 +46,12 @@ class EmbeddingsRoute:
             request, self._limits, lambda body: self.read(body, request.headers)
         )
         record.task, record.texts = job.task.name, len(job.inputs)
-        result = await unless_client_leaves(request.receive, self._embedder.embed(job))
-        encoding_began = time.perf_counter()
-        response = await encode_off_loop(result, transport, self._names.primary)
+        record.output = job.output.value, transport.value
+        result = await unless_client_leaves(
+            request.receive, self._embedder.embed(job, record.stages)
+        )
         record.tokens = result.tokens
-        record.stages = {
-            "tokenize": result.timings.tokenize,
-            "queue": result.timings.queue,
-            "engine": result.timings.engine,
-            "encode": time.perf_counter() - encoding_began,
-        }
-        return response
+        return await encode_off_loop(result, transport, self._names.primary)
 
     def read(self, body: Any, headers: Mapping[str, str]) -> tuple[EmbedJob, Transport]:
         """The job that a body asks for, and how its answer travels.
@@ -155,7 +150,7 @@ class EmbeddingsRoute:
                     code="input_too_long",
                     param=where,
                 )
-            value = value[: self._embedder.max_tokens]
+            value = self._embedder.cut(value)
         return np.array(value, dtype=np.int32)
 
 

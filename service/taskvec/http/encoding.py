@@ -27,9 +27,9 @@ DUMP_VALUES = 1 << 16
 class Transport(enum.Enum):
     """How vectors travel."""
 
-    NUMBERS = enum.auto()
-    BASE64 = enum.auto()
-    RAW = enum.auto()
+    NUMBERS = "numbers"
+    BASE64 = "base64"
+    RAW = "raw"
 
 
 async def encode_off_loop(result: Embeddings, transport: Transport, model: str) -> Response:

@@ -16,6 +16,8 @@ from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, priority_asked, seconds_allowed
+from taskvec.http.record import record_of
+from taskvec.telemetry.stages import Stages
 
 
 class EngineRoute:
@@ -40,9 +42,13 @@ class EngineRoute:
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
             ) from None
         self._check(ids)
+        record = record_of(request.scope)
+        record.texts = len(ids)
         vectors = await unless_client_leaves(
-            request.receive, self._embed(ids, adapters, time.monotonic() + seconds, priority)
+            request.receive,
+            self._embed(ids, adapters, time.monotonic() + seconds, priority, record.stages),
         )
+        record.tokens = sum(map(len, ids))
         return Response(vectors, media_type=WIRE_TYPE)
 
     async def _embed(
@@ -51,6 +57,7 @@ class EngineRoute:
         adapters: list[str | None],
         deadline: float,
         priority: Priority,
+        stages: Stages,
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -65,7 +72,7 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
-        answers = await self._embedder.embed_together(jobs)
+        answers = await self._embedder.embed_together(jobs, stages)
         if len(jobs) == 1:
             return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")

@@ -43,7 +43,7 @@ def probes_router(health: ServiceHealth, metrics: Metrics) -> APIRouter:
     )
     async def series() -> Response:
         return Response(
-            metrics.render(ready=health.readiness().ready),
+            metrics.render(health.readiness().state.value),
             headers={"content-type": PROMETHEUS_TEXT},
         )
 

@@ -163,6 +163,7 @@ class RemoteEngine:
         begun = time.monotonic()
         self._calls += 1
         self._idle.clear()
+        batch.entered()
         try:
             vectors = await self._embed_split(batch)
         finally:

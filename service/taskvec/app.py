@@ -6,17 +6,22 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from taskvec import __version__
+from taskvec.access.limiter import Limiter
+from taskvec.access.watch import WatchedKeys
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
+from taskvec.http.access import Access, Endpoint
+from taskvec.http.documents import documents_router
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
 from taskvec.http.errors import error_responses, install_error_handlers
@@ -26,9 +31,9 @@ from taskvec.http.models import models_router
 from taskvec.http.names import ServedNames
 from taskvec.http.probes import probes_router
 from taskvec.http.schema import request_body, response_content
-from taskvec.settings import Settings, TokenInput
+from taskvec.settings import LimitsDown, Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table, text_tokenizer
+from taskvec.wiring import key_source, task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
@@ -56,7 +61,7 @@ def create_app(
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
-        behind_gateway: True where gateways of the same service count and log the requests.
+        behind_gateway: True where gateways of the same service ask for keys, count and log.
         patience: seconds that connections are not accepted while the engine starts, so that of
             several processes on one socket none refuses what another would answer.
     """
@@ -64,6 +69,9 @@ def create_app(
     tokenizer = tokenizer or text_tokenizer(
         checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
     )
+    access = None if behind_gateway else _access(settings, metrics)
+    guards = [] if access is None else [Depends(access.gate)]
+    refusals = [] if access is None else [401]
     embedder = AsyncEmbedder(engine, tokenizer, tasks, Admission(settings.max_queue_tokens))
     names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
     token_ids = settings.token_input is TokenInput.ACCEPT
@@ -73,7 +81,8 @@ def create_app(
         gc.freeze()  # what was imported lives for ever: no collection need look at it again
         starting = asyncio.create_task(_start(engine, on_failure))
         await _until_ready(engine, patience)
-        yield
+        async with nullcontext() if access is None else access.watched():
+            yield
         await engine.stop()
         await starting
         tokenizer.close()
@@ -84,26 +93,31 @@ def create_app(
         summary="Text embeddings that pick the task adapter per request.",
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
-        redoc_url=None,
+        openapi_url=None,  # documents_router has it, behind the gate
     )
     limits = Limits(
         settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
     )
+    embed: Endpoint = EmbeddingsRoute(embedder, names, limits).__call__
+    embed_ids: Endpoint = EngineRoute(embedder, limits).__call__
+    if access is not None:
+        embed, embed_ids = access.limited(embed), access.limited(embed_ids)
     if token_ids:
-        app.add_route(
-            WIRE_PATH, EngineRoute(embedder, limits).__call__, ["POST"], include_in_schema=False
+        app.add_api_route(
+            WIRE_PATH, embed_ids, methods=["POST"], dependencies=guards, include_in_schema=False
         )
     app.add_api_route(
         "/v1/embeddings",
-        EmbeddingsRoute(embedder, names, limits).__call__,
+        embed,
         methods=["POST"],
         tags=["embeddings"],
         summary="Embed texts for a task",
         operation_id="create_embeddings",
         response_model=None,
+        dependencies=guards,
         responses={
             200: {"description": "One vector a text, in order.", "content": response_content()},
-            **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504),
+            **error_responses(400, *refusals, 404, 408, 413, 415, 429, 500, 503, 504),
         },
         openapi_extra={
             "requestBody": request_body(
@@ -112,16 +126,40 @@ def create_app(
         },
     )
     app.include_router(
-        models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids)
+        models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids),
+        dependencies=guards,
+        responses=error_responses(*refusals),
     )
-    app.include_router(probes_router(engine, metrics))
+    metrics_guards = [] if settings.metrics_without_key else guards
+    app.include_router(probes_router(engine, metrics, metrics_guards))
+    app.include_router(documents_router(app), dependencies=guards)
     install_error_handlers(app)
     app.add_middleware(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
     )
+    if settings.cors_origins:
+        app.add_middleware(  # outermost: scripts may read every answer, of a bug too
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app
+
+
+def _access(settings: Settings, metrics: Metrics) -> Access | None:
+    source = key_source(settings)
+    if source is None:
+        return None
+    limiter = Limiter(
+        settings.limits_url,
+        open_when_down=settings.limits_down is LimitsDown.OPEN,
+        observer=metrics,
+    )
+    return Access(WatchedKeys(source, metrics.keys_changed), limiter)
 
 
 async def _until_ready(engine: Engine, seconds: float) -> None:

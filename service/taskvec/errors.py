@@ -47,6 +47,14 @@ class InvalidRequestError(TaskvecError):
     default_code = "invalid_request"
 
 
+class AuthenticationError(TaskvecError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
 class NotFoundError(TaskvecError):
     """No such model or route."""
 
@@ -91,6 +99,14 @@ class QueueFullError(TaskvecError):
     default_code = "queue_full"
 
 
+class RateLimitError(TaskvecError):
+    """The key's limit or the token queue leaves no room; ``Retry-After`` says when."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
 class ClientClosedError(TaskvecError):
     """The client went away; only logs and metrics ever see this."""
 
@@ -117,12 +133,14 @@ class DeadlineExceededError(TaskvecError):
 
 ALL_ERRORS: tuple[type[TaskvecError], ...] = (
     InvalidRequestError,
+    AuthenticationError,
     NotFoundError,
     MethodNotAllowedError,
     SlowBodyError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
     QueueFullError,
+    RateLimitError,
     ClientClosedError,
     TaskvecError,
     UnavailableError,
@@ -130,5 +148,9 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
 )
 
 
-class CheckpointError(Exception):
+class StartError(Exception):
+    """The service cannot start: one sentence that says why and names the cure."""
+
+
+class CheckpointError(StartError):
     """The checkpoint cannot be served: one sentence that names the file and the cure."""

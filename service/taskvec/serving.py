@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import Engine
+from taskvec.errors import StartError
 from taskvec.settings import Settings
 
 OnFailure = Callable[[BaseException], None]
@@ -24,7 +26,7 @@ def serve_alone(settings: Settings) -> None:
     """Serve in this process until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the service cannot start.
     """
     failures: list[BaseException] = []
 
@@ -45,7 +47,7 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
     """The application, wired as ``create_app`` says, and its engine; nothing is started.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the model cannot be served, or the keys cannot be read.
     """
     # Where processes share their series, prometheus_client must not be imported before they do.
     from taskvec.app import create_app  # noqa: PLC0415
@@ -59,8 +61,23 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """What every uvicorn of the service is told."""
+    """What every uvicorn of the service is told.
+
+    Raises:
+        StartError: the certificate cannot be used.
+    """
+    certificate, key = settings.tls_cert, settings.tls_key
+    if certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+        except (OSError, ValueError) as error:
+            raise StartError(
+                f"The certificate {certificate} with the key {key or certificate} cannot be used: "
+                f"{error}."
+            ) from None
     return {
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
         "http": UnhurriedProtocol,
         "log_config": None,
         "access_log": False,

@@ -21,10 +21,11 @@ from uvicorn.supervisors import Multiprocess
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import EngineState
-from taskvec.errors import CheckpointError
+from taskvec.errors import CheckpointError, StartError
 from taskvec.serving import application, server_options
 from taskvec.settings import EngineKind, Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
+from taskvec.wiring import key_source
 
 GATEWAY = "taskvec.workers:gateway"
 SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
@@ -86,8 +87,11 @@ def serve_together(settings: Settings) -> None:
     """Serve with several gateway processes until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the model cannot be served, or the keys cannot be read.
     """
+    keys = key_source(settings)
+    if keys is not None:
+        keys.read()  # what the gateways could not read is refused before they are started
     with _shared_series() as room:
         if settings.engine is EngineKind.REMOTE:
             application(settings, _ignore)  # what cannot be served is refused before it is started
@@ -105,7 +109,8 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
         failures.append(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    inner = settings.model_copy(update={"token_input": TokenInput.ACCEPT})
+    inside = {"token_input": TokenInput.ACCEPT, "tls_cert": None, "tls_key": None}
+    inner = settings.model_copy(update=inside)
     app, engine = application(inner, stop_all, behind_gateway=True)
     golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
@@ -151,7 +156,7 @@ def gateway() -> FastAPI:
 
     try:
         return application(settings, end, patience=PATIENCE)[0]
-    except CheckpointError as error:
+    except StartError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - one sentence says it
         sys.exit(BAD_START)
 

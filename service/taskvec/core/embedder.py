@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -18,6 +18,9 @@ from taskvec.core.vectors import finish
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 from taskvec.gather import gather_or_cancel
+
+Charge = Callable[[int], Awaitable[None]]
+"""Told how many tokens a request has, before they are embedded; raises where they are too many."""
 
 FINISH_INLINE = 1 << 16
 """Up to so many values are finished in the event loop: less than a millisecond."""
@@ -44,8 +47,13 @@ class AsyncEmbedder:
         """Longest text, special tokens included."""
         return self._tokenizer.max_tokens
 
-    async def embed(self, job: EmbedJob) -> Embeddings:
+    async def embed(self, job: EmbedJob, charge: Charge | None = None) -> Embeddings:
         """Embed a job's inputs.
+
+        Args:
+            job: what is wanted.
+            charge: told of the tokens once they are known and admitted; what it raises ends the
+                job before the engine sees it.
 
         Raises:
             InvalidRequestError: dimensions or a text that the model cannot take.
@@ -53,10 +61,12 @@ class AsyncEmbedder:
             DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
             UnavailableError: the engine cannot embed now.
         """
-        (result,) = await self.embed_together([job])
+        (result,) = await self.embed_together([job], charge)
         return result
 
-    async def embed_together(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
+    async def embed_together(
+        self, jobs: Sequence[EmbedJob], charge: Charge | None = None
+    ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
 
         Raises:
@@ -67,23 +77,26 @@ class AsyncEmbedder:
         self._engine.health().require_ready()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         if not deadlines:
-            return await self._embed(jobs)
+            return await self._embed(jobs, charge)
         try:
             async with asyncio.timeout(min(deadlines) - time.monotonic()):
-                return await self._embed(jobs)
+                return await self._embed(jobs, charge)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
                 "or allow more time."
             ) from None
 
-    async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
+    async def _embed(self, jobs: Sequence[EmbedJob], charge: Charge | None) -> list[Embeddings]:
         begun = time.monotonic()
         batches = [
             TokenBatch(await self._token_ids(job), job.task.adapter, job.deadline) for job in jobs
         ]
         tokenizing = time.monotonic() - begun
-        with self._admission.admit(sum(batch.tokens for batch in batches)):
+        tokens = sum(batch.tokens for batch in batches)
+        with self._admission.admit(tokens):
+            if charge is not None:
+                await charge(tokens)
             if len(batches) == 1:
                 results = [await self._engine.embed(batches[0])]
             else:

@@ -45,7 +45,9 @@ class EmbeddingsRoute:
         body = await read_json(request, self._limits.body_bytes, self._limits.seconds)
         job, transport = self.read(body, request.headers)
         record.task, record.texts = job.task.name, len(job.inputs)
-        result = await unless_client_leaves(request.receive, self._embedder.embed(job))
+        result = await unless_client_leaves(
+            request.receive, self._embedder.embed(job, record.charge)
+        )
         encoding_began = time.perf_counter()
         response = await encode_off_loop(result, transport, self._names.primary)
         record.tokens = result.tokens

@@ -8,7 +8,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.embedder import AsyncEmbedder, Charge
 from taskvec.core.job import EmbedJob
 from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
@@ -16,6 +16,7 @@ from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, seconds_allowed
+from taskvec.http.record import record_of
 
 
 class EngineRoute:
@@ -39,13 +40,18 @@ class EngineRoute:
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
             ) from None
         self._check(ids)
+        charge = record_of(request.scope).charge
         vectors = await unless_client_leaves(
-            request.receive, self._embed(ids, adapters, time.monotonic() + seconds)
+            request.receive, self._embed(ids, adapters, time.monotonic() + seconds, charge)
         )
         return Response(vectors, media_type=WIRE_TYPE)
 
     async def _embed(
-        self, ids: list[TokenIds], adapters: list[str | None], deadline: float
+        self,
+        ids: list[TokenIds],
+        adapters: list[str | None],
+        deadline: float,
+        charge: Charge | None,
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -59,7 +65,7 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
-        answers = await self._embedder.embed_together(jobs)
+        answers = await self._embedder.embed_together(jobs, charge)
         if len(jobs) == 1:
             return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")

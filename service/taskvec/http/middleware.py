@@ -64,8 +64,11 @@ class RequestTrace:
         finally:
             seconds = time.perf_counter() - record.started
             status = record.status or 499
+            name = record.key.name if record.key is not None else None
             if metrics is not None:
-                metrics.request_ended(record.task, status, record.texts, record.tokens, seconds)
+                metrics.request_ended(
+                    record.task, status, record.texts, record.tokens, seconds, key=name
+                )
             if self._log_requests:
                 log.info(
                     "request",
@@ -73,6 +76,7 @@ class RequestTrace:
                     method=scope["method"],
                     path=scope["path"],
                     status=status,
+                    key=name,
                     task=record.task,
                     texts=record.texts,
                     tokens=record.tokens,
@@ -91,6 +95,7 @@ def _request_id(scope: Scope) -> str:
 def _trace_headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
     milliseconds = (time.perf_counter() - record.started) * 1000
     headers = [
+        *record.headers,
         (b"x-request-id", record.request_id.encode("ascii")),
         (b"openai-processing-ms", b"%d" % milliseconds),
     ]

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from taskvec.access.keys import Key
+from taskvec.core.embedder import Charge
+
 RECORD_KEY = "taskvec.record"
 """Where the middleware keeps the record in the ASGI scope."""
 
@@ -18,6 +21,9 @@ class RequestRecord:
     Attributes:
         status: of the answer; 0 while there is none.
         stages: stage -> how long it took, for the Server-Timing header.
+        key: whose request it is; None where no key is asked for, or none was given.
+        charge: what the key's token limit is charged by; None where it has none.
+        headers: further ones of the answer, whatever it will be.
     """
 
     request_id: str
@@ -27,6 +33,9 @@ class RequestRecord:
     texts: int = 0
     tokens: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    key: Key | None = None
+    charge: Charge | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 def record_of(scope: Scope) -> RequestRecord:

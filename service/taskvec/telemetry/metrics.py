@@ -9,11 +9,27 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from taskvec.access.keys import NO_KEY
+
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable under which processes share their series; see prometheus_client's multiprocess
 mode. It must be set before prometheus_client is imported."""
 
-STATUSES = ("200", "400", "404", "405", "408", "413", "415", "429", "499", "500", "503", "504")
+STATUSES = (
+    "200",
+    "400",
+    "401",
+    "404",
+    "405",
+    "408",
+    "413",
+    "415",
+    "429",
+    "499",
+    "500",
+    "503",
+    "504",
+)
 NO_TASK = "none"
 """Task label of requests that failed before their task was known."""
 
@@ -58,6 +74,23 @@ class Metrics:
             "How long does an embedding request take, body to answer, by task?",
             ("task",),
             buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._key_requests = Counter(
+            "taskvec_key_requests",
+            "How many embedding requests ended, by API key and HTTP status?",
+            ("key", "status"),
+            registry=self.registry,
+        )
+        self._key_tokens = Counter(
+            "taskvec_key_tokens",
+            "How many tokens were embedded for answered requests, by API key?",
+            ("key",),
+            registry=self.registry,
+        )
+        self._limits_unchecked = Counter(
+            "taskvec_limits_unchecked",
+            "How many limits of API keys could not be checked, as Redis was down?",
             registry=self.registry,
         )
         self._in_flight = Gauge(
@@ -155,15 +188,34 @@ class Metrics:
         self._seconds_by_task = {
             task: self._request_seconds.labels(task) for task in (*tasks, NO_TASK)
         }
+        self.keys_changed([])
         for reason in DROP_REASONS:
             self._dropped.labels(reason)
+
+    def keys_changed(self, names: Iterable[str]) -> None:
+        """The API keys that requests may have from now on; what others counted stays."""
+        for name in (*names, NO_KEY):
+            self._key_tokens.labels(name)
+            for status in STATUSES:
+                self._key_requests.labels(name, status)
+
+    def limit_unchecked(self) -> None:
+        """See ``LimitObserver``."""
+        self._limits_unchecked.inc()
 
     def request_started(self) -> None:
         """An embedding request arrived."""
         self._in_flight.inc()
 
     def request_ended(
-        self, task: str | None, status: int, texts: int, tokens: int, seconds: float
+        self,
+        task: str | None,
+        status: int,
+        texts: int,
+        tokens: int,
+        seconds: float,
+        *,
+        key: str | None = None,
     ) -> None:
         """An embedding request was answered, refused or given up."""
         self._in_flight.dec()
@@ -181,6 +233,8 @@ class Metrics:
         texts_total.inc(texts)
         tokens_total.inc(tokens)
         self._seconds_by_task[name].observe(seconds)
+        self._key_requests.labels(key or NO_KEY, label).inc()
+        self._key_tokens.labels(key or NO_KEY).inc(tokens)
 
     def queue_changed(self, texts: int, tokens: int) -> None:
         """See ``EngineObserver``."""

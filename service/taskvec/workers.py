@@ -115,7 +115,7 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
     golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=outer))
-    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(settings)))
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
     over = threading.Event()
 
     def watch() -> None:

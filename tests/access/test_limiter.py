@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from keyfiles import Redis, running_redis
+from keyfiles import Redis, running_redis, wait_for_a_minute_with_room
 from taskvec.access.limiter import Kind, Limiter, LimitReachedError, Usage, Window
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
 
@@ -35,6 +35,7 @@ def redis() -> Iterator[Redis]:
 def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
     """None, or where a Redis is; Valkey speaks the same."""
     if request.param == "memory":
+        wait_for_a_minute_with_room()
         yield None
         return
     with running_redis() as server:

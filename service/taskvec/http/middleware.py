@@ -23,7 +23,7 @@ log = structlog.get_logger("taskvec.requests")
 
 
 class RequestTrace:
-    """Pure ASGI middleware; sits outside everything else."""
+    """Pure ASGI middleware; sits outside everything but CORS."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics | None, *, log_requests: bool) -> None:
         """Wrap an application.

@@ -25,7 +25,7 @@ test: $(VENV)/dev.stamp ## Run the whole test suite
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/telemetry \
+	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/access tests/telemetry \
 		tests/engines/remote tests/engines/test_wire.py tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import ssl
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import Engine
+from taskvec.errors import StartError
 from taskvec.http.connection import ClientConnection
 from taskvec.http.places import ConnectionLimits, Places
 from taskvec.settings import Settings
@@ -29,7 +31,7 @@ def serve_alone(settings: Settings) -> None:
     """Serve in this process until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the service cannot start.
     """
     failures: list[BaseException] = []
 
@@ -50,7 +52,7 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
     """The application, wired as ``create_app`` says, and its engine; nothing is started.
 
     Raises:
-        CheckpointError: the model cannot be served, or traces not be made.
+        StartError: the model cannot be served, the keys cannot be read, or traces not be made.
     """
     # Where processes share their series, prometheus_client must not be imported before they do.
     from taskvec.app import create_app  # noqa: PLC0415
@@ -67,7 +69,20 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """What every uvicorn of the service is told."""
+    """What every uvicorn of the service is told.
+
+    Raises:
+        StartError: the certificate cannot be used.
+    """
+    certificate, key = settings.tls_cert, settings.tls_key
+    if certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+        except (OSError, ValueError) as error:
+            raise StartError(
+                f"The certificate {certificate} with the key {key or certificate} cannot be used: "
+                f"{error}."
+            ) from None
     limits = ConnectionLimits(
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
@@ -75,6 +90,8 @@ def server_options(settings: Settings) -> dict[str, Any]:
         connections=_room_for(settings.max_connections),
     )
     return {
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
         "http": partial(ClientConnection, Places(limits)),
         "ws": "none",
         "log_config": None,

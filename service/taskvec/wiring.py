@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from taskvec.access.keys import KeyLimits, KeySource
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer, TokenizerObserver
@@ -110,3 +111,18 @@ def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) ->
         call_seconds=settings.engine_call_timeout,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)
+
+
+def key_source(settings: Settings) -> KeySource | None:
+    """Where the API keys are; None where none are asked for."""
+    if settings.keys_file is None and settings.api_keys is None:
+        return None
+    return KeySource(
+        settings.keys_file,
+        settings.api_keys.get_secret_value() if settings.api_keys else "",
+        KeyLimits(
+            settings.key_requests_per_minute,
+            settings.key_tokens_per_minute,
+            settings.key_concurrency,
+        ),
+    )

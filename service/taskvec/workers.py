@@ -22,10 +22,11 @@ from taskvec.checkpoint.golden import golden_vectors
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import EngineState
 from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
-from taskvec.errors import CheckpointError
+from taskvec.errors import CheckpointError, StartError
 from taskvec.serving import application, server_options
 from taskvec.settings import EngineKind, Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
+from taskvec.wiring import key_source
 
 GATEWAY = "taskvec.workers:gateway"
 SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
@@ -89,8 +90,11 @@ def serve_together(settings: Settings) -> None:
     """Serve with several gateway processes until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the model cannot be served, or the keys cannot be read.
     """
+    keys = key_source(settings)
+    if keys is not None:
+        keys.read()  # what the gateways could not read is refused before they are started
     with _shared_series() as room:
         if settings.engine is EngineKind.REMOTE:
             application(settings, _ignore)  # what cannot be served is refused before it is started
@@ -111,6 +115,8 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
     inner = settings.model_copy(
         update={
             "token_input": TokenInput.ACCEPT,
+            "tls_cert": None,
+            "tls_key": None,
             "max_connections": CONNECTIONS_A_SERVER * settings.workers,
         }
     )
@@ -161,7 +167,7 @@ def gateway() -> FastAPI:
     try:
         behind = os.environ.get(ENGINE_BEHIND)
         return application(settings, end, patience=PATIENCE, engine_name=behind)[0]
-    except CheckpointError as error:
+    except StartError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - one sentence says it
         sys.exit(BAD_START)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from taskvec.engines.base import Priority
 from taskvec.engines.packed.turns import WEIGHTS, TurnQueue
+from taskvec.priority import Priority
 
 COSTS = st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=12)
 

@@ -21,6 +21,7 @@ from taskvec.http.errors import error_response
 PATH = "/v1/embeddings"
 TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",

@@ -29,6 +29,9 @@ SERIES = {
     "taskvec_texts": "counter",
     "taskvec_tokens": "counter",
     "taskvec_request_seconds": "histogram",
+    "taskvec_key_requests": "counter",
+    "taskvec_key_tokens": "counter",
+    "taskvec_limits_unchecked": "counter",
     "taskvec_requests_in_flight": "gauge",
     "taskvec_queue_texts": "gauge",
     "taskvec_queue_tokens": "gauge",
@@ -134,7 +137,7 @@ async def test_all_series_are_there_before_any_traffic(default_checkpoint: Check
     }
     assert {name: family.type for name, family in families.items()} == SERIES
     assert all(family.documentation.endswith("?") for family in families.values())
-    statuses = {*post["responses"], "499"}
+    statuses = {*post["responses"], "401", "499"}
     for task in (*TASKS, "none"):
         assert found["taskvec_request_seconds_count", task] == 0
         for name in ("requests", "texts", "tokens"):
@@ -173,7 +176,10 @@ async def test_one_request_counts_once(
         for key, value in after.items()
         if value != before.get(key, 0) and key[0].endswith("_total")
     }
-    expected = {("taskvec_requests_total", status, task): 1}
+    expected = {
+        ("taskvec_requests_total", status, task): 1,
+        ("taskvec_key_requests_total", "none", status): 1,
+    }
     if status == "200":
         expected["taskvec_answers_total", "float", "numbers"] = 1
     else:
@@ -183,6 +189,7 @@ async def test_one_request_counts_once(
     if status == "200":
         tokens = answer.json()["usage"]["total_tokens"]
         expected["taskvec_tokens_total", status, task] = tokens
+        expected["taskvec_key_tokens_total", "none"] = tokens
     assert grown == expected
     seconds = ("taskvec_request_seconds_count", task)
     assert after[seconds] - before[seconds] == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -20,6 +20,9 @@ from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, To
 from taskvec.errors import DeadlineExceededError
 from taskvec.gather import gather_or_cancel
 from taskvec.telemetry.stages import Stages
+
+Charge = Callable[[int], Awaitable[None]]
+"""Told how many tokens a request has, before they are embedded; raises where they are too many."""
 
 FINISH_INLINE = 1 << 16
 """Up to so many values are finished in the event loop: less than a millisecond."""
@@ -56,13 +59,17 @@ class AsyncEmbedder:
         """The first ``max_tokens`` ids of a longer list."""
         return self._tokenizer.cut(ids)
 
-    async def embed(self, job: EmbedJob, stages: Stages | None = None) -> Embeddings:
+    async def embed(
+        self, job: EmbedJob, stages: Stages | None = None, charge: Charge | None = None
+    ) -> Embeddings:
         """Embed a job's inputs.
 
         Args:
             job: what is wanted.
             stages: where the time is noted, also of a job that fails; encoding has begun when
                 this returns.
+            charge: told of the tokens once they are known and admitted; what it raises ends the
+                job before the engine sees it.
 
         Raises:
             InvalidRequestError: dimensions or a text that the model cannot take.
@@ -70,17 +77,21 @@ class AsyncEmbedder:
             DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
             UnavailableError: the engine cannot embed now.
         """
-        (result,) = await self.embed_together([job], stages)
+        (result,) = await self.embed_together([job], stages, charge)
         return result
 
     async def embed_together(
-        self, jobs: Sequence[EmbedJob], stages: Stages | None = None
+        self,
+        jobs: Sequence[EmbedJob],
+        stages: Stages | None = None,
+        charge: Charge | None = None,
     ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
 
         Args:
             jobs: at least one.
             stages: see ``embed``.
+            charge: see ``embed``.
 
         Raises:
             TaskvecError: as ``embed``; if one fails, all do.
@@ -95,14 +106,16 @@ class AsyncEmbedder:
         try:
             with self._health.work():
                 async with asyncio.timeout(seconds):
-                    return await self._embed(jobs, stages)
+                    return await self._embed(jobs, stages, charge)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
                 "or allow more time."
             ) from None
 
-    async def _embed(self, jobs: Sequence[EmbedJob], stages: Stages) -> list[Embeddings]:
+    async def _embed(
+        self, jobs: Sequence[EmbedJob], stages: Stages, charge: Charge | None
+    ) -> list[Embeddings]:
         stages.begin("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         stages.end()
@@ -112,12 +125,15 @@ class AsyncEmbedder:
             TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
             for texts, job in zip(ids, jobs, strict=True)
         ]
-        with self._admission.admit(tokens, priority), self._health.waiting():
+        with self._admission.admit(tokens, priority):
+            if charge is not None:
+                await charge(tokens)
             stages.begin("queue")
-            if len(batches) == 1:
-                results = [await self._engine.embed(batches[0])]
-            else:
-                results = await gather_or_cancel(map(self._engine.embed, batches))
+            with self._health.waiting():
+                if len(batches) == 1:
+                    results = [await self._engine.embed(batches[0])]
+                else:
+                    results = await gather_or_cancel(map(self._engine.embed, batches))
         queued = min(result.queued for result in results)
         whole = max(result.queued + result.computed for result in results)
         stages.embedded(queued, whole - queued)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.tasks import Task
-from taskvec.engines.base import Priority, TokenIds
+from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
+from taskvec.priority import Priority
 
 
 class OutputType(enum.Enum):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.errors import UnavailableError
+from taskvec.priority import Priority
 
 TokenIds = NDArray[np.int32]
 
@@ -47,13 +48,6 @@ class ModelCard:
     matryoshka: tuple[int, ...]
     adapters: tuple[str, ...]
     parameters: int
-
-
-class Priority(enum.StrEnum):
-    """Which of two classes a request belongs to; each gets its share of the engine's time."""
-
-    INTERACTIVE = "interactive"
-    BULK = "bulk"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

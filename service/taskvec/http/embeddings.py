@@ -10,6 +10,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from taskvec.access.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob, OutputType
 from taskvec.core.tasks import Task
@@ -43,17 +44,19 @@ class EmbeddingsRoute:
         """Answer one request; failures are raised as TaskvecError."""
         record = record_of(request.scope)
         job, transport = await read_json(
-            request, self._limits, lambda body: self.read(body, request.headers)
+            request, self._limits, lambda body: self.read(body, request.headers, record.key)
         )
         record.task, record.texts = job.task.name, len(job.inputs)
         record.output = job.output.value, transport.value
         result = await unless_client_leaves(
-            request.receive, self._embedder.embed(job, record.stages)
+            request.receive, self._embedder.embed(job, record.stages, record.charge)
         )
         record.tokens = result.tokens
         return await encode_off_loop(result, transport, self._names.primary)
 
-    def read(self, body: Any, headers: Mapping[str, str]) -> tuple[EmbedJob, Transport]:
+    def read(
+        self, body: Any, headers: Mapping[str, str], key: Key | None = None
+    ) -> tuple[EmbedJob, Transport]:
         """The job that a body asks for, and how its answer travels.
 
         Raises:
@@ -75,7 +78,7 @@ class EmbeddingsRoute:
             normalized=normalized is not False,
             truncate=bool(truncate),
             deadline=time.monotonic() + seconds_allowed(headers, self._limits.seconds),
-            priority=priority_asked(headers),
+            priority=priority_asked(headers, key),
         )
         return job, transport
 

@@ -11,13 +11,13 @@ from starlette.responses import Response
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.tasks import Task
-from taskvec.engines.base import Priority, TokenIds
+from taskvec.engines.base import TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, priority_asked, seconds_allowed
-from taskvec.http.record import record_of
-from taskvec.telemetry.stages import Stages
+from taskvec.http.record import RequestRecord, record_of
+from taskvec.priority import Priority
 
 
 class EngineRoute:
@@ -33,7 +33,7 @@ class EngineRoute:
         if request.headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = seconds_allowed(request.headers, self._limits.seconds)
-        priority = priority_asked(request.headers)
+        priority = priority_asked(request.headers, record_of(request.scope).key)
         body = await read_bytes(request, self._limits)
         try:
             ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
@@ -46,7 +46,7 @@ class EngineRoute:
         record.texts = len(ids)
         vectors = await unless_client_leaves(
             request.receive,
-            self._embed(ids, adapters, time.monotonic() + seconds, priority, record.stages),
+            self._embed(ids, adapters, time.monotonic() + seconds, priority, record),
         )
         record.tokens = sum(map(len, ids))
         return Response(vectors, media_type=WIRE_TYPE)
@@ -57,7 +57,7 @@ class EngineRoute:
         adapters: list[str | None],
         deadline: float,
         priority: Priority,
-        stages: Stages,
+        record: RequestRecord,
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -72,7 +72,7 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
-        answers = await self._embedder.embed_together(jobs, stages)
+        answers = await self._embedder.embed_together(jobs, record.stages, record.charge)
         if len(jobs) == 1:
             return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")

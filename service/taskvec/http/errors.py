@@ -73,6 +73,8 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
         headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.status in NO_RETRY_HELPS:
         headers["x-should-retry"] = "false"
     if error.status in (408, 413) or error.code == "draining":

@@ -28,7 +28,7 @@ log = structlog.get_logger("taskvec.requests")
 
 
 class RequestTrace:
-    """Pure ASGI middleware; sits outside everything else."""
+    """Pure ASGI middleware; sits outside everything but CORS."""
 
     def __init__(
         self,
@@ -106,6 +106,7 @@ class RequestTrace:
                 stages=stages,
                 output=record.output,
                 code=record.code,
+                key=record.key.name if record.key is not None else None,
             )
         if span is not None:
             span.end(record.status, record.code, stages, _attributes(record))
@@ -136,6 +137,7 @@ def _line(record: RequestRecord, scope: Scope, seconds: float) -> dict[str, Any]
         "method": scope["method"],
         "path": scope["path"],
         "status": record.status,
+        "key": record.key.name if record.key is not None else None,
         "task": record.task,
         "texts": record.texts,
         "tokens": record.tokens,
@@ -165,6 +167,7 @@ def _attributes(record: RequestRecord) -> dict[str, str | int]:
 def _trace_headers(record: RequestRecord) -> list[tuple[bytes, bytes]]:
     milliseconds = (time.perf_counter() - record.started) * 1000
     headers = [
+        *record.headers,
         (b"x-request-id", record.request_id.encode("ascii")),
         (b"openai-processing-ms", b"%d" % milliseconds),
     ]

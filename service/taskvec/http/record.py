@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from taskvec.access.keys import Key
+from taskvec.core.embedder import Charge
 from taskvec.telemetry.stages import Stages
 
 RECORD_KEY = "taskvec.record"
@@ -23,6 +25,9 @@ class RequestRecord:
         output: number type and transport of the vectors; None while unknown.
         code: of the error that the answer is; None for a good one.
         trace_id: 32 hexadecimal digits; None where the request is not traced.
+        key: whose request it is; None where no key is asked for, or none was given.
+        charge: what the key's token limit is charged by; None where it has none.
+        headers: further ones of the answer, whatever it will be.
     """
 
     request_id: str
@@ -35,6 +40,9 @@ class RequestRecord:
     output: tuple[str, str] | None = None
     code: str | None = None
     trace_id: str | None = None
+    key: Key | None = None
+    charge: Charge | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 def record_of(scope: Scope) -> RequestRecord:

@@ -9,13 +9,28 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from taskvec.access.keys import NO_KEY
 from taskvec.errors import CODES
 from taskvec.telemetry.engine import SECONDS, EngineSeries
 from taskvec.telemetry.pool import PoolSeries
 from taskvec.telemetry.process import SHARED_FOLDER, ProcessSeries
 from taskvec.telemetry.stages import STAGES, Stage
 
-STATUSES = ("200", "400", "404", "405", "408", "413", "415", "429", "499", "500", "503", "504")
+STATUSES = (
+    "200",
+    "400",
+    "401",
+    "404",
+    "405",
+    "408",
+    "413",
+    "415",
+    "429",
+    "499",
+    "500",
+    "503",
+    "504",
+)
 NO_TASK = "none"
 """Task label of requests that failed before their task was known."""
 
@@ -87,6 +102,23 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
             ("code",),
             registry=self.registry,
         )
+        self._key_requests = Counter(
+            "taskvec_key_requests",
+            "How many embedding requests ended, by API key and HTTP status?",
+            ("key", "status"),
+            registry=self.registry,
+        )
+        self._key_tokens = Counter(
+            "taskvec_key_tokens",
+            "How many tokens were embedded for answered requests, by API key?",
+            ("key",),
+            registry=self.registry,
+        )
+        self._limits_unchecked = Counter(
+            "taskvec_limits_unchecked",
+            "How many limits of API keys could not be checked, as Redis was down?",
+            registry=self.registry,
+        )
         self._in_flight = Gauge(
             "taskvec_requests_in_flight",
             "How many embedding requests are being worked on?",
@@ -113,6 +145,18 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
             if output != "float16" or transport == "raw"
         }
         self._by_code = {code: rejected.labels(code) for code in (*CODES, OTHER_CODE)}
+        self.keys_changed([])
+
+    def keys_changed(self, names: Iterable[str]) -> None:
+        """The API keys that requests may have from now on; what others counted stays."""
+        for name in (*names, NO_KEY):
+            self._key_tokens.labels(name)
+            for status in STATUSES:
+                self._key_requests.labels(name, status)
+
+    def limit_unchecked(self) -> None:
+        """See ``LimitObserver``."""
+        self._limits_unchecked.inc()
 
     def request_started(self) -> None:
         """An embedding request arrived."""
@@ -129,6 +173,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
         stages: Iterable[Stage] = (),
         output: tuple[str, str] | None = None,
         code: str | None = None,
+        key: str | None = None,
     ) -> None:
         """An embedding request was answered, refused or given up.
 
@@ -141,6 +186,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
             stages: those that it went through.
             output: number type and transport of the vectors; counted where they were given.
             code: of the error that it got; None for a good answer.
+            key: name of the API key; None where there was none.
         """
         self._in_flight.dec()
         name = task or NO_TASK
@@ -163,6 +209,8 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
             self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
         elif output is not None:
             self._by_output[output].inc()
+        self._key_requests.labels(key or NO_KEY, label).inc()
+        self._key_tokens.labels(key or NO_KEY).inc(tokens)
 
     def render(self, state: str) -> bytes:
         """All series in Prometheus' text format; of all processes where several share them.

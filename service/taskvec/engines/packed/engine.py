@@ -20,7 +20,6 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
-    Priority,
     TokenBatch,
 )
 from taskvec.engines.packed.proof import prove_adapters
@@ -29,6 +28,7 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.turns import TurnQueue
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError, DeadlineExceededError, TaskvecError
+from taskvec.priority import Priority
 
 MERGE_SHARE = 0.5
 """Adapters are merged if their full weights take at most this share of the free memory."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from taskvec.engines.base import Priority
+from taskvec.priority import Priority
 
 T = TypeVar("T")
 

@@ -26,13 +26,13 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
-    Priority,
     TokenBatch,
     TokenIds,
 )
 from taskvec.engines.vllm.arguments import VllmOptions, engine_arguments
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
 from taskvec.gather import gather_or_cancel
+from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
 

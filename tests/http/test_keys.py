@@ -323,7 +323,7 @@ def series(metrics: Metrics) -> dict[tuple[str, str], float]:
     """taskvec_key_requests_total by key and status."""
     return {
         (sample.labels["key"], sample.labels["status"]): sample.value
-        for family in text_string_to_metric_families(metrics.render(ready=True).decode())
+        for family in text_string_to_metric_families(metrics.render("ready").decode())
         for sample in family.samples
         if sample.name == "taskvec_key_requests_total"
     }

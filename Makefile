@@ -25,7 +25,7 @@ test: $(VENV)/dev.stamp ## Run the whole test suite
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/telemetry \
+	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/access tests/telemetry \
 		tests/engines/remote tests/engines/test_wire.py tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm
@@ -46,8 +46,9 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/serve.stamp ## Write docs/configuration.md and .env.example from the settings
+docs: $(VENV)/serve.stamp ## Write docs/configuration.md, .env.example and docs/metrics.md
 	$(VENV)/bin/python docs/render_configuration.py
+	$(VENV)/bin/python docs/render_metrics.py
 
 .PHONY: bench
 bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity

@@ -13,6 +13,7 @@ from taskvec.settings import (
     AdapterMode,
     Dtype,
     EngineKind,
+    LimitsDown,
     LogLevel,
     Settings,
     TokenInput,
@@ -51,6 +52,11 @@ FROM_ENVIRONMENT = [
     ("max_body_bytes", "1000", 1000),
     ("max_queue_tokens", "5000", 5000),
     ("queue_seconds", "2.5", 2.5),
+    ("max_header_bytes", "2000", 2000),
+    ("max_connections", "50", 50),
+    ("header_timeout", "1.5", 1.5),
+    ("body_timeout", "2.5", 2.5),
+    ("answer_timeout", "3.5", 3.5),
     ("request_timeout", "0.5", 0.5),
     ("stall_timeout", "7.5", 7.5),
     ("dead_timeout", "8", 8.0),
@@ -58,8 +64,20 @@ FROM_ENVIRONMENT = [
     ("drain_grace", "0.5", 0.5),
     ("drain_timeout", "5", 5),
     ("token_input", "accept", TokenInput.ACCEPT),
+    ("keys_file", "/keys.toml", PosixPath("/keys.toml")),
+    ("api_keys", "web=secret,jobs=other", SecretStr("web=secret,jobs=other")),
+    ("key_requests_per_minute", "60", 60),
+    ("key_tokens_per_minute", "100000", 100_000),
+    ("key_concurrency", "8", 8),
+    ("limits_url", "redis://redis:6379/0", "redis://redis:6379/0"),
+    ("limits_down", "closed", LimitsDown.CLOSED),
+    ("metrics_without_key", "false", False),
+    ("cors_origins", "https://a.example, *", ("https://a.example", "*")),
+    ("tls_cert", "/cert.pem", PosixPath("/cert.pem")),
+    ("tls_key", "/key.pem", PosixPath("/key.pem")),
     ("log_level", "debug", LogLevel.DEBUG),
     ("log_requests", "false", False),
+    ("traces", "true", True),
 ]
 
 REFUSED = [
@@ -89,6 +107,11 @@ REFUSED = [
     ("max_body_bytes", "0"),
     ("max_queue_tokens", "-1"),
     ("queue_seconds", "0"),
+    ("max_header_bytes", "1000"),
+    ("max_connections", "0"),
+    ("header_timeout", "0"),
+    ("body_timeout", "-1"),
+    ("answer_timeout", "nan"),
     ("request_timeout", "0"),
     ("request_timeout", "nan"),
     ("stall_timeout", "0"),
@@ -97,8 +120,20 @@ REFUSED = [
     ("drain_grace", "-1"),
     ("drain_timeout", "0"),
     ("token_input", "maybe"),
+    ("api_keys", ","),
+    ("api_keys", "no-pair"),
+    ("api_keys", "none=secret"),
+    ("key_requests_per_minute", "-1"),
+    ("key_tokens_per_minute", "-1"),
+    ("key_concurrency", "-1"),
+    ("limits_url", "http://redis"),
+    ("limits_down", "ajar"),
+    ("metrics_without_key", "perhaps"),
+    ("cors_origins", "https://a.example/"),
+    ("cors_origins", "a.example"),
     ("log_level", "loud"),
     ("log_requests", "perhaps"),
+    ("traces", "perhaps"),
 ]
 
 
@@ -108,13 +143,15 @@ def test_every_setting_has_its_variable(
 ) -> None:
     """TASKVEC_ and the field's name in capitals set exactly that field."""
     monkeypatch.setenv(environment_variable(field), text)
-    if field == "engine_url":
-        monkeypatch.setenv("TASKVEC_ENGINE", "remote")
+    companions = {"engine_url": ("engine", "remote"), "tls_key": ("tls_cert", "/cert.pem")}
+    companion = companions.get(field)
+    if companion is not None:
+        monkeypatch.setenv(environment_variable(companion[0]), companion[1])
     changed = Settings().model_dump()
     assert changed[field] == value
     assert type(changed[field]) is type(value)
-    companions = {"engine"} if field == "engine_url" else set()
-    assert {n for n, v in changed.items() if v != defaults()[n]} <= {field} | companions
+    others = set() if companion is None else {companion[0]}
+    assert {n for n, v in changed.items() if v != defaults()[n]} <= {field} | others
 
 
 def test_no_setting_is_forgotten_here() -> None:

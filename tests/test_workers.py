@@ -134,10 +134,41 @@ def test_metrics_are_of_all_processes() -> None:
             assert total(shown, "taskvec_engine_ready") == 1
             assert total(shown, "taskvec_batch_texts_sum") >= 40
             assert total(shown, "taskvec_forward_seconds_count") > 0
+            assert total(shown, "taskvec_batch_fill_ratio_count") > 0
+            for stage in ("tokenize", "queue", "engine", "encode"):
+                assert total(shown, "taskvec_stage_seconds_count", f'"{stage}"') == 40
+            assert total(shown, "taskvec_answers_total", '"numbers"') == 40
+            assert total(shown, "taskvec_rejected_total", '"empty_input"') == 1
+            assert total(shown, "taskvec_engine_state", '"ready"') == 1
+            assert total(shown, "taskvec_engine_state") == 1
+            assert total(shown, "taskvec_build_info", 'engine="packed"') == 1
+            assert total(shown, "taskvec_build_info") == 1
+            assert total(shown, "taskvec_queue_oldest_seconds") == 0
+            assert total(shown, "taskvec_tokenizer_requests_waiting") == 0
+            assert total(shown, "taskvec_event_loop_lag_seconds_count") > 0
             assert "pid=" not in shown
             lines = [line for line in shown.splitlines() if not line.startswith("#")]
             series = [line.rpartition(" ")[0] for line in lines]
             assert len(series) == len(set(series)), "a series came twice"
+
+
+def test_the_age_of_the_queue_is_that_of_the_engine_process() -> None:
+    """While texts wait in the engine process, gateways show how long the oldest has."""
+    with served("--workers", "2", "--max-batch-tokens", "512", *EXACT) as server:
+
+        def ask() -> int:
+            body = {"input": [f"word {n} " * 100 for n in range(200)]}
+            return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=120).status_code
+
+        def age() -> float:
+            return total(httpx.get(f"{server.url}/metrics").text, "taskvec_queue_oldest_seconds")
+
+        with ThreadPoolExecutor(1) as threads:
+            answer = threads.submit(ask)
+            wait_for(lambda: age() > 0.5)
+            assert not answer.done()
+            assert answer.result() == 200
+        wait_for(lambda: age() == 0)
 
 
 def test_the_first_connection_is_answered() -> None:

@@ -7,12 +7,15 @@ import gc
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from taskvec import __version__
+from taskvec.access.limiter import Limiter
+from taskvec.access.watch import WatchedKeys
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.calibration import measure_speed
@@ -22,6 +25,8 @@ from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import TaskvecError
+from taskvec.http.access import Access, Endpoint
+from taskvec.http.documents import documents_router
 from taskvec.http.drain import drained_first
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
@@ -32,15 +37,20 @@ from taskvec.http.models import models_router
 from taskvec.http.names import ServedNames
 from taskvec.http.probes import probes_router
 from taskvec.http.schema import request_body, response_content
-from taskvec.settings import Settings, TokenInput
+from taskvec.settings import LimitsDown, Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table, text_tokenizer
+from taskvec.telemetry.pulse import keep_time
+from taskvec.telemetry.traces import Tracer
+from taskvec.wiring import key_source, served_name, task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
 log = structlog.get_logger(__name__)
 
 NO_LIMIT = 1 << 62
+
+OTHER_VALUES = 1 << 18
+"""Values that a JSON body may have beside its texts or token ids."""
 
 LOOK_EVERY = 0.02
 """Seconds between two looks at an engine that starts."""
@@ -54,6 +64,8 @@ def create_app(
     on_failure: OnFailure,
     *,
     tokenizer: TextTokenizer | None = None,
+    tracer: Tracer | None = None,
+    engine_name: str | None = None,
     behind_gateway: bool = False,
     patience: float = 0.0,
 ) -> FastAPI:
@@ -66,13 +78,18 @@ def create_app(
         metrics: what the engine reports to, too.
         on_failure: called if the engine does not start; the probes answer until then.
         tokenizer: None for the checkpoint's own.
-        behind_gateway: True where gateways of the same service count and log the requests.
+        tracer: None where nobody asked for traces; closed at the end.
+        engine_name: what metrics call the engine; None for what the settings do.
+        behind_gateway: True where gateways of the same service ask for keys, count and log.
         patience: seconds that connections are not accepted while the engine starts, so that of
             several processes on one socket none refuses what another would answer.
     """
     tasks = task_table(checkpoint)
     tokenizer = tokenizer or text_tokenizer(
-        checkpoint, max_tokens=settings.max_tokens, threads=settings.tokenizer_threads
+        checkpoint,
+        max_tokens=settings.max_tokens,
+        threads=settings.tokenizer_threads,
+        observer=metrics,
     )
     # Gateways admit for the engine that they share.
     most = NO_LIMIT if behind_gateway else settings.max_queue_tokens
@@ -84,7 +101,13 @@ def create_app(
         canary_seconds=settings.canary_interval,
     )
     embedder = AsyncEmbedder(engine, tokenizer, tasks, admission, health)
-    names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
+    names = ServedNames(served_name(settings, checkpoint), settings.model_aliases)
+    metrics.describe(
+        version=__version__, model=names.primary, engine=engine_name or settings.engine.value
+    )
+    access = None if behind_gateway else _access(settings, metrics)
+    guards = [] if access is None else [Depends(access.gate)]
+    refusals = [] if access is None else [401]
     token_ids = settings.token_input is TokenInput.ACCEPT
 
     @asynccontextmanager
@@ -93,14 +116,19 @@ def create_app(
         starting = asyncio.create_task(_start(engine, on_failure))
         measuring = asyncio.create_task(_measure(engine, admission))
         watching = asyncio.create_task(health.watch())
+        pulse = asyncio.create_task(keep_time(metrics))
         await _until_ready(engine, patience)
         with drained_first(health, settings.drain_grace, settings.drain_timeout):
-            yield
+            async with nullcontext() if access is None else access.watched():
+                yield
         measuring.cancel()
         watching.cancel()
         await engine.stop()
         await starting
         tokenizer.close()
+        pulse.cancel()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="taskvec",
@@ -109,25 +137,38 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         redoc_url=None,
+        # FastAPI's own would tell of exceptions, and of requests a second time.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        openapi_url=None,  # documents_router has it, behind the gate
     )
     limits = Limits(
-        settings.max_body_bytes, settings.max_texts, settings.request_timeout, token_ids
+        body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_timeout,
+        values=OTHER_VALUES + settings.max_texts * (embedder.max_tokens if token_ids else 1),
+        texts=settings.max_texts,
+        seconds=settings.request_timeout,
+        token_ids=token_ids,
     )
+    embed: Endpoint = EmbeddingsRoute(embedder, names, limits).__call__
+    embed_ids: Endpoint = EngineRoute(embedder, limits).__call__
+    if access is not None:
+        embed, embed_ids = access.limited(embed), access.limited(embed_ids)
     if token_ids:
-        app.add_route(
-            WIRE_PATH, EngineRoute(embedder, limits).__call__, ["POST"], include_in_schema=False
+        app.add_api_route(
+            WIRE_PATH, embed_ids, methods=["POST"], dependencies=guards, include_in_schema=False
         )
     app.add_api_route(
         "/v1/embeddings",
-        EmbeddingsRoute(embedder, names, limits).__call__,
+        embed,
         methods=["POST"],
         tags=["embeddings"],
         summary="Embed texts for a task",
         operation_id="create_embeddings",
         response_model=None,
+        dependencies=guards,
         responses={
             200: {"description": "One vector a text, in order.", "content": response_content()},
-            **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504),
+            **error_responses(400, *refusals, 404, 408, 413, 415, 429, 500, 503, 504),
         },
         openapi_extra={
             "requestBody": request_body(
@@ -136,16 +177,41 @@ def create_app(
         },
     )
     app.include_router(
-        models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids)
+        models_router(checkpoint.card, embedder.max_tokens, tasks, names, token_ids=token_ids),
+        dependencies=guards,
+        responses=error_responses(*refusals),
     )
-    app.include_router(probes_router(health, metrics))
+    metrics_guards = [] if settings.metrics_without_key else guards
+    app.include_router(probes_router(health, metrics, metrics_guards))
+    app.include_router(documents_router(app), dependencies=guards)
     install_error_handlers(app)
     app.add_middleware(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
+        tracer=tracer,
     )
+    if settings.cors_origins:
+        app.add_middleware(  # outermost: scripts may read every answer, of a bug too
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     return app
+
+
+def _access(settings: Settings, metrics: Metrics) -> Access | None:
+    source = key_source(settings)
+    if source is None:
+        return None
+    limiter = Limiter(
+        settings.limits_url,
+        open_when_down=settings.limits_down is LimitsDown.OPEN,
+        observer=metrics,
+    )
+    return Access(WatchedKeys(source, metrics.keys_changed), limiter)
 
 
 async def _until_ready(engine: Engine, seconds: float) -> None:

@@ -1,9 +1,11 @@
-"""The commands: serve, embed, check."""
+"""The commands: serve, embed, check, key."""
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import inspect
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ import typer
 from pydantic import SecretStr, ValidationError
 
 from taskvec import __version__
+from taskvec.access.keys import is_name
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.errors import CheckpointError, TaskvecError
+from taskvec.errors import StartError, TaskvecError
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
 
@@ -51,8 +54,8 @@ def main() -> None:
 def _serve(**options: Any) -> None:
     """Serve a model over HTTP: OpenAI's /v1/embeddings, health, metrics and /docs.
 
-    Every option can be set by its environment variable instead. TASKVEC_ENGINE_API_KEY, a secret,
-    only by that.
+    Every option can be set by its environment variable instead. The secrets TASKVEC_API_KEYS and
+    TASKVEC_ENGINE_API_KEY only by that.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with _clear_failures():
@@ -236,6 +239,20 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
 
 
 @app.command()
+def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the key.")]) -> None:
+    """Make an API key: its entry for --keys-file on standard output, its secret on standard error.
+
+    The secret is told this once: the file has only its SHA-256.
+    """
+    if not is_name(name):
+        _exit(f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE)
+    secret = f"tv-{secrets.token_urlsafe(32)}"
+    typer.echo(f"The secret of {name}, told this once: {secret}", err=True)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    typer.echo(f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"')
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -246,7 +263,7 @@ def _clear_failures() -> Iterator[None]:
     """One sentence on standard error instead of a traceback, for failures a user can cure."""
     try:
         yield
-    except CheckpointError as error:
+    except StartError as error:
         _exit(str(error), BAD_START)
     except TaskvecError as error:
         _exit(error.message, USAGE)

@@ -47,6 +47,14 @@ class InvalidRequestError(TaskvecError):
     default_code = "invalid_request"
 
 
+class AuthenticationError(TaskvecError):
+    """No API key, or one that is not known."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
 class NotFoundError(TaskvecError):
     """No such model or route."""
 
@@ -62,8 +70,8 @@ class MethodNotAllowedError(InvalidRequestError):
     default_code = "method_not_allowed"
 
 
-class SlowBodyError(InvalidRequestError):
-    """The body did not arrive in time; the rest was not read."""
+class SlowRequestError(InvalidRequestError):
+    """The request did not arrive in time; the rest was not read."""
 
     status = 408
     default_code = "body_timeout"
@@ -83,12 +91,27 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     default_code = "unsupported_media_type"
 
 
+class HeadersTooLargeError(InvalidRequestError):
+    """The headers are over the limit; the request was not read."""
+
+    status = 431
+    default_code = "headers_too_large"
+
+
 class QueueFullError(TaskvecError):
     """The token queue has no room; ``retry_after`` says when it should."""
 
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
+
+
+class RateLimitError(TaskvecError):
+    """The key's limit or the token queue leaves no room; ``Retry-After`` says when."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
 
 
 class ClientClosedError(TaskvecError):
@@ -117,12 +140,15 @@ class DeadlineExceededError(TaskvecError):
 
 ALL_ERRORS: tuple[type[TaskvecError], ...] = (
     InvalidRequestError,
+    AuthenticationError,
     NotFoundError,
     MethodNotAllowedError,
-    SlowBodyError,
+    SlowRequestError,
     PayloadTooLargeError,
     UnsupportedMediaTypeError,
+    HeadersTooLargeError,
     QueueFullError,
+    RateLimitError,
     ClientClosedError,
     TaskvecError,
     UnavailableError,
@@ -130,5 +156,51 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
 )
 
 
-class CheckpointError(Exception):
+CODES: tuple[str, ...] = (
+    *(error.default_code for error in ALL_ERRORS),
+    "conflicting_fields",
+    "draining",
+    "empty_input",
+    "header_timeout",
+    "input_too_long",
+    "invalid_body",
+    "invalid_dimensions",
+    "invalid_embedding_type",
+    "invalid_encoding_format",
+    "invalid_http",
+    "invalid_input",
+    "invalid_input_type",
+    "invalid_json",
+    "invalid_model",
+    "invalid_normalized",
+    "invalid_priority",
+    "invalid_task",
+    "invalid_task_type",
+    "invalid_timeout",
+    "invalid_token_id",
+    "invalid_truncate",
+    "invalid_truncation",
+    "limits_unavailable",
+    "missing_api_key",
+    "missing_input",
+    "model_not_found",
+    "starting",
+    "token_input_rejected",
+    "too_many_connections",
+    "too_many_inputs",
+    "too_many_tokens",
+    "too_many_values",
+    "unknown_adapter",
+    "unknown_task",
+    "unsupported_content_encoding",
+    "untokenizable_input",
+)
+"""Every code that a client may see."""
+
+
+class StartError(Exception):
+    """The service cannot start: one sentence that says why and names the cure."""
+
+
+class CheckpointError(StartError):
     """The checkpoint cannot be served: one sentence that names the file and the cure."""

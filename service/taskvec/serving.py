@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
+import resource
+import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import Engine
+from taskvec.errors import StartError
+from taskvec.http.connection import ClientConnection
+from taskvec.http.places import ConnectionLimits, Places
 from taskvec.settings import Settings
 
 OnFailure = Callable[[BaseException], None]
 
-FIRST_REQUEST_SECONDS = 0.2
-"""How long, on shutdown, a connection that was taken has to send its request."""
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the idle time of common load balancers."""
+
+OTHER_FILES = 128
+"""Open files beside client connections: weights, pipes, connections to engine servers."""
 
 
 def serve_alone(settings: Settings) -> None:
     """Serve in this process until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the service cannot start.
     """
     failures: list[BaseException] = []
 
@@ -45,39 +52,62 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
     """The application, wired as ``create_app`` says, and its engine; nothing is started.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the model cannot be served, the keys cannot be read, or traces not be made.
     """
     # Where processes share their series, prometheus_client must not be imported before they do.
     from taskvec.app import create_app  # noqa: PLC0415
     from taskvec.telemetry.metrics import Metrics  # noqa: PLC0415
-    from taskvec.wiring import make_engine, task_table  # noqa: PLC0415
+    from taskvec.telemetry.traces import make_tracer  # noqa: PLC0415
+    from taskvec.wiring import make_engine, served_name, task_table  # noqa: PLC0415
 
     checkpoint = open_checkpoint(settings.model, settings.revision)
     metrics = Metrics(task_table(checkpoint).names)
     engine = make_engine(settings, checkpoint, metrics)
-    return create_app(settings, checkpoint, engine, metrics, on_failure, **how), engine
+    tracer = make_tracer(served_name(settings, checkpoint)) if settings.traces else None
+    app = create_app(settings, checkpoint, engine, metrics, on_failure, tracer=tracer, **how)
+    return app, engine
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """What every uvicorn of the service is told."""
+    """What every uvicorn of the service is told.
+
+    Raises:
+        StartError: the certificate cannot be used.
+    """
+    certificate, key = settings.tls_cert, settings.tls_key
+    if certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+        except (OSError, ValueError) as error:
+            raise StartError(
+                f"The certificate {certificate} with the key {key or certificate} cannot be used: "
+                f"{error}."
+            ) from None
+    limits = ConnectionLimits(
+        header_seconds=settings.header_timeout,
+        header_bytes=settings.max_header_bytes,
+        answer_seconds=settings.answer_timeout,
+        connections=_room_for(settings.max_connections),
+    )
     return {
-        "http": UnhurriedProtocol,
+        "ssl_certfile": certificate,
+        "ssl_keyfile": key,
+        "http": partial(ClientConnection, Places(limits)),
+        "ws": "none",
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "timeout_keep_alive": 75,  # longer than the idle time of common load balancers
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
         "timeout_graceful_shutdown": settings.drain_timeout,
     }
 
 
-class UnhurriedProtocol(HttpToolsProtocol):
-    """On shutdown, a connection whose request is on its way is not closed at once."""
-
-    loop: asyncio.AbstractEventLoop
-
-    def shutdown(self) -> None:
-        """See uvicorn's own: called once for each connection."""
-        if self.cycle is None:
-            self.loop.call_later(FIRST_REQUEST_SECONDS, super().shutdown)
-        else:
-            super().shutdown()
+def _room_for(connections: int) -> int:
+    """So many connections, or as many as the process may have open files for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= connections + OTHER_FILES:
+        return connections
+    wanted = connections + OTHER_FILES
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(connections, soft - OTHER_FILES))

@@ -8,14 +8,18 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from taskvec.access.keys import read_pairs
 from taskvec.checkpoint.hub import DEFAULT_MODEL
 from taskvec.engines.remote.addresses import check_url
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
 class EngineKind(enum.StrEnum):
@@ -48,6 +52,13 @@ class TokenInput(enum.StrEnum):
 
     REJECT = "reject"
     ACCEPT = "accept"
+
+
+class LimitsDown(enum.StrEnum):
+    """What happens to requests whose limits cannot be checked."""
+
+    OPEN = "open"
+    CLOSED = "closed"
 
 
 class LogLevel(enum.StrEnum):
@@ -238,6 +249,26 @@ class Settings(BaseSettings):
             "is 0.",
         ),
     ] = 30.0
+    max_header_bytes: Annotated[
+        int, Field(ge=1024, description="Largest head of a request: address and headers.")
+    ] = 65_536
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most client connections of a process; beyond it the one that has waited "
+            "longest for a request is closed.",
+        ),
+    ] = 4096
+    header_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a request's headers must arrive.")
+    ] = 10.0
+    body_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a request's body must arrive.")
+    ] = 30.0
+    answer_timeout: Annotated[
+        float, Field(gt=0, description="Seconds in which a client must read its answer.")
+    ] = 60.0
     request_timeout: Annotated[
         float,
         Field(gt=0, description="Seconds a request may take; a client may ask for less."),
@@ -285,12 +316,85 @@ class Settings(BaseSettings):
         ),
     ] = TokenInput.REJECT
 
+    keys_file: Annotated[
+        Path | None,
+        Field(
+            description="TOML file of API keys, as `taskvec key` prints them; read again when it "
+            "changes. With keys, every route but /health asks for one."
+        ),
+    ] = None
+    api_keys: Annotated[
+        SecretStr | None,
+        Field(description="API keys as name=secret pairs, separated by commas; beside the file's."),
+    ] = None
+    key_requests_per_minute: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Embedding requests a minute of a key that states no limit; 0 for no "
+            "limit. Without keys there are none of these limits.",
+        ),
+    ] = 0
+    key_tokens_per_minute: Annotated[
+        int,
+        Field(ge=0, description="Tokens a minute of a key that states no limit; 0 for no limit."),
+    ] = 0
+    key_concurrency: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Embedding requests at a time, in one process, of a key that states no "
+            "limit; 0 for no limit.",
+        ),
+    ] = 0
+    limits_url: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(redis|rediss|valkey|valkeys)://",
+            description="Redis or Valkey in which all processes count requests and tokens a minute "
+            "together, such as redis://host:6379/0; none to count in each process.",
+        ),
+    ] = None
+    limits_down: Annotated[
+        LimitsDown,
+        Field(
+            description="While that Redis is down: open lets requests pass unchecked, closed "
+            "answers 503."
+        ),
+    ] = LimitsDown.OPEN
+    metrics_without_key: Annotated[
+        bool, Field(description="Leave /metrics open where there are keys.")
+    ] = True
+    cors_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Origins of pages whose scripts may ask, such as https://app.example.com, "
+            "separated by commas; * for all."
+        ),
+    ] = ()
+    tls_cert: Annotated[
+        Path | None,
+        Field(description="PEM file with the certificate chain; with it, only HTTPS is spoken."),
+    ] = None
+    tls_key: Annotated[
+        Path | None,
+        Field(description="PEM file with the certificate's key; none if it is in the same file."),
+    ] = None
+
     log_level: Annotated[LogLevel, Field(description="Least important log line.")] = LogLevel.INFO
     log_requests: Annotated[
         bool, Field(description="Write one log line a request; never its texts.")
     ] = True
+    traces: Annotated[
+        bool,
+        Field(
+            description="Send OpenTelemetry traces over OTLP/HTTP, as the standard OTEL_* "
+            "variables say; needs taskvec[otel]."
+        ),
+    ] = False
 
-    @field_validator("model_aliases", "engine_url", mode="before")
+    @field_validator("model_aliases", "engine_url", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         listed = [value] if isinstance(value, str) else value
@@ -303,6 +407,23 @@ class Settings(BaseSettings):
     @classmethod
     def _check_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(check_url, value))
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not read_pairs(value.get_secret_value()):
+            raise ValueError("it has no name=secret pair")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: scheme, host and port alone, without a slash behind"
+                )
+        return value
 
     @field_validator("vllm_args", mode="before")
     @classmethod
@@ -329,6 +450,8 @@ class Settings(BaseSettings):
                 "--engine-url (TASKVEC_ENGINE_URL) is for --engine remote (TASKVEC_ENGINE), and "
                 f"the engine is {self.engine.value}."
             )
+        if self.tls_key and not self.tls_cert:
+            raise ValueError("--tls-key (TASKVEC_TLS_KEY) needs --tls-cert (TASKVEC_TLS_CERT).")
         return self
 
     @property

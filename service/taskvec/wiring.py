@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from taskvec.access.keys import KeyLimits, KeySource
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
-from taskvec.core.tokens import TextTokenizer
+from taskvec.core.tokens import TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine
 from taskvec.errors import CheckpointError
 from taskvec.settings import EngineKind, Settings
@@ -18,13 +19,25 @@ def task_table(checkpoint: Checkpoint) -> TaskTable:
     return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt)
 
 
-def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> TextTokenizer:
+def served_name(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The name that clients ask for."""
+    return settings.served_model_name or checkpoint.card.name
+
+
+def text_tokenizer(
+    checkpoint: Checkpoint,
+    *,
+    max_tokens: int,
+    threads: int,
+    observer: TokenizerObserver | None = None,
+) -> TextTokenizer:
     """A checkpoint's tokenizer.
 
     Args:
         checkpoint: whose.
         max_tokens: 0 for the model's own limit.
         threads: 0 for one per core, at most 4.
+        observer: see ``TextTokenizer``.
     """
     card = checkpoint.card
     return TextTokenizer(
@@ -32,6 +45,7 @@ def text_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, threads: int) -> 
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
         threads=threads or min(4, os.cpu_count() or 1),
+        observer=observer,
     )
 
 
@@ -97,3 +111,18 @@ def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) ->
         call_seconds=settings.engine_call_timeout,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)
+
+
+def key_source(settings: Settings) -> KeySource | None:
+    """Where the API keys are; None where none are asked for."""
+    if settings.keys_file is None and settings.api_keys is None:
+        return None
+    return KeySource(
+        settings.keys_file,
+        settings.api_keys.get_secret_value() if settings.api_keys else "",
+        KeyLimits(
+            settings.key_requests_per_minute,
+            settings.key_tokens_per_minute,
+            settings.key_concurrency,
+        ),
+    )

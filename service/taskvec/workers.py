@@ -21,13 +21,17 @@ from uvicorn.supervisors import Multiprocess
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.engines.base import EngineState
-from taskvec.errors import CheckpointError
+from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
+from taskvec.errors import CheckpointError, StartError
 from taskvec.serving import application, server_options
 from taskvec.settings import EngineKind, Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
+from taskvec.wiring import key_source
 
 GATEWAY = "taskvec.workers:gateway"
 SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
+ENGINE_BEHIND = "TASKVEC_ENGINE_BEHIND"
+"""The variable that tells gateway processes which engine they share, for their metrics."""
 
 BAD_START = 3
 """Exit code on which uvicorn does not start a process again."""
@@ -86,8 +90,11 @@ def serve_together(settings: Settings) -> None:
     """Serve with several gateway processes until a signal.
 
     Raises:
-        CheckpointError: the model cannot be served.
+        StartError: the model cannot be served, or the keys cannot be read.
     """
+    keys = key_source(settings)
+    if keys is not None:
+        keys.read()  # what the gateways could not read is refused before they are started
     with _shared_series() as room:
         if settings.engine is EngineKind.REMOTE:
             application(settings, _ignore)  # what cannot be served is refused before it is started
@@ -105,12 +112,20 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
         failures.append(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    inner = settings.model_copy(update={"token_input": TokenInput.ACCEPT})
+    inner = settings.model_copy(
+        update={
+            "token_input": TokenInput.ACCEPT,
+            "tls_cert": None,
+            "tls_key": None,
+            "max_connections": CONNECTIONS_A_SERVER * settings.workers,
+        }
+    )
     app, engine = application(inner, stop_all, behind_gateway=True)
     golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
+    os.environ[ENGINE_BEHIND] = settings.engine.value
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=outer))
-    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(settings)))
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
     over = threading.Event()
 
     def watch() -> None:
@@ -150,8 +165,9 @@ def gateway() -> FastAPI:
         os._exit(BAD_START)
 
     try:
-        return application(settings, end, patience=PATIENCE)[0]
-    except CheckpointError as error:
+        behind = os.environ.get(ENGINE_BEHIND)
+        return application(settings, end, patience=PATIENCE, engine_name=behind)[0]
+    except StartError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - one sentence says it
         sys.exit(BAD_START)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskvec.core.admission import FIRST_BUDGET, LEAST_BUDGET, LONGEST_RETRY, Admission
-from taskvec.engines.base import Priority
 from taskvec.errors import QueueFullError
+from taskvec.priority import Priority
 
 INTERACTIVE, BULK = Priority
 

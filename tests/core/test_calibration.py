@@ -11,7 +11,7 @@ from conftest import fake_application
 from fakes import FakeEngine
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.calibration import ENOUGH_SECONDS, MOST_TEXTS, TEXT_TOKENS, measure_speed
-from taskvec.engines.base import Priority
+from taskvec.priority import Priority
 
 
 @pytest.mark.anyio

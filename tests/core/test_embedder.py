@@ -24,6 +24,7 @@ from taskvec.errors import (
     QueueFullError,
     UnavailableError,
 )
+from taskvec.telemetry.stages import STAGES, Stages
 from taskvec.wiring import task_table, text_tokenizer
 
 TOO_LONG = "far too long " * 4000
@@ -84,13 +85,18 @@ async def test_a_job_becomes_vectors(service: Service) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_timings_are_those_of_the_engine(default_checkpoint: Checkpoint) -> None:
-    """Seconds of queue and engine are what the engine says, tokenising is measured here."""
+async def test_the_stages_are_those_of_the_engine(default_checkpoint: Checkpoint) -> None:
+    """Seconds of queue and engine are what the engine says, the others are measured here."""
     engine = FakeEngine(default_checkpoint.card, delay=0.01)
     service = await started(default_checkpoint, engine)
-    timings = (await service.embedder.embed(service.job(["a text"]))).timings
-    assert (timings.queue, timings.engine) == (0.0, 0.01)
-    assert 0 <= timings.tokenize < 10
+    stages = Stages()
+    await service.embedder.embed(service.job(["a text"]), stages)
+    stages.end()
+    assert [stage.name for stage in stages.over] == list(STAGES)
+    tokenize, queue, engine_, encode = (stage.seconds for stage in stages.over)
+    assert (queue, engine_) == (0.0, 0.01)
+    assert 0 <= tokenize < 10
+    assert 0 <= encode < 10
 
 
 @pytest.mark.anyio

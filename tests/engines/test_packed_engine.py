@@ -36,15 +36,19 @@ class Observed:
         self.batches: list[tuple[int, int]] = []
         self.dropped: dict[str, int] = {}
         self.queued = (0, 0)
+        self.oldest: list[float | None] = []
 
-    def queue_changed(self, texts: int, tokens: int) -> None:
+    def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
+        assert (oldest is None) == (texts == 0)
         self.queued = (texts, tokens)
+        self.oldest.append(oldest)
 
     def batch_started(self, waited: Sequence[float]) -> None:
         assert all(seconds >= 0 for seconds in waited)
 
-    def batch_finished(self, texts: int, tokens: int, seconds: float) -> None:
+    def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
         assert seconds > 0
+        assert texts == 1 or tokens <= budget
         self.batches.append((texts, tokens))
 
     def texts_dropped(self, reason: str, texts: int) -> None:

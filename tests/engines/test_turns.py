@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from taskvec.engines.base import Priority
 from taskvec.engines.packed.turns import WEIGHTS, TurnQueue
+from taskvec.priority import Priority
 
 COSTS = st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=12)
 
@@ -64,7 +64,9 @@ class AnyHistory(RuleBasedStateMachine):
         left = [self.costs[r][place] for r, places in self.waiting.items() for place in places]
         assert self.queue.texts == len(left)
         assert self.queue.tokens == sum(left)
-        assert sorted(self.queue) == [r for r, places in self.waiting.items() if places]
+        waiting = [r for r, places in self.waiting.items() if places]
+        assert sorted(self.queue) == waiting
+        assert self.queue.oldest == (waiting[0] if waiting else None)
 
     def teardown(self) -> None:
         while batch := self.queue.take(50):

@@ -6,11 +6,15 @@ import re
 from collections.abc import AsyncIterator
 
 import httpx
+import numpy as np
 import pytest
 
 from conftest import fake_service
 from fakes import FakeEngine
 from taskvec.checkpoint.layout import Checkpoint
+from taskvec.engines.base import EngineResult, ModelCard, TokenBatch
+from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
+from taskvec.settings import TokenInput
 
 PATH = "/v1/embeddings"
 TEXT = {"input": "a"}
@@ -91,17 +95,17 @@ async def test_server_timing_has_the_stages(default_checkpoint: Checkpoint, acce
     engine = FakeEngine(default_checkpoint.card, delay=0.15)
     async with fake_service(default_checkpoint, engine) as (client, _):
         answer = await client.post(PATH, json=TEXT, headers={"accept": accept})
-    stages = re.findall(r"(\w+);dur=(\d+\.?\d*)(?:, |$)", answer.headers["server-timing"])
+    stages = stages_of(answer)
     assert [name for name, _ in stages] == ["tokenize", "queue", "engine", "encode"]
-    milliseconds = {name: float(value) for name, value in stages}
+    milliseconds = dict(stages)
     assert milliseconds["engine"] == 150  # the fake engine reports its delay
     assert int(answer.headers["openai-processing-ms"]) >= 140
     assert milliseconds["queue"] == 0
 
 
 @pytest.mark.anyio
-async def test_a_refusal_has_no_stages(client: httpx.AsyncClient) -> None:
-    """Where nothing was embedded there is no Server-Timing."""
+async def test_a_refusal_before_any_stage_has_none(client: httpx.AsyncClient) -> None:
+    """A request that is refused as it is read has no Server-Timing."""
     assert "server-timing" not in (await client.post(PATH, json={})).headers
 
 
@@ -126,3 +130,54 @@ async def test_an_unknown_class_is_refused(client: httpx.AsyncClient, given: str
     assert answer.json()["error"]["code"] == "invalid_priority"
     assert answer.json()["error"]["param"] == "x-priority"
     assert "interactive, bulk" in answer.json()["detail"]
+
+
+@pytest.mark.anyio
+async def test_a_text_that_is_too_long_was_tokenised(client: httpx.AsyncClient) -> None:
+    """A refusal by the tokenizer has its stage, and none that did not happen."""
+    answer = await client.post(PATH, json={"input": "word " * 3000})
+    assert answer.status_code == 400
+    assert [name for name, _ in stages_of(answer)] == ["tokenize"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("last", ["queue", "engine"])
+async def test_a_deadline_shows_where_it_passed(default_checkpoint: Checkpoint, last: str) -> None:
+    """A 504 has the stages up to the one in which the time ran out, and how long that took."""
+    engine = SlowEngine(default_checkpoint.card, delay=5, enters=last == "engine")
+    async with fake_service(default_checkpoint, engine) as (client, _):
+        answer = await client.post(PATH, json=TEXT, headers={"x-request-timeout-ms": "200"})
+    assert answer.status_code == 504
+    stages = dict(stages_of(answer))
+    assert list(stages) == ["tokenize", "queue", "engine"][: 2 + (last == "engine")]
+    assert 100 <= stages[last] < 2000
+
+
+@pytest.mark.anyio
+async def test_texts_of_a_gateway_have_stages_too(default_checkpoint: Checkpoint) -> None:
+    """The route of other gateways tells its stages, though what it gets has been tokenised."""
+    adapters, body = pack_texts([np.array([1, 2, 3], dtype=np.int32)], ["clustering"])
+    headers = {"content-type": WIRE_TYPE, ADAPTERS_HEADER: adapters}
+    async with fake_service(default_checkpoint, token_input=TokenInput.ACCEPT) as (client, _):
+        answer = await client.post(WIRE_PATH, content=body, headers=headers)
+    assert answer.status_code == 200
+    assert [name for name, _ in stages_of(answer)] == ["tokenize", "queue", "engine", "encode"]
+
+
+def stages_of(answer: httpx.Response) -> list[tuple[str, float]]:
+    """The stages in a Server-Timing header, with their milliseconds."""
+    found = re.findall(r"(\w+);dur=(\d+\.\d+)(?:, |$)", answer.headers["server-timing"])
+    return [(name, float(value)) for name, value in found]
+
+
+class SlowEngine(FakeEngine):
+    """An engine whose texts enter a forward at once, or never."""
+
+    def __init__(self, model: ModelCard, *, delay: float, enters: bool) -> None:
+        super().__init__(model, delay=delay)
+        self._enters = enters
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        if self._enters:
+            batch.entered()
+        return await super().embed(batch)

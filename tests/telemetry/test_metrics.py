@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import time
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from taskvec.engines.base import EngineObserver
-from taskvec.telemetry.metrics import DROP_REASONS, NO_TASK, STATUSES, Metrics
+import taskvec
+from taskvec.core.job import OutputType
+from taskvec.engines.base import EngineObserver, EngineState
+from taskvec.errors import CODES
+from taskvec.http.encoding import Transport
+from taskvec.telemetry.engine import DROP_REASONS
+from taskvec.telemetry.metrics import (
+    NO_TASK,
+    OTHER_CODE,
+    OUTPUTS,
+    STATUSES,
+    TRANSPORTS,
+    Metrics,
+)
+from taskvec.telemetry.process import ENGINE_STATES
+from taskvec.telemetry.stages import STAGES
 
 TASKS = ("retrieval.query", "clustering")
 
@@ -28,17 +46,23 @@ def test_every_label_is_there_before_traffic(metrics: Metrics) -> None:
         assert seen[key("taskvec_request_seconds_count", task=task)] == 0
     for reason in DROP_REASONS:
         assert seen[key("taskvec_texts_dropped_total", reason=reason)] == 0
+    for stage in STAGES:
+        assert seen[key("taskvec_stage_seconds_count", stage=stage)] == 0
+    for code in (*CODES, OTHER_CODE):
+        assert seen[key("taskvec_rejected_total", code=code)] == 0
+    for output in OutputType:
+        assert seen[key("taskvec_answers_total", output=output.value, transport="raw")] == 0
     for gauge in ("requests_in_flight", "queue_texts", "queue_tokens", "engine_ready"):
         assert seen[key(f"taskvec_{gauge}")] == 0
 
 
 def test_every_series_asks_a_question(metrics: Metrics) -> None:
     """The help text of every series is the question it answers."""
-    families = list(text_string_to_metric_families(metrics.render(ready=True).decode()))
+    families = list(text_string_to_metric_families(metrics.render("ready").decode()))
     helps = {
         family.name: family.documentation
         for family in families
-        if not family.name.endswith("_created")  # prometheus_client's own, beside each counter
+        if family.name.startswith("taskvec_") and not family.name.endswith("_created")
     }
     assert len(helps) >= 13
     assert [name for name, text in helps.items() if not text.endswith("?")] == []
@@ -90,12 +114,74 @@ def test_a_status_that_nobody_foresaw_is_counted(metrics: Metrics) -> None:
     assert seen[key("taskvec_tokens_total", task="clustering", status=unforeseen)] == 4
 
 
+def test_an_empty_queue_has_no_age(metrics: Metrics) -> None:
+    """The oldest waiting text grows older by itself; where none waits its age is 0."""
+    metrics.queue_changed(1, 10, time.monotonic() - 1)
+    first = samples(metrics)[key("taskvec_queue_oldest_seconds")]
+    time.sleep(0.02)
+    assert samples(metrics)[key("taskvec_queue_oldest_seconds")] >= first + 0.02
+    metrics.queue_changed(0, 0, None)
+    assert samples(metrics)[key("taskvec_queue_oldest_seconds")] == 0
+
+
+def test_a_refusal_counts_by_its_code(metrics: Metrics) -> None:
+    """Refusals count under their code, one that is not listed under "other"; no answer counts."""
+    for code in ("input_too_long", "input_too_long", "made_up"):
+        metrics.request_started()
+        output = ("float", "base64")
+        metrics.request_ended(
+            None, 400, texts=0, tokens=0, seconds=0.1, code=code, output=output, stages=[]
+        )
+    seen = samples(metrics)
+    assert seen[key("taskvec_rejected_total", code="input_too_long")] == 2
+    assert seen[key("taskvec_rejected_total", code=OTHER_CODE)] == 1
+    assert seen[key("taskvec_answers_total", output="float", transport="base64")] == 0
+
+
+def test_labels_are_those_of_the_service() -> None:
+    """Outputs, transports and engine states have the names that the other layers give them."""
+    assert set(OUTPUTS) == {output.value for output in OutputType}
+    assert set(TRANSPORTS) == {transport.value for transport in Transport}
+    assert set(ENGINE_STATES) == {state.value for state in EngineState}
+
+
+def test_every_code_is_listed() -> None:
+    """Each code that the source raises, spelled out or made of a field's name, is in CODES."""
+    folder = Path(taskvec.__file__).parent
+    sources = "".join(file.read_text() for file in folder.rglob("*.py"))
+    raised = set(re.findall(r'\bcode="(\w+)"', sources))
+    calls = re.findall(r'_string\([^,]+, "(\w+)"\)', sources)
+    flags = re.findall(r"_agreed\(body, \(([^)]*)\), _boolean\)", sources)
+    fields = calls + re.findall(r"\w+", " ".join(flags))
+    assert len(raised) > 15
+    assert {"task", "truncation", "normalized"} <= set(fields)
+    assert raised | {f"invalid_{field}" for field in fields} <= set(CODES)
+    assert len(set(CODES)) == len(CODES)
+
+
+def test_the_engine_state_is_one_of_several(metrics: Metrics) -> None:
+    """Exactly one state is 1, and ready means that the engine would answer."""
+    for state in ENGINE_STATES:
+        page = metrics.render(state).decode()
+        ones = re.findall(r'\ntaskvec_engine_state\{state="(\w+)"\} 1\.0', page)
+        assert ones == [state]
+        assert f"\ntaskvec_engine_ready {1.0 if state == 'ready' else 0.0}\n" in page
+
+
+def test_the_build_is_described(metrics: Metrics) -> None:
+    """Version, model and engine are labels of one series that is always 1."""
+    metrics.describe(version="1.2", model="m/n", engine="packed")
+    labels = {"version": "1.2", "model": "m/n", "engine": "packed"}
+    assert samples(metrics)[key("taskvec_build_info", **labels)] == 1
+
+
 def test_the_engine_reports_its_queue(metrics: Metrics) -> None:
     """queue_changed sets the gauges to what waits now."""
     observer: EngineObserver = metrics
-    observer.queue_changed(7, 900)
-    observer.queue_changed(2, 30)
+    observer.queue_changed(7, 900, time.monotonic())
+    observer.queue_changed(2, 30, time.monotonic() - 5)
     seen = samples(metrics)
+    assert seen[key("taskvec_queue_oldest_seconds")] == pytest.approx(5, abs=1)
     assert seen[key("taskvec_queue_texts")] == 2
     assert seen[key("taskvec_queue_tokens")] == 30
 
@@ -104,14 +190,17 @@ def test_the_engine_reports_its_batches(metrics: Metrics) -> None:
     """A forward is counted with its texts, tokens and seconds; a wait once for each request."""
     observer: EngineObserver = metrics
     observer.batch_started([0.01, 0.02, 3.0])
-    observer.batch_finished(5, 600, 0.04)
-    observer.batch_finished(1, 20, 0.01)
+    observer.batch_finished(5, 600, 0.04, budget=800)
+    observer.batch_finished(1, 20, 0.01, budget=800)
     seen = samples(metrics)
     assert seen[key("taskvec_queue_seconds_count")] == 3
     assert seen[key("taskvec_queue_seconds_sum")] == pytest.approx(3.03)
     assert seen[key("taskvec_batch_texts_sum")] == 6
     assert seen[key("taskvec_batch_tokens_sum")] == 620
     assert seen[key("taskvec_batch_tokens_bucket", le="64.0")] == 1
+    assert seen[key("taskvec_batch_fill_ratio_sum")] == pytest.approx(0.775)
+    assert seen[key("taskvec_batch_fill_ratio_bucket", le="0.05")] == 1
+    assert seen[key("taskvec_batch_fill_ratio_bucket", le="0.75")] == 2
     assert seen[key("taskvec_forward_seconds_count")] == 2
     assert seen[key("taskvec_forward_seconds_sum")] == pytest.approx(0.05)
 
@@ -127,12 +216,6 @@ def test_the_engine_reports_what_it_dropped(metrics: Metrics, reason: str) -> No
     assert counts == dict.fromkeys(DROP_REASONS, 0) | {reason: 15}
 
 
-def test_readiness_is_what_the_scrape_was_told(metrics: Metrics) -> None:
-    """taskvec_engine_ready is 1 while the engine would answer, else 0."""
-    assert b"\ntaskvec_engine_ready 1.0\n" in metrics.render(ready=True)
-    assert b"\ntaskvec_engine_ready 0.0\n" in metrics.render(ready=False)
-
-
 def test_two_services_count_apart(metrics: Metrics) -> None:
     """Every service has a registry of its own: two in one process do not clash or mix."""
     metrics.texts_dropped("failed", 5)
@@ -142,7 +225,7 @@ def test_two_services_count_apart(metrics: Metrics) -> None:
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every sample of a scrape, by name and labels."""
-    families = text_string_to_metric_families(metrics.render(ready=False).decode())
+    families = text_string_to_metric_families(metrics.render("starting").decode())
     return {
         key(sample.name, **sample.labels): sample.value
         for family in families

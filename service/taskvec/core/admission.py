@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from taskvec.engines.base import Priority
 from taskvec.errors import QueueFullError
+from taskvec.priority import Priority
 
 MEMORY_SECONDS = 30.0
 """How far back the measured rate reaches."""

@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from taskvec.engines.base import Engine, Priority, TokenBatch
+from taskvec.engines.base import Engine, TokenBatch
+from taskvec.priority import Priority
 
 TEXT_TOKENS = 64
 FIRST_TEXTS, MOST_TEXTS = 8, 1024

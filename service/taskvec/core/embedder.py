@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -13,13 +13,17 @@ from numpy.typing import NDArray
 
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import Embeddings, EmbedJob, Timings
+from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer
 from taskvec.core.vectors import finish
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 from taskvec.gather import gather_or_cancel
+from taskvec.telemetry.stages import Stages
+
+Charge = Callable[[int], Awaitable[None]]
+"""Told how many tokens a request has, before they are embedded; raises where they are too many."""
 
 FINISH_INLINE = 1 << 16
 """Up to so many values are finished in the event loop: less than a millisecond."""
@@ -56,8 +60,21 @@ class AsyncEmbedder:
         """Around a whole request; see ``ServiceHealth.work``."""
         return self._health.work()
 
-    async def embed(self, job: EmbedJob) -> Embeddings:
+    def cut(self, ids: list[int]) -> list[int]:
+        """The first ``max_tokens`` ids of a longer list."""
+        return self._tokenizer.cut(ids)
+
+    async def embed(
+        self, job: EmbedJob, stages: Stages | None = None, charge: Charge | None = None
+    ) -> Embeddings:
         """Embed a job's inputs.
+
+        Args:
+            job: what is wanted.
+            stages: where the time is noted, also of a job that fails; encoding has begun when
+                this returns.
+            charge: told of the tokens once they are known and admitted; what it raises ends the
+                job before the engine sees it.
 
         Raises:
             InvalidRequestError: dimensions or a text that the model cannot take.
@@ -65,11 +82,21 @@ class AsyncEmbedder:
             DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
             UnavailableError: the engine cannot embed now.
         """
-        (result,) = await self.embed_together([job])
+        (result,) = await self.embed_together([job], stages, charge)
         return result
 
-    async def embed_together(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
+    async def embed_together(
+        self,
+        jobs: Sequence[EmbedJob],
+        stages: Stages | None = None,
+        charge: Charge | None = None,
+    ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
+
+        Args:
+            jobs: at least one.
+            stages: see ``embed``.
+            charge: see ``embed``.
 
         Raises:
             TaskvecError: as ``embed``; if one fails, all do.
@@ -78,37 +105,47 @@ class AsyncEmbedder:
             job.check_dimensions(self.model.dimension)
         self._health.require_engine()
         self._admission.require_room(jobs[0].priority)
+        stages = stages or Stages()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
         try:
             async with asyncio.timeout(seconds):
-                return await self._embed(jobs)
+                return await self._embed(jobs, stages, charge)
         except TimeoutError:
             raise DeadlineExceededError(
                 "The request's deadline passed before it was embedded: send fewer texts at once, "
                 "or allow more time."
             ) from None
 
-    async def _embed(self, jobs: Sequence[EmbedJob]) -> list[Embeddings]:
-        begun = time.monotonic()
+    async def _embed(
+        self, jobs: Sequence[EmbedJob], stages: Stages, charge: Charge | None
+    ) -> list[Embeddings]:
+        stages.begin("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
-        tokenizing = time.monotonic() - begun
+        stages.end()
         tokens = sum(len(text) for texts in ids for text in texts)
         priority = self._admission.class_of(tokens, jobs[0].priority)
         batches = [
-            TokenBatch(texts, job.task.adapter, job.deadline, priority)
+            TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
             for texts, job in zip(ids, jobs, strict=True)
         ]
-        with self._admission.admit(tokens, priority), self._health.waiting():
-            if len(batches) == 1:
-                results = [await self._engine.embed(batches[0])]
-            else:
-                results = await gather_or_cancel(map(self._engine.embed, batches))
+        with self._admission.admit(tokens, priority):
+            if charge is not None:
+                await charge(tokens)
+            stages.begin("queue")
+            with self._health.waiting():
+                if len(batches) == 1:
+                    results = [await self._engine.embed(batches[0])]
+                else:
+                    results = await gather_or_cancel(map(self._engine.embed, batches))
+        queued = min(result.queued for result in results)
+        whole = max(result.queued + result.computed for result in results)
+        stages.embedded(queued, whole - queued)
+        stages.begin("encode")
         return [
             Embeddings(
                 vectors=await self._finished(job, result),
                 tokens=batch.tokens,
-                timings=Timings(tokenizing, result.queued, result.computed),
             )
             for job, batch, result in zip(jobs, batches, results, strict=True)
         ]

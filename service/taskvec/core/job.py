@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.tasks import Task
-from taskvec.engines.base import Priority, TokenIds
+from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
+from taskvec.priority import Priority
 
 
 class OutputType(enum.Enum):
@@ -74,15 +75,6 @@ class EmbedJob:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds a job spent in each stage."""
-
-    tokenize: float
-    queue: float
-    engine: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Embeddings:
     """The answer to a job.
@@ -95,4 +87,3 @@ class Embeddings:
 
     vectors: NDArray[np.generic]
     tokens: int
-    timings: Timings

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -42,10 +44,28 @@ WIDEST_TOKEN = 256
 """Characters a token in the widest window; natural text has 2 to 8."""
 
 
+class TokenizerObserver(Protocol):
+    """What a tokenizer reports while it works; called from any thread."""
+
+    def tokenizer_changed(self, busy: int, waiting: int) -> None:
+        """So many of its threads are busy, so many requests wait for one."""
+
+    def text_cut(self, tokens: int) -> None:
+        """A text was too long and lost so many tokens."""
+
+
 class TextTokenizer:
     """A checkpoint's tokenizer, its own post-processor included, in threads of its own."""
 
-    def __init__(self, file: Path, *, max_tokens: int, vocabulary: int, threads: int) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        max_tokens: int,
+        vocabulary: int,
+        threads: int,
+        observer: TokenizerObserver | None = None,
+    ) -> None:
         """Load tokenizer.json.
 
         Args:
@@ -53,6 +73,7 @@ class TextTokenizer:
             max_tokens: longest text, special tokens included.
             vocabulary: the model's; a tokenizer that can give other ids is refused.
             threads: how many requests are tokenised at once.
+            observer: told of its threads and of texts that are cut.
 
         Raises:
             CheckpointError: the file is damaged or does not belong to the model.
@@ -79,15 +100,19 @@ class TextTokenizer:
                 f"max_tokens {max_tokens} leaves no room beside the tokenizer's special tokens."
             )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+        self._size = threads
+        self._jobs = 0
+        self._counting = threading.Lock()
+        self._observer = observer
 
     async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
         """``encode_now``: small requests at once, others in one of the tokenizer's threads."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.encode_now(texts, prompt=prompt, truncate=truncate)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, lambda: self.encode_now(texts, prompt=prompt, truncate=truncate)
-        )
+        job = self._threads.submit(self.encode_now, texts, prompt=prompt, truncate=truncate)
+        self._count(1)
+        job.add_done_callback(self._job_ended)
+        return await asyncio.wrap_future(job)
 
     def encode_now(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
         """The ids that the model is to see for each text.
@@ -110,15 +135,34 @@ class TextTokenizer:
             encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
                 [prompt + texts[i] for i in short], add_special_tokens=False
             )
-        contents = {i: encoding.ids for i, encoding in zip(short, encodings, strict=True)}
+        contents = {i: (encoding.ids, 0) for i, encoding in zip(short, encodings, strict=True)}
         for i, text in enumerate(texts):
             if i not in contents:
                 contents[i] = self._settled(prompt, text, i, wanted, window)
-        return [self._framed(contents[i], i, truncate=truncate) for i in range(len(texts))]
+        return [self._framed(*contents[i], i, truncate=truncate) for i in range(len(texts))]
+
+    def cut(self, ids: list[int]) -> list[int]:
+        """The first ids of too many, as they are."""
+        self._report_cut(len(ids) - self.max_tokens)
+        return ids[: self.max_tokens]
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _job_ended(self, _: Future[list[TokenIds]]) -> None:
+        self._count(-1)
+
+    def _count(self, jobs: int) -> None:
+        with self._counting:
+            self._jobs += jobs
+            if self._observer is not None:
+                busy = min(self._jobs, self._size)
+                self._observer.tokenizer_changed(busy, self._jobs - busy)
+
+    def _report_cut(self, tokens: int) -> None:
+        if self._observer is not None:
+            self._observer.text_cut(tokens)
 
     def _specials(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor puts before and after a text."""
@@ -129,15 +173,22 @@ class TextTokenizer:
                 return framed[:start], framed[start + len(bare) :]
         raise CheckpointError("tokenizer.json has a post-processor that rewrites the text's ids.")
 
-    def _settled(self, prompt: str, text: str, index: int, wanted: int, window: int) -> list[int]:
-        """The first ``wanted`` ids of a long text, or all of them where it has fewer."""
+    def _settled(
+        self, prompt: str, text: str, index: int, wanted: int, window: int
+    ) -> tuple[list[int], int]:
+        """The first ``wanted`` ids of a long text, or all of them where it has fewer.
+
+        And how many there are beyond, estimated from those that were read.
+        """
         widest = wanted * WIDEST_TOKEN + GUARD
-        while window < len(prompt) + len(text):
+        length = len(prompt) + len(text)
+        while window < length:
             seen = prompt + text[: window - len(prompt)]
             ids, ends = self._encode_with_ends(seen, index)
             settled = bisect.bisect_right(ends, _settled_until(seen))
             if settled >= wanted:
-                return ids[:wanted]
+                read = ends[wanted - 1]
+                return ids[:wanted], max(1, round(wanted * (length - read) / read))
             if window == widest:
                 raise InvalidRequestError(
                     f"input[{index}] has {len(text)} characters, of which the first {window} hold "
@@ -146,7 +197,7 @@ class TextTokenizer:
                     param=f"input[{index}]",
                 )
             window = min(4 * window, widest)
-        return self._encode_with_ends(prompt + text, index)[0]
+        return self._encode_with_ends(prompt + text, index)[0], 0
 
     def _encode_with_ends(self, text: str, index: int) -> tuple[list[int], list[int]]:
         """Ids, and the character each one ends at."""
@@ -154,8 +205,9 @@ class TextTokenizer:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
-    def _framed(self, content: list[int], index: int, *, truncate: bool) -> TokenIds:
-        if len(content) > self._room:
+    def _framed(self, content: list[int], beyond: int, index: int, *, truncate: bool) -> TokenIds:
+        lost = len(content) + beyond - self._room
+        if lost > 0:
             if not truncate:
                 raise InvalidRequestError(
                     f"input[{index}] has more than the {self.max_tokens} tokens that fit (prompt "
@@ -163,6 +215,7 @@ class TextTokenizer:
                     code="input_too_long",
                     param=f"input[{index}]",
                 )
+            self._report_cut(lost)
             content = content[: self._room]
         ids = self._head + content + self._tail
         if not ids:

@@ -6,7 +6,7 @@ An engine never sees text, prompts, output dimensions or output types.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.errors import UnavailableError
+from taskvec.priority import Priority
 
 TokenIds = NDArray[np.int32]
+
+
+def _unheard() -> None:
+    """For a batch whose way nobody follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +50,6 @@ class ModelCard:
     parameters: int
 
 
-class Priority(enum.StrEnum):
-    """Which of two classes a request belongs to; each gets its share of the engine's time."""
-
-    INTERACTIVE = "interactive"
-    BULK = "bulk"
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
     """The texts of one request, as token ids.
@@ -61,6 +59,8 @@ class TokenBatch:
         adapter: the adapter to apply to all of them; None for the bare backbone.
         deadline: ``time.monotonic()`` after which nobody waits for the answer; None for never.
         priority: its class. A batch that takes more than one forward is bulk whatever this says.
+        entered: called by the engine, from any thread, as the first text enters a forward; at once
+            by an engine that cannot see its forwards.
 
     Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not already in a
     forward.
@@ -70,6 +70,7 @@ class TokenBatch:
     adapter: str | None
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    entered: Callable[[], None] = _unheard
 
     @property
     def tokens(self) -> int:
@@ -133,14 +134,14 @@ class EngineHealth:
 class EngineObserver(Protocol):
     """What an engine reports while it works; called from the engine's own thread."""
 
-    def queue_changed(self, texts: int, tokens: int) -> None:
-        """The queue now holds this much."""
+    def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
+        """The queue now holds this much, and since ``time.monotonic()`` ``oldest``."""
 
     def batch_started(self, waited: Sequence[float]) -> None:
         """Requests entered their first forward after these many seconds in the queue."""
 
-    def batch_finished(self, texts: int, tokens: int, seconds: float) -> None:
-        """One forward over this much took so long."""
+    def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
+        """One forward over this much, of at most ``budget`` tokens, took so long."""
 
     def texts_dropped(self, reason: str, texts: int) -> None:
         """Texts left the queue unembedded: ``cancelled``, ``expired`` or ``failed``."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
-import orjson
 from starlette.requests import Request
 from starlette.types import Receive
 
 from taskvec.errors import (
     ClientClosedError,
-    InvalidRequestError,
     PayloadTooLargeError,
-    SlowBodyError,
+    SlowRequestError,
     UnsupportedMediaTypeError,
 )
+from taskvec.http.json import parse
+from taskvec.http.limits import Limits
 
 T = TypeVar("T")
+
+PARSE_INLINE = 1 << 16
+"""Up to so many bytes are parsed in the event loop: a millisecond at most."""
 
 MOST_DIGITS = 18
 """Of a Content-Length worth reading as a number."""
@@ -28,20 +31,21 @@ WATCH_AFTER = 0.02
 costs as much as everything else that is done for a small request."""
 
 
-async def read_json(request: Request, limit: int, seconds: float) -> Any:
-    """The parsed body.
+async def read_json(request: Request, limits: Limits, read: Callable[[Any], T]) -> T:
+    """What ``read`` makes of the parsed body; in a thread where that would block the event loop.
 
     Args:
         request: not yet read.
-        limit: most bytes; a longer body is refused by its header, or as soon as it passes it.
-        seconds: how long the body may take to arrive.
+        limits: of the body.
+        read: from the parsed body to what is wanted of it.
 
     Raises:
-        UnsupportedMediaTypeError: declared as something other than JSON.
-        SlowBodyError: not there in time; the rest is not read.
+        UnsupportedMediaTypeError: declared as something other than JSON, or as compressed.
+        SlowRequestError: not there in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client left while sending.
-        InvalidRequestError: not JSON: also NaN, lone surrogates and nesting beyond 1,024 levels.
+        InvalidRequestError: not JSON: also NaN, lone surrogates, nesting beyond 1,024 levels, and
+            more values than the limit.
     """
     declared = request.headers.get("content-type", "application/json")
     kind = declared.partition(";")[0].strip().lower()
@@ -50,36 +54,44 @@ async def read_json(request: Request, limit: int, seconds: float) -> Any:
             f"The body is declared as {kind[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    try:
-        return orjson.loads(await read_bytes(request, limit, seconds))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(
-            f"The body is not valid JSON: {error}.", code="invalid_json"
-        ) from None
+    body = await read_bytes(request, limits)
+    if len(body) <= PARSE_INLINE:
+        return read(parse(body, limits.values))
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, lambda: read(parse(body, limits.values)))
 
 
-async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
+async def read_bytes(request: Request, limits: Limits) -> bytes:
     """The body as it came.
 
     Args:
         request: not yet read.
-        limit: most bytes; a longer body is refused by its header, or as soon as it passes it.
-        seconds: how long the body may take to arrive.
+        limits: a body over ``body_bytes`` is refused by its header, or as soon as it passes it.
 
     Raises:
-        SlowBodyError: not there in time; the rest is not read.
+        UnsupportedMediaTypeError: declared as compressed.
+        SlowRequestError: not there in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client left while sending.
     """
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("identity", ""):
+        raise UnsupportedMediaTypeError(
+            f"The body is declared as compressed ({coding[:80]!r}): send it as it is, without the "
+            "header Content-Encoding.",
+            code="unsupported_content_encoding",
+        )
+    limit = limits.body_bytes
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and (len(length) > MOST_DIGITS or int(length) > limit):
         raise _too_large(limit)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(limits.body_seconds):
             return await _read(request.receive, limit)
     except TimeoutError:
-        raise SlowBodyError(
-            f"The body did not arrive within {seconds:g} seconds: send fewer texts at once."
+        raise SlowRequestError(
+            f"The body did not arrive within {limits.body_seconds:g} seconds: send fewer texts at "
+            "once."
         ) from None
 
 

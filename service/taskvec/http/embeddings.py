@@ -10,6 +10,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from taskvec.access.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob, OutputType
 from taskvec.core.tasks import Task
@@ -46,22 +47,20 @@ class EmbeddingsRoute:
 
     async def _answer(self, request: Request) -> Response:
         record = record_of(request.scope)
-        body = await read_json(request, self._limits.body_bytes, self._limits.seconds)
-        job, transport = self.read(body, request.headers)
+        job, transport = await read_json(
+            request, self._limits, lambda body: self.read(body, request.headers, record.key)
+        )
         record.task, record.texts = job.task.name, len(job.inputs)
-        result = await unless_client_leaves(request.receive, self._embedder.embed(job))
-        encoding_began = time.perf_counter()
-        response = await encode_off_loop(result, transport, self._names.primary)
+        record.output = job.output.value, transport.value
+        result = await unless_client_leaves(
+            request.receive, self._embedder.embed(job, record.stages, record.charge)
+        )
         record.tokens = result.tokens
-        record.stages = {
-            "tokenize": result.timings.tokenize,
-            "queue": result.timings.queue,
-            "engine": result.timings.engine,
-            "encode": time.perf_counter() - encoding_began,
-        }
-        return response
+        return await encode_off_loop(result, transport, self._names.primary)
 
-    def read(self, body: Any, headers: Mapping[str, str]) -> tuple[EmbedJob, Transport]:
+    def read(
+        self, body: Any, headers: Mapping[str, str], key: Key | None = None
+    ) -> tuple[EmbedJob, Transport]:
         """The job that a body asks for, and how its answer travels.
 
         Raises:
@@ -83,7 +82,7 @@ class EmbeddingsRoute:
             normalized=normalized is not False,
             truncate=bool(truncate),
             deadline=time.monotonic() + seconds_allowed(headers, self._limits.seconds),
-            priority=priority_asked(headers),
+            priority=priority_asked(headers, key),
         )
         return job, transport
 
@@ -158,7 +157,7 @@ class EmbeddingsRoute:
                     code="input_too_long",
                     param=where,
                 )
-            value = value[: self._embedder.max_tokens]
+            value = self._embedder.cut(value)
         return np.array(value, dtype=np.int32)
 
 

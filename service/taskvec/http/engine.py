@@ -11,11 +11,13 @@ from starlette.responses import Response
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.tasks import Task
-from taskvec.engines.base import Priority, TokenIds
+from taskvec.engines.base import TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
 from taskvec.http.limits import Limits, priority_asked, seconds_allowed
+from taskvec.http.record import RequestRecord, record_of
+from taskvec.priority import Priority
 
 
 class EngineRoute:
@@ -35,8 +37,8 @@ class EngineRoute:
         if request.headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = seconds_allowed(request.headers, self._limits.seconds)
-        priority = priority_asked(request.headers)
-        body = await read_bytes(request, self._limits.body_bytes, self._limits.seconds)
+        priority = priority_asked(request.headers, record_of(request.scope).key)
+        body = await read_bytes(request, self._limits)
         try:
             ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
         except ValueError as error:
@@ -44,9 +46,13 @@ class EngineRoute:
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
             ) from None
         self._check(ids)
+        record = record_of(request.scope)
+        record.texts = len(ids)
         vectors = await unless_client_leaves(
-            request.receive, self._embed(ids, adapters, time.monotonic() + seconds, priority)
+            request.receive,
+            self._embed(ids, adapters, time.monotonic() + seconds, priority, record),
         )
+        record.tokens = sum(map(len, ids))
         return Response(vectors, media_type=WIRE_TYPE)
 
     async def _embed(
@@ -55,6 +61,7 @@ class EngineRoute:
         adapters: list[str | None],
         deadline: float,
         priority: Priority,
+        record: RequestRecord,
     ) -> bytes:
         places: dict[str | None, list[int]] = {}
         for place, adapter in enumerate(adapters):
@@ -69,7 +76,7 @@ class EngineRoute:
             )
             for adapter, chosen in places.items()
         ]
-        answers = await self._embedder.embed_together(jobs)
+        answers = await self._embedder.embed_together(jobs, record.stages, record.charge)
         if len(jobs) == 1:
             return answers[0].vectors.astype("<f4", copy=False).tobytes()
         vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")

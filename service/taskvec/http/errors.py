@@ -73,6 +73,8 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
         headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if error.status in NO_RETRY_HELPS:
         headers["x-should-retry"] = "false"
     if error.status in (408, 413) or error.code == "draining":
@@ -86,8 +88,13 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
 def install_error_handlers(app: FastAPI) -> None:
     """Map every failure that a route or the framework raises; bugs end in the middleware."""
 
+    def refusal(request: Request, error: TaskvecError) -> Response:
+        record = record_of(request.scope)
+        record.code = error.code
+        return error_response(error, record.request_id)
+
     async def known(request: Request, error: Exception) -> Response:
-        return error_response(cast("TaskvecError", error), record_of(request.scope).request_id)
+        return refusal(request, cast("TaskvecError", error))
 
     async def framework(request: Request, error: Exception) -> Response:
         error = cast("HTTPException", error)
@@ -101,12 +108,12 @@ def install_error_handlers(app: FastAPI) -> None:
             )
         else:
             translated = InvalidRequestError(str(error.detail))
-        response = error_response(translated, record_of(request.scope).request_id)
+        response = refusal(request, translated)
         response.headers.update(error.headers or {})
         return response
 
     async def invalid(request: Request, error: Exception) -> Response:
-        return error_response(InvalidRequestError(str(error)), record_of(request.scope).request_id)
+        return refusal(request, InvalidRequestError(str(error)))
 
     app.add_exception_handler(TaskvecError, known)
     app.add_exception_handler(HTTPException, framework)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Response
+from fastapi.params import Depends
 
 from taskvec.core.health import ServiceHealth
 from taskvec.engines.base import EngineState
@@ -13,8 +16,16 @@ from taskvec.telemetry.metrics import Metrics
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def probes_router(health: ServiceHealth, metrics: Metrics) -> APIRouter:
-    """/health/live, /health/ready and /metrics."""
+def probes_router(
+    health: ServiceHealth, metrics: Metrics, metrics_guards: Sequence[Depends] = ()
+) -> APIRouter:
+    """/health/live, /health/ready and /metrics.
+
+    Args:
+        health: what is told.
+        metrics: what is shown.
+        metrics_guards: what a request for the metrics has to pass.
+    """
     router = APIRouter(tags=["operations"])
 
     @router.get(
@@ -39,11 +50,15 @@ def probes_router(health: ServiceHealth, metrics: Metrics) -> APIRouter:
         "/metrics",
         summary="Prometheus series",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        dependencies=metrics_guards,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **(error_responses(401) if metrics_guards else {}),
+        },
     )
     async def series() -> Response:
         return Response(
-            metrics.render(ready=health.readiness().ready),
+            metrics.render(health.readiness().state.value),
             headers={"content-type": PROMETHEUS_TEXT},
         )
 

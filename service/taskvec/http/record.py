@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from taskvec.access.keys import Key
+from taskvec.core.embedder import Charge
+from taskvec.telemetry.stages import Stages
+
 RECORD_KEY = "taskvec.record"
 """Where the middleware keeps the record in the ASGI scope."""
 
@@ -17,7 +21,13 @@ class RequestRecord:
 
     Attributes:
         status: of the answer; 0 while there is none.
-        stages: stage -> how long it took, for the Server-Timing header.
+        stages: where the time went.
+        output: number type and transport of the vectors; None while unknown.
+        code: of the error that the answer is; None for a good one.
+        trace_id: 32 hexadecimal digits; None where the request is not traced.
+        key: whose request it is; None where no key is asked for, or none was given.
+        charge: what the key's token limit is charged by; None where it has none.
+        headers: further ones of the answer, whatever it will be.
     """
 
     request_id: str
@@ -26,7 +36,13 @@ class RequestRecord:
     task: str | None = None
     texts: int = 0
     tokens: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
+    stages: Stages = field(default_factory=Stages)
+    output: tuple[str, str] | None = None
+    code: str | None = None
+    trace_id: str | None = None
+    key: Key | None = None
+    charge: Charge | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 def record_of(scope: Scope) -> RequestRecord:

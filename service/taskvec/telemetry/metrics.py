@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable under which processes share their series; see prometheus_client's multiprocess
-mode. It must be set before prometheus_client is imported."""
+from taskvec.access.keys import NO_KEY
+from taskvec.errors import CODES
+from taskvec.telemetry.engine import SECONDS, EngineSeries
+from taskvec.telemetry.pool import PoolSeries
+from taskvec.telemetry.process import SHARED_FOLDER, ProcessSeries
+from taskvec.telemetry.stages import STAGES, Stage
 
-STATUSES = ("200", "400", "404", "405", "408", "413", "415", "429", "499", "500", "503", "504")
+STATUSES = (
+    "200",
+    "400",
+    "401",
+    "404",
+    "405",
+    "408",
+    "413",
+    "415",
+    "429",
+    "499",
+    "500",
+    "503",
+    "504",
+)
 NO_TASK = "none"
 """Task label of requests that failed before their task was known."""
 
-CALL_OUTCOMES = ("ok", "busy", "unreachable", "error", "timeout", "wrong", "abandoned")
-DROP_REASONS = ("cancelled", "expired", "failed")
-_SECONDS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+OTHER_CODE = "other"
+"""Code label of an error whose code ``taskvec.errors`` does not list."""
+
+OUTPUTS = ("float", "int8", "uint8", "binary", "ubinary", "float16")
+TRANSPORTS = ("numbers", "base64", "raw")
+_STAGE_SECONDS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0,
 )  # fmt: skip
-_TOKENS = tuple(float(4**n) for n in range(1, 10))
 
 
-class Metrics:
+class Metrics(ProcessSeries, EngineSeries, PoolSeries):
     """The series of one service; also the observer that its engine reports to."""
 
     def __init__(self, tasks: Iterable[str]) -> None:
@@ -35,6 +55,9 @@ class Metrics:
             tasks: task names that will be used as labels.
         """
         self.registry = CollectorRegistry()
+        ProcessSeries.__init__(self, self.registry)
+        EngineSeries.__init__(self, self.registry)
+        PoolSeries.__init__(self, self.registry)
         self._requests = Counter(
             "taskvec_requests",
             "How many embedding requests ended, by task and HTTP status (499: client left)?",
@@ -57,7 +80,43 @@ class Metrics:
             "taskvec_request_seconds",
             "How long does an embedding request take, body to answer, by task?",
             ("task",),
-            buckets=_SECONDS,
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        stage_seconds = Histogram(
+            "taskvec_stage_seconds",
+            "In which stage do embedding requests spend their time?",
+            ("stage",),
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
+        answers = Counter(
+            "taskvec_answers",
+            "In which number type and transport are vectors asked for and given?",
+            ("output", "transport"),
+            registry=self.registry,
+        )
+        rejected = Counter(
+            "taskvec_rejected",
+            "Why were embedding requests not answered, by the code that the client saw?",
+            ("code",),
+            registry=self.registry,
+        )
+        self._key_requests = Counter(
+            "taskvec_key_requests",
+            "How many embedding requests ended, by API key and HTTP status?",
+            ("key", "status"),
+            registry=self.registry,
+        )
+        self._key_tokens = Counter(
+            "taskvec_key_tokens",
+            "How many tokens were embedded for answered requests, by API key?",
+            ("key",),
+            registry=self.registry,
+        )
+        self._limits_unchecked = Counter(
+            "taskvec_limits_unchecked",
+            "How many limits of API keys could not be checked, as Redis was down?",
             registry=self.registry,
         )
         self._in_flight = Gauge(
@@ -65,83 +124,6 @@ class Metrics:
             "How many embedding requests are being worked on?",
             registry=self.registry,
             multiprocess_mode="livesum",
-        )
-        self._queue_texts = Gauge(
-            "taskvec_queue_texts",
-            "How many texts wait for a forward (vllm: or are in one)?",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self._queue_tokens = Gauge(
-            "taskvec_queue_tokens",
-            "How many tokens wait for a forward (vllm: or are in one)?",
-            registry=self.registry,
-            multiprocess_mode="livesum",
-        )
-        self._queue_seconds = Histogram(
-            "taskvec_queue_seconds",
-            "How long does a request wait for its first forward?",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._batch_texts = Histogram(
-            "taskvec_batch_texts",
-            "How many texts does a forward hold?",
-            buckets=_TOKENS,
-            registry=self.registry,
-        )
-        self._batch_tokens = Histogram(
-            "taskvec_batch_tokens",
-            "How many tokens does a forward hold: are batches full?",
-            buckets=_TOKENS,
-            registry=self.registry,
-        )
-        self._forward_seconds = Histogram(
-            "taskvec_forward_seconds",
-            "How long does a forward take?",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._dropped = Counter(
-            "taskvec_texts_dropped",
-            "How many texts left the queue unembedded, by reason?",
-            ("reason",),
-            registry=self.registry,
-        )
-        self._ready = Gauge(
-            "taskvec_engine_ready",
-            "Would the engine answer now (1 or 0)?",
-            registry=self.registry,
-            multiprocess_mode="livemostrecent",
-        )
-        self._server_serving = Gauge(
-            "taskvec_engine_server_serving",
-            "Which engine servers are proven and may be called (1), which not (0)?",
-            ("server",),
-            registry=self.registry,
-            multiprocess_mode="livemostrecent",
-        )
-        self._calls = Counter(
-            "taskvec_engine_calls",
-            "How many calls to engine servers ended, by server and outcome?",
-            ("server", "outcome"),
-            registry=self.registry,
-        )
-        self._call_seconds = Histogram(
-            "taskvec_engine_call_seconds",
-            "How long does a call to an engine server take?",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._retries = Counter(
-            "taskvec_engine_retries",
-            "How many failed calls to engine servers were sent again?",
-            registry=self.registry,
-        )
-        self._lookup_failures = Counter(
-            "taskvec_engine_lookup_failures",
-            "How often could the name of engine servers not be resolved?",
-            registry=self.registry,
         )
         self._by_label = {
             (task, status): (
@@ -155,17 +137,57 @@ class Metrics:
         self._seconds_by_task = {
             task: self._request_seconds.labels(task) for task in (*tasks, NO_TASK)
         }
-        for reason in DROP_REASONS:
-            self._dropped.labels(reason)
+        self._by_stage = {stage: stage_seconds.labels(stage) for stage in STAGES}
+        self._by_output = {
+            (output, transport): answers.labels(output, transport)
+            for output in OUTPUTS
+            for transport in TRANSPORTS
+            if output != "float16" or transport == "raw"
+        }
+        self._by_code = {code: rejected.labels(code) for code in (*CODES, OTHER_CODE)}
+        self.keys_changed([])
+
+    def keys_changed(self, names: Iterable[str]) -> None:
+        """The API keys that requests may have from now on; what others counted stays."""
+        for name in (*names, NO_KEY):
+            self._key_tokens.labels(name)
+            for status in STATUSES:
+                self._key_requests.labels(name, status)
+
+    def limit_unchecked(self) -> None:
+        """See ``LimitObserver``."""
+        self._limits_unchecked.inc()
 
     def request_started(self) -> None:
         """An embedding request arrived."""
         self._in_flight.inc()
 
     def request_ended(
-        self, task: str | None, status: int, texts: int, tokens: int, seconds: float
+        self,
+        task: str | None,
+        status: int,
+        *,
+        texts: int,
+        tokens: int,
+        seconds: float,
+        stages: Iterable[Stage] = (),
+        output: tuple[str, str] | None = None,
+        code: str | None = None,
+        key: str | None = None,
     ) -> None:
-        """An embedding request was answered, refused or given up."""
+        """An embedding request was answered, refused or given up.
+
+        Args:
+            task: None where it failed before its task was known.
+            status: of the answer; 499 where the client left.
+            texts: how many it carried.
+            tokens: how many were embedded.
+            seconds: from its first byte to its answer.
+            stages: those that it went through.
+            output: number type and transport of the vectors; counted where they were given.
+            code: of the error that it got; None for a good answer.
+            key: name of the API key; None where there was none.
+        """
         self._in_flight.dec()
         name = task or NO_TASK
         label = str(status)
@@ -181,55 +203,23 @@ class Metrics:
         texts_total.inc(texts)
         tokens_total.inc(tokens)
         self._seconds_by_task[name].observe(seconds)
+        for stage in stages:
+            self._by_stage[stage.name].observe(stage.seconds)
+        if code is not None:
+            self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
+        elif output is not None:
+            self._by_output[output].inc()
+        self._key_requests.labels(key or NO_KEY, label).inc()
+        self._key_tokens.labels(key or NO_KEY).inc(tokens)
 
-    def queue_changed(self, texts: int, tokens: int) -> None:
-        """See ``EngineObserver``."""
-        self._queue_texts.set(texts)
-        self._queue_tokens.set(tokens)
+    def render(self, state: str) -> bytes:
+        """All series in Prometheus' text format; of all processes where several share them.
 
-    def batch_started(self, waited: Sequence[float]) -> None:
-        """See ``EngineObserver``."""
-        for seconds in waited:
-            self._queue_seconds.observe(seconds)
-
-    def batch_finished(self, texts: int, tokens: int, seconds: float) -> None:
-        """See ``EngineObserver``."""
-        self._batch_texts.observe(texts)
-        self._batch_tokens.observe(tokens)
-        self._forward_seconds.observe(seconds)
-
-    def texts_dropped(self, reason: str, texts: int) -> None:
-        """See ``EngineObserver``."""
-        self._dropped.labels(reason).inc(texts)
-
-    def server_changed(self, server: str, *, serving: bool) -> None:
-        """See ``PoolObserver``."""
-        self._server_serving.labels(server).set(1 if serving else 0)
-        for outcome in CALL_OUTCOMES:
-            self._calls.labels(server, outcome)
-
-    def server_left(self, server: str) -> None:
-        """See ``PoolObserver``."""
-        self._server_serving.remove(server)
-        for outcome in CALL_OUTCOMES:
-            self._calls.remove(server, outcome)
-
-    def call_ended(self, server: str, outcome: str, seconds: float) -> None:
-        """See ``PoolObserver``."""
-        self._calls.labels(server, outcome).inc()
-        self._call_seconds.observe(seconds)
-
-    def call_retried(self) -> None:
-        """See ``PoolObserver``."""
-        self._retries.inc()
-
-    def lookup_failed(self) -> None:
-        """See ``PoolObserver``."""
-        self._lookup_failures.inc()
-
-    def render(self, *, ready: bool) -> bytes:
-        """All series in Prometheus' text format; of all processes where several share them."""
-        self._ready.set(1 if ready else 0)
+        Args:
+            state: the engine's, as this process sees it.
+        """
+        self.engine_state(state)
+        self.let_time_pass()
         shared = os.environ.get(SHARED_FOLDER)
         if shared is None:
             return generate_latest(self.registry)

@@ -11,10 +11,10 @@ import pytest
 
 from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
 from taskvec.checkpoint.layout import Checkpoint
-from taskvec.engines.base import Priority
 from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL
 from taskvec.engines.remote.server import BULK_CALLS
 from taskvec.errors import UnavailableError
+from taskvec.priority import Priority
 
 MANY = TEXTS_A_CALL * (2 * BULK_CALLS + 1)
 

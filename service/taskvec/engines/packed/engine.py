@@ -20,7 +20,6 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
-    Priority,
     TokenBatch,
 )
 from taskvec.engines.packed.proof import prove_adapters
@@ -29,6 +28,7 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.turns import TurnQueue
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError, DeadlineExceededError, TaskvecError
+from taskvec.priority import Priority
 
 MERGE_SHARE = 0.5
 """Adapters are merged if their full weights take at most this share of the free memory."""
@@ -256,6 +256,7 @@ class PackedEngine:
         for request, _ in rows:
             if request.started_at is None:
                 request.started_at = begun
+                request.batch.entered()
                 waited.append(begun - request.queued_at)
         ids = [request.batch.ids[i] for request, i in rows]
         if self._observer is not None:
@@ -272,7 +273,8 @@ class PackedEngine:
                 self._queue.spend(done - begun)
         self._finished += len(ids)
         if self._observer is not None:
-            self._observer.batch_finished(len(ids), sum(map(len, ids)), done - begun)
+            tokens = sum(map(len, ids))
+            self._observer.batch_finished(len(ids), tokens, done - begun, self._budget)
         for (request, i), vector in zip(rows, vectors, strict=True):
             request.vectors[i] = vector
             request.missing -= 1
@@ -302,7 +304,9 @@ class PackedEngine:
 
     def _report_queue(self) -> None:
         if self._observer is not None:
-            self._observer.queue_changed(self._queue.texts, self._queue.tokens)
+            oldest = self._queue.oldest
+            since = None if oldest is None else oldest.queued_at
+            self._observer.queue_changed(self._queue.texts, self._queue.tokens, since)
 
     def _report_dropped(self, reason: str, texts: int, request: _Request) -> None:
         log.info("texts_dropped", reason=reason, texts=texts, of=len(request.order))

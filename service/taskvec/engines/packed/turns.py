@@ -8,12 +8,12 @@ only, so that a short text does not wait for a long forward to which it was adde
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from taskvec.engines.base import Priority
+from taskvec.priority import Priority
 
 T = TypeVar("T")
 
@@ -67,9 +67,10 @@ class _Ring(Generic[T]):
     def __iter__(self) -> Iterator[Turn[T]]:
         yield from (*self.new, *self.old)
 
-    def take(self, quantum: int, budget: int) -> tuple[list[tuple[T, int]], int]:
-        """See ``TurnQueue.take``; also the tokens that were taken."""
+    def take(self, quantum: int, budget: int) -> tuple[list[tuple[T, int]], int, list[T]]:
+        """See ``TurnQueue.take``; also the tokens taken, and the requests that are done."""
         batch: list[tuple[T, int]] = []
+        done: list[T] = []
         room = budget
         while self:
             turn = (self.new or self.old).popleft()
@@ -79,14 +80,16 @@ class _Ring(Generic[T]):
                 if cost > room and batch:
                     turn.deficit -= quantum
                     self.old.appendleft(turn)
-                    return batch, budget - room
+                    return batch, budget - room, done
                 batch.append((turn.request, turn.taken))
                 turn.taken += 1
                 turn.deficit -= cost
                 room -= cost
-            if not turn.done:
+            if turn.done:
+                done.append(turn.request)
+            else:
                 self.old.append(turn)
-        return batch, budget - room
+        return batch, budget - room, done
 
     def drop(self, leaves: Callable[[T], bool]) -> list[Turn[T]]:
         """See ``TurnQueue.drop``."""
@@ -112,9 +115,15 @@ class TurnQueue(Generic[T]):
         self.tokens = 0
         self._rings: dict[Priority, _Ring[T]] = {priority: _Ring() for priority in WEIGHTS}
         self._served = Priority.INTERACTIVE
+        self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
         return (turn.request for ring in self._rings.values() for turn in ring)
+
+    @property
+    def oldest(self) -> T | None:
+        """The request that has waited longest, of those with a text that waits."""
+        return next(iter(self._by_age.values()), None)
 
     def push(self, request: T, costs: list[int], priority: Priority = Priority.INTERACTIVE) -> None:
         """Queue a request whose texts cost so many tokens each."""
@@ -124,6 +133,7 @@ class TurnQueue(Generic[T]):
             others = [other.spent - saved for other in self._rings.values() if other]
             ring.spent = max([ring.spent, *others])
         ring.new.append(Turn(request, costs))
+        self._by_age[id(request)] = request
         self.texts += len(costs)
         self.tokens += sum(costs)
 
@@ -132,6 +142,7 @@ class TurnQueue(Generic[T]):
         dropped = []
         for ring in self._rings.values():
             for turn in ring.drop(leaves):
+                del self._by_age[id(turn.request)]
                 waiting = turn.costs[turn.taken :]
                 self.texts -= len(waiting)
                 self.tokens -= sum(waiting)
@@ -147,9 +158,11 @@ class TurnQueue(Generic[T]):
         if not waiting:
             return []
         self._served = min(waiting, key=lambda priority: self._rings[priority].spent)
-        batch, tokens = self._rings[self._served].take(self.quantum, budget)
+        batch, tokens, done = self._rings[self._served].take(self.quantum, budget)
         self.texts -= len(batch)
         self.tokens -= tokens
+        for request in done:
+            del self._by_age[id(request)]
         return batch
 
     def spend(self, seconds: float) -> None:

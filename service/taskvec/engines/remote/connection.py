@@ -10,8 +10,9 @@ from typing import NamedTuple
 import aiohttp
 
 from taskvec.engines.remote.faults import Outcome, ServerFault
+from taskvec.telemetry.traces import present_span
 
-_LONGEST_COMPLAINT = 300
+_LONGEST_COMPLAINT, _SHOWN = 4096, 300
 _KEY_WANTED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
@@ -46,7 +47,12 @@ class Connection:
         Raises:
             ServerFault: no connection, another status, or no whole answer in time.
         """
-        return await self._exchange("POST", call, most_bytes, seconds)
+        span = present_span.get()
+        if span is None:
+            return await self._exchange("POST", call, most_bytes, seconds)
+        with span.call(self._base + call.path) as headers:
+            traced = call._replace(headers={**call.headers, **headers})
+            return await self._exchange("POST", traced, most_bytes, seconds)
 
     async def _exchange(self, method: str, call: Call, most_bytes: int, seconds: float) -> bytes:
         url = self._base + call.path
@@ -60,6 +66,7 @@ class Connection:
                 if response.status == HTTPStatus.OK:
                     return await _read(response.content, most_bytes)
                 complaint = await _read(response.content, _LONGEST_COMPLAINT)
+                said = self._without_key(complaint.decode(errors="replace"))[:_SHOWN]
         except TimeoutError:
             raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -68,9 +75,14 @@ class Connection:
         hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_WANTED else ""
         raise ServerFault(
             Outcome.BUSY if busy else Outcome.ERROR,
-            f"status {response.status}{hint}: {complaint.decode(errors='replace')}",
+            f"status {response.status}{hint}: {said}",
             _seconds(response.headers.get("retry-after", "")),
         )
+
+    def _without_key(self, complaint: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        key = self._session.headers.get("authorization", "").removeprefix("Bearer ")
+        return complaint.replace(key, "***") if key else complaint
 
 
 def _seconds(retry_after: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 from taskvec.engines.base import TokenIds
@@ -33,6 +34,7 @@ class _Parcel:
     adapter: str | None
     seconds: float
     future: asyncio.Future[Vectors]
+    context: Context
     trip: _Trip | None = None
 
 
@@ -72,7 +74,8 @@ class Courier:
         Raises:
             ServerFault: the call that they travelled in failed.
         """
-        parcel = _Parcel(texts, adapter, seconds, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
+        parcel = _Parcel(texts, adapter, seconds, future, copy_context())
         self._waiting.append(parcel)
         self._start_trips()
         try:
@@ -94,7 +97,8 @@ class Courier:
             for parcel in trip.parcels:
                 parcel.trip = trip
             self._trips.add(trip)
-            trip.task = asyncio.create_task(self._travel(trip))
+            # In the first sender's context: not in that of the call which made room for this one.
+            trip.task = asyncio.create_task(self._travel(trip), context=trip.parcels[0].context)
 
     def _load(self) -> list[_Parcel]:
         parcels: list[_Parcel] = []

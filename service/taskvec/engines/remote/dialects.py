@@ -9,10 +9,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from taskvec.engines.base import ModelCard, Priority, TokenIds
+from taskvec.engines.base import ModelCard, TokenIds
 from taskvec.engines.remote.connection import Call, Connection
 from taskvec.engines.remote.faults import Outcome, ServerFault
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
+from taskvec.priority import Priority
 
 Vectors = NDArray[np.float32]
 

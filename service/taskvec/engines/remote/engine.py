@@ -21,7 +21,6 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
-    Priority,
     TokenBatch,
     TokenIds,
 )
@@ -38,6 +37,7 @@ from taskvec.errors import (
     UnavailableError,
 )
 from taskvec.gather import gather_or_cancel
+from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
 
@@ -163,6 +163,7 @@ class RemoteEngine:
         begun = time.monotonic()
         self._calls += 1
         self._idle.clear()
+        batch.entered()
         try:
             vectors = await self._embed_split(batch)
         finally:

@@ -16,11 +16,12 @@ import aiohttp
 import structlog
 
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import ModelCard, Priority, TokenIds
+from taskvec.engines.base import ModelCard, TokenIds
 from taskvec.engines.remote.connection import Connection
 from taskvec.engines.remote.courier import Courier
 from taskvec.engines.remote.dialects import Dialect, Vectors, read_vectors, recognise
 from taskvec.engines.remote.faults import OPENS_AT_ONCE, Outcome, ServerFault
+from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
 

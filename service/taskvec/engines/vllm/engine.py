@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import time
+from collections import OrderedDict
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from taskvec.engines.base import (
     EngineResult,
     EngineState,
     ModelCard,
-    Priority,
     TokenBatch,
     TokenIds,
 )
 from taskvec.engines.vllm.arguments import VllmOptions, engine_arguments
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
 from taskvec.gather import gather_or_cancel
+from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +73,7 @@ class VllmEngine:
         self._finished = 0
         self._texts = 0
         self._tokens = 0
+        self._since: OrderedDict[int, float] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -127,13 +129,16 @@ class VllmEngine:
         if batch.deadline is not None and time.monotonic() > batch.deadline:
             raise DeadlineExceededError("The request's deadline passed before it was embedded.")
         begun = time.monotonic()
+        self._since[id(batch)] = begun
         self._count(len(batch.ids), batch.tokens)
+        batch.entered()
         try:
             fits = batch.tokens <= self._batch_tokens
             vectors = await self._embed_all(
                 batch.ids, batch.adapter, batch.priority if fits else Priority.BULK
             )
         finally:
+            del self._since[id(batch)]
             self._count(-len(batch.ids), -batch.tokens)
         # vLLM does not say how long a text waited: all of it counts as computing.
         return EngineResult(vectors, queued=0.0, computed=time.monotonic() - begun)
@@ -243,7 +248,8 @@ class VllmEngine:
         else:
             self._idle.set()
         if self._observer is not None:
-            self._observer.queue_changed(self._texts, self._tokens)
+            oldest = next(iter(self._since.values()), None)
+            self._observer.queue_changed(self._texts, self._tokens, oldest)
 
     async def _shut_down(self) -> None:
         llm, self._llm, self._started = self._llm, None, False

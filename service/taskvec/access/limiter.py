@@ -1,0 +1,223 @@
+"""Limits a minute, counted in this process or in Redis by the ``limits`` library."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import re
+import time
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+
+import structlog
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
+
+from taskvec.errors import InvalidRequestError, RateLimitError, StartError, UnavailableError
+
+ANSWER_SECONDS = 0.25
+"""How long Redis may take before it counts as down."""
+
+PAUSE = 1.0
+"""Seconds for which a Redis that is down is not asked again."""
+
+MINUTE = 60.0
+
+if TYPE_CHECKING:
+    from redis.asyncio import ConnectionPool
+
+log = structlog.get_logger(__name__)
+
+
+class Kind(enum.StrEnum):
+    """What is counted."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+
+
+class Window(NamedTuple):
+    """How much of a limit is left; ``reset`` is in seconds from now."""
+
+    limit: int
+    remaining: int
+    reset: float
+
+
+class LimitObserver(Protocol):
+    """Who is told of limits that could not be checked."""
+
+    def limit_unchecked(self) -> None:
+        """Redis was down."""
+
+
+class Usage(NamedTuple):
+    """What a sliding window holds: the last minute counts as far as it reaches into this one.
+
+    Attributes:
+        before: used in the minute before; it fades until ``fades`` seconds from now.
+        now: used in this one; it begins to fade when it ends, ``ends`` seconds from now.
+    """
+
+    before: int
+    fades: float
+    now: int
+    ends: float
+
+    @classmethod
+    def of(cls, before: int, fades: float, now: int, expires: float) -> Self:
+        """From what ``limits`` stores: a minute's count is kept for one more minute."""
+        return cls(before, fades, now, max(0.0, expires - MINUTE))
+
+    @property
+    def used(self) -> int:
+        """What counts at this moment."""
+        return int(self.before * self.fades / MINUTE) + self.now
+
+    def seconds_until(self, room: int) -> float:
+        """When at most ``room`` will be used, if nothing is added."""
+        if self.used <= room:
+            return 0.0
+        if self.now <= room:
+            return self.fades - (room - self.now) * MINUTE / self.before
+        return self.ends + MINUTE * (1 - room / self.now)
+
+
+class Limiter:
+    """Counts what each key takes."""
+
+    def __init__(self, url: str | None, *, open_when_down: bool, observer: LimitObserver) -> None:
+        """Prepare; no connection is opened yet.
+
+        Args:
+            url: ``redis://``, ``rediss://``, ``valkey://`` or ``valkeys://`` where all processes
+                count together; None to count in this process.
+            open_when_down: True lets requests pass while Redis is down, False refuses them.
+            observer: told of what could not be checked.
+
+        Raises:
+            StartError: the URL cannot be used.
+        """
+        self._pool = None if url is None else _pool(url)
+        self._storage = (
+            MemoryStorage()
+            if self._pool is None
+            else RedisStorage(
+                "async+redis://",
+                wrap_exceptions=True,
+                implementation="redispy",
+                connection_pool=self._pool,  # type: ignore[arg-type] # handed on as it is
+            )
+        )
+        self._windows = SlidingWindowCounterRateLimiter(self._storage)
+        self._open_when_down = open_when_down
+        self._observer = observer
+        self._ask_again = 0.0
+        self._down = False
+
+    async def take(self, name: str, kind: Kind, limit: int, amount: int) -> Window | None:
+        """Count an amount against a key's limit a minute.
+
+        Args:
+            name: the key's.
+            kind: what is counted.
+            limit: most in a minute.
+            amount: how much is wanted.
+
+        Returns:
+            What is left; None where it could not be checked.
+
+        Raises:
+            InvalidRequestError: more than the limit at once: waiting cannot help.
+            LimitReachedError: no room now.
+            UnavailableError: Redis is down and requests are refused then.
+        """
+        if amount > limit:
+            raise InvalidRequestError(
+                f"The request has {amount} {kind} and the API key {name} may have {limit} a "
+                "minute: send fewer texts at once.",
+                code="too_many_tokens",
+            )
+        counted = await self._count(name, kind, limit, amount)
+        if counted is None:
+            return None
+        taken, usage = counted
+        window = Window(limit, max(0, limit - usage.used), usage.seconds_until(0))
+        if not taken:
+            raise LimitReachedError(name, kind, window, usage.seconds_until(limit - amount))
+        return window
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._pool is not None:
+            await self._pool.aclose()
+
+    async def _count(
+        self, name: str, kind: Kind, limit: int, amount: int
+    ) -> tuple[bool, Usage] | None:
+        if time.monotonic() < self._ask_again:
+            self._unchecked()
+            return None
+        item = RateLimitItemPerMinute(limit, namespace="taskvec")
+        identity = (name, kind.value)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                taken = await self._windows.hit(item, *identity, cost=amount)
+                held = await self._storage.get_sliding_window(
+                    item.key_for(*identity), item.get_expiry()
+                )
+        except (StorageError, OSError, TimeoutError) as error:
+            self._ask_again = time.monotonic() + PAUSE
+            if not self._down:
+                self._down = True
+                log.error(  # noqa: TRY400 - its text may hold the address, and that a password
+                    "limits_down", reason=type(error).__name__, open=self._open_when_down
+                )
+            self._unchecked()
+            return None
+        if self._down:
+            self._down = False
+            log.info("limits_back")
+        return taken, Usage.of(*held)
+
+    def _unchecked(self) -> None:
+        self._observer.limit_unchecked()
+        if not self._open_when_down:
+            raise UnavailableError(
+                "The limits cannot be checked now: send it again later.",
+                code="limits_unavailable",
+                retry_after=PAUSE,
+            )
+
+
+class LimitReachedError(RateLimitError):
+    """A key's limit a minute is used up; ``window`` says how far."""
+
+    def __init__(self, name: str, kind: Kind, window: Window, seconds: float) -> None:
+        super().__init__(
+            f"The API key {name} may have {window.limit} {kind} a minute, and has used them: send "
+            f"it again in {seconds:.3g} seconds.",
+            retry_after=seconds,
+        )
+        self.kind = kind
+        self.window = window
+
+
+def _pool(url: str) -> ConnectionPool:
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - slow to load, and few need it
+    from redis.asyncio.retry import Retry  # noqa: PLC0415
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+
+    address = re.sub("^valkey", "redis", url)  # the same protocol
+    try:
+        return ConnectionPool.from_url(
+            address,
+            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=ANSWER_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # a connection that Redis closed meanwhile
+        )
+    except ValueError:
+        raise StartError(
+            "--limits-url (TASKVEC_LIMITS_URL) is no address such as redis://host:6379/0."
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import inspect
+import logging
 import secrets
 import shlex
 import sys
@@ -280,5 +281,6 @@ def _setting_fault(error: Any) -> str:
 
 
 def _exit(sentence: str, code: int) -> NoReturn:
+    logging.shutdown()  # lines that still wait come before the sentence
     typer.echo(f"taskvec: {sentence}", err=True)
     raise typer.Exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -162,6 +163,7 @@ def gateway() -> FastAPI:
 
     def end(error: BaseException) -> None:
         log.error("gateway_failed", reason=str(error))
+        logging.shutdown()
         os._exit(BAD_START)
 
     try:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
+from taskvec.telemetry.logs import MOST_LINES
+
 LEVELS = ("debug", "info", "warning", "error")
+
+HEAD = """
+import logging, structlog
+from taskvec.telemetry.logs import configure_logs
+configure_logs({!r})
+"""
 
 
 def test_an_event_is_one_json_object() -> None:
@@ -93,6 +101,43 @@ def test_configuring_twice_writes_once() -> None:
     assert [line["event"] for line in lines] == ["once"]
 
 
+def test_a_reader_that_stands_still_delays_nobody() -> None:
+    """The process goes on while nobody reads its lines; what it could not keep, it counts."""
+    lines = 3 * MOST_LINES
+    code = (
+        f"for n in range({lines}):\n    structlog.get_logger().info('x' * 20, n=n)\n"
+        "print('done', flush=True)\n"
+        "input()\n"
+        "structlog.get_logger().info('after')\n"
+    )
+    command = [sys.executable, "-c", HEAD.format("info") + code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"done\n"
+        _, written = process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+    told = [json.loads(line) for line in written.splitlines()]
+    numbers = [line["n"] for line in told if "n" in line]
+    assert numbers == sorted(numbers)
+    assert len(numbers) >= MOST_LINES
+    lost = sum(line["lines"] for line in told if line["event"] == "log_lines_lost")
+    assert lost + len(numbers) == lines
+    assert lost > 0
+    assert told[-1]["event"] in {"after", "log_lines_lost"}
+
+
+def test_no_reader_harms_nobody() -> None:
+    """The process goes on when what reads its lines has ended."""
+    code = "import time\nfor _ in range(5):\n    logging.error('x')\n    time.sleep(0.1)"
+    command = [sys.executable, "-c", HEAD.format("info") + code]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr
+        process.stderr.close()
+        assert process.wait(60) == 0
+
+
 def logged(code: str, level: str = "info") -> list[dict[str, Any]]:
     """What code writes to a pipe on stderr, each line parsed."""
     return [json.loads(line) for line in run(code, level).stderr.split(b"\n") if line]
@@ -100,10 +145,5 @@ def logged(code: str, level: str = "info") -> list[dict[str, Any]]:
 
 def run(code: str, level: str = "info") -> subprocess.CompletedProcess[bytes]:
     """Run code in a process of its own whose logs are configured."""
-    head = (
-        "import logging, structlog\n"
-        "from taskvec.telemetry.logs import configure_logs\n"
-        f"configure_logs({level!r})\n"
-    )
-    command = [sys.executable, "-c", head + code]
+    command = [sys.executable, "-c", HEAD.format(level) + code]
     return subprocess.run(command, capture_output=True, check=True, timeout=60)

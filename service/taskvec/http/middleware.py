@@ -137,12 +137,13 @@ def _line(record: RequestRecord, scope: Scope, seconds: float) -> dict[str, Any]
         "method": scope["method"],
         "path": scope["path"],
         "status": record.status,
-        "key": record.key.name if record.key is not None else None,
         "task": record.task,
         "texts": record.texts,
         "tokens": record.tokens,
         "ms": round(seconds * 1000, 2),
     }
+    if record.key is not None:
+        line["key"] = record.key.name
     for stage in record.stages.over:
         line[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
     if record.code is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Response
@@ -57,9 +58,8 @@ def probes_router(
         },
     )
     async def series() -> Response:
-        return Response(
-            metrics.render(health.readiness().state.value),
-            headers={"content-type": PROMETHEUS_TEXT},
-        )
+        state = health.readiness().state.value
+        text = await asyncio.to_thread(metrics.render, state)  # reads files, of /proc and others
+        return Response(text, headers={"content-type": PROMETHEUS_TEXT})
 
     return router

@@ -107,16 +107,12 @@ def test_a_reader_that_stands_still_delays_nobody() -> None:
     code = (
         f"for n in range({lines}):\n    structlog.get_logger().info('x' * 20, n=n)\n"
         "print('done', flush=True)\n"
-        "input()\n"
-        "structlog.get_logger().info('after')\n"
     )
     command = [sys.executable, "-c", HEAD.format("info") + code]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"done\n"
-        _, written = process.communicate(b"\n", timeout=60)
+        _, written = process.communicate(timeout=60)
     assert process.returncode == 0
     told = [json.loads(line) for line in written.splitlines()]
     numbers = [line["n"] for line in told if "n" in line]
@@ -125,7 +121,6 @@ def test_a_reader_that_stands_still_delays_nobody() -> None:
     lost = sum(line["lines"] for line in told if line["event"] == "log_lines_lost")
     assert lost + len(numbers) == lines
     assert lost > 0
-    assert told[-1]["event"] in {"after", "log_lines_lost"}
 
 
 def test_no_reader_harms_nobody() -> None:

@@ -184,6 +184,7 @@ CODES: tuple[str, ...] = (
     "missing_api_key",
     "missing_input",
     "model_not_found",
+    "out_of_memory",
     "starting",
     "token_input_rejected",
     "too_many_connections",

@@ -51,6 +51,9 @@ class Observed:
         assert texts == 1 or tokens <= budget
         self.batches.append((texts, tokens))
 
+    def memory_ran_out(self, budget: int) -> None:
+        raise AssertionError(f"the budget fell to {budget}: these tests need their memory")
+
     def texts_dropped(self, reason: str, texts: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + texts
 

@@ -143,6 +143,9 @@ class EngineObserver(Protocol):
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
         """One forward over this much, of at most ``budget`` tokens, took so long."""
 
+    def memory_ran_out(self, budget: int) -> None:
+        """A forward did not fit into memory; the next ones hold at most ``budget`` tokens."""
+
     def texts_dropped(self, reason: str, texts: int) -> None:
         """Texts left the queue unembedded: ``cancelled``, ``expired`` or ``failed``."""
 

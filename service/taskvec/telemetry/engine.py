@@ -68,6 +68,17 @@ class EngineSeries:
             buckets=SECONDS,
             registry=registry,
         )
+        self._batch_budget = Gauge(
+            "taskvec_batch_budget_tokens",
+            "How many tokens may a forward hold (fewer after memory ran out; 0: not known)?",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._out_of_memory = Counter(
+            "taskvec_out_of_memory",
+            "How many forwards did not fit into memory and were split?",
+            registry=registry,
+        )
         self._dropped = Counter(
             "taskvec_texts_dropped",
             "How many texts left the queue unembedded, by reason?",
@@ -91,10 +102,16 @@ class EngineSeries:
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
         """See ``EngineObserver``."""
+        self._batch_budget.set(budget)
         self._batch_fill.observe(tokens / budget)
         self._batch_texts.observe(texts)
         self._batch_tokens.observe(tokens)
         self._forward_seconds.observe(seconds)
+
+    def memory_ran_out(self, budget: int) -> None:
+        """See ``EngineObserver``."""
+        self._out_of_memory.inc()
+        self._batch_budget.set(budget)
 
     def texts_dropped(self, reason: str, texts: int) -> None:
         """See ``EngineObserver``."""

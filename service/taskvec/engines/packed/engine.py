@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +22,24 @@ from taskvec.engines.base import (
     ModelCard,
     TokenBatch,
 )
+from taskvec.engines.packed.budget import TokenBudget
 from taskvec.engines.packed.proof import prove_adapters
-from taskvec.engines.packed.resources import available_bytes, choose_device, choose_dtype
+from taskvec.engines.packed.resources import (
+    available_bytes,
+    choose_device,
+    choose_dtype,
+    is_out_of_memory,
+    release_memory,
+)
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.turns import TurnQueue
 from taskvec.engines.packed.weights import load_transformer
-from taskvec.errors import CheckpointError, DeadlineExceededError, TaskvecError
+from taskvec.errors import (
+    CheckpointError,
+    DeadlineExceededError,
+    TaskvecError,
+    UnavailableError,
+)
 from taskvec.priority import Priority
 
 MERGE_SHARE = 0.5
@@ -70,6 +82,10 @@ class _Request:
             self.future.set_result(result)
 
 
+_Row = tuple[_Request, int]
+"""One text: its request, and its place there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedOptions:
     """How the packed engine runs; the defaults suit most machines.
@@ -104,9 +120,10 @@ class PackedEngine:
         self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
         self._wake = threading.Condition()
         self._queue: TurnQueue[_Request] = TurnQueue(quantum=1)
-        self._budget = 0
+        self._budget = TokenBudget(0)
         self._stopping = False
         self._finished = 0
+        self._running: set[_Request] = set()
         self._worker: threading.Thread | None = None
 
     @property
@@ -149,7 +166,7 @@ class PackedEngine:
         )
         with self._wake:
             self._health.require_ready()
-            fits = batch.tokens <= self._budget
+            fits = batch.tokens <= self._budget.tokens
             self._queue.push(
                 request,
                 [len(batch.ids[i]) for i in order],
@@ -186,9 +203,22 @@ class PackedEngine:
             if not self._stopping:
                 self._health = EngineHealth(EngineState.READY)
         loop.call_soon_threadsafe(started.set_result, None)
-        while batch := self._next_batch():
-            self._run(transformer, batch)
-        self._health = EngineHealth(EngineState.DEAD, "stopped")
+        try:
+            while batch := self._next_batch():
+                self._run(transformer, batch)
+        except BaseException as error:  # a bug here must not leave callers waiting
+            log.exception("engine_died")
+            self._die(f"its thread ended ({type(error).__name__}: {error})")
+        else:
+            self._health = EngineHealth(EngineState.DEAD, "stopped")
+
+    def _die(self, reason: str) -> None:
+        with self._wake:
+            self._health = EngineHealth(EngineState.DEAD, reason)
+            left = [request for request, _ in self._queue.drop(lambda _: True)]
+            self._report_queue()
+        for request in {*left, *self._running}:
+            request.answer(UnavailableError(f"The engine is dead: {reason}.", retry_after=1))
 
     def _load(self) -> Transformer:
         options, checkpoint = self._options, self._checkpoint
@@ -207,8 +237,8 @@ class PackedEngine:
             ) from error
         prove_adapters(transformer, checkpoint.card.adapters)
         automatic = 2 * transformer.block_rows if device.type == "cpu" else CUDA_BATCH_TOKENS
-        self._budget = options.max_batch_tokens or automatic
-        self._queue.quantum = max(1, self._budget // TURNS_A_BATCH)
+        self._budget = TokenBudget(options.max_batch_tokens or automatic)
+        self._queue.quantum = max(1, self._budget.tokens // TURNS_A_BATCH)
         log.info(
             "engine_ready",
             model=checkpoint.card.name,
@@ -216,7 +246,7 @@ class PackedEngine:
             dtype=str(dtype).removeprefix("torch."),
             adapters=list(checkpoint.card.adapters),
             adapter_mode="merged" if merge else "low-rank",
-            max_batch_tokens=self._budget,
+            max_batch_tokens=self._budget.tokens,
             threads=transformer.threads,
             seconds=round(time.monotonic() - begun, 2),
         )
@@ -230,12 +260,13 @@ class PackedEngine:
         base = backbone.parameters * dtype.itemsize
         return extra <= MERGE_SHARE * (available_bytes(device) - base)
 
-    def _next_batch(self) -> list[tuple[_Request, int]]:
+    def _next_batch(self) -> list[_Row]:
         """Wait for work; an empty list when the engine stops and nothing is left."""
         with self._wake:
             while True:
                 self._drop_abandoned()
-                taken = self._queue.take(self._budget)
+                self._budget.grow()
+                taken = self._queue.take(self._budget.tokens)
                 if taken or self._stopping:
                     break
                 self._wake.wait()
@@ -250,31 +281,47 @@ class PackedEngine:
             self._report_dropped("expired", texts, request)
             request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
 
-    def _run(self, transformer: Transformer, rows: Sequence[tuple[_Request, int]]) -> None:
+    def _run(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
         begun = time.monotonic()
         waited = []
+        self._running = {request for request, _ in rows}
         for request, _ in rows:
             if request.started_at is None:
                 request.started_at = begun
                 request.batch.entered()
                 waited.append(begun - request.queued_at)
-        ids = [request.batch.ids[i] for request, i in rows]
         if self._observer is not None:
             self._observer.batch_started(waited)
+        self._forward(transformer, rows)
+        self._running = set()
+
+    def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
+        """Embed texts in one forward, or in several smaller ones where memory runs out."""
+        rows = [row for row in rows if not row[0].withdrawn]
+        if not rows:
+            return
+        ids = [request.batch.ids[i] for request, i in rows]
+        begun = time.monotonic()
+        failure: Exception | None = None
         try:
             vectors = transformer.embed(ids, [request.batch.adapter for request, _ in rows])
-        except Exception as error:
-            log.exception("forward_failed", texts=len(ids))
-            self._fail({id(request): request for request, _ in rows}, error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the callers are told
+            failure = error
+        done = time.monotonic()
+        with self._wake:
+            self._queue.spend(done - begun)
+        if failure is not None:
+            if is_out_of_memory(failure):
+                failure.__traceback__ = None  # its frames hold what the forward had in memory
+                self._split(transformer, rows, failure)
+            else:
+                log.error("forward_failed", texts=len(ids), exc_info=failure)
+                self._fail([request for request, _ in rows], failure)
             return
-        finally:
-            done = time.monotonic()
-            with self._wake:
-                self._queue.spend(done - begun)
         self._finished += len(ids)
         if self._observer is not None:
             tokens = sum(map(len, ids))
-            self._observer.batch_finished(len(ids), tokens, done - begun, self._budget)
+            self._observer.batch_finished(len(ids), tokens, done - begun, self._budget.tokens)
         for (request, i), vector in zip(rows, vectors, strict=True):
             request.vectors[i] = vector
             request.missing -= 1
@@ -287,15 +334,44 @@ class PackedEngine:
                     )
                 )
 
-    def _fail(self, requests: dict[int, _Request], error: Exception) -> None:
+    def _split(self, transformer: Transformer, rows: Sequence[_Row], failure: Exception) -> None:
+        release_memory(transformer.device)
+        tokens = sum(len(request.batch.ids[i]) for request, i in rows)
         with self._wake:
-            waiting = {
-                id(request): texts
-                for request, texts in self._queue.drop(lambda request: id(request) in requests)
-            }
+            self._budget.shrink(tokens)
+        log.warning(
+            "memory_ran_out",
+            texts=len(rows),
+            tokens=tokens,
+            max_batch_tokens=self._budget.tokens,
+            reason=str(failure).partition("\n")[0],
+        )
+        if self._observer is not None:
+            self._observer.memory_ran_out(self._budget.tokens)
+        if len(rows) == 1:
+            request, i = rows[0]
+            self._fail(
+                [request],
+                TaskvecError(
+                    f"input[{i}] has {tokens} tokens, and the engine's memory does not suffice for "
+                    "it, even alone: send a shorter text, or ask the operator for more memory.",
+                    code="out_of_memory",
+                    param=f"input[{i}]",
+                ),
+            )
+            return
+        middle = len(rows) // 2
+        self._forward(transformer, rows[:middle])
+        self._forward(transformer, rows[middle:])
+
+    def _fail(self, failed: Iterable[_Request], error: Exception) -> None:
+        requests = set(failed)
+        with self._wake:
+            waiting = dict(self._queue.drop(lambda request: request in requests))
             self._report_queue()
-        for request in requests.values():
-            self._report_dropped("failed", 1 + waiting.get(id(request), 0), request)
+        for request in requests:
+            request.withdrawn = True
+            self._report_dropped("failed", 1 + waiting.get(request, 0), request)
             request.answer(
                 error
                 if isinstance(error, TaskvecError)

@@ -10,6 +10,9 @@ import torch
 from taskvec.errors import CheckpointError
 
 CGROUP = Path("/sys/fs/cgroup")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+"""What torch's allocators and libraries say in errors that have no class of their own."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -52,6 +55,19 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_machine_bytes(), _cgroup_bytes())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward failed for want of memory, on the device or in this process."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, so that smaller pieces fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _machine_bytes() -> int:

@@ -225,7 +225,8 @@ class Transformer:
             half = torch.arange(0, self.backbone.head_dim, 2, device=self.device).float()
             frequency = 1.0 / (self.backbone.rope_theta ** (half / self.backbone.head_dim))
             angle = torch.outer(torch.arange(size, device=self.device).float(), frequency)
-            self._cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
-            self._sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
+            cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
+            sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
+            self._cos, self._sin = cos, sin  # both or none, should memory run out
         rows = self._index(packing.positions)
         return self._cos.index_select(0, rows)[:, None], self._sin.index_select(0, rows)[:, None]

@@ -30,7 +30,7 @@ NOTES = """
 sum by (model) (rate(taskvec_tokens_total[5m]) * on (instance) group_left (model) taskvec_build_info)
 ```
 
-**Stages** of a request follow one another: `tokenize`, `queue` (until its first text enters a forward), `engine` (until its last vector is there), `encode` (cut, normalised, quantised, written).
+**Stages** of a request follow one another: `tokenize`, `cache` (where there is one), `queue` (until its first text enters a forward), `engine` (until its last vector is there), `encode` (cut, normalised, quantised, written).
 A request that fails adds those that it went through.
 The remote and vllm engines do not see their queues: all of it is `engine`.
 

@@ -41,7 +41,7 @@ from taskvec.settings import LimitsDown, Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
 from taskvec.telemetry.pulse import keep_time
 from taskvec.telemetry.traces import Tracer
-from taskvec.wiring import key_source, served_name, task_table, text_tokenizer
+from taskvec.wiring import answer_cache, key_source, served_name, task_table, text_tokenizer
 
 OnFailure = Callable[[BaseException], None]
 
@@ -100,7 +100,9 @@ def create_app(
         dead_seconds=settings.dead_timeout,
         canary_seconds=settings.canary_interval,
     )
-    embedder = AsyncEmbedder(engine, tokenizer, tasks, admission, health)
+    # Gateways keep the answers, too: they know whose they are.
+    cache = None if behind_gateway else answer_cache(settings, checkpoint, metrics)
+    embedder = AsyncEmbedder(engine, tokenizer, tasks, admission, health, cache=cache)
     names = ServedNames(served_name(settings, checkpoint), settings.model_aliases)
     metrics.describe(
         version=__version__, model=names.primary, engine=engine_name or settings.engine.value
@@ -125,7 +127,7 @@ def create_app(
         watching.cancel()
         await engine.stop()
         await starting
-        tokenizer.close()
+        await embedder.close()
         pulse.cancel()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)

@@ -19,6 +19,7 @@ from taskvec.access.keys import read_pairs
 from taskvec.checkpoint.hub import DEFAULT_MODEL
 from taskvec.engines.remote.addresses import check_url
 
+STORE_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
@@ -249,6 +250,32 @@ class Settings(BaseSettings):
             "is 0.",
         ),
     ] = 30.0
+    answer_cache_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Bytes of memory, in each process, in which vectors are kept for the texts "
+            "that come again; 0 for none.",
+        ),
+    ] = 0
+    answer_cache_url: Annotated[
+        str | None,
+        Field(
+            pattern=STORE_URL,
+            description="Redis or Valkey in which all processes keep vectors together instead; "
+            "give it a maxmemory and an eviction policy.",
+        ),
+    ] = None
+    answer_cache_ttl: Annotated[
+        int, Field(ge=1, description="Seconds for which that Redis keeps a vector.")
+    ] = 86_400
+    answer_cache_shared: Annotated[
+        bool,
+        Field(
+            description="Answer an API key's texts by vectors that another's gave; times then tell "
+            "whether somebody else sent the same text."
+        ),
+    ] = False
     max_header_bytes: Annotated[
         int, Field(ge=1024, description="Largest head of a request: address and headers.")
     ] = 65_536
@@ -350,7 +377,7 @@ class Settings(BaseSettings):
     limits_url: Annotated[
         str | None,
         Field(
-            pattern=r"^(redis|rediss|valkey|valkeys)://",
+            pattern=STORE_URL,
             description="Redis or Valkey in which all processes count requests and tokens a minute "
             "together, such as redis://host:6379/0; none to count in each process.",
         ),
@@ -449,6 +476,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "--engine-url (TASKVEC_ENGINE_URL) is for --engine remote (TASKVEC_ENGINE), and "
                 f"the engine is {self.engine.value}."
+            )
+        if self.answer_cache_bytes and self.answer_cache_url:
+            raise ValueError(
+                "--answer-cache-bytes (TASKVEC_ANSWER_CACHE_BYTES) is for a cache in this process, "
+                "--answer-cache-url (TASKVEC_ANSWER_CACHE_URL) for one in Redis: give one of them."
             )
         if self.tls_key and not self.tls_cert:
             raise ValueError("--tls-key (TASKVEC_TLS_KEY) needs --tls-cert (TASKVEC_TLS_CERT).")

@@ -6,6 +6,9 @@ import os
 from typing import Any
 
 from taskvec.access.keys import KeyLimits, KeySource
+from taskvec.cache.answers import AnswerCache
+from taskvec.cache.memory import CacheObserver, MemoryStore, VectorStore
+from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokens import TextTokenizer, TokenizerObserver
@@ -45,6 +48,36 @@ def text_tokenizer(
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
         threads=threads or min(4, os.cpu_count() or 1),
+        observer=observer,
+    )
+
+
+def answer_cache(
+    settings: Settings, checkpoint: Checkpoint, observer: CacheObserver
+) -> AnswerCache | None:
+    """The cache that the settings ask for; None where they ask for none.
+
+    Raises:
+        StartError: its address cannot be used.
+    """
+    arithmetic = (settings.engine, settings.device, settings.dtype, settings.adapter_mode)
+    identity = " ".join(arithmetic).encode()
+    store: VectorStore
+    if settings.answer_cache_url is not None:
+        from taskvec.cache.shared import RedisStore  # noqa: PLC0415 - redis is slow to load
+
+        # Others with other weights may use it, too.
+        identity += f" {content_digest(checkpoint)}".encode()
+        store = RedisStore(settings.answer_cache_url, settings.answer_cache_ttl, observer)
+    elif settings.answer_cache_bytes:
+        store = MemoryStore(settings.answer_cache_bytes, observer)
+    else:
+        return None
+    return AnswerCache(
+        store,
+        identity=identity,
+        dimension=checkpoint.card.dimension,
+        shared=settings.answer_cache_shared,
         observer=observer,
     )
 

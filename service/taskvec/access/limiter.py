@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import re
-import time
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
-import structlog
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 
-from taskvec.errors import InvalidRequestError, RateLimitError, StartError, UnavailableError
-
-ANSWER_SECONDS = 0.25
-"""How long Redis may take before it counts as down."""
-
-PAUSE = 1.0
-"""Seconds for which a Redis that is down is not asked again."""
+from taskvec.errors import InvalidRequestError, RateLimitError, UnavailableError
+from taskvec.stores import ANSWER_SECONDS, PAUSE, Outage, connection_pool
 
 MINUTE = 60.0
-
-if TYPE_CHECKING:
-    from redis.asyncio import ConnectionPool
-
-log = structlog.get_logger(__name__)
 
 
 class Kind(enum.StrEnum):
@@ -99,7 +86,7 @@ class Limiter:
         Raises:
             StartError: the URL cannot be used.
         """
-        self._pool = None if url is None else _pool(url)
+        self._pool = None if url is None else connection_pool(url, "--limits-url")
         self._storage = (
             MemoryStorage()
             if self._pool is None
@@ -113,8 +100,7 @@ class Limiter:
         self._windows = SlidingWindowCounterRateLimiter(self._storage)
         self._open_when_down = open_when_down
         self._observer = observer
-        self._ask_again = 0.0
-        self._down = False
+        self._outage = Outage("limits", open=open_when_down)
 
     async def take(self, name: str, kind: Kind, limit: int, amount: int) -> Window | None:
         """Count an amount against a key's limit a minute.
@@ -156,7 +142,7 @@ class Limiter:
     async def _count(
         self, name: str, kind: Kind, limit: int, amount: int
     ) -> tuple[bool, Usage] | None:
-        if time.monotonic() < self._ask_again:
+        if self._outage.pausing:
             self._unchecked()
             return None
         item = RateLimitItemPerMinute(limit, namespace="taskvec")
@@ -168,17 +154,10 @@ class Limiter:
                     item.key_for(*identity), item.get_expiry()
                 )
         except (StorageError, OSError, TimeoutError) as error:
-            self._ask_again = time.monotonic() + PAUSE
-            if not self._down:
-                self._down = True
-                log.error(  # noqa: TRY400 - its text may hold the address, and that a password
-                    "limits_down", reason=type(error).__name__, open=self._open_when_down
-                )
+            self._outage.failed(error)
             self._unchecked()
             return None
-        if self._down:
-            self._down = False
-            log.info("limits_back")
+        self._outage.over()
         return taken, Usage.of(*held)
 
     def _unchecked(self) -> None:
@@ -202,22 +181,3 @@ class LimitReachedError(RateLimitError):
         )
         self.kind = kind
         self.window = window
-
-
-def _pool(url: str) -> ConnectionPool:
-    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - slow to load, and few need it
-    from redis.asyncio.retry import Retry  # noqa: PLC0415
-    from redis.backoff import NoBackoff  # noqa: PLC0415
-
-    address = re.sub("^valkey", "redis", url)  # the same protocol
-    try:
-        return ConnectionPool.from_url(
-            address,
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=ANSWER_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection that Redis closed meanwhile
-        )
-    except ValueError:
-        raise StartError(
-            "--limits-url (TASKVEC_LIMITS_URL) is no address such as redis://host:6379/0."
-        ) from None

@@ -114,15 +114,31 @@ def golden_vectors(checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Names one state of a checkpoint's files; changes when a config or weight file does."""
-    adapters = [adapter.weights for adapter in checkpoint.adapters]
-    weights = sorted({file for file, _ in checkpoint.weights.values()})
     digest = hashlib.sha256(_FORMAT)
-    for file in [checkpoint.folder / "config.json", *weights, *adapters]:
+    for file in _files(checkpoint):
         state = file.stat()
         digest.update(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
     for adapter in checkpoint.adapters:
         digest.update(f"{adapter.name} {adapter.scale}\n".encode())
     return digest.hexdigest()[:32]
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """Names what a checkpoint's files hold, wherever they lie; reads all of them."""
+    digest = hashlib.sha256(_FORMAT)
+    for path in _files(checkpoint):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for adapter in checkpoint.adapters:
+        digest.update(f"{adapter.name} {adapter.scale}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """What a vector depends on: the config, the weights, the adapters."""
+    weights = sorted({file for file, _ in checkpoint.weights.values()})
+    adapters = [adapter.weights for adapter in checkpoint.adapters]
+    return [checkpoint.folder / "config.json", *weights, *adapters]
 
 
 def _probes(checkpoint: Checkpoint) -> tuple[NDArray[np.int32], ...]:

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from taskvec.cache.answers import AnswerCache
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob
@@ -30,7 +31,7 @@ FINISH_INLINE = 1 << 16
 
 
 class AsyncEmbedder:
-    """Resolves, tokenises, admits, embeds and finishes."""
+    """Tokenises, recalls, admits, embeds and finishes."""
 
     def __init__(
         self,
@@ -39,11 +40,15 @@ class AsyncEmbedder:
         tasks: TaskTable,
         admission: Admission,
         health: ServiceHealth,
+        *,
+        cache: AnswerCache | None = None,
     ) -> None:
+        """Wire the parts; without a cache every text is embedded."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
         self._health = health
+        self._cache = cache
         self.tasks = tasks
 
     @property
@@ -59,6 +64,12 @@ class AsyncEmbedder:
     def work(self) -> AbstractContextManager[None]:
         """Around a whole request; see ``ServiceHealth.work``."""
         return self._health.work()
+
+    async def close(self) -> None:
+        """Let go of the tokenizer's threads and of the cache, once nothing is embedded any more."""
+        if self._cache is not None:
+            await self._cache.close()
+        self._tokenizer.close()
 
     def cut(self, ids: list[int]) -> list[int]:
         """The first ``max_tokens`` ids of a longer list."""
@@ -123,7 +134,54 @@ class AsyncEmbedder:
         stages.begin("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         stages.end()
-        tokens = sum(len(text) for texts in ids for text in texts)
+        if self._cache is None:
+            results = await self._run(ids, jobs, stages, charge)
+            rows = [result.vectors for result in results]
+        else:
+            rows = await self._recalled(self._cache, ids, jobs, stages, charge)
+        stages.begin("encode")
+        return [
+            Embeddings(vectors=await self._finished(job, vectors), tokens=_tokens(texts))
+            for job, vectors, texts in zip(jobs, rows, ids, strict=True)
+        ]
+
+    async def _recalled(
+        self,
+        cache: AnswerCache,
+        ids: Sequence[Sequence[TokenIds]],
+        jobs: Sequence[EmbedJob],
+        stages: Stages,
+        charge: Charge | None,
+    ) -> list[NDArray[np.float32]]:
+        """The vectors of each job; only what the cache does not know is embedded."""
+        stages.begin("cache")
+        recalls = [
+            await cache.recall(texts, job.task.adapter, job.owner)
+            for texts, job in zip(ids, jobs, strict=True)
+        ]
+        stages.end()
+        gaps = [place for place, recall in enumerate(recalls) if recall.unknown]
+        if gaps:
+            results = await self._run(
+                [[ids[place][text] for text in recalls[place].unknown] for place in gaps],
+                [jobs[place] for place in gaps],
+                stages,
+                charge,
+            )
+            for place, result in zip(gaps, results, strict=True):
+                recalls[place].vectors[recalls[place].unknown] = result.vectors
+                cache.keep(recalls[place])
+        return [recall.vectors for recall in recalls]
+
+    async def _run(
+        self,
+        ids: Sequence[Sequence[TokenIds]],
+        jobs: Sequence[EmbedJob],
+        stages: Stages,
+        charge: Charge | None,
+    ) -> list[EngineResult]:
+        """What the engine makes of each job's texts, once they are admitted."""
+        tokens = sum(map(_tokens, ids))
         priority = self._admission.class_of(tokens, jobs[0].priority)
         batches = [
             TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
@@ -141,19 +199,12 @@ class AsyncEmbedder:
         queued = min(result.queued for result in results)
         whole = max(result.queued + result.computed for result in results)
         stages.embedded(queued, whole - queued)
-        stages.begin("encode")
-        return [
-            Embeddings(
-                vectors=await self._finished(job, result),
-                tokens=batch.tokens,
-            )
-            for job, batch, result in zip(jobs, batches, results, strict=True)
-        ]
+        return results
 
     @staticmethod
-    async def _finished(job: EmbedJob, result: EngineResult) -> NDArray[np.generic]:
-        arguments = (result.vectors, job.dimensions, job.output)
-        if result.vectors.size <= FINISH_INLINE:
+    async def _finished(job: EmbedJob, vectors: NDArray[np.float32]) -> NDArray[np.generic]:
+        arguments = (vectors, job.dimensions, job.output)
+        if vectors.size <= FINISH_INLINE:
             return finish(*arguments, normalized=job.normalized)
         return await asyncio.get_running_loop().run_in_executor(
             None, lambda: finish(*arguments, normalized=job.normalized)
@@ -164,3 +215,7 @@ class AsyncEmbedder:
             return cast("Sequence[TokenIds]", job.inputs)
         texts = cast("Sequence[str]", job.inputs)
         return await self._tokenizer.encode(texts, prompt=job.task.prompt, truncate=job.truncate)
+
+
+def _tokens(texts: Sequence[TokenIds]) -> int:
+    return sum(map(len, texts))

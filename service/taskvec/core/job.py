@@ -42,6 +42,8 @@ class EmbedJob:
         truncate: True cuts what is too long, False refuses it.
         deadline: ``time.monotonic()`` after which nobody waits; None for never.
         priority: which share of the engine it draws on.
+        owner: whose it is: the name of an API key; None where there is none. Cached answers belong
+            to one owner.
     """
 
     inputs: Sequence[str] | Sequence[TokenIds]
@@ -52,6 +54,7 @@ class EmbedJob:
     truncate: bool = False
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    owner: str | None = None
 
     def check_dimensions(self, dimension: int) -> None:
         """Refuse dimensions that a model of this width, or the output type, cannot give.

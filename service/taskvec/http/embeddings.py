@@ -83,6 +83,7 @@ class EmbeddingsRoute:
             truncate=bool(truncate),
             deadline=time.monotonic() + seconds_allowed(headers, self._limits.seconds),
             priority=priority_asked(headers, key),
+            owner=key.name if key is not None else None,
         )
         return job, transport
 

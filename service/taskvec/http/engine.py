@@ -73,6 +73,7 @@ class EngineRoute:
                 normalized=False,
                 deadline=deadline,
                 priority=priority,
+                owner=record.key.name if record.key is not None else None,
             )
             for adapter, chosen in places.items()
         ]

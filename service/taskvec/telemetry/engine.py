@@ -72,7 +72,7 @@ class EngineSeries:
             "taskvec_batch_budget_tokens",
             "How many tokens may a forward hold (fewer after memory ran out; 0: not known)?",
             registry=registry,
-            multiprocess_mode="livemin",
+            multiprocess_mode="livemax",
         )
         self._out_of_memory = Counter(
             "taskvec_out_of_memory",

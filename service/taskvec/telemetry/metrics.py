@@ -11,6 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from taskvec.access.keys import NO_KEY
 from taskvec.errors import CODES
+from taskvec.telemetry.cache import CacheSeries
 from taskvec.telemetry.engine import SECONDS, EngineSeries
 from taskvec.telemetry.pool import PoolSeries
 from taskvec.telemetry.process import SHARED_FOLDER, ProcessSeries
@@ -45,7 +46,7 @@ _STAGE_SECONDS = (
 )  # fmt: skip
 
 
-class Metrics(ProcessSeries, EngineSeries, PoolSeries):
+class Metrics(ProcessSeries, EngineSeries, PoolSeries, CacheSeries):
     """The series of one service; also the observer that its engine reports to."""
 
     def __init__(self, tasks: Iterable[str]) -> None:
@@ -58,6 +59,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
         ProcessSeries.__init__(self, self.registry)
         EngineSeries.__init__(self, self.registry)
         PoolSeries.__init__(self, self.registry)
+        CacheSeries.__init__(self, self.registry)
         self._requests = Counter(
             "taskvec_requests",
             "How many embedding requests ended, by task and HTTP status (499: client left)?",
@@ -72,7 +74,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
         )
         self._tokens = Counter(
             "taskvec_tokens",
-            "How many tokens were embedded for answered requests, by task and status?",
+            "How many tokens did answered requests have, by task and status?",
             ("task", "status"),
             registry=self.registry,
         )
@@ -110,7 +112,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries):
         )
         self._key_tokens = Counter(
             "taskvec_key_tokens",
-            "How many tokens were embedded for answered requests, by API key?",
+            "How many tokens did answered requests have, by API key?",
             ("key",),
             registry=self.registry,
         )

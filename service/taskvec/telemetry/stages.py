@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-STAGES = ("tokenize", "queue", "engine", "encode")
-"""In the order in which a request goes through them."""
+STAGES = ("tokenize", "cache", "queue", "engine", "encode")
+"""In the order in which a request goes through them; ``cache`` only where there is one."""
 
 
 class Stage(NamedTuple):

@@ -1,0 +1,70 @@
+"""What an answer cache keeps its vectors in; here, this process's memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+ENTRY_BYTES = 256
+"""What an entry takes beside its value: its key, the dictionary's place, Python's objects."""
+
+
+class CacheObserver(Protocol):
+    """Who is told how the cache does."""
+
+    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
+        """So many texts were found, so many not."""
+
+    def cache_holds(self, size: int) -> None:
+        """The cache in memory now takes so many bytes."""
+
+    def cache_failed(self) -> None:
+        """Redis did not answer, or had no time to keep something."""
+
+
+class VectorStore(Protocol):
+    """Keeps bytes under keys, for as long as it has room; never fails, but forgets."""
+
+    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+        """What is kept under each key; None where nothing is."""
+
+    def put(self, entries: Mapping[bytes, bytes]) -> None:
+        """Keep something, if that is possible; does not wait."""
+
+    async def close(self) -> None:
+        """Finish, and let go of connections."""
+
+
+class MemoryStore:
+    """In this process; what was not used for longest makes room."""
+
+    def __init__(self, most_bytes: int, observer: CacheObserver) -> None:
+        """Empty, and never over ``most_bytes``."""
+        self._most_bytes = most_bytes
+        self._observer = observer
+        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
+        self._bytes = 0
+
+    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+        """See ``VectorStore``."""
+        for key in keys:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+        return [self._entries.get(key) for key in keys]
+
+    def put(self, entries: Mapping[bytes, bytes]) -> None:
+        """See ``VectorStore``."""
+        for key, value in entries.items():
+            before = self._entries.pop(key, None)
+            if before is not None:
+                self._bytes -= ENTRY_BYTES + len(before)
+            self._entries[key] = value
+            self._bytes += ENTRY_BYTES + len(value)
+        while self._bytes > self._most_bytes:
+            _, value = self._entries.popitem(last=False)
+            self._bytes -= ENTRY_BYTES + len(value)
+        self._observer.cache_holds(self._bytes)
+
+    async def close(self) -> None:
+        """See ``VectorStore``."""

@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PORT ?= 8080
 MODEL ?= taskvec-mini
+MINUTES ?= 20
+NAME ?= soak
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
@@ -56,8 +58,17 @@ bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency
 	$(VENV)/bin/python loadtest/engine.py --shape qwen3-0.6b --rounds 3
 	$(VENV)/bin/python loadtest/gateway.py
 	$(VENV)/bin/python loadtest/latency.py
+	$(VENV)/bin/python loadtest/fairness.py
 	$(VENV)/bin/python loadtest/truncation.py
 	PYTHONPATH=tests $(VENV)/bin/python loadtest/parity.py
+
+.PHONY: soak
+soak: $(VENV)/dev.stamp ## Mixed traffic; memory must stay: MINUTES=20 NAME=soak (a result's file; - for none)
+	$(VENV)/bin/python loadtest/soak.py --minutes $(MINUTES) --name $(NAME)
+
+.PHONY: overload
+overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, for a minute
+	$(VENV)/bin/python loadtest/overload.py
 
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/

@@ -3,7 +3,9 @@
 Against a bare FastAPI route that parses the same body with pydantic and writes the same bytes:
 ``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's
 base64. Both sides answer tokenising with a fixed list; the full path is measured with the real
-tokeniser too. wrk (a Debian package) sends the load, 32 connections, each side in turn.
+tokeniser too. ``gateway`` asks for no key and writes no lines; ``gateway-everything`` has API keys
+with three limits each, a log line a request, and bounded connections, as ``taskvec serve`` has.
+wrk (a Debian package) sends the load, 32 connections, each side in turn.
 
     python loadtest/gateway.py --rounds 5
 """
@@ -30,7 +32,7 @@ import numpy as np
 import orjson
 import uvicorn
 from fastapi import FastAPI, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from report import ratio, spread, write_result
 from server import free_port, wait_ready
@@ -39,6 +41,7 @@ from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
+from taskvec.serving import server_options
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
 from taskvec.telemetry.metrics import Metrics
@@ -46,7 +49,9 @@ from taskvec.wiring import task_table, text_tokenizer
 
 DIMENSION = 1024
 TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
-SIDES = ("bare", "bare-encoding", "gateway", "gateway-tokenizing")
+SIDES = ("bare", "bare-encoding", "gateway", "gateway-everything", "gateway-tokenizing")
+KEYS = "web=tv-benchmark,jobs=tv-other"
+SECRET = KEYS.partition("=")[2].partition(",")[0]
 
 
 class NullEngine:
@@ -55,11 +60,13 @@ class NullEngine:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model = replace(checkpoint.card, dimension=DIMENSION)
         self._vectors = np.random.default_rng(0).standard_normal((2048, DIMENSION), np.float32)
+        self.finished = 0
 
     async def start(self) -> None:
         pass
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
+        self.finished += len(batch.ids)
         return EngineResult(self._vectors[: len(batch.ids)], 0.0, 0.0)
 
     async def stop(self) -> None:
@@ -94,12 +101,23 @@ class Body(BaseModel):
 
 def serve(side: str, port: int) -> None:
     """Run one side until it is killed."""
-    configure_logs("error")
+    everything = side == "gateway-everything"
+    configure_logs("info" if everything else "error")
+    settings = Settings()
+    options: dict[str, Any] = {"log_config": None, "access_log": False}
+    if everything:
+        settings = Settings(
+            api_keys=SecretStr(KEYS),
+            key_requests_per_minute=100_000_000,
+            key_tokens_per_minute=1_000_000_000,
+            key_concurrency=1000,
+        )
+        options = server_options(settings)
     if side.startswith("bare"):
         app = bare_app(encoding=side == "bare-encoding")
     else:
-        app = gateway_app(tokenizing=side == "gateway-tokenizing")
-    uvicorn.run(app, port=port, log_config=None, access_log=False)
+        app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
+    uvicorn.run(app, port=port, **options)
 
 
 def bare_app(*, encoding: bool) -> FastAPI:
@@ -129,7 +147,7 @@ def bare_app(*, encoding: bool) -> FastAPI:
 
 def answer_bytes(texts: int) -> bytes:
     """The gateway's own answer to so many texts."""
-    app = gateway_app(tokenizing=False)
+    app = gateway_app(Settings(), tokenizing=False)
 
     async def ask() -> bytes:
         transport = httpx.ASGITransport(app)
@@ -139,14 +157,14 @@ def answer_bytes(texts: int) -> bytes:
     return asyncio.run(ask())
 
 
-def gateway_app(*, tokenizing: bool) -> FastAPI:
+def gateway_app(settings: Settings, *, tokenizing: bool) -> FastAPI:
     """The real application, in front of the null engine."""
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     engine = NullEngine(checkpoint)
     checkpoint = replace(checkpoint, card=engine.model)
     metrics = Metrics(task_table(checkpoint).names)
     tokenizer: Any = None if tokenizing else FixedTokens()
-    return create_app(Settings(), checkpoint, engine, metrics, print, tokenizer=tokenizer)
+    return create_app(settings, checkpoint, engine, metrics, print, tokenizer=tokenizer)
 
 
 def request_body(texts: int) -> bytes:
@@ -176,6 +194,7 @@ def main() -> None:
             "requests_per_second": {side: spread(values, 0) for side, values in rates.items()},
             "gateway_over_bare": ratio(rates["gateway"], rates["bare"]),
             "gateway_over_bare_encoding": ratio(rates["gateway"], rates["bare-encoding"]),
+            "everything_over_gateway": ratio(rates["gateway-everything"], rates["gateway"]),
             "gateway_tokenizing_over_bare": ratio(rates["gateway-tokenizing"], rates["bare"]),
         }
     figures["tokenizer_texts_per_second"] = spread(tokenizer_rates(options.rounds), 0)
@@ -187,7 +206,11 @@ def measured(side: str, texts: int, seconds: int) -> float:
     """Requests per second that one fresh server answers."""
     port = free_port()
     command = [sys.executable, __file__, "--serve", side, "--port", str(port)]
-    with subprocess.Popen(command) as server, script(texts) as lua:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stderr=log) as server,
+        script(texts) as lua,
+    ):
         try:
             wait_ready(port)
             url = f"http://127.0.0.1:{port}/v1/embeddings"
@@ -216,6 +239,7 @@ def script(texts: int) -> Any:
         file.write_text(
             'wrk.method = "POST"\n'
             'wrk.headers["Content-Type"] = "application/json"\n'
+            f'wrk.headers["Authorization"] = "Bearer {SECRET}"\n'
             f"wrk.body = {body}\n"
         )
         yield file

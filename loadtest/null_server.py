@@ -34,6 +34,7 @@ class NullEngine:
 
     def __init__(self, checkpoint: Checkpoint, golden: GoldenVectors) -> None:
         self.model = checkpoint.card
+        self.finished = 0
         random = np.random.default_rng(0)
         self._vectors = random.standard_normal((MOST_TEXTS, self.model.dimension), np.float32)
         self._golden = {
@@ -46,6 +47,7 @@ class NullEngine:
         pass
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
+        self.finished += len(batch.ids)
         return EngineResult(self.answer(batch.ids, batch.adapter), 0.0, 0.0)
 
     def answer(self, ids: Any, adapter: str | None) -> Any:

@@ -276,9 +276,10 @@ def test_bulk_keeps_nobody_else_out(clock: Clock) -> None:
 
 
 def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
-    """More than a second of the engine's work is; where the speed is unknown, what it says."""
+    """More than a second of the engine's work is; where the speed is unknown, many tokens are."""
     admission = Admission(100, clock=clock)
-    assert admission.class_of(10**9, INTERACTIVE) is INTERACTIVE
+    assert admission.class_of(LEAST_BUDGET, INTERACTIVE) is INTERACTIVE
+    assert admission.class_of(LEAST_BUDGET + 1, INTERACTIVE) is BULK
     admission.learn(tokens=1000, seconds=1)
     assert admission.class_of(1000, INTERACTIVE) is INTERACTIVE
     assert admission.class_of(1001, INTERACTIVE) is BULK

@@ -37,6 +37,13 @@ KEYS = entry("web", "s3cret") + entry("jobs", "0ther")
 WEB, JOBS = {"api-key": "s3cret"}, {"api-key": "0ther"}
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's Redis may be slow without being down."""
+    for module in ("taskvec.stores", "taskvec.cache.shared"):
+        monkeypatch.setattr(f"{module}.ANSWER_SECONDS", 10.0)
+
+
 @pytest.fixture
 def redis() -> Iterator[Redis]:
     with running_redis() as server:

@@ -17,7 +17,8 @@ LONGEST_RETRY = 120.0
 """OpenAI's SDK obeys Retry-After up to this many seconds."""
 
 LEAST_BUDGET = 16_384
-"""Tokens that may wait however slow the engine is."""
+"""Tokens that may wait however slow the engine is; before its speed is known, a larger request is
+bulk."""
 
 FIRST_BUDGET = 1 << 20
 """Tokens that may wait before the engine's speed is known."""
@@ -90,7 +91,8 @@ class Admission:
 
     def class_of(self, tokens: int, asked: Priority) -> Priority:
         """The class that a request of so many tokens belongs to."""
-        return Priority.BULK if self.rate and tokens > BULK_SECONDS * self.rate else asked
+        few = BULK_SECONDS * self.rate if self.rate else LEAST_BUDGET
+        return Priority.BULK if tokens > few else asked
 
     def require_room(self, priority: Priority) -> None:
         """Refuse at once while requests that came before are being refused for lack of room.

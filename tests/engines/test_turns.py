@@ -136,6 +136,33 @@ def test_a_crowd_of_newcomers_does_not_starve_a_big_request() -> None:
 
 
 @given(
+    texts=st.lists(st.integers(min_value=1, max_value=12), min_size=1, max_size=20),
+    quantum=st.integers(min_value=16, max_value=300),
+    budget=st.integers(min_value=100, max_value=500),
+    crowd=st.integers(min_value=2, max_value=40),
+)
+def test_an_endless_crowd_starves_nobody(
+    texts: list[int], quantum: int, budget: int, crowd: int
+) -> None:
+    """While more come than can be served, each request is done when all have had as much as it."""
+    queue: TurnQueue[int] = TurnQueue(quantum)
+    arrived: dict[int, int] = {}
+    served = 0
+    number = 0
+    while served < 60 * budget:
+        while len(arrived) < crowd:
+            number += 1
+            queue.push(number, [16] * texts[number % len(texts)])
+            arrived[number] = served
+        batch = queue.take(budget)
+        served += 16 * len(batch)
+        for request in {request for request, _ in batch}.difference(queue):
+            waited = served - arrived.pop(request)
+            tokens = 16 * texts[request % len(texts)]
+            assert waited <= crowd * (tokens + quantum + 16) + budget
+
+
+@given(
     costs=st.lists(st.integers(min_value=1, max_value=50), min_size=2, max_size=4),
     quantum=st.integers(min_value=50, max_value=300),
     budget=st.integers(min_value=300, max_value=1500),

@@ -1,14 +1,18 @@
 """The queue of an engine: two classes share its time, and the requests of a class take turns.
 
-Within a class: deficit round robin (Shreedhar and Varghese, 1995) in tokens, with newcomers served
-first for one turn, as fq_codel does for new flows (RFC 8290, section 4.1). Between the classes:
-stride scheduling (Waldspurger and Weihl, 1995) of the engine's seconds; a batch holds one class
-only, so that a short text does not wait for a long forward to which it was added.
+Within a class: fair queueing in tokens by virtual time (Demers, Keshav and Shenker, 1989). Every
+request has a tag, the tokens that it has had; a new one begins where the class's clock stands, and
+the clock goes on by what an equal share of the service is. The least tag is served next: one that
+is new goes before those that have had more, and none starves, however many new ones come.
+Between the classes: stride scheduling (Waldspurger and Weihl, 1995) of the engine's seconds; a
+batch holds one class only, so that a short text does not wait for a long forward to which it was
+added.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -32,14 +36,20 @@ class Turn(Generic[T]):
     Attributes:
         request: whatever the engine keeps of it.
         costs: tokens of each text, in the order in which they are to be taken.
+        tag: where the clock of its class stood when it came, and the tokens it has had since.
+        number: of its arrival; decides between equal tags.
         taken: how many texts have left the queue.
-        deficit: tokens this request may still take in the present turn.
     """
 
     request: T
     costs: list[int]
+    tag: float
+    number: int
     taken: int = 0
-    deficit: int = 0
+
+    def __lt__(self, other: Turn[T]) -> bool:
+        """Whether it comes first."""
+        return (self.tag, self.number) < (other.tag, other.number)
 
     @property
     def done(self) -> bool:
@@ -52,50 +62,58 @@ class _Ring(Generic[T]):
     """The requests of one class.
 
     Attributes:
-        new: those that have had no turn yet.
-        old: those that have.
+        turns: a heap.
+        clock: virtual time: the tokens that a request would have had that was there all the time.
+        arrivals: how many requests have come.
         spent: engine seconds that this class has had, over its weight.
     """
 
-    new: deque[Turn[T]] = field(default_factory=deque)
-    old: deque[Turn[T]] = field(default_factory=deque)
+    turns: list[Turn[T]] = field(default_factory=list)
+    clock: float = 0.0
+    arrivals: int = 0
     spent: float = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.new or self.old)
+        return bool(self.turns)
 
-    def __iter__(self) -> Iterator[Turn[T]]:
-        yield from (*self.new, *self.old)
+    def push(self, request: T, costs: list[int]) -> None:
+        """Add a request."""
+        self.arrivals += 1
+        heapq.heappush(self.turns, Turn(request, costs, self.clock, self.arrivals))
 
     def take(self, quantum: int, budget: int) -> tuple[list[tuple[T, int]], int, list[T]]:
         """See ``TurnQueue.take``; also the tokens taken, and the requests that are done."""
         batch: list[tuple[T, int]] = []
         done: list[T] = []
         room = budget
-        while self:
-            turn = (self.new or self.old).popleft()
-            turn.deficit += quantum
-            while not turn.done and turn.costs[turn.taken] <= turn.deficit:
+        full = False
+        while self.turns and not full:
+            turn = self.turns[0]
+            self.clock = max(self.clock, turn.tag)
+            had = 0
+            while not turn.done and had < quantum:
                 cost = turn.costs[turn.taken]
-                if cost > room and batch:
-                    turn.deficit -= quantum
-                    self.old.appendleft(turn)
-                    return batch, budget - room, done
+                full = cost > room and bool(batch)
+                if full:
+                    break
                 batch.append((turn.request, turn.taken))
                 turn.taken += 1
-                turn.deficit -= cost
+                had += cost
                 room -= cost
+            self.clock += had / len(self.turns)
+            turn.tag += had
             if turn.done:
-                done.append(turn.request)
+                done.append(heapq.heappop(self.turns).request)
             else:
-                self.old.append(turn)
+                heapq.heapreplace(self.turns, turn)
         return batch, budget - room, done
 
     def drop(self, leaves: Callable[[T], bool]) -> list[Turn[T]]:
         """See ``TurnQueue.drop``."""
-        dropped = [turn for turn in self if leaves(turn.request)]
-        for turn in dropped:
-            (self.new if turn in self.new else self.old).remove(turn)
+        dropped = [turn for turn in self.turns if leaves(turn.request)]
+        if dropped:
+            left = set(self.turns).difference(dropped)
+            self.turns = sorted(left)  # a sorted list is a heap
         return dropped
 
 
@@ -103,7 +121,7 @@ class TurnQueue(Generic[T]):
     """Requests with texts that wait; not thread-safe, its owner locks.
 
     Attributes:
-        quantum: tokens a request may take in one turn.
+        quantum: tokens after which the next request has its turn.
         texts: texts that wait.
         tokens: tokens that wait.
     """
@@ -118,7 +136,7 @@ class TurnQueue(Generic[T]):
         self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
-        return (turn.request for ring in self._rings.values() for turn in ring)
+        return (turn.request for ring in self._rings.values() for turn in ring.turns)
 
     @property
     def oldest(self) -> T | None:
@@ -132,7 +150,7 @@ class TurnQueue(Generic[T]):
             saved = SAVED[priority] / WEIGHTS[priority]
             others = [other.spent - saved for other in self._rings.values() if other]
             ring.spent = max([ring.spent, *others])
-        ring.new.append(Turn(request, costs))
+        ring.push(request, costs)
         self._by_age[id(request)] = request
         self.texts += len(costs)
         self.tokens += sum(costs)

@@ -27,6 +27,7 @@ from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import TaskvecError
 from taskvec.http.access import Access, Endpoint
 from taskvec.http.documents import documents_router
+from taskvec.http.door import Door
 from taskvec.http.drain import drained_first
 from taskvec.http.embeddings import EmbeddingsRoute
 from taskvec.http.engine import EngineRoute
@@ -191,6 +192,7 @@ def create_app(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
+        door=Door(health, admission, None if access is None else access.gate),
         tracer=tracer,
     )
     if settings.cors_origins:

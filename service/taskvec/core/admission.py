@@ -70,6 +70,11 @@ class Admission:
         return sum(self._held.values())
 
     @property
+    def open(self) -> bool:
+        """True where no class has refused a request and waits for room since."""
+        return all(self._open.values())
+
+    @property
     def derived(self) -> bool:
         """True where the budget follows the engine's speed."""
         return not self._max

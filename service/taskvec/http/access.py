@@ -13,6 +13,7 @@ from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from taskvec.access.keys import Key
 from taskvec.access.limiter import Kind, Limiter, LimitReachedError, Window
@@ -38,21 +39,25 @@ class Gate(SecurityBase):
         self.scheme_name = BEARER
         self.model = HTTPBearer(description="Authorization: Bearer and the API key.")
 
+    def key_of(self, scope: Scope) -> Key | None:
+        """The key that a request has; None where it has none, or an unknown one."""
+        secret = _secret(scope["headers"])
+        return None if secret is None else self._keys.find(secret)
+
     async def __call__(self, request: Request) -> None:
         """Let the request pass.
 
         Raises:
             AuthenticationError: it has no key, or an unknown one.
         """
-        secret = _secret(request.scope["headers"])
-        if secret is None:
-            raise AuthenticationError(
-                "This server asks for an API key: send it as Authorization: Bearer KEY, or in the "
-                "header api-key.",
-                code="missing_api_key",
-            )
-        key = self._keys.find(secret)
+        key = self.key_of(request.scope)
         if key is None:
+            if _secret(request.scope["headers"]) is None:
+                raise AuthenticationError(
+                    "This server asks for an API key: send it as Authorization: Bearer KEY, or in "
+                    "the header api-key.",
+                    code="missing_api_key",
+                )
             raise AuthenticationError("The API key is not known here: check it, or ask for one.")
         record_of(request.scope).key = key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import re
 import time
 from typing import Any
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import ClientClosedError, TaskvecError
+from taskvec.http.door import Door
 from taskvec.http.errors import error_response
 from taskvec.http.record import RECORD_KEY, RequestRecord
 from taskvec.telemetry.metrics import Metrics
@@ -22,6 +23,7 @@ EMBED_PATHS = frozenset({"/v1/embeddings"})
 
 TRACED_PATHS = EMBED_PATHS | {WIRE_PATH}
 
+_dice = random.Random()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 log = structlog.get_logger("taskvec.requests")
@@ -36,12 +38,14 @@ class RequestTrace:
         metrics: Metrics | None,
         *,
         log_requests: bool,
+        door: Door,
         tracer: Tracer | None = None,
     ) -> None:
         """Wrap an application.
 
         Args:
             app: what answers.
+            door: refuses what need not reach it.
             metrics: None where another process counts the requests.
             log_requests: whether each request gets a line.
             tracer: None where nobody asked for traces.
@@ -49,6 +53,7 @@ class RequestTrace:
         self._app = app
         self._metrics = metrics
         self._log_requests = log_requests
+        self._door = door
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +75,12 @@ class RequestTrace:
             metrics.request_started()
         span = self._span(scope, record)
         try:
-            await self._app(scope, receive, send_traced)
+            refusal = self._door.refusal(scope, record)
+            if refusal is None:
+                await self._app(scope, receive, send_traced)
+            else:
+                record.code = refusal.code
+                await error_response(refusal, record.request_id)(scope, receive, send_traced)
         except Exception:
             log.exception("unhandled_error", request_id=record.request_id)
             if record.status:
@@ -127,7 +137,7 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _CLIENT_ID.fullmatch(value):
             text: str = value.decode("ascii")
             return text
-    return os.urandom(16).hex()
+    return f"{_dice.getrandbits(128):032x}"
 
 
 def _line(record: RequestRecord, scope: Scope, seconds: float) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Refusals that cost no work: what the service would refuse anyway, told before a body is read."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from taskvec.core.admission import Admission
+from taskvec.core.health import ServiceHealth
+from taskvec.engines.wire import WIRE_PATH
+from taskvec.errors import InvalidRequestError, TaskvecError
+from taskvec.http.access import Gate
+from taskvec.http.limits import priority_asked
+from taskvec.http.record import RequestRecord
+
+EMBEDDING_PATHS = frozenset({"/v1/embeddings", WIRE_PATH})
+
+
+class Door:
+    """Stands before every route; shut while there is no room, or the service leaves."""
+
+    def __init__(self, health: ServiceHealth, admission: Admission, gate: Gate | None) -> None:
+        """Of a service; the gate is None where nobody is asked for a key."""
+        self._health = health
+        self._admission = admission
+        self._gate = gate
+
+    def refusal(self, scope: Scope, record: RequestRecord) -> TaskvecError | None:
+        """Why an embedding request is refused at once; None where a route has to look at it."""
+        if (
+            self._admission.open
+            or scope["path"] not in EMBEDDING_PATHS
+            or scope["method"] != "POST"
+        ):
+            return None
+        key = None
+        if self._gate is not None:
+            key = self._gate.key_of(scope)
+            if key is None:
+                return None  # the gate says what is wrong with it
+        try:
+            self._health.require_open()
+            self._admission.require_room(priority_asked(Headers(scope=scope), key))
+        except InvalidRequestError:
+            return None
+        except TaskvecError as refusal:
+            record.key = key
+            return refusal
+        return None

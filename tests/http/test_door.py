@@ -1,0 +1,77 @@
+"""While there is no room, requests are refused before anything of them is read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from conftest import fake_service
+from fakes import FakeEngine
+from keyfiles import entry
+from processes import total
+from taskvec.checkpoint.layout import Checkpoint
+
+PATH = "/v1/embeddings"
+WEB, JOBS = {"api-key": "s3cret"}, {"api-key": "0ther"}
+KEYS = entry("web", "s3cret") + entry("jobs", "0ther", priority="bulk")
+
+
+@asynccontextmanager
+async def full(checkpoint: Checkpoint, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A service with keys whose interactive class is full, and has refused a request."""
+    file = folder / "keys.toml"
+    file.write_text(KEYS)
+    engine = FakeEngine(checkpoint.card, delay=1.0)
+    settings = {"keys_file": file, "max_queue_tokens": 10}
+    async with fake_service(checkpoint, engine, **settings) as (client, _):
+        held = asyncio.create_task(client.post(PATH, json={"input": "a b c d"}, headers=WEB))
+        while not engine.batches:
+            await asyncio.sleep(0.01)
+        large = {"input": "one two three four five six seven eight"}
+        assert (await client.post(PATH, json=large, headers=WEB)).status_code == 429
+        yield client
+        assert (await held).status_code == 200
+        assert (await client.post(PATH, json={"input": "a"}, headers=WEB)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_no_body_is_read(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What is no JSON at all is refused like the rest, in the contract's form, and counted."""
+    async with full(default_checkpoint, tmp_path) as client:
+        answer = await client.post(PATH, content=b"{", headers=WEB)
+        assert answer.status_code == 429
+        told = answer.json()
+        assert (told["code"], told["error"]["type"]) == ("queue_full", "rate_limit_error")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert told["request_id"] == answer.headers["x-request-id"]
+        page = (await client.get("/metrics")).text
+        assert total(page, "taskvec_rejected_total", 'code="queue_full"') == 2
+        assert total(page, "taskvec_key_requests_total", 'key="web",status="429"') == 2
+
+
+@pytest.mark.anyio
+async def test_who_has_no_key_is_told_so(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Room or no room, a wrong key is a 401."""
+    async with full(default_checkpoint, tmp_path) as client:
+        for headers in ({}, {"api-key": "wr0ng"}):
+            answer = await client.post(PATH, json={"input": "a"}, headers=headers)
+            assert answer.status_code == 401
+
+
+@pytest.mark.anyio
+async def test_the_other_class_has_its_room(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Bulk is let in while interactive is full, by its header or by its key."""
+    async with full(default_checkpoint, tmp_path) as client:
+        answers = await asyncio.gather(
+            client.post(PATH, json={"input": "a"}, headers=WEB | {"x-priority": "bulk"}),
+            client.post(PATH, json={"input": "a"}, headers=JOBS),
+            client.post(PATH, json={"input": "a"}, headers=JOBS | {"x-priority": "interactive"}),
+            client.post(PATH, json={"input": "a"}, headers=WEB | {"x-priority": "urgent"}),
+            client.get(PATH, headers=WEB),
+        )
+        assert [answer.status_code for answer in answers] == [200, 200, 429, 400, 405]

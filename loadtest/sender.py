@@ -25,12 +25,14 @@ class _Connection(asyncio.Protocol):
         self._came = bytearray()
         self._answer: asyncio.Future[Answer] | None = None
         self._transport: asyncio.Transport | None = None
+        self.open = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.open = False
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ConnectionResetError(str(error or "closed")))
 
@@ -76,6 +78,8 @@ class Sender:
         Raises:
             OSError: there was none.
         """
+        while self._idle and not self._idle[-1].open:
+            self._idle.pop()
         if self._idle:
             connection = self._idle.pop()
         else:

@@ -157,9 +157,7 @@ def create_app(
     if access is not None:
         embed, embed_ids = access.limited(embed), access.limited(embed_ids)
     if token_ids:
-        app.add_api_route(
-            WIRE_PATH, embed_ids, methods=["POST"], dependencies=guards, include_in_schema=False
-        )
+        app.add_api_route(WIRE_PATH, embed_ids, methods=["POST"], include_in_schema=False)
     app.add_api_route(
         "/v1/embeddings",
         embed,
@@ -168,7 +166,6 @@ def create_app(
         summary="Embed texts for a task",
         operation_id="create_embeddings",
         response_model=None,
-        dependencies=guards,
         responses={
             200: {"description": "One vector a text, in order.", "content": response_content()},
             **error_responses(400, *refusals, 404, 408, 413, 415, 429, 500, 503, 504),
@@ -176,7 +173,8 @@ def create_app(
         openapi_extra={
             "requestBody": request_body(
                 checkpoint.card, tasks, names, texts=settings.max_texts, token_ids=token_ids
-            )
+            ),
+            **({} if access is None else {"security": [{access.gate.scheme_name: []}]}),
         },
     )
     app.include_router(

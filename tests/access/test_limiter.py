@@ -12,7 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from keyfiles import Redis, running_redis, wait_for_a_minute_with_room
-from taskvec.access.limiter import Kind, Limiter, LimitReachedError, Usage, Window
+from taskvec.access.limiter import Kind, Limiter, LimitReachedError, Window
+from taskvec.access.windows import Usage
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
 
 

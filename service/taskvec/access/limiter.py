@@ -1,20 +1,19 @@
-"""Limits a minute, counted in this process or in Redis by the ``limits`` library."""
+"""Limits a minute, counted in this process, or in Redis by the ``limits`` library."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from limits import RateLimitItemPerMinute
-from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 
+from taskvec.access.windows import LocalWindows, Usage
 from taskvec.errors import InvalidRequestError, RateLimitError, UnavailableError
 from taskvec.stores import ANSWER_SECONDS, PAUSE, Outage, connection_pool
-
-MINUTE = 60.0
 
 
 class Kind(enum.StrEnum):
@@ -39,38 +38,6 @@ class LimitObserver(Protocol):
         """Redis was down."""
 
 
-class Usage(NamedTuple):
-    """What a sliding window holds: the last minute counts as far as it reaches into this one.
-
-    Attributes:
-        before: used in the minute before; it fades until ``fades`` seconds from now.
-        now: used in this one; it begins to fade when it ends, ``ends`` seconds from now.
-    """
-
-    before: int
-    fades: float
-    now: int
-    ends: float
-
-    @classmethod
-    def of(cls, before: int, fades: float, now: int, expires: float) -> Self:
-        """From what ``limits`` stores: a minute's count is kept for one more minute."""
-        return cls(before, fades, now, max(0.0, expires - MINUTE))
-
-    @property
-    def used(self) -> int:
-        """What counts at this moment."""
-        return int(self.before * self.fades / MINUTE) + self.now
-
-    def seconds_until(self, room: int) -> float:
-        """When at most ``room`` will be used, if nothing is added."""
-        if self.used <= room:
-            return 0.0
-        if self.now <= room:
-            return self.fades - (room - self.now) * MINUTE / self.before
-        return self.ends + MINUTE * (1 - room / self.now)
-
-
 class Limiter:
     """Counts what each key takes."""
 
@@ -87,17 +54,15 @@ class Limiter:
             StartError: the URL cannot be used.
         """
         self._pool = None if url is None else connection_pool(url, "--limits-url")
-        self._storage = (
-            MemoryStorage()
-            if self._pool is None
-            else RedisStorage(
+        self._local = LocalWindows()
+        if self._pool is not None:
+            self._storage = RedisStorage(
                 "async+redis://",
                 wrap_exceptions=True,
                 implementation="redispy",
                 connection_pool=self._pool,  # type: ignore[arg-type] # handed on as it is
             )
-        )
-        self._windows = SlidingWindowCounterRateLimiter(self._storage)
+            self._windows = SlidingWindowCounterRateLimiter(self._storage)
         self._open_when_down = open_when_down
         self._observer = observer
         self._outage = Outage("limits", open=open_when_down)
@@ -125,7 +90,11 @@ class Limiter:
                 "minute: send fewer texts at once.",
                 code="too_many_tokens",
             )
-        counted = await self._count(name, kind, limit, amount)
+        identity = (name, kind.value)
+        if self._pool is None:
+            counted: tuple[bool, Usage] | None = self._local.take(identity, limit, amount)
+        else:
+            counted = await self._count(identity, limit, amount)
         if counted is None:
             return None
         taken, usage = counted
@@ -140,13 +109,12 @@ class Limiter:
             await self._pool.aclose()
 
     async def _count(
-        self, name: str, kind: Kind, limit: int, amount: int
+        self, identity: tuple[str, str], limit: int, amount: int
     ) -> tuple[bool, Usage] | None:
         if self._outage.pausing:
             self._unchecked()
             return None
         item = RateLimitItemPerMinute(limit, namespace="taskvec")
-        identity = (name, kind.value)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 taken = await self._windows.hit(item, *identity, cost=amount)

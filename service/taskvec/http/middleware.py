@@ -15,6 +15,7 @@ from taskvec.errors import ClientClosedError, TaskvecError
 from taskvec.http.door import Door
 from taskvec.http.errors import error_response
 from taskvec.http.record import RECORD_KEY, RequestRecord
+from taskvec.telemetry.logs import request_log
 from taskvec.telemetry.metrics import Metrics
 from taskvec.telemetry.traces import RequestSpan, Tracer, present_span
 
@@ -26,7 +27,7 @@ TRACED_PATHS = EMBED_PATHS | {WIRE_PATH}
 _dice = random.Random()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
-log = structlog.get_logger("taskvec.requests")
+log = structlog.get_logger(__name__)
 
 
 class RequestTrace:
@@ -121,7 +122,7 @@ class RequestTrace:
         if span is not None:
             span.end(record.status, record.code, stages, _attributes(record))
         if self._log_requests:
-            log.info("request", **_line(record, scope, seconds))
+            request_log.write(_line(record, scope, seconds))
 
     def _span(self, scope: Scope, record: RequestRecord) -> RequestSpan | None:
         if self._tracer is None or scope["path"] not in TRACED_PATHS:

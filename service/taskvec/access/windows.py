@@ -1,0 +1,71 @@
+"""Sliding minutes, counted in this process.
+
+The same count as the ``limits`` library's sliding window counter, which Redis is asked through: the
+minute before counts as far as it reaches into the last sixty seconds. Its count in memory goes
+through locks and coroutines and takes 90 microseconds a request, a quarter of the gateway's whole
+time; this takes two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+MINUTE = 60.0
+
+
+class Usage(NamedTuple):
+    """What a sliding window holds: the last minute counts as far as it reaches into this one.
+
+    Attributes:
+        before: used in the minute before; it fades until ``fades`` seconds from now.
+        now: used in this one; it begins to fade when it ends, ``ends`` seconds from now.
+    """
+
+    before: int
+    fades: float
+    now: int
+    ends: float
+
+    @classmethod
+    def of(cls, before: int, fades: float, now: int, expires: float) -> Self:
+        """From what ``limits`` stores: a minute's count is kept for one more minute."""
+        return cls(before, fades, now, max(0.0, expires - MINUTE))
+
+    @property
+    def used(self) -> int:
+        """What counts at this moment."""
+        return int(self.before * self.fades / MINUTE) + self.now
+
+    def seconds_until(self, room: int) -> float:
+        """When at most ``room`` will be used, if nothing is added."""
+        if self.used <= room:
+            return 0.0
+        if self.now <= room:
+            return self.fades - (room - self.now) * MINUTE / self.before
+        return self.ends + MINUTE * (1 - room / self.now)
+
+
+class LocalWindows:
+    """One window for each identity; the minutes are the clock's."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """Nothing is used; the clock is in seconds."""
+        self._clock = clock
+        self._counts: dict[tuple[str, str], tuple[int, int, int]] = {}
+
+    def take(self, identity: tuple[str, str], limit: int, amount: int) -> tuple[bool, Usage]:
+        """Count an amount, if it fits under the limit; and what is used then."""
+        minute, into = divmod(self._clock(), MINUTE)
+        counted, before, now = self._counts.get(identity, (0, 0, 0))
+        if counted != minute:
+            before, now = (now if counted == minute - 1 else 0), 0
+        left = MINUTE - into
+        usage = Usage(before, left, now, left)
+        taken = usage.used + amount <= limit
+        if taken:
+            now += amount
+            usage = Usage(before, left, now, left)
+        self._counts[identity] = (int(minute), before, now)
+        return taken, usage

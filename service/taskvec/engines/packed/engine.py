@@ -30,6 +30,7 @@ from taskvec.engines.packed.resources import (
     choose_dtype,
     is_out_of_memory,
     release_memory,
+    return_memory,
 )
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.turns import TurnQueue
@@ -48,6 +49,9 @@ MERGE_SHARE = 0.5
 CUDA_BATCH_TOKENS = 32_768
 TURNS_A_BATCH = 4
 """Requests that get a turn in one full batch."""
+
+RETURN_MEMORY_EVERY = 10.0
+"""Seconds between two times that free pages are given back, before a forward."""
 
 log = structlog.get_logger(__name__)
 
@@ -123,6 +127,7 @@ class PackedEngine:
         self._budget = TokenBudget(0)
         self._stopping = False
         self._finished = 0
+        self._returned_at = 0.0
         self._running: set[_Request] = set()
         self._worker: threading.Thread | None = None
 
@@ -271,6 +276,9 @@ class PackedEngine:
                     break
                 self._wake.wait()
             self._report_queue()
+        if time.monotonic() - self._returned_at >= RETURN_MEMORY_EVERY:
+            return_memory()
+            self._returned_at = time.monotonic()
         return [(request, request.order[place]) for request, place in taken]
 
     def _drop_abandoned(self) -> None:

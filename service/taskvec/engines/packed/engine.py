@@ -51,7 +51,8 @@ TURNS_A_BATCH = 4
 """Requests that get a turn in one full batch."""
 
 RETURN_MEMORY_EVERY = 10.0
-"""Seconds between two times that free pages are given back, before a forward."""
+"""Seconds between two times that free pages are given back: after a forward, when its texts are
+answered, so that only what waits behind it is delayed."""
 
 log = structlog.get_logger(__name__)
 
@@ -276,9 +277,6 @@ class PackedEngine:
                     break
                 self._wake.wait()
             self._report_queue()
-        if time.monotonic() - self._returned_at >= RETURN_MEMORY_EVERY:
-            return_memory()
-            self._returned_at = time.monotonic()
         return [(request, request.order[place]) for request, place in taken]
 
     def _drop_abandoned(self) -> None:
@@ -302,6 +300,9 @@ class PackedEngine:
             self._observer.batch_started(waited)
         self._forward(transformer, rows)
         self._running = set()
+        if time.monotonic() - self._returned_at >= RETURN_MEMORY_EVERY:
+            return_memory()
+            self._returned_at = time.monotonic()
 
     def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
         """Embed texts in one forward, or in several smaller ones where memory runs out."""

@@ -134,7 +134,7 @@ On SIGTERM it is not ready at once and takes requests for `drain.grace` seconds 
 A model comes with the image, from a folder on a volume, or from a hub's cache on a claim:
 
 ```sh
-HF_HOME=/mnt/claim/hub taskvec check jinaai/jina-embeddings-v5-text-small    # where there is a network
+HF_HOME=/mnt/claim/huggingface taskvec check jinaai/jina-embeddings-v5-text-small    # where there is a network
 helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/airgapped-values.yaml
 ```
 
@@ -142,7 +142,7 @@ helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/airgapped-
 A gateway does not see its servers' queues, so in mode split the servers are scaled by vLLM's `vllm:num_requests_waiting`: let Prometheus scrape them (`metrics.monitor`, `networkPolicy.monitoringFrom`).
 
 **What does not go together** is refused when the chart is rendered, with a sentence that names the values; so are unknown keys.
-`commonLabels`, `mode` and names change what selectors find: choose them before the first install.
+`nameOverride` is part of selectors, which Kubernetes does not let change: choose it before the first install.
 
 ## Values
 

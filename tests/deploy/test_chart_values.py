@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
-from charts import CASES, CHART, ROOT, case, leaves, of_kind, only, refusal, render, settings
+from charts import (
+    CASES,
+    CHART,
+    RELEASE,
+    ROOT,
+    case,
+    helm,
+    leaves,
+    of_kind,
+    only,
+    refusal,
+    render,
+    settings,
+)
+from taskvec import __version__
 from taskvec.settings import Settings, environment_variable
 
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "render_chart.py"))
@@ -56,7 +71,7 @@ def walk(values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("values", [
-    {"mode": "tpu"}, {"replicas": -1}, {"drain": {"timeout": 0}}, {"model": {"name": "a'b/c"}},
+    {"mode": "tpu"}, {"replicas": -1}, {"drain": {"timeout": 0}}, {"model": {"name": "a'b/c"}}, {"model": {"name": "owner/x y"}}, {"model": {"name": "small"}},
     {"model": {"name": "$(reboot)/x"}}, {"image": {"digest": "sha256:short"}},
     {"config": {"TASKVEC_MAX_TEXTS": 0}}, {"config": {"TASKVEC_LOG_LEVEL": "loud"}},
     {"config": {"TASKVEC_MEMORY_SHARE": 1.5}}, {"metrics": {"monitor": "Agent"}},
@@ -93,6 +108,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model": {"offline": True, "hub": {"endpoint": "https://h"}}}, "model.hub.endpoint"),
     ({"model": {"revision": "main"}}, "model.revision"),
     ({"model": {"cache": CLAIM}}, "maxSurge"),
+    ({"model": {"cache": CLAIM}, "strategy": {"rollingUpdate": {"maxSurge": "9%"}}}, "maxSurge"),
     ({"model": {"cache": CLAIM}, "replicas": 2}, "ReadWriteMany"),
     ({"model": {"cache": CLAIM}, "autoscaling": HPA}, "ReadWriteMany"),
     (
@@ -115,6 +131,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "config.TASKVEC_METRICS_WITHOUT_KEY",
     ),
     ({"extraEnv": [{"name": "TASKVEC_PORT", "value": "1"}]}, "extraEnv sets TASKVEC_PORT"),
+    ({"extraEnv": [{"name": "TASKVEC_API_KEYS", "value": "a=b"}]}, "extraEnv sets TASKVEC_API_KEYS"),
+    ({"extraEnv": [{"name": "HF_HOME", "value": "/x"}]}, "extraEnv sets HF_HOME"),
 ]  # fmt: skip
 
 
@@ -191,3 +209,25 @@ def test_rules_and_dashboards_are_the_chart_s_files(tmp_path: Path) -> None:
     assert only(manifests, "PrometheusRule")["spec"] == groups
     data = [manifest["data"] for manifest in of_kind(manifests, "ConfigMap")]
     assert {"one.json": '{"title": "{{task}}"}'} in data
+
+
+def test_the_chart_is_of_this_version() -> None:
+    """The images that the chart names by default are those of the package's version."""
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == __version__
+
+
+def test_the_readme_s_commands_render() -> None:
+    """Every `helm install` of the README renders with these options."""
+    text = (CHART / "README.md").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("helm install")]
+    assert len(lines) == 4
+    for _, _, release, chart, *options in lines:
+        assert (release, ROOT / chart) == (RELEASE, CHART)
+        done = helm("template", *(option.replace(chart, str(CHART)) for option in options))
+        assert done.returncode == 0, done.stderr
+
+
+def test_recreate_has_no_rolling_update() -> None:
+    """The defaults of a rolling update do not stay behind in a strategy that has none."""
+    deployment = only(render({"strategy": {"type": "Recreate"}}), "Deployment")
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}

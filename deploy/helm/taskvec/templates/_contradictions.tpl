@@ -29,8 +29,8 @@
 {{- if or (gt (int .Values.replicas) 1) (and (include "taskvec.autoscaled" .) (ne .Values.mode "split")) -}}
 {{- fail "model.cache.claim is for one node (model.cache.claim.accessModes has no ReadWriteMany), and several pods share it: set ReadWriteMany, or replicas to 1 without autoscaling." -}}
 {{- end -}}
-{{- if gt (int (dig "rollingUpdate" "maxSurge" 0 .Values.strategy)) 0 -}}
-{{- fail "model.cache.claim is for one node (model.cache.claim.accessModes has no ReadWriteMany), and strategy.rollingUpdate.maxSurge starts a second pod beside the first: set ReadWriteMany, or maxSurge to 0 and maxUnavailable to 1." -}}
+{{- if include "taskvec.surges" . -}}
+{{- fail "model.cache.claim is for one node (model.cache.claim.accessModes has no ReadWriteMany), and strategy.rollingUpdate.maxSurge starts a second pod beside the first: set ReadWriteMany, or strategy.type to Recreate." -}}
 {{- end -}}
 {{- end -}}
 {{- if and .Values.engine.cache.persistent $claim.existing -}}
@@ -75,10 +75,13 @@
 {{- fail "metrics.dashboards.enabled needs the chart's files/dashboards/*.json, and there are none." -}}
 {{- end -}}
 
-{{- $settings := include "taskvec.settings" . | fromYaml -}}
+{{- $set := include "taskvec.settings" . | fromYaml | keys | concat (list "TASKVEC_API_KEYS" "TASKVEC_KEYS_FILE" "TASKVEC_ENGINE_API_KEY" "HF_TOKEN" "HF_ENDPOINT") -}}
+{{- range include "taskvec.hubEnv" . | fromYamlArray -}}
+{{- $set = append $set .name -}}
+{{- end -}}
 {{- range .Values.extraEnv -}}
-{{- if hasKey $settings .name -}}
-{{- fail (printf "extraEnv sets %s, which other values set: see config, model, mode, auth, tls and drain." .name) -}}
+{{- if has .name $set -}}
+{{- fail (printf "extraEnv sets %s, which other values set: see config, model, auth, tls, drain and engine.apiKey." .name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -74,6 +74,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* "true" where a rollout starts a pod beside those that there are. */}}
+{{- define "taskvec.surges" -}}
+{{- if and (ne .Values.strategy.type "Recreate") (not (has (dig "rollingUpdate" "maxSurge" "25%" .Values.strategy | toString) (list "0" "0%"))) }}true{{ end -}}
+{{- end -}}
+
 {{/* "true" where API keys are asked for. */}}
 {{- define "taskvec.hasKeys" -}}
 {{- if or .Values.auth.keys .Values.auth.existingSecret }}true{{ end -}}
@@ -107,7 +112,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   "TASKVEC_HOST" "0.0.0.0"
   "TASKVEC_PORT" "8080"
   "TASKVEC_MODEL" .Values.model.name
-  "TASKVEC_CACHE_DIR" "/var/cache/taskvec/prepared"
+  "TASKVEC_CACHE_DIR" "/cache/taskvec"
   "TASKVEC_DRAIN_GRACE" (include "taskvec.number" .Values.drain.grace)
   "TASKVEC_DRAIN_TIMEOUT" (include "taskvec.number" .Values.drain.timeout)
   "TASKVEC_ENGINE" (get (dict "cpu" "packed" "gpu" "vllm" "split" "remote") .Values.mode) -}}
@@ -141,12 +146,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* Where the hub and its cache are, for every container that reads a model. */}}
 {{- define "taskvec.hubEnv" -}}
-- name: HOME # compilers and libraries keep their files there
-  value: /tmp
-- name: USER # the image may have no name for the user's number, and torch asks for it
+- name: HOME # what vLLM compiles is kept, too
+  value: /cache
+- name: XDG_CACHE_HOME
+  value: /cache
+- name: USER # podSecurityContext may have a number that the image has no name for: torch asks
   value: taskvec
 - name: HF_HOME
-  value: /var/cache/taskvec/hub
+  value: /cache/huggingface
 - name: HF_HUB_OFFLINE
   value: {{ ternary "1" "0" .Values.model.offline | quote }}
 {{- with .Values.model.hub.endpoint }}
@@ -166,7 +173,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
      reads it, and prepares the copy that vLLM reads. Quoted for a shell; the schema keeps quotes
      out of names. */}}
 {{- define "taskvec.engineArgs" -}}
-taskvec engine-args '{{ .Values.model.name }}' --cache-dir /var/cache/taskvec/prepared
+taskvec engine-args '{{ .Values.model.name }}' --cache-dir /cache/taskvec
 {{- with .Values.model.revision }} --revision '{{ . }}'{{ end }}
 {{- if eq .Values.mode "split" }} --device {{ .Values.engine.device }}
 {{- with .Values.config.TASKVEC_DTYPE }} --dtype {{ . }}{{ end }}
@@ -198,7 +205,7 @@ taskvec engine-args '{{ .Values.model.name }}' --cache-dir /var/cache/taskvec/pr
 
 {{- define "taskvec.commonMounts" -}}
 - name: cache
-  mountPath: /var/cache/taskvec
+  mountPath: /cache
 - name: tmp
   mountPath: /tmp
 {{- with .Values.extraVolumeMounts }}

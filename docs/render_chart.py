@@ -118,8 +118,7 @@ One release is one of three shapes:
 
 ```sh
 helm install embeddings deploy/helm/taskvec
-helm install embeddings deploy/helm/taskvec --set mode=gpu,model.name=jinaai/jina-embeddings-v5-text-small \\
-    --set resources.limits.memory=16Gi
+helm install embeddings deploy/helm/taskvec --set mode=gpu,model.name=jinaai/jina-embeddings-v5-text-small
 helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/split-values.yaml
 helm test embeddings
 ```

@@ -255,12 +255,12 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* Resources with the GPUs added: root, resources. */}}
+{{/* Resources of a pod with vLLM. */}}
 {{- define "taskvec.gpuResources" -}}
-{{- $gpus := int .root.Values.gpu.count -}}
-{{- $resources := deepCopy .resources -}}
+{{- $gpus := int .Values.gpu.count -}}
+{{- $resources := deepCopy .Values.gpu.resources -}}
 {{- if gt $gpus 0 -}}
-{{- $given := dict .root.Values.gpu.resourceName $gpus -}}
+{{- $given := dict .Values.gpu.resourceName $gpus -}}
 {{- $_ := set $resources "limits" (merge $given ($resources.limits | default dict)) -}}
 {{- end -}}
 {{- toYaml $resources -}}

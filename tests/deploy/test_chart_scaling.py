@@ -42,3 +42,19 @@ def test_scaling_follows_series_that_there_are(default_checkpoint: Checkpoint) -
     assert set(re.findall(r"taskvec_\w+", queries)) == wanted
     hpa = only(render({"autoscaling": {"hpa": {"enabled": True}}}), "HorizontalPodAutoscaler")
     assert {metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]} == wanted
+
+
+def test_servers_are_scaled_by_their_own_series() -> None:
+    """In mode split, where gateways see no queue, both scalers ask for what vLLM's servers say."""
+    (metric,) = only(case("full"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == "vllm:num_requests_waiting"
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "16"}
+    keda = {"enabled": True, "serverAddress": "http://prometheus"}
+    manifests = render({"mode": "split", "autoscaling": {"keda": keda}})
+    (trigger,) = only(manifests, "ScaledObject")["spec"]["triggers"]
+    query = trigger["metadata"]["query"]
+    assert query.startswith("sum(vllm:num_requests_waiting{")
+    (pattern,) = re.findall(r'pod=~"([^"]*)"', query)
+    servers = only(manifests, "StatefulSet")["metadata"]["name"]
+    assert re.fullmatch(pattern, f"{servers}-0")
+    assert not re.fullmatch(pattern, f"{only(manifests, 'Deployment')['metadata']['name']}-7c9-x2")

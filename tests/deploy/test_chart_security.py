@@ -32,6 +32,12 @@ def test_pods_pass_the_restricted_standard(name: str) -> None:
 
 
 @every_case
+def test_no_service_becomes_a_setting(name: str) -> None:
+    """A Service named taskvec would give every pod a TASKVEC_PORT that is none: links are off."""
+    assert all(pod["spec"]["enableServiceLinks"] is False for _, pod in pods(case(name)))
+
+
+@every_case
 def test_mounts_have_volumes(name: str) -> None:
     """Every mount has its volume, every volume is mounted, none by subPath."""
     for maker, pod in pods(case(name)):

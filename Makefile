@@ -48,9 +48,10 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/serve.stamp ## Write docs/configuration.md, .env.example and docs/metrics.md
+docs: $(VENV)/serve.stamp ## Write docs/configuration.md, .env.example, docs/metrics.md, the dashboard
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
+	$(VENV)/bin/python deploy/grafana/render.py
 
 .PHONY: bench
 bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity

@@ -75,6 +75,14 @@ overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, fo
 build: $(VENV)/serve.stamp ## Build the wheel into dist/
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+.PHONY: images
+images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs Docker)
+	for target in cpu gateway vllm; do \
+		docker build --target $$target --tag taskvec:$$target \
+			--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py) \
+			--build-arg REVISION=$$(git rev-parse HEAD) . || exit 1; \
+	done
+
 # pip-compile, without anything that only holds on one machine: index addresses, local versions.
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --upgrade --strip-extras \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \

@@ -38,9 +38,14 @@ def rate(series: str, by: str, where: str = "") -> str:
     return f"sum by ({by}) (rate({series}{{{where}HERE}}[]))"
 
 
-def quantiles(series: str, where: str = "", **shares: float) -> dict[str, str]:
+def total(series: str, where: str = "") -> str:
+    """Events a second."""
+    return f"sum(rate({series}{{{where}HERE}}[]))"
+
+
+def quantiles(series: str, **shares: float) -> dict[str, str]:
     """Quantiles of a histogram, named as given."""
-    buckets = rate(f"{series}_bucket", "le", where)
+    buckets = rate(f"{series}_bucket", "le")
     return {name: f"histogram_quantile({share}, {buckets})" for name, share in shares.items()}
 
 
@@ -51,19 +56,19 @@ def quantile_by(series: str, label: str, share: float) -> dict[str, str]:
 
 
 MIDDLE_AND_TAIL = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-FAILED = 'status=~"5..", '
 
 ROWS: dict[str, list[Panel]] = {
     "Now": [
         Panel("Replicas that are ready", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
-        Panel("Requests", "reqps", {"": "sum(rate(taskvec_requests_total{HERE}[]))"}, "stat"),
-        Panel("Tokens", "cps", {"": "sum(rate(taskvec_tokens_total{HERE}[]))"}, "stat"),
+        Panel("Requests", "reqps", {"": total("taskvec_requests_total")}, "stat"),
+        Panel("Tokens", "cps", {"": total("taskvec_tokens_total")}, "stat"),
         Panel(
             "Requests that fail",
             "percentunit",
             {
-                "": f"sum(rate(taskvec_requests_total{{{FAILED}HERE}}[])) "
-                "/ sum(rate(taskvec_requests_total{HERE}[]))"
+                "": total("taskvec_requests_total", 'status=~"5..", ')
+                + " / "
+                + total("taskvec_requests_total")
             },
             "stat",
         ),
@@ -102,7 +107,7 @@ ROWS: dict[str, list[Panel]] = {
             {
                 "{{stage}}": rate("taskvec_stage_seconds_sum", "stage")
                 + " / ignoring (stage) group_left () "
-                + "sum(rate(taskvec_request_seconds_count{HERE}[]))"
+                + total("taskvec_request_seconds_count")
             },
             stack=True,
         ),
@@ -158,8 +163,8 @@ ROWS: dict[str, list[Panel]] = {
             "Retries and failed lookups",
             "cps",
             {
-                "retries": "sum(rate(taskvec_engine_retries_total{HERE}[]))",
-                "lookups": "sum(rate(taskvec_engine_lookup_failures_total{HERE}[]))",
+                "retries": total("taskvec_engine_retries_total"),
+                "lookups": total("taskvec_engine_lookup_failures_total"),
             },
         ),
     ],
@@ -175,8 +180,9 @@ ROWS: dict[str, list[Panel]] = {
             "Texts in the answer cache",
             "percentunit",
             {
-                "found": 'sum(rate(taskvec_cache_texts_total{outcome="hit", HERE}[])) '
-                "/ sum(rate(taskvec_cache_texts_total{HERE}[]))"
+                "found": total("taskvec_cache_texts_total", 'outcome="hit", ')
+                + " / "
+                + total("taskvec_cache_texts_total")
             },
         ),
         Panel("Answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
@@ -184,8 +190,8 @@ ROWS: dict[str, list[Panel]] = {
             "Stores that do not answer",
             "cps",
             {
-                "limits unchecked": "sum(rate(taskvec_limits_unchecked_total{HERE}[]))",
-                "cache failures": "sum(rate(taskvec_cache_failures_total{HERE}[]))",
+                "limits unchecked": total("taskvec_limits_unchecked_total"),
+                "cache failures": total("taskvec_cache_failures_total"),
             },
         ),
     ],
@@ -203,7 +209,7 @@ ROWS: dict[str, list[Panel]] = {
                 "requests that wait": "sum(taskvec_tokenizer_requests_waiting{HERE})",
             },
         ),
-        Panel("Texts cut", "cps", {"texts": "sum(rate(taskvec_texts_truncated_total{HERE}[]))"}),
+        Panel("Texts cut", "cps", {"texts": total("taskvec_texts_truncated_total")}),
         Panel(
             "Versions",
             "none",

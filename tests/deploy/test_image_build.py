@@ -54,24 +54,40 @@ def test_the_gateway_that_its_steps_build_starts_and_is_healthy(sandbox: Sandbox
     SIGTERM ends it with 0.
     """
     build(sandbox, "gateway")
-    port = free_port()
-    variables = {"TASKVEC_HOST": "127.0.0.1", "TASKVEC_PORT": str(port)}
-    assert ended(sandbox.process(CHECK, **variables))[0] == 1
-    torch = json.dumps(["python3", "-c", "import torch"])
-    assert "No module named 'torch'" in ended(sandbox.process(torch))[1]
-    writing = json.dumps(["python3", "-c", "import taskvec; open(taskvec.__file__, 'a')"])
-    assert "PermissionError" in ended(sandbox.process(writing))[1]
+    assert "No module named 'torch'" in said(sandbox, "import torch")
+    assert "PermissionError" in said(sandbox, "import taskvec; open(taskvec.__file__, 'a')")
     with running_server("--token-input", "accept") as engine:
-        variables["TASKVEC_ENGINE_URL"] = engine
-        server = sandbox.process(START, **variables)
-        try:
-            wait_until(f"http://127.0.0.1:{port}/health/ready", server)
-            assert ended(sandbox.process(CHECK, **variables)) == (0, "")
-            reply = httpx.post(f"http://127.0.0.1:{port}/v1/embeddings", json={"input": "a text"})
-            assert len(reply.raise_for_status().json()["data"][0]["embedding"]) == 256
-        finally:
-            server.terminate()
-        assert ended(server)[0] == 0
+        serves(sandbox, TASKVEC_ENGINE_URL=engine)
+
+
+def test_the_service_that_its_steps_build_starts_and_is_healthy(sandbox: Sandbox) -> None:
+    """The cpu image does the same, with an engine in it, and no network is asked for a model."""
+    build(sandbox, "cpu")
+    assert "PermissionError" in said(sandbox, "import taskvec; open(taskvec.__file__, 'a')")
+    serves(sandbox, HF_HUB_OFFLINE="1")
+
+
+def serves(sandbox: Sandbox, **variables: str) -> None:
+    """The image's command starts, embeds, and stops; its health check sees all that."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    variables |= {"TASKVEC_HOST": "127.0.0.1", "TASKVEC_PORT": str(port)}
+    assert ended(sandbox.process(CHECK, **variables))[0] == 1
+    server = sandbox.process(START, **variables)
+    try:
+        wait_until(f"{url}/health/ready", server)
+        assert ended(sandbox.process(CHECK, **variables)) == (0, "")
+        reply = httpx.post(f"{url}/v1/embeddings", json={"input": "a text"}, timeout=30)
+        assert len(reply.raise_for_status().json()["data"][0]["embedding"]) == 256
+    finally:
+        server.terminate()
+        code, output = ended(server)
+    assert code == 0, output
+
+
+def said(sandbox: Sandbox, code: str) -> str:
+    """What the image's Python prints."""
+    return ended(sandbox.process(json.dumps(["python3", "-c", code])))[1]
 
 
 def build(sandbox: Sandbox, target: str) -> None:

@@ -34,8 +34,13 @@ class Panel(NamedTuple):
 
 
 def rate(series: str, by: str, where: str = "") -> str:
-    """Events a second, by a label."""
+    """Events a second, by labels."""
     return f"sum by ({by}) (rate({series}{{{where}HERE}}[]))"
+
+
+def rate_by(series: str, label: str, where: str = "") -> dict[str, str]:
+    """Events a second, one line a value of a label."""
+    return {f"{{{{{label}}}}}": rate(series, label, where)}
 
 
 def total(series: str, where: str = "") -> str:
@@ -76,12 +81,10 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Oldest text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
     ],
     "Traffic": [
-        Panel("Requests by task", "reqps", {"{{task}}": rate("taskvec_requests_total", "task")}),
-        Panel("Texts by task", "cps", {"{{task}}": rate("taskvec_texts_total", "task")}),
-        Panel("Tokens by task", "cps", {"{{task}}": rate("taskvec_tokens_total", "task")}),
-        Panel(
-            "Requests by status", "reqps", {"{{status}}": rate("taskvec_requests_total", "status")}
-        ),
+        Panel("Requests by task", "reqps", rate_by("taskvec_requests_total", "task")),
+        Panel("Texts by task", "cps", rate_by("taskvec_texts_total", "task")),
+        Panel("Tokens by task", "cps", rate_by("taskvec_tokens_total", "task")),
+        Panel("Requests by status", "reqps", rate_by("taskvec_requests_total", "status")),
         Panel(
             "Vectors by type and transport",
             "reqps",
@@ -91,16 +94,8 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Latency": [
         Panel("Requests", "s", quantiles("taskvec_request_seconds", **MIDDLE_AND_TAIL)),
-        Panel(
-            "Requests by task, p95",
-            "s",
-            quantile_by("taskvec_request_seconds", "task", 0.95),
-        ),
-        Panel(
-            "Stages, p95",
-            "s",
-            quantile_by("taskvec_stage_seconds", "stage", 0.95),
-        ),
+        Panel("Requests by task, p95", "s", quantile_by("taskvec_request_seconds", "task", 0.95)),
+        Panel("Stages, p95", "s", quantile_by("taskvec_stage_seconds", "stage", 0.95)),
         Panel(
             "Where a request's time goes",
             "s",
@@ -117,12 +112,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Texts that wait", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
         Panel("Oldest text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
         Panel("Wait of a request", "s", quantiles("taskvec_queue_seconds", **MIDDLE_AND_TAIL)),
-        Panel("Rejections by code", "reqps", {"{{code}}": rate("taskvec_rejected_total", "code")}),
-        Panel(
-            "Texts dropped by reason",
-            "cps",
-            {"{{reason}}": rate("taskvec_texts_dropped_total", "reason")},
-        ),
+        Panel("Rejections by code", "reqps", rate_by("taskvec_rejected_total", "code")),
+        Panel("Texts dropped by reason", "cps", rate_by("taskvec_texts_dropped_total", "reason")),
     ],
     "Batches": [
         Panel("Fill", "percentunit", quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95)),
@@ -137,7 +128,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Forwards that did not fit into memory",
             "cps",
-            {"{{instance}}": rate("taskvec_out_of_memory_total", "instance")},
+            rate_by("taskvec_out_of_memory_total", "instance"),
         ),
     ],
     "Engine": [
@@ -153,11 +144,7 @@ ROWS: dict[str, list[Panel]] = {
             {"{{server}}": "max by (server) (taskvec_engine_server_serving{HERE})"},
             "state-timeline",
         ),
-        Panel(
-            "Calls by outcome",
-            "reqps",
-            {"{{outcome}}": rate("taskvec_engine_calls_total", "outcome")},
-        ),
+        Panel("Calls by outcome", "reqps", rate_by("taskvec_engine_calls_total", "outcome")),
         Panel("Calls", "s", quantiles("taskvec_engine_call_seconds", **MIDDLE_AND_TAIL)),
         Panel(
             "Retries and failed lookups",
@@ -169,12 +156,12 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "API keys and stores": [
-        Panel("Requests by key", "reqps", {"{{key}}": rate("taskvec_key_requests_total", "key")}),
-        Panel("Tokens by key", "cps", {"{{key}}": rate("taskvec_key_tokens_total", "key")}),
+        Panel("Requests by key", "reqps", rate_by("taskvec_key_requests_total", "key")),
+        Panel("Tokens by key", "cps", rate_by("taskvec_key_tokens_total", "key")),
         Panel(
             "Turned away by key",
             "reqps",
-            {"{{key}}": rate("taskvec_key_requests_total", "key", 'status="429", ')},
+            rate_by("taskvec_key_requests_total", "key", 'status="429", '),
         ),
         Panel(
             "Texts in the answer cache",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 
 from conftest import repository
 from promql import Scrape, promtool
+from taskvec.settings import Settings, environment_variable
 
 FOLDER = repository() / "deploy" / "alerts"
 GROUPS = yaml.safe_load((FOLDER / "taskvec.yaml").read_text())["groups"]
@@ -17,6 +19,7 @@ RULES = [rule for group in GROUPS for rule in group["rules"]]
 ALERTS = [rule for rule in RULES if "alert" in rule]
 NAMES = sorted({alert["alert"] for alert in ALERTS})
 RECORDED = frozenset(rule["record"] for rule in RULES if "record" in rule) | {"up"}
+RUNBOOKS = sorted((repository() / "docs" / "runbooks").iterdir())
 SECTIONS = ["## Meaning", "## Impact", "## Diagnosis", "## Mitigation"]
 
 
@@ -69,12 +72,21 @@ def test_every_alert_links_its_runbook(alert: str) -> None:
     assert re.findall(r"^## .*$", page, re.MULTILINE) == SECTIONS
 
 
-@pytest.mark.parametrize(
-    "file", sorted((repository() / "docs" / "runbooks").iterdir()), ids=lambda file: file.stem
-)
-def test_every_runbook_has_its_alert(file: object) -> None:
-    """No page is left of an alert that is gone, and what its queries read exists."""
+@pytest.mark.parametrize("file", RUNBOOKS, ids=lambda file: file.stem)
+def test_every_runbook_has_its_alert(file: Path) -> None:
+    """No page is left of an alert that is gone."""
     assert file.stem in NAMES
-    for query in re.findall(r"^```promql\n(.*?)```", file.read_text(), re.MULTILINE | re.DOTALL):
-        for expression in query.strip().splitlines():
-            assert Scrape().faults(expression, RECORDED) == [], expression
+
+
+@pytest.mark.parametrize("file", RUNBOOKS, ids=lambda file: file.stem)
+def test_runbooks_name_what_there_is(file: Path) -> None:
+    """Queries can show something, settings are settings, links lead to pages."""
+    page = file.read_text()
+    queries = re.findall(r"^```promql\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert queries
+    for expression in "".join(queries).splitlines():
+        assert Scrape().faults(expression, RECORDED) == [], expression
+    settings = {environment_variable(field) for field in Settings.model_fields}
+    assert set(re.findall(r"TASKVEC_\w+", page)) <= settings
+    for link in re.findall(r"\]\(([^)#]+)", page):
+        assert (file.parent / link).is_file(), link

@@ -53,9 +53,10 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/dev.stamp ## Write docs/configuration.md, .env.example, docs/metrics.md, the chart's README.md
+docs: $(VENV)/dev.stamp ## Write what is generated: configuration, metrics, the dashboard, the chart's README.md
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
+	$(VENV)/bin/python deploy/grafana/render.py
 	$(VENV)/bin/python docs/render_chart.py
 
 .PHONY: bench
@@ -79,6 +80,14 @@ overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, fo
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: images
+images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs Docker)
+	for target in cpu gateway vllm; do \
+		docker build --target $$target --tag taskvec:$$target \
+			--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py) \
+			--build-arg REVISION=$$(git rev-parse HEAD) . || exit 1; \
+	done
 
 # pip-compile, without anything that only holds on one machine: index addresses, local versions.
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --upgrade --strip-extras \

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from taskvec.telemetry.metrics import Metrics
@@ -37,72 +37,26 @@ The remote and vllm engines do not see their queues: all of it is `engine`.
 **Rejections** count by the code in the answer; [behaviour.md](behaviour.md) lists the codes.
 `client_closed` is a client that left, `other` a code that is not listed.
 
+## Dashboard
+
+[deploy/grafana/taskvec.json](../deploy/grafana/taskvec.json) is a Grafana dashboard of these series: import it, or mount it as [compose](../deploy/compose.yaml) does.
+`make docs` writes it from `deploy/grafana/render.py`.
+
 ## Alerts
 
+The rules are [deploy/alerts/taskvec.yaml](../deploy/alerts/taskvec.yaml), a plain rule file for Prometheus; `deploy/alerts/tests.yaml` has a case for and against each.
+They hold two objectives: 999 of 1,000 requests do not fail, and 99 of 100 take at most 2.5 seconds.
 Thresholds are a start: set them by what your clients expect.
+Each alert has a runbook, named by its annotation `runbook_url` as a path in this repository: put the address of your copy before it.
+A *critical* alert wakes somebody, a *warning* is for working hours, *info* for a dashboard.
 
-| alert | expression | what it means |
-|---|---|---|
+| alert | severity | fires when | for | what it means |
+|---|---|---|---|---|
 """
 
-
-class Alert(NamedTuple):
-    """One row of the table of alerts."""
-
-    name: str
-    expression: str
-    meaning: str
-
-
-ALERTS = (
-    Alert(
-        "engine down",
-        "max by (instance) (taskvec_engine_ready) == 0",
-        "For a minute: nothing is answered; `/health/ready` says why.",
-    ),
-    Alert(
-        "failing",
-        'sum(rate(taskvec_requests_total{status=~"5.."}[5m])) '
-        "/ sum(rate(taskvec_requests_total[5m])) > 0.01",
-        "More than one request in a hundred fails: `taskvec_rejected_total` has the codes.",
-    ),
-    Alert(
-        "turning away",
-        'rate(taskvec_requests_total{status="429"}[5m]) > 0',
-        "For ten minutes: more is asked than is embedded; add servers.",
-    ),
-    Alert(
-        "slow",
-        "histogram_quantile(0.95, sum by (le) (rate(taskvec_request_seconds_bucket[5m]))) > 2",
-        "The slowest twentieth takes over two seconds: `taskvec_stage_seconds` says where.",
-    ),
-    Alert(
-        "stuck queue",
-        "taskvec_queue_oldest_seconds > 30",
-        "A text has waited for half a minute: the engine hangs or is far behind.",
-    ),
-    Alert(
-        "too few tokenizer threads",
-        "min_over_time(taskvec_tokenizer_requests_waiting[5m]) > 0",
-        "Requests always wait to be tokenised: raise `TASKVEC_TOKENIZER_THREADS` or `--workers`.",
-    ),
-    Alert(
-        "blocked event loop",
-        "histogram_quantile(0.99, sum by (le) "
-        "(rate(taskvec_event_loop_lag_seconds_bucket[5m]))) > 0.25",
-        "The gateway has more to do than one core gives: raise `--workers`.",
-    ),
-    Alert(
-        "engine server lost",
-        "min by (server) (taskvec_engine_server_serving) == 0",
-        "For five minutes: a server of the remote engine is not used; the log says why.",
-    ),
-    Alert(
-        "texts cut",
-        "increase(taskvec_texts_truncated_total[1h]) > 0",
-        "Clients send texts that are too long: what was cut off cannot be found.",
-    ),
-)
+RECORDED = """
+`job:taskvec_requests_failed:ratio_rate1h` and its like are recorded by the same file: the share of requests that failed, or took over 2.5 seconds, in five minutes to three days.
+"""
 
 
 def metrics_page() -> str:
@@ -116,16 +70,21 @@ def metrics_page() -> str:
             labels = ", ".join(f"`{label}`" for label in metric._labelnames)  # noqa: SLF001
             name = f"{family.name}_total" if family.type == "counter" else family.name
             rows.append(f"| `{name}` | {family.type} | {labels} | {family.documentation} |\n")
-    alerts = (
-        f"| {alert.name} | `{alert.expression.replace('|', chr(92) + '|')}` | {alert.meaning} |\n"
-        for alert in ALERTS
+    rules = yaml.safe_load((ROOT / "deploy" / "alerts" / "taskvec.yaml").read_text())
+    alerts = [
+        _alert_row(rule) for group in rules["groups"] for rule in group["rules"] if "alert" in rule
+    ]
+    return INTRODUCTION + "".join(rows) + NOTES + "".join(alerts) + RECORDED
+
+
+def _alert_row(rule: dict[str, Any]) -> str:
+    name, notes = rule["alert"], rule["annotations"]
+    page = notes["runbook_url"].removeprefix("docs/")
+    expression = rule["expr"].replace("|", "\\|")
+    return (
+        f"| [{name}]({page}) | {rule['labels']['severity']} | `{expression}` "
+        f"| {rule.get('for', '')} | {notes['summary']} |\n"
     )
-    return INTRODUCTION + "".join(rows) + NOTES + "".join(alerts)
-
-
-def names_in(expression: str) -> set[str]:
-    """The series that a PromQL expression reads."""
-    return set(re.findall(r"\btaskvec_\w+", expression))
 
 
 def pages() -> dict[Path, str]:

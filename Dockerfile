@@ -1,0 +1,110 @@
+# Three images of one service; docs/containers.md says which to take and how to run them.
+#
+#   docker build --target gateway .    no torch: in front of engine servers
+#   docker build --target cpu .        the packed engine, and a small model that needs no network
+#   docker build --target vllm .       vLLM in the process, on NVIDIA GPUs
+#
+# All versions are those of requirements/dev.txt, which is locked and tested.
+
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+
+# --- The wheel, and environments with it ---
+
+FROM ${PYTHON_IMAGE} AS wheel
+WORKDIR /build
+COPY requirements/dev.txt requirements/
+RUN python -m pip install --no-cache-dir --constraint requirements/dev.txt hatchling
+COPY CHANGELOG.md LICENSE README.md pyproject.toml ./
+COPY service service
+RUN python -m pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
+
+FROM wheel AS gateway-environment
+RUN python -m venv /opt/taskvec \
+    && /opt/taskvec/bin/pip install --no-cache-dir --constraint requirements/dev.txt \
+        "$(echo /wheels/taskvec-*.whl)[otel]"
+
+FROM gateway-environment AS cpu-environment
+# Where the index has CUDA builds of torch, name one of PyTorch's CPU builds here: 3 GB less.
+ARG PIP_EXTRA_INDEX_URL=
+RUN /opt/taskvec/bin/pip install --no-cache-dir --constraint requirements/dev.txt \
+        "$(echo /wheels/taskvec-*.whl)[otel,packed]"
+
+# --- What runs: no compiler, no pip of ours, one folder that may be written ---
+
+FROM ${PYTHON_IMAGE} AS runtime
+RUN echo 'taskvec:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'taskvec:x:65532:' >> /etc/group \
+    && install -d -o 65532 -g 65532 /cache
+ENV PATH=/opt/taskvec/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/cache \
+    XDG_CACHE_HOME=/cache \
+    TASKVEC_HOST=0.0.0.0
+WORKDIR /cache
+VOLUME ["/cache"]
+EXPOSE 8080
+USER 65532:65532
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --start-interval=2s \
+    CMD ["python3", "-m", "taskvec.healthcheck"]
+ENTRYPOINT ["taskvec"]
+CMD ["serve"]
+
+FROM runtime AS gateway
+COPY --from=gateway-environment /opt/taskvec /opt/taskvec
+ENV TASKVEC_ENGINE=remote
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="taskvec gateway" \
+    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, before engine servers" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+
+FROM runtime AS cpu
+COPY --from=cpu-environment /opt/taskvec /opt/taskvec
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="taskvec" \
+    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, on a CPU" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+
+# --- On vLLM's own image, whose Python and packages stay as they are ---
+
+FROM ${VLLM_IMAGE} AS vllm
+USER 0
+COPY requirements/dev.txt deploy/docker/missing.py /build/
+COPY --from=wheel /wheels /wheels
+RUN python3 /build/missing.py /build/dev.txt > /build/missing.txt \
+    && uv pip install --system --no-cache --constraint /build/missing.txt /wheels/taskvec-*.whl \
+    && python3 -m taskvec version \
+    && rm -r /build /wheels
+RUN echo 'taskvec:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'taskvec:x:65532:' >> /etc/group \
+    && install -d -o 65532 -g 65532 /cache
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/cache \
+    XDG_CACHE_HOME=/cache \
+    TASKVEC_HOST=0.0.0.0 \
+    TASKVEC_ENGINE=vllm
+WORKDIR /cache
+VOLUME ["/cache"]
+EXPOSE 8080
+USER 65532:65532
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --start-interval=5s \
+    CMD ["python3", "-m", "taskvec.healthcheck"]
+ENTRYPOINT ["taskvec"]
+CMD ["serve"]
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="taskvec vllm" \
+    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, by vLLM on NVIDIA GPUs" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"

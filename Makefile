@@ -9,6 +9,8 @@ VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
 CHART_TOOLS ?= .cache/chart
+IMAGES ?= cpu gateway vllm
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -82,12 +84,19 @@ build: $(VENV)/serve.stamp ## Build the wheel into dist/
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 .PHONY: images
-images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs Docker)
-	for target in cpu gateway vllm; do \
-		docker build --target $$target --tag taskvec:$$target \
-			--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py) \
-			--build-arg REVISION=$$(git rev-parse HEAD) . || exit 1; \
+images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs Docker): IMAGES=cpu
+	for target in $(IMAGES); do \
+		docker build --target $$target --tag taskvec:$$target --build-arg VERSION=$(VERSION) \
+			--build-arg REVISION=$$(git rev-parse HEAD) --build-arg PIP_EXTRA_INDEX_URL . || exit 1; \
 	done
+
+.PHONY: test-images
+test-images: ## Start taskvec:cpu, and taskvec:gateway before it, and embed by both (needs Docker)
+	deploy/docker/try.sh
+
+.PHONY: version
+version: ## Print the version
+	@echo $(VERSION)
 
 # pip-compile, without anything that only holds on one machine: index addresses, local versions.
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --upgrade --strip-extras \

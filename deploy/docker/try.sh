@@ -36,7 +36,7 @@ embed() { # NAME
 }
 
 finish() { # NAME
-	docker stop --time 75 "$1"
+	docker stop -t 75 "$1"
 	code=$(docker inspect --format '{{.State.ExitCode}}' "$1")
 	[[ $code == 0 || $code == 143 ]] || { echo "$1 ended with $code" >&2; return 1; }
 }

@@ -71,6 +71,25 @@ def test_the_limit_ends_it() -> None:
         assert answer.exception() is not None or answer.result().status_code >= 500
 
 
+def test_grace_and_limit_bound_the_whole() -> None:
+    """With a request that hangs in an engine server, the end comes a second after both, at most."""
+    waits = ("--drain-grace", "1", "--drain-timeout", "4")
+    with served("--token-input", "accept", *EXACT) as engine:
+        pool = ("--engine", "remote", "--engine-url", engine.url, "--log-level", "error")
+        with served(*pool, *waits) as server, ThreadPoolExecutor(1) as threads:
+            engine.process.send_signal(signal.SIGSTOP)
+            try:
+                answer = threads.submit(short, server)
+                wait_for(lambda: "taskvec_requests_in_flight 1.0" in page(server))
+                server.process.send_signal(signal.SIGTERM)
+                begun = time.monotonic()
+                server.process.wait(30)
+                assert 4.5 < time.monotonic() - begun < 8  # uvicorn's own limit would make it 9
+                assert answer.exception() is not None or answer.result().status_code >= 500
+            finally:
+                engine.process.send_signal(signal.SIGCONT)
+
+
 @WORKERS
 def test_a_restart_under_load_loses_nothing(workers: str) -> None:
     """Clients that never stop see answers, clean refusals, and then a closed port; nothing else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import structlog
+import uvicorn
 
 from taskvec.core.health import ServiceHealth
 
@@ -29,8 +31,9 @@ def drained_first(health: ServiceHealth, grace: float, limit: float) -> Iterator
     """Stand before the server's own handlers of SIGTERM and SIGINT; where it has none, do nothing.
 
     On the first signal the service is not ready any more; after ``grace`` it refuses requests; when
-    all that it had admitted is answered, or ``limit`` has passed, the server is told. The same
-    signal again ends everything at once.
+    all that it had admitted is answered, or ``limit`` has passed, the server is told, and given
+    what is left of ``limit``, or a second, for the answers to be read. The same signal again ends
+    everything at once.
 
     Args:
         health: told to leave, then to refuse.
@@ -92,6 +95,11 @@ class _Drain:
         while health.working and time.monotonic() < until:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(LOOK_EVERY)
         log.info("drained", unfinished=health.working)
+        # uvicorn has a limit of its own, which it would begin to count only now.
+        server = getattr(self.server[number], "__self__", None)
+        if isinstance(server, uvicorn.Server):
+            left = max(1, math.ceil(until - time.monotonic()))
+            server.config.timeout_graceful_shutdown = left
         self._tell_server(number)
 
     def _tell_server(self, number: signal.Signals) -> None:

@@ -42,6 +42,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine's Redis may be slow without being down."""
+    for module in ("taskvec.stores", "taskvec.access.limiter", "taskvec.cache.shared"):
+        monkeypatch.setattr(f"{module}.ANSWER_SECONDS", 10.0)
+
+
 @pytest.fixture(scope="session")
 def default_checkpoint() -> Checkpoint:
     """The checkpoint in the package."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from taskvec.access.keys import KeyLimits, KeySource
 from taskvec.cache.answers import AnswerCache
-from taskvec.cache.memory import CacheObserver, MemoryStore, VectorStore
+from taskvec.cache.base import CacheObserver, VectorStore
+from taskvec.cache.memory import MemoryStore
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tasks import TaskTable

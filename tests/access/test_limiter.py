@@ -27,13 +27,6 @@ class Unchecked:
 
 
 @pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine's Redis may be slow without being down."""
-    for module in ("taskvec.stores", "taskvec.access.limiter"):
-        monkeypatch.setattr(f"{module}.ANSWER_SECONDS", 10.0)
-
-
-@pytest.fixture
 def redis() -> Iterator[Redis]:
     with running_redis() as server:
         yield server

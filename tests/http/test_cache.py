@@ -36,12 +36,7 @@ OUTPUTS = [
 KEYS = entry("web", "s3cret") + entry("jobs", "0ther")
 WEB, JOBS = {"api-key": "s3cret"}, {"api-key": "0ther"}
 
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine's Redis may be slow without being down."""
-    for module in ("taskvec.stores", "taskvec.cache.shared"):
-        monkeypatch.setattr(f"{module}.ANSWER_SECONDS", 10.0)
+pytestmark = pytest.mark.usefixtures("patience")
 
 
 @pytest.fixture

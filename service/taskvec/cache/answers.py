@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.cache.memory import CacheObserver, VectorStore
+from taskvec.cache.base import CacheObserver, VectorStore
 from taskvec.engines.base import TokenIds
 
 KEY_BYTES = 32

@@ -1,39 +1,14 @@
-"""What an answer cache keeps its vectors in; here, this process's memory."""
+"""Vectors kept in this process's memory."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+
+from taskvec.cache.base import CacheObserver
 
 ENTRY_BYTES = 256
 """What an entry takes beside its value: its key, the dictionary's place, Python's objects."""
-
-
-class CacheObserver(Protocol):
-    """Who is told how the cache does."""
-
-    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
-        """So many texts were found, so many not."""
-
-    def cache_holds(self, size: int) -> None:
-        """The cache in memory now takes so many bytes."""
-
-    def cache_failed(self) -> None:
-        """Redis did not answer, or had no time to keep something."""
-
-
-class VectorStore(Protocol):
-    """Keeps bytes under keys, for as long as it has room; never fails, but forgets."""
-
-    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """What is kept under each key; None where nothing is."""
-
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
-        """Keep something, if that is possible; does not wait."""
-
-    async def close(self) -> None:
-        """Finish, and let go of connections."""
 
 
 class MemoryStore:

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from taskvec.cache.memory import CacheObserver
+from taskvec.cache.base import CacheObserver
 from taskvec.stores import ANSWER_SECONDS, Outage, connection_pool
 
 T = TypeVar("T")

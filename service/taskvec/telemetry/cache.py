@@ -1,4 +1,4 @@
-"""The series of the answer cache; see ``taskvec.cache.memory.CacheObserver``."""
+"""The series of the answer cache; see ``taskvec.cache.base.CacheObserver``."""
 
 from __future__ import annotations
 

@@ -34,6 +34,12 @@ sum by (model) (rate(taskvec_tokens_total[5m]) * on (instance) group_left (model
 A request that fails adds those that it went through.
 The remote and vllm engines do not see their queues: all of it is `engine`.
 
+**What waits**, `taskvec_queue_*`, is what a scaler should follow.
+With the packed engine, it is what is in no forward yet.
+The vllm engine and a gateway's servers do not tell when a text enters a forward, so there it is all that was admitted and is not answered: those series are above 0 under any load, and grow with the wait.
+A gateway counts what it has sent and what waits in it for a turn: the sum over gateways, divided by the number of servers, is the load of a server.
+With `--workers`, the process of the engine counts for all; gateways before other servers count together.
+
 **Rejections** count by the code in the answer; [behaviour.md](behaviour.md) lists the codes.
 `client_closed` is a client that left, `other` a code that is not listed.
 

@@ -161,7 +161,9 @@ def test_the_age_of_the_queue_is_that_of_the_engine_process() -> None:
             return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=120).status_code
 
         def age() -> float:
-            return total(httpx.get(f"{server.url}/metrics").text, "taskvec_queue_oldest_seconds")
+            shown = httpx.get(f"{server.url}/metrics").text
+            assert total(shown, "taskvec_queue_texts") <= 200, "gateways count them, too"
+            return total(shown, "taskvec_queue_oldest_seconds")
 
         with ThreadPoolExecutor(1) as threads:
             answer = threads.submit(ask)

@@ -48,8 +48,12 @@ def serve_alone(settings: Settings) -> None:
         raise failures[0]
 
 
-def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[FastAPI, Engine]:
+def application(
+    settings: Settings, on_failure: OnFailure, *, engine_name: str | None = None, **how: Any
+) -> tuple[FastAPI, Engine]:
     """The application, wired as ``create_app`` says, and its engine; nothing is started.
+
+    With an ``engine_name`` that engine is in another process, and reports to the same series.
 
     Raises:
         StartError: the model cannot be served, the keys cannot be read, or traces not be made.
@@ -62,9 +66,10 @@ def application(settings: Settings, on_failure: OnFailure, **how: Any) -> tuple[
 
     checkpoint = open_checkpoint(settings.model, settings.revision)
     metrics = Metrics(task_table(checkpoint).names)
-    engine = make_engine(settings, checkpoint, metrics)
+    engine = make_engine(settings, checkpoint, metrics, reports_queue=engine_name is None)
     tracer = make_tracer(served_name(settings, checkpoint)) if settings.traces else None
-    app = create_app(settings, checkpoint, engine, metrics, on_failure, tracer=tracer, **how)
+    how |= {"engine_name": engine_name, "tracer": tracer}
+    app = create_app(settings, checkpoint, engine, metrics, on_failure, **how)
     return app, engine
 
 

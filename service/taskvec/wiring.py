@@ -83,14 +83,22 @@ def answer_cache(
     )
 
 
-def make_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+def make_engine(
+    settings: Settings, checkpoint: Checkpoint, observer: Any, *, reports_queue: bool = True
+) -> Engine:
     """The engine that the settings ask for; not started.
+
+    Args:
+        settings: which, and how it runs.
+        checkpoint: what it serves.
+        observer: what it reports to.
+        reports_queue: see ``RemoteOptions``.
 
     Raises:
         CheckpointError: what it needs is not installed.
     """
     if settings.engine is EngineKind.REMOTE:
-        return _remote_engine(settings, checkpoint, observer)
+        return _remote_engine(settings, checkpoint, observer, reports_queue=reports_queue)
     if settings.engine is EngineKind.VLLM:
         return _vllm_engine(settings, checkpoint, observer)
     return _packed_engine(settings, checkpoint, observer)
@@ -133,7 +141,9 @@ def _vllm_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> E
     return VllmEngine(checkpoint, settings.cache, options, observer)
 
 
-def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+def _remote_engine(
+    settings: Settings, checkpoint: Checkpoint, observer: Any, *, reports_queue: bool
+) -> Engine:
     from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions  # noqa: PLC0415
 
     key = settings.engine_api_key
@@ -143,6 +153,7 @@ def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) ->
         ca=settings.engine_ca,
         max_tokens=settings.max_tokens,
         call_seconds=settings.engine_call_timeout,
+        reports_queue=reports_queue,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)
 

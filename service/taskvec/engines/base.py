@@ -131,11 +131,18 @@ class EngineHealth:
         )
 
 
-class EngineObserver(Protocol):
-    """What an engine reports while it works; called from the engine's own thread."""
+class QueueObserver(Protocol):
+    """What every engine reports while it works."""
 
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
-        """The queue now holds this much, and since ``time.monotonic()`` ``oldest``."""
+        """The queue now holds this much, and since ``time.monotonic()`` ``oldest``.
+
+        Where an engine cannot see forwards, what is in one is still in the queue.
+        """
+
+
+class EngineObserver(QueueObserver, Protocol):
+    """What an engine in this process reports; called from the engine's own thread."""
 
     def batch_started(self, waited: Sequence[float]) -> None:
         """Requests entered their first forward after these many seconds in the queue."""

@@ -22,19 +22,19 @@ class EngineSeries:
         """Declare the series."""
         self._queue_texts = Gauge(
             "taskvec_queue_texts",
-            "How many texts wait for a forward (vllm: or are in one)?",
+            "How many texts wait for a forward (vllm, remote: or are in one)?",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._queue_tokens = Gauge(
             "taskvec_queue_tokens",
-            "How many tokens wait for a forward (vllm: or are in one)?",
+            "How many tokens wait for a forward (vllm, remote: or are in one)?",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._queue_oldest = Gauge(
             "taskvec_queue_oldest_seconds",
-            "How long has the oldest text waited (vllm: or is in a forward)?",
+            "How long has the oldest text waited (vllm, remote: or is in a forward)?",
             registry=registry,
             multiprocess_mode="livemax",
         )

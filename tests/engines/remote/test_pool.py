@@ -25,6 +25,7 @@ from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.budget import RESERVE
 from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
+from taskvec.telemetry.metrics import Metrics
 
 DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
 
@@ -267,3 +268,74 @@ async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
         answers = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(answer) for answer in answers] == [UnavailableError] * 4
         assert len(peer.calls) == 2
+
+
+@pytest.mark.anyio
+@DIALECTS
+async def test_what_is_not_answered_yet_is_the_queue(
+    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+) -> None:
+    """Texts, tokens and the age of the oldest: of every call, until it is answered or given up."""
+    peer = Peer(default_checkpoint, dialect=dialect)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer) as (engine, metrics),
+    ):
+        assert queued(metrics) == (0, 0, 0)
+        peer.held.clear()
+        large = asyncio.create_task(engine.embed(batch(100)))
+        await until(lambda: len(peer.calls) == 2)
+        small = asyncio.create_task(engine.embed(batch(5, start=500, length=7)))
+        await until(lambda: len(peer.calls) == 3)
+        await asyncio.sleep(0.3)
+        texts, tokens, oldest = queued(metrics)
+        assert (texts, tokens) == (105, 335)
+        assert 0.3 <= oldest < 10
+        large.cancel()
+        await asyncio.gather(large, return_exceptions=True)
+        texts, tokens, age = queued(metrics)
+        assert (texts, tokens) == (5, 35)
+        assert 0.3 <= age < oldest + 1
+        peer.held.set()
+        await small
+        assert queued(metrics) == (0, 0, 0)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_fails_leaves_the_queue(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What no server could embed waits no more."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = "500"
+        with pytest.raises(UnavailableError):
+            await engine.embed(batch(3))
+        assert queued(metrics) == (0, 0, 0)
+
+
+@pytest.mark.anyio
+async def test_a_server_that_reports_its_queue_is_not_counted_twice(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Where the server reports to the same series, the pool does not."""
+    peer = Peer(default_checkpoint, dialect="taskvec")
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, reports_queue=False) as (engine, metrics),
+    ):
+        peer.held.clear()
+        asked = asyncio.create_task(engine.embed(batch(3)))
+        await until(lambda: peer.calls)
+        assert queued(metrics) == (0, 0, 0)
+        peer.held.set()
+        await asked
+
+
+def queued(metrics: Metrics) -> tuple[float, ...]:
+    """Texts, tokens, and the seconds of the oldest."""
+    metrics.let_time_pass()
+    return tuple(
+        samples(metrics.registry, f"taskvec_queue_{name}")[()]
+        for name in ("texts", "tokens", "oldest_seconds")
+    )

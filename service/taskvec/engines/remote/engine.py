@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import ssl
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +68,7 @@ class RemoteOptions:
         call_seconds: how long one call may take before another server is asked.
         check_seconds: a server that answered nothing for so long is checked with a probe.
         lookup_seconds: how often names are resolved again.
+        reports_queue: False where the one server does, to the same series.
     """
 
     urls: tuple[str, ...]
@@ -74,6 +78,7 @@ class RemoteOptions:
     call_seconds: float = 120.0
     check_seconds: float = 10.0
     lookup_seconds: float = 5.0
+    reports_queue: bool = True
 
 
 class RemoteEngine:
@@ -93,7 +98,7 @@ class RemoteEngine:
             checkpoint: what the servers must serve.
             cache: folder for the golden vectors.
             options: which servers, and how they are treated.
-            observer: told of calls and servers.
+            observer: told of calls, servers, and what is not answered yet.
             resolve: how names are looked up.
 
         Raises:
@@ -114,6 +119,10 @@ class RemoteEngine:
         self._lookup_faults: list[str] = []
         self._finished = 0
         self._calls = 0
+        self._texts = 0
+        self._tokens = 0
+        self._numbers = itertools.count()
+        self._since: OrderedDict[int, float] = OrderedDict()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -199,6 +208,12 @@ class RemoteEngine:
     async def _embed_part(self, batch: TokenBatch, part: slice, priority: Priority) -> Vectors:
         ids = batch.ids[part]
         tokens = sum(map(len, ids))
+        with self._queued(len(ids), tokens):
+            return await self._send(batch, ids, tokens, priority)
+
+    async def _send(
+        self, batch: TokenBatch, ids: Sequence[TokenIds], tokens: int, priority: Priority
+    ) -> Vectors:
         tried: list[Server] = []
         faults: list[str] = []
         waits: list[float] = []
@@ -234,6 +249,25 @@ class RemoteEngine:
                 retry_after=min(waits),
             )
         raise _given_up(batch, faults)
+
+    @contextmanager
+    def _queued(self, texts: int, tokens: int) -> Iterator[None]:
+        """Around what is to be sent until it is answered: servers do not tell when it waits."""
+        number = next(self._numbers)
+        self._since[number] = time.monotonic()
+        self._count(texts, tokens)
+        try:
+            yield
+        finally:
+            del self._since[number]
+            self._count(-texts, -tokens)
+
+    def _count(self, texts: int, tokens: int) -> None:
+        self._texts += texts
+        self._tokens += tokens
+        if self._observer is not None and self._options.reports_queue:
+            oldest = next(iter(self._since.values()), None)
+            self._observer.queue_changed(self._texts, self._tokens, oldest)
 
     def _serving(self) -> list[Server]:
         return [server for server, _ in self._servers.values() if server.serving]

@@ -16,7 +16,7 @@ import aiohttp
 import structlog
 
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import ModelCard, TokenIds
+from taskvec.engines.base import ModelCard, QueueObserver, TokenIds
 from taskvec.engines.remote.connection import Connection
 from taskvec.engines.remote.courier import Courier
 from taskvec.engines.remote.dialects import Dialect, Vectors, read_vectors, recognise
@@ -51,7 +51,7 @@ class ServerState(enum.StrEnum):
     REFUSED = "refused"
 
 
-class PoolObserver(Protocol):
+class PoolObserver(QueueObserver, Protocol):
     """What a pool reports while it works; called from its event loop."""
 
     def server_changed(self, server: str, *, serving: bool) -> None:

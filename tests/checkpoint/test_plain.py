@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,58 @@ def test_the_second_call_reuses_the_first_s(default_checkpoint: Checkpoint, tmp_
     assert plain_folder(default_checkpoint, tmp_path) == first
     assert {path.name: path.lstat().st_ino for path in first.iterdir()} == made
     assert list((tmp_path / "plain").iterdir()) == [first]
+
+
+def moved_tokenizer(folder: Path) -> None:
+    """Its link leads to where the tokenizer was before."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(folder / "gone.json")
+
+
+def copied_weights(folder: Path) -> None:
+    """A file that may be of another state is where the link was."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"old")
+
+
+def lost_config(folder: Path) -> None:
+    """Somebody has tidied up."""
+    (folder / "config.json").unlink()
+
+
+def cut_config(folder: Path) -> None:
+    """The disk was full."""
+    config = folder / "config.json"
+    config.write_text(config.read_text()[:20])
+
+
+@pytest.mark.parametrize("damage", [moved_tokenizer, copied_weights, lost_config, cut_config])
+def test_what_is_not_as_it_should_be_is_written_again(
+    default_checkpoint: Checkpoint, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """A copy with a dead link or a bad file is mended, and the rest of it is left alone."""
+    folder = plain_folder(default_checkpoint, tmp_path)
+    damage(folder)
+    before = {path.name: path.lstat().st_ino for path in folder.iterdir()}
+    kept = plain_folder(default_checkpoint, tmp_path)
+    assert kept == folder
+    assert {path.name for path in folder.iterdir()} == LINKED | WRITTEN
+    for name in LINKED:
+        assert (folder / name).readlink() == (default_checkpoint.folder / name).resolve()
+    assert config_of(folder) == plain_config(default_checkpoint)
+    after = {path.name: path.lstat().st_ino for path in folder.iterdir()}
+    assert len(set(after.items()) & set(before.items())) == len(LINKED | WRITTEN) - 1
+    assert list((tmp_path / "plain").iterdir()) == [folder]
+
+
+def test_a_whole_copy_is_used_where_nothing_can_be_written(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Nothing is written to a cache that has it all: not even its folder's time changes."""
+    folder = plain_folder(default_checkpoint, tmp_path)
+    times = [path.stat().st_mtime_ns for path in (folder, folder.parent)]
+    plain_folder(default_checkpoint, tmp_path)
+    assert [path.stat().st_mtime_ns for path in (folder, folder.parent)] == times
 
 
 def test_another_state_of_the_weights_gets_a_folder_of_its_own(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +28,57 @@ def plain_folder(checkpoint: Checkpoint, cache: Path) -> Path:
 
     Args:
         checkpoint: stays as it is; its adapters are named by their own folders.
-        cache: the folder is made in here, once for each state of the checkpoint.
+        cache: the folder is made in here, once for each state of the checkpoint; what of it is not
+            as it should be, such as a link to a file that has moved, is written again.
 
     Raises:
         CheckpointError: the cache cannot be written.
     """
     folder = cache / "plain" / fingerprint(checkpoint)
+    links = {file.name: file.resolve() for file in _linked_files(checkpoint)}
+    texts = {
+        "config.json": json.dumps(plain_config(checkpoint), indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n",
+    }
     try:
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            unfinished.chmod(0o755)
-            for file in _linked_files(checkpoint):
-                (unfinished / file.name).symlink_to(file.resolve())
-            for name, config in (
-                ("config.json", plain_config(checkpoint)),
-                ("tokenizer_config.json", _TOKENIZER_CONFIG),
-            ):
-                (unfinished / name).write_text(json.dumps(config, indent=2) + "\n")
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                if not folder.is_dir():
-                    raise
+        links = {name: file for name, file in links.items() if not _leads_to(folder / name, file)}
+        texts = {name: text for name, text in texts.items() if not _holds(folder / name, text)}
+        if links or texts:
+            _write(folder, links, texts)
     except OSError as error:
         raise CheckpointError(
             f"vLLM needs a prepared copy of {checkpoint.card.name}, which cannot be written to "
             f"{folder} ({error.strerror}): set --cache-dir to a writable folder."
         ) from None
     return folder
+
+
+def _leads_to(link: Path, file: Path) -> bool:
+    return link.is_symlink() and link.readlink() == file
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_text() == text
+
+
+def _write(folder: Path, links: Mapping[str, Path], texts: Mapping[str, str]) -> None:
+    """Put entries into a folder that others may read and write now: each at one stroke."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)
+        for name, file in links.items():
+            (unfinished / name).symlink_to(file)
+        for name, text in texts.items():
+            (unfinished / name).write_text(text)
+        if not folder.exists():
+            with suppress(OSError):  # another process was faster
+                unfinished.rename(folder)
+                return
+        for name in (*links, *texts):
+            (unfinished / name).replace(folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _linked_files(checkpoint: Checkpoint) -> list[Path]:

@@ -36,7 +36,7 @@ class Usage(NamedTuple):
     @property
     def used(self) -> int:
         """What counts at this moment."""
-        return int(self.before * self.fades / MINUTE) + self.now
+        return faded(self.before, self.fades) + self.now
 
     def seconds_until(self, room: int) -> float:
         """When at most ``room`` will be used, if nothing is added."""
@@ -45,6 +45,11 @@ class Usage(NamedTuple):
         if self.now <= room:
             return self.fades - (room - self.now) * MINUTE / self.before
         return self.ends + MINUTE * (1 - room / self.now)
+
+
+def faded(before: int, fades: float) -> int:
+    """What still counts of the minute before, ``fades`` seconds before it is forgotten."""
+    return int(before * fades / MINUTE)
 
 
 class LocalWindows:
@@ -62,10 +67,8 @@ class LocalWindows:
         if counted != minute:
             before, now = (now if counted == minute - 1 else 0), 0
         left = MINUTE - into
-        usage = Usage(before, left, now, left)
-        taken = usage.used + amount <= limit
+        taken = faded(before, left) + now + amount <= limit
         if taken:
             now += amount
-            usage = Usage(before, left, now, left)
         self._counts[identity] = (int(minute), before, now)
-        return taken, usage
+        return taken, Usage(before, left, now, left)

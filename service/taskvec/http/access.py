@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,10 @@ BEARER, API_KEY = "bearer", "api-key"
 """The two ways to send a key, as the OpenAPI document names them."""
 
 KEY_HEADERS = (b"api-key", b"x-api-key")
+HEADER_NAMES = {
+    kind: [f"x-ratelimit-{what}-{kind}".encode() for what in ("limit", "remaining", "reset")]
+    for kind in Kind
+}
 TRY_AGAIN = 1.0
 """Seconds after which a request beyond a key's concurrency may be sent again."""
 
@@ -99,17 +103,19 @@ class Access:
             if not any(key.limits):
                 return await endpoint(request)
             take = partial(self._take, record, key.name)
-            with self._place(key):
+            self._enter(key)
+            try:
                 if key.limits.requests_per_minute:
                     await take(Kind.REQUESTS, key.limits.requests_per_minute, 1)
                 if key.limits.tokens_per_minute:
                     record.charge = partial(take, Kind.TOKENS, key.limits.tokens_per_minute)
                 return await endpoint(request)
+            finally:
+                self._running[key.name] -= 1
 
         return within_limits
 
-    @contextmanager
-    def _place(self, key: Key) -> Iterator[None]:
+    def _enter(self, key: Key) -> None:
         if key.limits.concurrency and self._running[key.name] >= key.limits.concurrency:
             raise RateLimitError(
                 f"The API key {key.name} may have {key.limits.concurrency} requests at a time: "
@@ -117,10 +123,6 @@ class Access:
                 retry_after=TRY_AGAIN,
             )
         self._running[key.name] += 1
-        try:
-            yield
-        finally:
-            self._running[key.name] -= 1
 
     async def _take(
         self, record: RequestRecord, name: str, kind: Kind, limit: int, amount: int
@@ -163,9 +165,7 @@ def _secret(headers: list[tuple[bytes, bytes]]) -> bytes | None:
     return secret
 
 
-def _headers(kind: Kind, window: Window) -> list[tuple[bytes, bytes]]:
-    return [
-        (f"x-ratelimit-limit-{kind}".encode(), b"%d" % window.limit),
-        (f"x-ratelimit-remaining-{kind}".encode(), b"%d" % window.remaining),
-        (f"x-ratelimit-reset-{kind}".encode(), b"%.2fs" % window.reset),
-    ]
+def _headers(kind: Kind, window: Window) -> Iterator[tuple[bytes, bytes]]:
+    """OpenAI's names."""
+    left = b"%d" % window.limit, b"%d" % window.remaining, b"%.2fs" % window.reset
+    return zip(HEADER_NAMES[kind], left, strict=True)

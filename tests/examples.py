@@ -39,11 +39,13 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        (folder / ".curlrc").write_text("fail-with-body\n")  # or it takes an error for an answer
         self._port = free_port()
         self._secret = ""
         self._server: subprocess.Popen[bytes] | None = None
         self._environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "CURL_HOME": str(folder),
             "HF_HUB_OFFLINE": "1",
             "TASKVEC_LOG_LEVEL": "error",
         }
@@ -54,9 +56,8 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    @property
-    def url(self) -> str:
-        """Of the server that runs; of one with defaults if the page has started none."""
+    def server(self) -> str:
+        """The address of the server that runs; of one with defaults where none was started."""
         if self._server is None:
             self.serve("taskvec serve")
         return f"http://127.0.0.1:{self._port}"
@@ -64,7 +65,7 @@ class Reader:
     def run(self, runner: list[str], text: str, place: str) -> str:
         """What a command or program prints; its end must be a good one."""
         if ":8080" in text:
-            assert self.url
+            self.server()
         done = subprocess.run(
             [*runner, self._here(text)],
             cwd=self.folder,
@@ -95,7 +96,7 @@ class Reader:
             trust = ssl.create_default_context(cafile=str(self.folder / "cert.pem"))
             wait_until(f"{url}/health/ready", self._server, verify=trust)
         else:
-            wait_until(f"{self.url}/health/ready", self._server)
+            wait_until(f"{self.server()}/health/ready", self._server)
 
     def _here(self, text: str) -> str:
         """The text as it runs here: all that is changed of it."""

@@ -17,12 +17,11 @@ import pytest
 import yaml
 
 from examples import INSTEAD, Reader, instead
-from pages import PAGES, SAYS, Block, blocks, commands
+from pages import PAGES, ROOT, SAYS, Block, blocks, commands
 from taskvec.access.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
-RUNBOOKS = "docs/runbooks/"
-COMPOSE = yaml.safe_load(Path(PAGES["README.md"].parent, "deploy/compose.yaml").read_text())
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(PAGES[page]))])
@@ -77,7 +76,7 @@ def error(reader: Reader, block: Block) -> None:
     """The answer on the page has the form of the answer to a request that is wrong in that way."""
     shown = json.loads(block.content)
     body = {"input": ["a text"] * 3 + ["a longer text " * 9_000]}
-    answer = httpx.post(f"{reader.url}/v1/embeddings", json=body, timeout=60).json()
+    answer = httpx.post(f"{reader.server()}/v1/embeddings", json=body, timeout=60).json()
     for told in (shown, answer):
         told["request_id"] = told["detail"] = told["error"]["message"] = "..."
     assert answer == shown

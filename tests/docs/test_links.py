@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from pages import COMMITTED, PAGES, anchors, links
-
-ROOMS = Path("service/taskvec")
 
 
 @pytest.mark.parametrize("page", PAGES)

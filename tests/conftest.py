@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -77,14 +78,19 @@ def running_server(*options: str, ready: bool = True) -> Iterator[str]:
             process.communicate(timeout=60)
 
 
-def wait_until(url: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+def wait_until(
+    url: str,
+    process: subprocess.Popen[bytes],
+    seconds: float = 60,
+    verify: ssl.SSLContext | bool = True,
+) -> None:
     """Wait for a 200, or fail with what the process said."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if process.poll() is not None:
             raise AssertionError(f"exit {process.returncode}: {process.communicate()[1].decode()}")
         try:
-            if httpx.get(url, timeout=5).status_code == 200:
+            if httpx.get(url, timeout=5, verify=verify).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import openai
 import pytest
 from numpy.typing import NDArray
 
-from conftest import repository, running_server
+from conftest import running_server
 from taskvec import Embedder
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
@@ -112,20 +110,6 @@ def test_raw_bytes_equal_base64(server_url: str) -> None:
     )
     decoded = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows]
     assert np.abs(matrix - np.stack(decoded)).max() <= BF16_DIFFERENCE
-
-
-def test_the_readme_search_finds_the_right_passage(server_url: str) -> None:
-    """The README's Python example, run as it stands there, prints the passage that answers."""
-    readme = (repository() / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    example = next(block for block in blocks if "retrieval.query" in block and "openai" in block)
-    example = example.replace("http://127.0.0.1:8080", server_url)
-    run = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, check=True, timeout=60
-    )
-    expected = re.search(r"^# -> (.*)$", example, flags=re.MULTILINE)
-    assert expected is not None
-    assert run.stdout.strip().splitlines()[0] == expected[1]
 
 
 def test_a_long_text_is_refused_and_truncated(server_url: str) -> None:

@@ -80,7 +80,7 @@ def test_every_runbook_has_its_alert(file: Path) -> None:
 
 @pytest.mark.parametrize("file", RUNBOOKS, ids=lambda file: file.stem)
 def test_runbooks_name_what_there_is(file: Path) -> None:
-    """Queries can show something, settings are settings, links lead to pages."""
+    """Queries can show something, settings are settings."""
     page = file.read_text()
     queries = re.findall(r"^```promql\n(.*?)```", page, re.MULTILINE | re.DOTALL)
     assert queries
@@ -88,5 +88,3 @@ def test_runbooks_name_what_there_is(file: Path) -> None:
         assert Scrape().faults(expression, RECORDED) == [], expression
     settings = {environment_variable(field) for field in Settings.model_fields}
     assert set(re.findall(r"TASKVEC_\w+", page)) <= settings
-    for link in re.findall(r"\]\(([^)#]+)", page):
-        assert (file.parent / link).is_file(), link

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ import yaml
 from charts import (
     CASES,
     CHART,
-    RELEASE,
     ROOT,
     case,
-    helm,
     leaves,
     of_kind,
     only,
@@ -215,17 +212,6 @@ def test_rules_and_dashboards_are_the_chart_s_files(tmp_path: Path) -> None:
 def test_the_chart_is_of_this_version() -> None:
     """The images that the chart names by default are those of the package's version."""
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == __version__
-
-
-def test_the_readme_s_commands_render() -> None:
-    """Every `helm install` of the README renders with these options."""
-    text = (CHART / "README.md").read_text().replace("\\\n", " ")
-    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("helm install")]
-    assert len(lines) == 4
-    for _, _, release, chart, *options in lines:
-        assert (release, ROOT / chart) == (RELEASE, CHART)
-        done = helm("template", *(option.replace(chart, str(CHART)) for option in options))
-        assert done.returncode == 0, done.stderr
 
 
 def test_recreate_has_no_rolling_update() -> None:

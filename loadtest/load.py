@@ -29,9 +29,10 @@ from judgement import Level, broken, percentile, too_few
 from latency import resident_megabytes
 from page import page
 from report import RESULTS, machine, write_result
-from scenarios import SCENARIOS, Scenario
+from scenarios import BULK_TEXTS, Scenario, scenarios
 from server import free_port, wait_ready
 
+NAMES = [*scenarios()]
 LEVELS = [0.25, 0.5, 0.75, 0.9, 1.2]
 WARM_SECONDS = 3.0
 HIGHEST_RATE = 20_000.0
@@ -48,7 +49,8 @@ def main() -> int:
     parser.add_argument("--model", default="taskvec-mini", help="of the server that is started")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each level")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="in capacities")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--scenarios", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--bulk-texts", type=int, default=BULK_TEXTS, help="in a request of bulk")
     parser.add_argument(
         "--clients", type=int, help="that seek the capacity, in place of each scenario's own"
     )
@@ -57,20 +59,20 @@ def main() -> int:
     options = parser.parse_args()
     with server(options) as (url, memory):
         found = {name: measure(url, name, options) for name in options.scenarios}
-    scenarios = {name: figures for name, (figures, _) in found.items()}
-    bounds = {name: figures["p99_bound_ms"] for name, figures in scenarios.items()}
-    missed = [broken(name, levels, bounds[name]) for name, (_, levels) in found.items()]
+    missed, notes = [], []
+    for name, (figures, levels) in found.items():
+        missed += broken(name, levels, figures["p99_bound_ms"])
+        notes += too_few(name, levels)
     result = {
         "model": options.model if not options.url else options.url,
         "seconds": options.seconds,
-        "scenarios": scenarios,
+        "bulk_texts": options.bulk_texts,
+        "scenarios": {name: figures for name, (figures, _) in found.items()},
         "resident_megabytes": {"start": round(memory[0]), "most": round(max(memory))}
         if memory
         else None,
-        "notes": [
-            *chain.from_iterable(too_few(name, levels) for name, (_, levels) in found.items())
-        ],
-        "broken": [*chain.from_iterable(missed)],
+        "notes": notes,
+        "broken": missed,
     }
     if options.name != "-":
         file = write_result(options.name, result)
@@ -79,9 +81,9 @@ def main() -> int:
         print(f"The report is {report}.", file=sys.stderr)
     else:
         print(json.dumps(result | {"machine": machine()}, indent=2))
-    for sentence in result["broken"]:
+    for sentence in missed:
         print(sentence, file=sys.stderr)
-    return 1 if result["broken"] else 0
+    return 1 if missed else 0
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def note_memory(process: int, memory: list[float], over: Event) -> None:
 
 def measure(url: str, name: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Level]]:
     """The capacity of a scenario, and latencies at shares of it."""
-    scenario = SCENARIOS[name]
+    scenario = scenarios(options.bulk_texts)[name]
     clients = options.clients or scenario.clients
     drive(url, ClosedLoop(scenario.requests(0), clients, WARM_SECONDS))
     capacity = drive(url, ClosedLoop(scenario.requests(1), clients, options.seconds))

@@ -1,12 +1,17 @@
 """A checkpoint that every server can read: one adapter merged into the weights, no prompts.
 
 peft merges, so that no side measures with weights that our own code has made.
+
+    python loadtest/merged.py mini FOLDER
+
+writes the retrieval adapter of a shape and prints where.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from transformers import AutoModel
 
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.checkpoint.plain import plain_config, plain_folder
+from workload import checkpoint_of
 
 MODULES = ("Transformer", "Pooling", "Normalize")
 """What sentence-transformers, and so infinity, puts one after another."""
@@ -62,3 +68,7 @@ def merged_folder(checkpoint: Checkpoint, adapter: str, room: Path) -> Path:
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).write_text(json.dumps(content, indent=2) + "\n")
     return folder
+
+
+if __name__ == "__main__":
+    print(merged_folder(checkpoint_of(sys.argv[1]), "retrieval", Path(sys.argv[2])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from http.client import HTTPException
 from urllib.request import urlopen
@@ -19,17 +20,25 @@ def free_port() -> int:
         return port
 
 
-def wait_ready(port: int, path: str = "/health/ready", within: float = READY_WITHIN) -> None:
+def wait_ready(
+    port: int,
+    path: str = "/health/ready",
+    within: float = READY_WITHIN,
+    process: subprocess.Popen[bytes] | None = None,
+) -> None:
     """Until a path of a server on this machine answers with 200.
 
     The standard library asks: httpx does not import where locust has replaced ``select``.
 
     Raises:
         TimeoutError: it did not within so many seconds.
+        ChildProcessError: the process has ended.
     """
     url = f"http://127.0.0.1:{port}{path}"
     limit = time.monotonic() + within
     while time.monotonic() < limit:
+        if process is not None and process.poll() is not None:
+            raise ChildProcessError(f"{url}: the server ended with code {process.returncode}")
         try:
             with urlopen(url):
                 return

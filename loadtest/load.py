@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gevent
@@ -28,9 +29,9 @@ from drive import Seen, drive
 from judgement import Level, broken, percentile, too_few
 from latency import resident_megabytes
 from page import page
+from peer_servers import taskvec_server
 from report import RESULTS, machine, write_result
 from scenarios import BULK_TEXTS, Scenario, scenarios
-from server import free_port, wait_ready
 
 NAMES = [*scenarios()]
 LEVELS = [0.25, 0.5, 0.75, 0.9, 1.2]
@@ -92,20 +93,14 @@ def server(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     if options.url:
         yield options.url.rstrip("/"), []
         return
-    port = free_port()
-    command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
-    command += ["--model", options.model]
     memory: list[float] = []
     over = Event()
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with TemporaryDirectory() as room, taskvec_server(options.model, Path(room)) as running:
+        gevent.spawn(note_memory, running.pid, memory, over)
         try:
-            wait_ready(port)
-            watch = gevent.spawn(note_memory, process.pid, memory, over)
-            yield f"http://127.0.0.1:{port}", memory
-            over.set()
-            watch.get()
+            yield running.url, memory
         finally:
-            process.terminate()
+            over.set()
 
 
 def note_memory(process: int, memory: list[float], over: Event) -> None:

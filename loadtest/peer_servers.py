@@ -30,10 +30,9 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def taskvec_server(checkpoint: Checkpoint, room: Path) -> Iterator[Running]:
-    """This project's, as it comes."""
-    command = [sys.executable, "-m", "taskvec", "serve", "--model", str(checkpoint.folder)]
-    command += ["--cache-dir", str(room)]
+def taskvec_server(model: str, room: Path) -> Iterator[Running]:
+    """This project's, as it comes; the folder takes its log."""
+    command = [sys.executable, "-m", "taskvec", "serve", "--model", model]
     with _running(command, "/health/ready", room / "taskvec.log") as server:
         yield server
 

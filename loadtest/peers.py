@@ -36,7 +36,7 @@ from drive import Seen, drive
 from judgement import percentile
 from lengths import PASSAGE, some_text
 from peer_servers import Running, infinity_server, installed, taskvec_server, vllm_server
-from report import ratio, spread, write_result
+from report import compared, table, write_result
 from scenarios import scenarios
 from taskvec.checkpoint.layout import read_checkpoint
 
@@ -82,7 +82,11 @@ def main() -> None:
     if options.name != "-":
         write_result(options.name, result)
     for shape in options.shapes:
-        print(f"\n{shape}\n{table(result[shape])}")
+        rows = {"resident_megabytes": result[shape]["resident_megabytes"]}
+        for name in SCENARIOS:
+            figures = {k: v for k, v in result[shape][name].items() if isinstance(v, dict)}
+            rows |= {f"{name}, {figure}": found for figure, found in figures.items()}
+        print(f"\n{shape}\n{table(rows)}")
 
 
 def compare(shape: str, room: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def compare(shape: str, room: Path, options: argparse.Namespace) -> dict[str, An
     folder = Path(said.splitlines()[-1])
     checkpoint = read_checkpoint(folder, folder.name)  # the name by which taskvec will serve it
     starts: Starts = {
-        "taskvec": partial(taskvec_server, checkpoint, room),
+        "taskvec": partial(taskvec_server, str(folder), room),
         "vllm": partial(vllm_server, options.vllm_python, checkpoint, room),
         "infinity": partial(infinity_server, options.infinity_python, checkpoint, room),
     }
@@ -197,28 +201,6 @@ def tree_megabytes(pid: int) -> float:
     root = psutil.Process(pid)
     processes = [root, *root.children(recursive=True)]
     return sum(process.memory_full_info().pss for process in processes) / 2**20
-
-
-def compared(sides: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """The spread of each server's rounds, and ours over each other's."""
-    figures = {side: spread(values, 2) for side, values in sides.items()}
-    for other in [side for side in sides if side != "taskvec"]:
-        figures[f"taskvec_over_{other}"] = ratio(sides["taskvec"], sides[other])
-    return figures
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Medians as Markdown: a line for each scenario's figures."""
-    lines: list[str] = []
-    rows = {"resident_megabytes": result["resident_megabytes"]}
-    for name in SCENARIOS:
-        figures = result[name].items()
-        rows |= {f"{name}, {figure}": found for figure, found in figures if isinstance(found, dict)}
-    for row, found in rows.items():
-        if not lines:
-            lines = [f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-        lines.append(f"| {row} | {' | '.join(str(cell['median']) for cell in found.values())} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

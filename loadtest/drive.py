@@ -1,6 +1,8 @@
 """Locust sends the requests, and what came back is noted one by one.
 
-Its own statistics round response times to two digits; these do not.
+Its own statistics round response times to two digits; these do not. It takes 240 to 310 us of
+processor time a request where sender.py takes 67, which sends one body over and over (by hand,
+single texts on a busy machine): what that comes to is in each result as ``generator_cores``.
 """
 
 from __future__ import annotations

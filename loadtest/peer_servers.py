@@ -72,11 +72,13 @@ def _running(
     command: Sequence[str], health: str, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
     port = free_port()
+    # Each is to choose its threads itself, as it does where nobody has set this.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with (
         log.open("wb") as output,
         subprocess.Popen(
             [*command, "--port", str(port)],
-            env=os.environ | dict(environment or {}),
+            env=inherited | dict(environment or {}),
             stdout=output,
             stderr=output,
         ) as process,

@@ -52,8 +52,6 @@ EQUAL = 0.999
 
 WARM_SECONDS = 3.0
 Starts = Mapping[str, Callable[[], AbstractContextManager[Running]]]
-Figures = dict[str, dict[str, list[float]]]
-"""By figure and server, one value a round."""
 
 
 def main() -> None:
@@ -119,6 +117,7 @@ def compare(shape: str, room: Path, options: argparse.Namespace) -> dict[str, An
         **{
             name: {
                 "offered_requests_a_second": round(rates[name], 3),
+                "latencies_a_round": round(rates[name] * options.seconds),
                 **{figure: compared(sides) for figure, sides in figures.items()},
             }
             for name, figures in found.items()
@@ -174,7 +173,7 @@ def capacity(
 
 def measure(
     url: str, name: str, rate: float, model: str, options: argparse.Namespace, *, seed: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """One server, one scenario, one round."""
     requests, texts = capacity(url, name, model, options, seed)
     times = poisson(rate, options.seconds, random.Random(seed))
@@ -184,8 +183,8 @@ def measure(
     return {
         "requests_a_second": requests,
         "texts_a_second": texts,
-        "p50_ms": percentile(latencies, 0.5) or 0.0,
-        "p99_ms": percentile(latencies, 0.99) or 0.0,
+        "p50_ms": percentile(latencies, 0.5),
+        "p99_ms": percentile(latencies, 0.99),
     }
 
 

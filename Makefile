@@ -5,9 +5,14 @@ PORT ?= 8080
 MODEL ?= taskvec-mini
 MINUTES ?= 20
 NAME ?= soak
+URL ?=
+DURATION ?= 60
+ROUNDS ?= 3
+ARGS ?=
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
+INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
 IMAGES ?= cpu gateway vllm
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
@@ -79,6 +84,19 @@ soak: $(VENV)/dev.stamp ## Mixed traffic; memory must stay: MINUTES=20 NAME=soak
 overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, for a minute
 	$(VENV)/bin/python loadtest/overload.py
 
+.PHONY: load
+load: NAME = load
+load: $(VENV)/dev.stamp ## Latency against load: URL= (none: starts one) MODEL= DURATION=60 NAME=load ARGS=
+	$(VENV)/bin/python loadtest/load.py --url "$(URL)" --model $(MODEL) --seconds $(DURATION) \
+		--name $(NAME) $(ARGS)
+
+.PHONY: peers
+peers: NAME = peers
+peers: $(VENV)/dev.stamp $(VLLM_VENV)/stamp $(INFINITY_VENV)/stamp ## The same load on taskvec, vLLM and infinity: DURATION=60 ROUNDS=3 NAME=peers ARGS=
+	$(VENV)/bin/python loadtest/peers.py --vllm-python $(VLLM_VENV)/bin/python \
+		--infinity-python $(INFINITY_VENV)/bin/python --seconds $(DURATION) --rounds $(ROUNDS) \
+		--name $(NAME) $(ARGS)
+
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/
 	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -117,7 +135,7 @@ lock: $(VENV)/dev.stamp ## Renew requirements/*.txt
 
 .PHONY: clean
 clean: ## Remove environments, caches and builds
-	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) .cache dist .*_cache .hypothesis
+	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) $(INFINITY_VENV) .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -144,6 +162,11 @@ $(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(INFINITY_VENV)/stamp: requirements/infinity.txt
+	$(PYTHON) -m venv $(INFINITY_VENV)
+	$(INFINITY_VENV)/bin/pip install --quiet --no-deps --requirement requirements/infinity.txt
 	@touch $@
 
 # Both helms, the types of custom resources, and checkov in an environment of its own.

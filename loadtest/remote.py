@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ from typing import Any
 import httpx
 import numpy as np
 
+from peer_servers import vllm_server
 from report import ratio, spread, write_result
 from server import free_port, wait_ready
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.plain import plain_folder
-from taskvec.engines.vllm.arguments import VllmOptions, server_command
 from taskvec.wiring import text_tokenizer
 from workload import QWEN, checkpoint_of
 
@@ -138,7 +137,7 @@ def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str
     seconds = options.seconds
     with null_server("vllm", DEFAULT_MODEL, room) as url:
         free = directly_and_through(url, room, {(1, 1): seconds}, options.rounds)
-    with vllm_server(python, room) as url:
+    with vllm_server(python, open_checkpoint(DEFAULT_MODEL), room) as (url, _):
         loads = {(1, 1): VLLM_LONGER * seconds, (8, 16): VLLM_LONGER * seconds}
         real = directly_and_through(url, room, loads, options.rounds)
     result = {
@@ -221,46 +220,6 @@ def gateway(model: str, room: Path, engine: str, *options: str) -> Iterator[tupl
             yield f"http://127.0.0.1:{port}", process.pid
         finally:
             process.terminate()
-
-
-@contextmanager
-def vllm_server(python: Path, room: Path) -> Iterator[str]:
-    """A stock vLLM server of the default model, by the command line that taskvec prints."""
-    checkpoint = open_checkpoint(DEFAULT_MODEL)
-    words = server_command(
-        checkpoint, plain_folder(checkpoint, room), VllmOptions(memory_share=0.15), gpu=False
-    )
-    port = free_port()
-    module = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:]]
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    with ExitStack() as stack:
-        log = stack.enter_context((room / "vllm.log").open("wb"))
-        process = stack.enter_context(
-            subprocess.Popen(
-                [
-                    *module,
-                    "--port",
-                    str(port),
-                    "--host",
-                    "127.0.0.1",
-                    "--disable-uvicorn-access-log",
-                ],
-                env={**os.environ, **quiet, "VLLM_CPU_KVCACHE_SPACE": "1"},
-                stdout=log,
-                stderr=log,
-            )
-        )
-        stack.callback(process.terminate)
-        limit = time.monotonic() + 300
-        while time.monotonic() < limit:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        else:
-            raise TimeoutError((room / "vllm.log").read_text()[-2000:])
-        yield f"http://127.0.0.1:{port}"
 
 
 def text_body(texts: int) -> dict[str, Any]:

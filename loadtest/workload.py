@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lengths import log_normal
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.engines.base import TokenIds
@@ -43,8 +44,7 @@ def equal_lengths(texts: int, length: int, vocabulary: int) -> list[TokenIds]:
 def log_normal_lengths(texts: int, vocabulary: int) -> list[TokenIds]:
     """Random ids of mixed lengths: log-normal, mean about 60, at most 512, longest first."""
     random = np.random.default_rng(0)
-    drawn = random.lognormal(np.log(60) - 0.5 * 0.8**2, 0.8, texts).astype(int)
-    lengths = sorted(np.clip(drawn, 2, 512).tolist(), reverse=True)
+    lengths = sorted(log_normal(60, 0.8, texts, random).tolist(), reverse=True)
     return [random.integers(5, vocabulary, length, dtype=np.int32) for length in lengths]
 
 

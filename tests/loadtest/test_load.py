@@ -1,0 +1,40 @@
+"""The load test against real servers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from conftest import repository
+
+SHORT = ["--seconds", "2", "--scenarios", "interactive", "--levels", "0.5", "--name", "-"]
+
+
+def load(*options: str) -> subprocess.CompletedProcess[str]:
+    """What `make load` runs, for a few seconds."""
+    command = [sys.executable, "loadtest/load.py", *SHORT, *options]
+    return subprocess.run(
+        command, cwd=repository(), capture_output=True, text=True, check=False, timeout=180
+    )
+
+
+def test_a_load_test_that_misses_a_threshold_fails_and_says_which() -> None:
+    """It starts its server itself; no server answers within a microsecond."""
+    done = load("--p99", "0.001")
+    assert done.returncode == 1, done.stderr
+    assert "interactive at 0.50 of the capacity: the 99th percentile is" in done.stderr
+    found = json.loads(done.stdout)
+    (level,) = found["scenarios"]["interactive"]["levels"]
+    assert set(level["outcomes"]) == {"200"}
+    assert level["p50_ms"] > 0.001
+    assert found["resident_megabytes"]["most"] > 100
+
+
+def test_a_load_test_of_a_running_server_succeeds_where_all_is_met(server_url: str) -> None:
+    """Its memory is not ours to read."""
+    done = load("--url", server_url, "--p99", "60000")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["broken"] == []
+    assert found["resident_megabytes"] is None

@@ -138,7 +138,7 @@ helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/airgapped-
 ```
 
 **Scaling.** A HorizontalPodAutoscaler or a KEDA ScaledObject follows the tokens that wait and the age of the oldest text.
-A gateway does not see its servers' queues, so in mode split the servers are scaled by vLLM's `vllm:num_requests_waiting`: let Prometheus scrape them (`metrics.monitor`, `networkPolicy.monitoringFrom`).
+A gateway cannot tell what waits at its servers from what they embed, so in mode split the servers are scaled by vLLM's `vllm:num_requests_waiting`: let Prometheus scrape them (`metrics.monitor`, `networkPolicy.monitoringFrom`).
 
 **What does not go together** is refused when the chart is rendered, with a sentence that names the values; so are unknown keys.
 `nameOverride` is part of selectors, which Kubernetes does not let change: choose it before the first install.

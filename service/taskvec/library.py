@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self, cast
 
 import numpy as np
+import structlog
 from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
@@ -57,6 +59,11 @@ class Embedder:
         Raises:
             CheckpointError: the model cannot be served; the message names the cure.
         """
+        if not structlog.is_configured():  # its own default prints every event to stdout
+            structlog.configure(
+                wrapper_class=structlog.make_filtering_bound_logger("warning"),
+                logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            )
         checkpoint = open_checkpoint(model, revision)
         options = PackedOptions(
             device=device, dtype=dtype, adapter_mode=adapter_mode, threads=threads

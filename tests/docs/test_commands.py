@@ -59,11 +59,12 @@ def shell(reader: Reader, block: Block) -> None:
 
 
 def python(reader: Reader, block: Block) -> None:
-    """The last that the program prints is what its comments say; before may be lines of the log."""
+    """The program prints what its comments say, and nothing else."""
     printed = reader.run([reader.python, "-c"], block.content, block.place).splitlines()
     lines = [line for line in block.content.splitlines() if line.startswith(SAYS)]
-    last = printed[len(printed) - len(lines) :]
-    assert all(says(line.removeprefix(SAYS), told) for line, told in zip(lines, last, strict=True))
+    assert not lines or len(lines) == len(printed), printed
+    pairs = zip(lines, printed, strict=False)
+    assert all(says(line.removeprefix(SAYS), told) for line, told in pairs), printed
 
 
 def says(text: str, printed: str) -> bool:

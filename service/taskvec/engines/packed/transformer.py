@@ -8,6 +8,7 @@ more than the arithmetic on them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from taskvec.checkpoint.backbone import Backbone
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.attention import plan_attention
 from taskvec.engines.packed.packing import Block, Packing, pack
+from taskvec.engines.packed.parts import MOST_PARTS, cut
 from taskvec.engines.packed.projection import Projection
 
 Turns = tuple[torch.Tensor, torch.Tensor]
@@ -26,12 +28,6 @@ Turns = tuple[torch.Tensor, torch.Tensor]
 
 WIDEST_ACTIVATION = 3 << 20
 """Most elements of one block's widest activation: 6 MiB of bf16."""
-
-
-SMALL_FORWARD = 1 << 29
-"""Multiply-adds of a forward that stays on one thread: some milliseconds. Split over threads, its
-hundreds of tiny steps would each wait for all of them, and where a core is busy with something else
-each wait costs a time slice: 350 ms instead of 5 were seen (docs/adr/0004-small-forwards.md)."""
 
 PIECE = 1 << 18
 """Elements that norms and rotations work on at a time, on a CPU: a megabyte of float32."""
@@ -85,7 +81,7 @@ class Transformer:
             embedding: [vocabulary, hidden]; its device and dtype are the engine's.
             layers: in order.
             final_norm: [hidden].
-            threads: processor threads of a forward that is worth them.
+            threads: processor threads of a batch that is worth them.
         """
         self.threads = threads
         self.backbone = backbone
@@ -98,8 +94,8 @@ class Transformer:
         self.block_rows = block_rows(backbone) if on_cpu else 1 << 16
         self._cos = self._sin = torch.empty(0)
         self._norm_floor = torch.tensor(backbone.norm_eps**0.5, device=self.device)
+        self._others = ThreadPoolExecutor(MOST_PARTS - 1, thread_name_prefix="packed-part")
 
-    @torch.inference_mode()
     def embed(self, ids: Sequence[TokenIds], adapters: Sequence[str | None]) -> NDArray[np.float32]:
         """The last token's hidden state of each text, after the final norm.
 
@@ -110,9 +106,32 @@ class Transformer:
         Returns:
             float32 [texts, hidden], in the order given, not normalised.
         """
+        self._extend_rotations(max(map(len, ids)))
+        if self.device.type != "cpu":
+            return self._forward(ids, adapters)
+        parts, threads = cut(ids, adapters, self.backbone, self.threads)
+        result = np.empty((len(ids), self.backbone.hidden), dtype=np.float32)
+
+        def embed_part(part: Sequence[int]) -> None:
+            torch.set_num_threads(threads)  # of this thread alone
+            result[part] = self._forward([ids[i] for i in part], [adapters[i] for i in part])
+
+        before = torch.get_num_threads()
+        others = [self._others.submit(embed_part, part) for part in parts[1:]]
+        try:
+            embed_part(parts[0])
+        finally:
+            torch.set_num_threads(before)
+            wait(others)
+        for other in others:
+            other.result()
+        return result
+
+    @torch.inference_mode()
+    def _forward(
+        self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> NDArray[np.float32]:
         packing = pack(ids, adapters, block_rows=self.block_rows, rounded=self.device.type == "cpu")
-        work = len(packing.ids) * self.backbone.linear_parameters
-        torch.set_num_threads(1 if work <= SMALL_FORWARD else self.threads)
         last = self._index(packing.last)
         turns = self._rotations(packing)
         attention = plan_attention(packing, self.backbone, self.device, self.dtype)
@@ -217,9 +236,9 @@ class Transformer:
             gate, up = layer.gate_up(seen, block.adapter).chunk(2, -1)
             rows += layer.down(functional.silu(gate).mul_(up), block.adapter)
 
-    def _rotations(self, packing: Packing) -> Turns:
-        """Cos and signed sin of each row; the tables behind them grow as texts do."""
-        longest = int(packing.lengths.max())
+    @torch.inference_mode()
+    def _extend_rotations(self, longest: int) -> None:
+        """Make the tables of cos and signed sin reach the longest text."""
         if longest > len(self._cos):
             size = 1 << (longest - 1).bit_length()
             half = torch.arange(0, self.backbone.head_dim, 2, device=self.device).float()
@@ -228,5 +247,8 @@ class Transformer:
             cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
             sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
             self._cos, self._sin = cos, sin  # both or none, should memory run out
+
+    def _rotations(self, packing: Packing) -> Turns:
+        """Cos and signed sin of each row."""
         rows = self._index(packing.positions)
         return self._cos.index_select(0, rows)[:, None], self._sin.index_select(0, rows)[:, None]

@@ -175,6 +175,17 @@ def test_relational_distillation() -> None:
     check(lambda s: losses.relational(s, torch.tensor(teacher)), reference, numbers(B, D))
 
 
+def test_similarity() -> None:
+    """The mean squared difference of the two matrices of cosines."""
+    teacher = numbers(B, M, seed=2)
+
+    def reference(s: Array) -> float:
+        pairs = [(i, j) for i in range(B) for j in range(B)]
+        return sum((cos(s[i], s[j]) - cos(teacher[i], teacher[j])) ** 2 for i, j in pairs) / B**2
+
+    check(lambda s: losses.similarity(s, torch.tensor(teacher)), reference, numbers(B, D))
+
+
 def test_matryoshka_is_the_weighted_mean_over_nested_dimensions() -> None:
     """Each dimension's loss is of the vectors cut to it; weights are relative."""
     hard = np.zeros((B, B), dtype=bool)

@@ -7,9 +7,5 @@ class TrainingError(Exception):
     """A failure that the user can cure: one sentence with what happened, where, and what to do."""
 
 
-class DataError(TrainingError):
-    """Data that cannot be trained on; the message names the file and the line where it can."""
-
-
 class RecipeError(TrainingError):
     """A recipe that cannot be run as it is written."""

@@ -164,3 +164,14 @@ def _relative_distances(vectors: Tensor) -> Tensor:
     unit = cut(vectors, vectors.shape[1])
     distances = 1 - unit @ unit.T
     return distances / distances.mean().clamp_min(1e-6)  # texts all alike have no distances
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``: ours, no part of the paper.
+
+    Args:
+        student: s, [M, d].
+        teacher: t, [M, m]; no gradient flows to it.
+    """
+    own, given = cut(student, student.shape[1]), cut(teacher.detach(), teacher.shape[1])
+    return (own @ own.T - given @ given.T).square().mean()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from taskvec.checkpoint.files import PROMPTS_FILE
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import open_base
@@ -18,8 +19,6 @@ from taskvec_train.card import model_card
 from taskvec_train.errors import TrainingError
 from taskvec_train.files import whole_folder
 from taskvec_train.recipe import Recipe
-
-PROMPTS = "config_sentence_transformers.json"
 
 
 def export(
@@ -53,7 +52,7 @@ def export(
         _write(unfinished / "tokenizer_config.json", _tokenizer_config(recipe, base))
         prompts = {"prompts": recipe.prompts.model_dump()}
         default = {"default_prompt_name": recipe.export.default_prompt}
-        _write(unfinished / PROMPTS, prompts | default | {"similarity_fn_name": "cosine"})
+        _write(unfinished / PROMPTS_FILE, prompts | default | {"similarity_fn_name": "cosine"})
         _write_sentence_transformers(unfinished, base.backbone.hidden)
         for name, source in adapters.items():
             place = unfinished / "adapters" / name
@@ -69,8 +68,8 @@ def copy_adapter(source: Path, place: Path, dtype: torch.dtype) -> None:
     _save(source / "adapter_model.safetensors", place / "adapter_model.safetensors", dtype)
     config = json.loads((source / "adapter_config.json").read_text())
     _write(place / "adapter_config.json", config | {"base_model_name_or_path": None})
-    if (source / PROMPTS).is_file():
-        shutil.copy(source / PROMPTS, place)
+    if (source / PROMPTS_FILE).is_file():
+        shutil.copy(source / PROMPTS_FILE, place)
 
 
 def check_served(folder: Path) -> Checkpoint:

@@ -85,18 +85,17 @@ class Run:
         return {name: value for name, value in named if value.requires_grad}
 
 
-def train(run: Run, accelerator: Accelerator, *, until: int | None = None) -> None:
+def train(run: Run, accelerator: Accelerator) -> None:
     """Train a stage, from its newest saved state on if it has one.
 
     Args:
         run: what to train.
         accelerator: where.
-        until: stop after this step, as an interruption would; None to finish.
 
     Raises:
         TrainingError: the loss is no number any more, or the disk refuses a state.
     """
-    options, last = run.options, min(until or run.options.steps, run.options.steps)
+    options, last = run.options, run.options.steps
     optimizer = _optimizer(run, fused=accelerator.device.type == "cuda")
     # accelerate changes neither of the two on one process; on many it wraps the objective.
     run.objective.to(accelerator.device)

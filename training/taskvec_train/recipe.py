@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from taskvec_train.errors import RecipeError
 
@@ -275,14 +276,64 @@ def read_recipe(file: Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{file} is no TOML: {error}.") from None
     for change in changes:
         _change(content, change)
-    try:
+    with _clear_faults(f"{file} is no recipe that can be run"):
         return Recipe.model_validate(content)
+
+
+def adapter_recipe(
+    name: str,
+    loss: str,
+    data: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    prompts: Mapping[str, str],
+    changes: Sequence[str] = (),
+) -> AnyAdapter:
+    """The recipe of one adapter from a command line.
+
+    Args:
+        name: of the task.
+        loss: of ``retrieval``, ``text-matching``, ``clustering``, ``classification``.
+        data: paths; pairs, or what the loss learns from (text-matching: scored pairs too).
+        options: keys of ``Adapter``.
+        prompts: ``query`` and ``document``.
+        changes: ``key=value`` over all that.
+
+    Raises:
+        RecipeError: a key is unknown, or a value cannot be.
+    """
+    content = {
+        "name": name,
+        "loss": loss,
+        _DATA_OF[loss]: list(data),
+        "prompts": {side: prompts[side] for side in ("query", "document") if side in prompts},
+        **options,
+    }
+    for change in changes:
+        _change(content, change)
+    with _clear_faults(f"The adapter {name!r} cannot be trained so"):
+        return TypeAdapter[AnyAdapter](AnyAdapter).validate_python(content)
+
+
+_DATA_OF = {
+    "retrieval": "pairs",
+    "text-matching": "scored",
+    "clustering": "labelled",
+    "classification": "labelled",
+}
+"""Where the command line's data goes."""
+
+
+@contextmanager
+def _clear_faults(what: str) -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         faults = [
             f"  {'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg']}"
             for fault in error.errors()
         ]
-        raise RecipeError("\n".join([f"{file} is no recipe that can be run:", *faults])) from None
+        raise RecipeError("\n".join([f"{what}:", *faults])) from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from taskvec.checkpoint.files import PROMPTS_FILE
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec_train.backbones import load_backbone, set_rope_theta
 from taskvec_train.data.readers import read_labelled, read_pairs, read_scored, read_texts
@@ -69,14 +70,13 @@ class Base:
     instructions: Prompts
 
 
-def adapt(space: Workspace, task: AnyAdapter, base: Base, *, until: int | None = None) -> Path:
+def adapt(space: Workspace, task: AnyAdapter, base: Base) -> Path:
     """Train an adapter, or find that it was done; returns the adapter's folder.
 
     Args:
         space: the run.
         task: what to do.
         base: the frozen student.
-        until: stop after this step; the adapter is not written then.
 
     Raises:
         TrainingError: data, disk or recipe refuse; see the message.
@@ -93,12 +93,12 @@ def adapt(space: Workspace, task: AnyAdapter, base: Base, *, until: int | None =
     source = _SOURCES[task.loss](space, task, base)
     kept = int(task.average_with * task.steps) if isinstance(task, RetrievalAdapter) else 0
     run = Run(f"adapt {task.name}", folder, objective, source, task, space.seed, kept_step=kept)
-    train(run, space.accelerator, until=until)
-    if until is None and space.accelerator.is_main_process:
+    train(run, space.accelerator)
+    if space.accelerator.is_main_process:
         if kept:
             _average(run)
         with whole_folder(final) as unfinished:
-            save_adapter(unfinished, model, task.name, task.prompts)
+            save_adapter(unfinished, model, task, base.prompts)
     space.accelerator.wait_for_everyone()
     return final
 
@@ -125,17 +125,28 @@ def _average(run: Run) -> None:
     load_weights(run, {name: (value + kept[name]) / 2 for name, value in last.items()})
 
 
-def save_adapter(folder: Path, model: PeftModel, name: str, prompts: Prompts | None) -> None:
-    """Write a PEFT adapter, in float32, with its prompts where it has its own."""
-    tensors = get_peft_model_state_dict(model, adapter_name=name)
+def save_adapter(folder: Path, model: PeftModel, task: AnyAdapter, prompts: Prompts) -> None:
+    """Write a PEFT adapter, in float32, with its prompts where the service could not know them.
+
+    Args:
+        folder: exists.
+        model: the LoRA.
+        task: what it was trained for.
+        prompts: of the checkpoint.
+    """
+    tensors = get_peft_model_state_dict(model, adapter_name=task.name)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = model.peft_config[name]
+    config = model.peft_config[task.name]
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    if prompts is not None:
-        text = json.dumps({"prompts": prompts.model_dump()}, indent=2, ensure_ascii=False)
-        (folder / "config_sentence_transformers.json").write_text(text + "\n")
+    # Of all adapters only "retrieval" is known to have two sides.
+    named_so = (task.loss == "retrieval") == (task.name == "retrieval")
+    if task.prompts is not None or not named_so:
+        sides = {"query", "document"} if task.loss == "retrieval" else {"document"}
+        own = {"prompts": (task.prompts or prompts).model_dump(include=sides)}
+        text = json.dumps(own, indent=2, ensure_ascii=False)
+        (folder / PROMPTS_FILE).write_text(text + "\n")
 
 
 def _pairs(

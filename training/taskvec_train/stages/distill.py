@@ -38,8 +38,6 @@ def distill(
     start: Path,
     prompts: Prompts,
     teacher: Teacher,
-    *,
-    until: int | None = None,
 ) -> Path:
     """Train a phase, or find that it was done; returns the folder of the student it made.
 
@@ -49,7 +47,6 @@ def distill(
         start: a student with projection.safetensors.
         prompts: put before texts for the student.
         teacher: whose instructions are put before them for the teacher.
-        until: stop after this step; the student is not written then.
 
     Raises:
         TrainingError: data, disk or recipe refuse; see the message.
@@ -77,8 +74,8 @@ def distill(
         unseen = _held_out(space, phase, base, prompts, teacher)
         measure = partial(held_out_cosines, objective, *unseen, space.dimensions)
     run = Run(f"distill {phase.name}", folder, objective, source, phase, space.seed, measure)
-    train(run, space.accelerator, until=until)
-    if until is None and space.accelerator.is_main_process:
+    train(run, space.accelerator)
+    if space.accelerator.is_main_process:
         with whole_folder(final) as unfinished:
             save_student(unfinished, model, projection.detach().cpu(), base.tokenizer)
     space.accelerator.wait_for_everyone()

@@ -24,7 +24,7 @@ from taskvec_train.data.packages import Package
 from taskvec_train.data.sources import Source
 from taskvec_train.data.split import HELD_OUT_SHARE, is_held_out
 from taskvec_train.data.wordnet import Synset
-from taskvec_train.data.writing import new_folder
+from taskvec_train.data.writing import new_folder, write_jsonl
 
 ANIMALS = ("cat", "dog", "horse", "cow", "sheep", "goat", "pig", "hen", "duck", "goose")
 VERBS = ("eats", "hunts", "sees", "hears", "follows", "likes", "fears", "finds", "hides")
@@ -178,6 +178,16 @@ def test_what_is_no_prose_is_dropped():
     good = Entry("x", "These  words\tare prose.", ("", "why  so"))
     kept = list(cleaned([*(Entry("x", text) for text in texts), good]))
     assert kept == [Entry("x", "These words are prose.", ("why so",))]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    """A file is replaced when the new one is whole, and not before."""
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, [{"text": "old"}])
+    with pytest.raises(TypeError):
+        write_jsonl(file, [{"text": "new"}, {"text": object()}])
+    assert read_texts(file) == ["old"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def build_halfway(out: Path):

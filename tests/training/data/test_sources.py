@@ -135,7 +135,7 @@ def test_a_discovery_document_gives_methods_and_fields():
                         "methods": {
                             "list": {
                                 "id": "books.shelves.books.list",
-                                "description": "Lists the books on a shelf by their titles, in order.",
+                                "description": "Lists the books on a shelf, in their usual order.",
                                 "parameters": {"q": {"description": "short"}},
                             }
                         }

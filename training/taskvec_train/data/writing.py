@@ -16,9 +16,12 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line, under a temporary name until it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.writelines(orjson.dumps(record) + b"\n" for record in records)
-    partial.rename(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.writelines(orjson.dumps(record) + b"\n" for record in records)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The commands: run, distill, adapter, teach, export."""
+"""The commands: corpus, run, distill, adapter, teach, mine, export."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from taskvec_train.data.commands import corpus, mine
 from taskvec_train.data.records import DataError
 from taskvec_train.errors import TrainingError
 
@@ -49,6 +50,10 @@ class Loss(enum.StrEnum):
 def main() -> None:
     """The console script."""
     app()
+
+
+app.command()(corpus)
+app.command()(mine)
 
 
 @app.command()

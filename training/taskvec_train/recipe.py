@@ -141,6 +141,17 @@ class Adapter(Steps):
     )
 
 
+class Mine(Part):
+    """Hard negatives from the positives of other pairs, by the teacher."""
+
+    count: Size = Field(default=20, description="Of each pair, at most.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.95, description="Of the positive's teacher cosine: a negative stays below."
+    )
+    first: Count = Field(default=0, description="First rank looked at.")
+    last: Size = Field(default=100, description="Rank at which looking ends.")
+
+
 class RetrievalAdapter(Adapter):
     """Queries find documents."""
 
@@ -154,6 +165,7 @@ class RetrievalAdapter(Adapter):
     margin: Positive = Field(
         default=0.95, description="Of the positive's teacher cosine: more is no foe."
     )
+    mine: Mine | None = Field(default=None, description="Where the pairs have no negatives.")
     average_with: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.5,
         description="Part of the steps whose weights are averaged with the last; 0 for none.",

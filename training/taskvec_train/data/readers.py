@@ -24,7 +24,7 @@ MAX_LINE = 1 << 20
 
 def read_texts(path: Path) -> list[str]:
     """Read `{"text"}` records. Raises DataError."""
-    return _read(path, {"text": _text}, {}, lambda text: text)
+    return _read(path, {"text": _text}, {}, str)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -35,7 +35,7 @@ def read_pairs(path: Path) -> list[Pair]:
 def read_scored(path: Path) -> list[Scored]:
     """Read `{"text_a", "text_b", "score"}` records. Raises DataError."""
     fields = {"text_a": _text, "text_b": _text, "score": _score}
-    return _read(path, fields, {}, lambda text_a, text_b, score: Scored(text_a, text_b, score))
+    return _read(path, fields, {}, Scored)
 
 
 def read_labelled(path: Path) -> list[Labelled]:
@@ -49,7 +49,11 @@ def _read(
     optional: Mapping[str, Parse],
     make: Callable[..., Record],
 ) -> list[Record]:
-    """Read every record of `path`. Raises DataError, also when there is none."""
+    """Make a record of the values of every row, in the order of the fields given here.
+
+    Raises DataError, also for a file without a row.
+    """
+    parsers = {**required, **optional}
     records = []
     first: tuple[frozenset[str], str] | None = None
     for file in _files(path):
@@ -65,9 +69,12 @@ def _read(
                     f"{place}: has the fields {_listed(fields)}, but {first[1]} has "
                     f"{_listed(first[0])}. Keep records of different fields in different folders."
                 )
-            parsers = {**required, **optional}
-            values = {name: _parse(place, name, row[name], parsers[name]) for name in fields}
-            records.append(make(**values))
+            values = [
+                _parse(place, name, row[name], parse)
+                for name, parse in parsers.items()
+                if name in fields
+            ]
+            records.append(make(*values))
         if len(records) == before:
             raise DataError(f"{file}: has no record. Fill it or remove it.")
     return records
@@ -77,9 +84,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(
-            f"{path}: no such file or folder. Name one that holds *.jsonl or *.parquet."
-        )
+        raise DataError(f"{path}: no such file or folder. Name a *.jsonl, a *.parquet or a folder.")
     files = sorted(file for file in path.iterdir() if file.suffix in {".jsonl", ".parquet"})
     if not files:
         raise DataError(f"{path}: holds no *.jsonl and no *.parquet. Put the data there.")

@@ -48,6 +48,7 @@ from taskvec_train.sources import (
     Vectors,
 )
 from taskvec_train.stages.distill import FINAL, text_limit
+from taskvec_train.stages.negatives import mined
 from taskvec_train.student import with_adapter
 from taskvec_train.tokens import TokenStore
 from taskvec_train.workspace import Workspace
@@ -160,6 +161,8 @@ def _pairs(
     """Pairs as a source; ``query`` is the prompt and the instruction of anchors."""
     pairs = space.read(task.pairs, read_pairs)
     prompts = task.prompts or base.prompts
+    if isinstance(task, RetrievalAdapter) and task.mine is not None:
+        pairs = mined(space, task.mine, pairs, query[1], base.instructions.document)
     rows: dict[tuple[str, str, str], int] = {}
 
     def row(prompt: str, instruction: str, text: str) -> int:

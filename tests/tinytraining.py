@@ -132,6 +132,8 @@ log_every = 3
 name = "retrieval"
 loss = "retrieval"
 pairs = ["pairs.jsonl"]
+mine = {{count = 4, last = 40}}
+hard_negatives = 2
 steps = 24
 lr = 2e-2
 batch = 12

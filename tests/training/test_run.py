@@ -15,6 +15,7 @@ from oracle import Oracle
 from synthetic import ADAPTERS
 from taskvec.checkpoint.layout import read_checkpoint
 from taskvec.engines.packed.weights import load_transformer
+from taskvec_train.data.readers import read_pairs
 from taskvec_train.errors import TrainingError
 from taskvec_train.metrics import read_metrics
 from taskvec_train.recipe import read_recipe
@@ -43,6 +44,15 @@ def test_every_adapter_learns(tiny_run: Path, adapter: str, loss: str) -> None:
     """The loss that an adapter is for falls."""
     values = [row[loss] for row in read_metrics(tiny_run / "adapt" / adapter) if loss in row]
     assert np.mean(values[-2:]) < np.mean(values[:2])
+
+
+def test_hard_negatives_are_mined_once_and_kept(tiny_run: Path) -> None:
+    """Pairs get negatives that are other pairs' positives and not their own."""
+    (file,) = (tiny_run / "mined").iterdir()
+    pairs = read_pairs(file)
+    positives = {pair.positive for pair in pairs}
+    assert max(len(pair.negatives) for pair in pairs) == 4
+    assert all(set(pair.negatives) <= positives - {pair.positive} for pair in pairs)
 
 
 def test_metrics_are_kept_as_csv_tensorboard_and_a_plot(tiny_run: Path) -> None:

@@ -38,7 +38,7 @@ def new_backbone(shape: Backbone) -> Model:
     }
     if shape.causal:
         return Qwen3Model(Qwen3Config(**common, use_cache=False, tie_word_embeddings=True))
-    return EuroBertModel(EuroBertConfig(**common, attention_dropout=0.0))
+    return EuroBertModel(EuroBertConfig(**common, attention_dropout=0.0, mask_token_id=0))
 
 
 def open_base(folder: Path) -> Checkpoint:

@@ -110,7 +110,11 @@ def _config(recipe: Recipe, base: Checkpoint, adapters: Sequence[str]) -> dict[s
         "tie_word_embeddings": shape.causal,
         "vocab_size": shape.vocabulary,
     }
-    return config if shape.causal else config | {"is_decoder": False}
+    if shape.causal:
+        return config
+    # Of the tokens that transformers would presume, this vocabulary may have none.
+    absent = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return config | {"is_decoder": False, "mask_token_id": 0, **absent}
 
 
 def _tokenizer_config(recipe: Recipe, base: Checkpoint) -> dict[str, Any]:

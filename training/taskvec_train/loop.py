@@ -232,7 +232,9 @@ def _set_rate(optimizer: Any, options: Steps, step: int) -> float:
 
 
 def _save_memory(student: Any) -> None:
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """Keep a layer's input alone, and compute its states again for the gradients."""
+    renamed = getattr(student, "activation_checkpointing_enable", None)  # transformers 5.23
+    (renamed or student.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _weights(run: Run) -> dict[str, Tensor]:

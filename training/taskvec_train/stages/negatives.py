@@ -37,8 +37,8 @@ def mined(
     file = space.folder / "mined" / f"{digest.hexdigest()[:24]}.jsonl"
     with space.accelerator.main_process_first():
         if not file.is_file():
-            anchors = space.teach([(query, pair.anchor) for pair in pairs])
-            positives = space.teach([(document, pair.positive) for pair in pairs])
+            anchors = space.pool.vectors([(query, pair.anchor) for pair in pairs])
+            positives = space.pool.vectors([(document, pair.positive) for pair in pairs])
             found = mine(
                 pairs,
                 _matrix(anchors, len(pairs)),

@@ -25,7 +25,7 @@ SHORT = [
     "{}.steps=9",
     "{}.warmup=1",
     "{}.log_every=1",
-    "{}.lr=3e-3",
+    "{}.lr=2e-3",
     "{}.schedule='constant'",
 ]
 
@@ -61,7 +61,7 @@ def test_a_dry_run_of_the_papers_recipes(
             for kind_of_record in ("texts", "pairs", "scored", "labelled")
             if getattr(stage, kind_of_record, ())
         ]
-        small = {"distill": ("batch_tokens=1024", "min_tokens=4"), "adapt": ("batch=12", "rank=4")}
+        small = {"distill": ("batch_tokens=1024", "min_tokens=4"), "adapt": ("batch=40", "rank=4")}
         changes += [f"{place}.{change}" for change in small[kind]]
     recipe = read_recipe(file, changes)
     folder = run_recipe(recipe, data, tmp_path / "run", cpu=True)

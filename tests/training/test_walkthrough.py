@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def test_the_walk_through_of_an_adapter_of_ones_own(tmp_path: Path) -> None:
         script.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
         script.chmod(0o755)
     done = subprocess.run(
-        ["bash", "--norc", "-ec", commands.replace("8080", str(free_port()))],
+        [shutil.which("bash") or "", "--norc", "-ec", commands.replace("8080", str(free_port()))],
         cwd=tmp_path,
         env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,

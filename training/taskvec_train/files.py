@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from taskvec_train.errors import TrainingError
 
@@ -83,10 +86,27 @@ def whole_file(file: Path) -> Iterator[Path]:
 def _clear_disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
             raise
-        raise TrainingError(
-            f"{place} cannot be written ({error.strerror}): free some space or name another "
-            "folder. Nothing half-written was left; the same command goes on from what is whole."
-        ) from error
+        raise disk_error(place, error) from error
+
+
+def disk_error(place: Path, error: Exception) -> TrainingError:
+    """What to say where a file or folder cannot be written."""
+    return TrainingError(
+        f"{place} cannot be written ({getattr(error, 'strerror', None) or error}): free some space "
+        "or name another folder. Nothing half-written was left; the same command goes on from what "
+        "is whole."
+    )
+
+
+def reserve(file: Path) -> None:
+    """Take the disk space of a sparse file now: a mapped one would die of a full disk later.
+
+    Raises:
+        OSError: there is not enough.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with file.open("rb+") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)

@@ -24,7 +24,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from taskvec_train.errors import TrainingError
-from taskvec_train.files import whole_file
+from taskvec_train.files import disk_error, whole_file
 from taskvec_train.metrics import Metrics
 from taskvec_train.objectives import Objective
 from taskvec_train.recipe import Steps
@@ -133,8 +133,7 @@ def train(run: Run, accelerator: Accelerator) -> None:
                 measured = run.measure() if due and run.measure else {}
                 log.write(step, rate, measured, where=run.title)
             if step == run.kept_step and chief:
-                with whole_file(run.kept_file) as unfinished:
-                    torch.save(_weights(run), unfinished)
+                _save(_weights(run), run.kept_file)
             if due and chief:
                 save_state(run, optimizer, step)
             if metrics is not None:
@@ -248,10 +247,17 @@ def save_state(run: Run, optimizer: Any, step: int) -> None:
         TrainingError: the disk refuses it.
     """
     state = {"step": step, "weights": _weights(run), "optimizer": optimizer.state_dict()}
-    with whole_file(run.folder / STATES / f"step-{step:08}.pt") as unfinished:
-        torch.save(state, unfinished)
+    _save(state, run.folder / STATES / f"step-{step:08}.pt")
     for _, file in saved_states(run.folder)[: -run.options.keep]:
         file.unlink()
+
+
+def _save(tensors: Mapping[str, Any], file: Path) -> None:
+    with whole_file(file) as unfinished:
+        try:
+            torch.save(tensors, unfinished)
+        except RuntimeError as error:  # so torch calls a full disk
+            raise disk_error(file, error) from error
 
 
 def load_state(run: Run, optimizer: torch.optim.Optimizer) -> int:

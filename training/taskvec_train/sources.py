@@ -209,7 +209,9 @@ class GroupSource(Planned):
         self._store, self._count = store, negatives
         names, self._labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
         if len(names) < 2:
-            raise DataError(f"{where}: all texts have the label {names[0]!r}: give a second label.")
+            raise DataError(
+                f"{where}: all texts have the label {str(names[0])!r}: give a second label."
+            )
         if sizes.min() < 2:
             raise DataError(
                 f"{where}: the label {str(names[sizes.argmin()])!r} has one text only, so nothing "

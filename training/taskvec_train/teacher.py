@@ -25,7 +25,7 @@ from transformers import AutoModel, PreTrainedModel
 from taskvec_train.batches import cut_by_tokens
 from taskvec_train.data.records import DataError
 from taskvec_train.errors import TrainingError
-from taskvec_train.files import resumable_folder, whole_file
+from taskvec_train.files import reserve, resumable_folder, whole_file
 from taskvec_train.tokens import TokenStore, tokens_of
 
 PACKAGE = "package:"
@@ -258,6 +258,7 @@ def _embed_all(teacher: Encoder, store: TokenStore, folder: Path, tokens: int) -
     shape = (len(store), teacher.dimension)
     mode: Literal["r+", "w+"] = "r+" if first else "w+"
     vectors = np.lib.format.open_memmap(file, mode=mode, dtype=np.float16, shape=shape)
+    reserve(file)
     for number in track(range(first, len(batches)), "teacher", disable=not sys.stderr.isatty()):
         rows = batches[number]
         vectors[rows] = teacher.embed(*store.padded(rows)).cpu().numpy()

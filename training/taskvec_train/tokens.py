@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from taskvec_train.files import whole_folder
+from taskvec_train.files import reserve, whole_folder
 
 CHUNK = 8192
 """Texts that are tokenised at a time."""
@@ -97,6 +97,7 @@ def _write(folder: Path, texts: Texts, file: Path, limit: int) -> None:
     ids = np.lib.format.open_memmap(
         folder / "ids.npy", mode="w+", dtype=np.int32, shape=(starts[-1],)
     )
+    reserve(folder / "ids.npy")
     ids[:] = np.memmap(folder / "ids.raw", dtype=np.int32, mode="r")
     ids.flush()
     (folder / "ids.raw").unlink()

@@ -237,7 +237,7 @@ def _classification(space: Workspace, task: ClassificationAdapter, base: Base) -
     store = _documents(space, task, base, [record.text for record in records])
     plan = space.plan(store.lengths, items=task.batch)
     labels = [record.label for record in records]
-    where = f"adapt.{task.name}.labelled"
+    where = f"adapt.{task.name}.labelled, {', '.join(task.labelled)}"
     return GroupSource(plan, where, store, labels, task.negatives)
 
 

@@ -49,12 +49,14 @@ def mine(
 
     data = read_pairs(pairs)
     wanted = mining.Mining(count=count, share=share, first=first, last=last)
-    vectors = (mining.load_vectors(path, len(data)) for path in (anchors, positives))
+    anchor_vectors = mining.load_vectors(anchors, len(data))
+    positive_vectors = mining.load_vectors(positives, len(data))
     with _progress() as progress:
         step = progress.add_task("Mining", total=len(data))
         mined = mining.mine(
             data,
-            *vectors,
+            anchor_vectors,
+            positive_vectors,
             wanted,
             device=device,
             advance=lambda done: progress.advance(step, done),

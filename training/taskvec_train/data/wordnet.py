@@ -173,7 +173,7 @@ def graded_pairs(synsets: dict[str, Synset], keys: Sequence[str], seed: int) -> 
     for key in keys:
         synset = synsets[key]
         if len(synset.lemmas) > 1 and _shared_words(*synset.lemmas[:2]) == 0:
-            yield Scored(*synset.lemmas[:2], 1.0)
+            yield Scored(synset.lemmas[0], synset.lemmas[1], 1.0)
         if synset.examples:
             yield Scored(synset.gloss, synset.examples[0], 1.0)
         near = [below[above] for above in taxonomy.path(key)[1:4] if above in below]

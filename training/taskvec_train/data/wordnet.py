@@ -148,13 +148,16 @@ class Taxonomy:
         return path
 
     def wu_palmer(self, one: str, other: str) -> float:
-        """Return 2 depth(lowest common ancestor) / (depth(one) + depth(other)), 0 without one.
+        """Return 2 depth(lowest common ancestor) / (depth(one) + depth(other)).
 
-        Roots have depth 1.
+        Depth is counted in steps from the root: what shares the root alone, or nothing, gets 0.
         """
+        if one == other:
+            return 1.0
         path, others = self.path(one), self.path(other)
-        shared = len(set(path) & set(others))
-        return 2 * shared / (len(path) + len(others))
+        shared = len(set(path) & set(others)) - 1
+        depths = len(path) - 1 + len(others) - 1
+        return 2 * max(0, shared) / depths if depths else 0.0
 
 
 def graded_pairs(synsets: dict[str, Synset], keys: Sequence[str], seed: int) -> Iterator[Scored]:

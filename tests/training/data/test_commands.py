@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import typer
 from typer.testing import CliRunner
 
-from taskvec_train.data import DataError, Pair, read_pairs
-from taskvec_train.data.commands import corpus, mine
+from taskvec_train.data import Pair, read_pairs
+from taskvec_train.data.commands import FAILED, corpus, mine
 
 app = typer.Typer()
 app.command()(corpus)
@@ -52,17 +51,26 @@ def test_mine_with_bad_vectors_writes_nothing(tmp_path: Path):
     """Vectors of another number of rows are refused, and no file is left behind."""
     command = arguments(tmp_path)
     np.save(tmp_path / "anchors.npy", np.ones((3, 2), np.float32))
-    with pytest.raises(DataError, match=r"anchors\.npy"):
-        CliRunner().invoke(app, command, catch_exceptions=False)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == FAILED
+    assert "anchors.npy: has the shape (3, 2), wanted are 2 rows" in result.stderr
     assert not (tmp_path / "mined.jsonl").exists()
 
 
 def test_a_corpus_is_not_built_over_something(tmp_path: Path):
     """A folder that is there is refused before anything is fetched."""
-    with pytest.raises(DataError, match="is there already"):
-        CliRunner().invoke(
-            app,
-            ["corpus", "--out", str(tmp_path), "--work", str(tmp_path / "work")],
-            catch_exceptions=False,
-        )
+    command = ["corpus", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == FAILED
+    assert "is there already" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_is_reported(tmp_path: Path):
+    """An error of the system is told in a sentence, and exits like every failure."""
+    command = arguments(tmp_path)
+    (tmp_path / "mined.jsonl").mkdir()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == FAILED
+    assert "Nothing half-written was left" in result.stderr
+    assert not list(tmp_path.glob("*.partial"))

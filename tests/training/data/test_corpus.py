@@ -19,7 +19,7 @@ from taskvec_train.data import (
 )
 from taskvec_train.data.cleaning import Part, cleaned, deduplicate
 from taskvec_train.data.corpus import parse, write
-from taskvec_train.data.entries import Entry
+from taskvec_train.data.entries import MAX_WORDS, Entry
 from taskvec_train.data.packages import Package
 from taskvec_train.data.sources import Source
 from taskvec_train.data.split import HELD_OUT_SHARE, is_held_out
@@ -41,6 +41,9 @@ def animal_entries(_folders: Sequence[Path], name: str) -> Iterator[Entry]:
                     (f"what {verb} the {animal} near the {place} of {name}",),
                     "indoors" if place in {"house", "barn"} else "outdoors",
                 )
+        for verb in VERBS:
+            told = (f"the {animal} of {name} {verb} the {other}" for other in ANIMALS)
+            yield Entry(f"story of {animal}", ", ".join(told))
 
 
 def source(name: str) -> Source:
@@ -97,6 +100,7 @@ def test_no_stage_sees_a_held_out_text(corpus: Path):
     graded = read_scored(corpus / "scored")
     seen = {
         *read_texts(corpus / "texts"),
+        *read_texts(corpus / "long"),
         *(text for pair in pairs for text in (pair.anchor, pair.positive)),
         *(text for pair in graded for text in (pair.a, pair.b)),
         *(one.text for one in read_labelled(corpus / "labelled")),
@@ -104,6 +108,14 @@ def test_no_stage_sees_a_held_out_text(corpus: Path):
     held = held_out_texts(corpus)
     assert len(held) > 50
     assert not {text.lower() for text in seen} & {text.lower() for text in held}
+
+
+def test_no_long_text_has_a_held_out_text_in_it(corpus: Path):
+    """Long texts are joined from passages to train on, and reach what a model reads."""
+    long = read_texts(corpus / "long")
+    assert all(150 <= len(text.split()) <= MAX_WORDS for text in long)
+    held = held_out_texts(corpus)
+    assert not any(text in one for one in long for text in held)
 
 
 def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path):
@@ -133,8 +145,8 @@ def test_the_card_counts_and_names_everything(corpus: Path):
     """Sources with licences, versions and counts, and each file with its hash, are in the card."""
     card = json.loads((corpus / "card.json").read_text())
     assert [row["licence"] for row in card["sources"]] == ["MIT", "MIT"]
-    passages = sum(row["passages"] for row in card["sources"])
-    assert passages == len({pair.positive for pair in read_pairs(corpus / "pairs")})
+    texts = sum(row["passages"] + row["pairs"] for row in card["sources"])
+    assert texts == len(read_texts(corpus / "texts"))
     assert card["files"]["pairs/northern.jsonl"]["lines"] == card["sources"][0]["pairs"]
     assert "| northern | MIT | Nobody | northern 1.0 |" in (corpus / "card.md").read_text()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pytest
+
 from taskvec_train.data.descriptions import parse_descriptions
 from taskvec_train.data.docstrings import parse_module
 from taskvec_train.data.entries import Entry, spoken
+from taskvec_train.data.records import DataError
 from taskvec_train.data.references import (
     parse_dictionary,
     parse_guide,
@@ -50,9 +53,12 @@ def test_short_descriptions_ask_for_long_ones(tmp_path: Path):
     """Paragraphs are joined, the entity is the source package, the class is the section."""
     (tmp_path / "deb_main_binary-amd64_Packages").write_text(PACKAGES)
     (tmp_path / "deb_main_i18n_Translation-en").write_text(DESCRIPTIONS)
-    (tmp_path / "deb-updates_main_i18n_Translation-en").write_text(
-        DESCRIPTIONS.replace("small part", "large part")
-    )
+    (tmp_path / "deb_InRelease").write_text("Origin: Debian\nCodename: bookworm\n")
+    for other in ("a", "b"):  # updates, and another archive
+        (tmp_path / f"{other}_main_binary-amd64_Packages").write_text(PACKAGES)
+        (tmp_path / f"{other}_main_i18n_Translation-en").write_text(DESCRIPTIONS)
+    (tmp_path / "a_InRelease").write_text("Origin: Debian\nCodename: bookworm-updates\n")
+    (tmp_path / "b_InRelease").write_text("Origin: Elsewhere\nCodename: bookworm\n")
     library, program = parse_descriptions([tmp_path])
     assert library.entity == program.entity == "widget"
     assert library.text == (
@@ -60,6 +66,13 @@ def test_short_descriptions_ask_for_long_ones(tmp_path: Path):
     )
     assert [library.label, program.label] == ["libs", "utils"]
     assert all(len(entry.anchors) == 1 for entry in (library, program))
+
+
+def test_without_a_debian_release_there_are_no_descriptions(tmp_path: Path):
+    """On another system than Debian the error says so."""
+    (tmp_path / "b_InRelease").write_text("Origin: Elsewhere\nCodename: bookworm\n")
+    with pytest.raises(DataError, match="has no list of a Debian release"):
+        next(parse_descriptions([tmp_path]))
 
 
 def test_docstrings_are_asked_for_by_name_and_summary():

@@ -66,11 +66,12 @@ def test_lemmas_ask_for_the_gloss(folder: Path):
 
 
 def test_wu_palmer_counts_shared_ancestors(folder: Path):
-    """Twice the depth of the lowest common ancestor over the sum of both depths."""
+    """Twice the depth of the lowest common ancestor over the sum of both depths, in steps."""
     taxonomy = Taxonomy(read_synsets(folder))
-    assert taxonomy.wu_palmer("n00000003", "n00000005") == 2 * 2 / (3 + 3)
-    assert taxonomy.wu_palmer("n00000004", "n00000003") == 2 * 3 / (4 + 3)
-    assert taxonomy.wu_palmer("n00000004", "v00000006") == 0
+    assert taxonomy.wu_palmer("n00000003", "n00000005") == 2 * 1 / (2 + 2)
+    assert taxonomy.wu_palmer("n00000004", "n00000003") == 2 * 2 / (3 + 2)
+    assert taxonomy.wu_palmer("n00000004", "n00000001") == 0
+    assert taxonomy.wu_palmer("n00000001", "v00000006") == 0
     assert taxonomy.wu_palmer("n00000004", "n00000004") == 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,30 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskvec_train.data.readers import read_pairs
+from taskvec_train.data.records import DataError
 from taskvec_train.data.writing import write_jsonl
 
+FAILED = 3
+"""Exit code of a command that could not be done; its reason is on stderr."""
 
+
+@contextmanager
+def _clear_failures() -> Iterator[None]:
+    """Failures that the user can cure are told in a sentence."""
+    try:
+        yield
+    except DataError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        typer.echo(f"{error}. Nothing half-written was left; cure it and run it again.", err=True)
+        raise typer.Exit(FAILED) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is missing. Install taskvec[train].", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+@_clear_failures()
 def corpus(
     *,
     out: Annotated[Path, typer.Option(help="The folder to make. It must not exist.")],
@@ -30,6 +53,7 @@ def corpus(
         build(out, work.resolve(), workers, progress)
 
 
+@_clear_failures()
 def mine(
     *,
     pairs: Annotated[Path, typer.Option(help="Pairs: a JSONL or Parquet file, or a folder.")],
@@ -49,12 +73,14 @@ def mine(
 
     data = read_pairs(pairs)
     wanted = mining.Mining(count=count, share=share, first=first, last=last)
-    vectors = (mining.load_vectors(path, len(data)) for path in (anchors, positives))
+    anchor_vectors = mining.load_vectors(anchors, len(data))
+    positive_vectors = mining.load_vectors(positives, len(data))
     with _progress() as progress:
         step = progress.add_task("Mining", total=len(data))
         mined = mining.mine(
             data,
-            *vectors,
+            anchor_vectors,
+            positive_vectors,
             wanted,
             device=device,
             advance=lambda done: progress.advance(step, done),

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from taskvec_train.data.entries import Entry, ask, passages, tidy
+from taskvec_train.data.packages import debian_release
 
 _QUESTIONS = (
     "{short}",
@@ -21,25 +22,21 @@ _QUESTIONS = (
 def parse_descriptions(folders: Sequence[Path]) -> Iterator[Entry]:
     """Short descriptions and names ask for long descriptions; the archive section is the class.
 
-    `folders` holds one folder with apt's lists: `*_Packages` and `*_Translation-en`.
+    `folders` holds one folder with apt's lists: `*_InRelease`, `*_Packages`, `*_Translation-en`.
     """
+    release = debian_release(folders[0])  # the lists of updates change from day to day
+    lists = release.name.removesuffix("InRelease") + "main_*"
     sections: dict[str, tuple[str, str]] = {}
-    for index in _main_lists(folders[0], "Packages"):
+    for index in sorted(folders[0].glob(f"{lists}_Packages")):
         for record in _records(index):
             name = record["Package"]
             source = record.get("Source", name).split()[0]
             sections[name] = (source, record.get("Section", "").rpartition("/")[2])
-    for index in _main_lists(folders[0], "Translation-en"):
+    for index in sorted(folders[0].glob(f"{lists}_Translation-en")):
         for record in _records(index):
             if record["Package"] in sections:
                 source, section = sections[record["Package"]]
                 yield from _entries(record, source, section)
-
-
-def _main_lists(folder: Path, kind: str) -> list[Path]:
-    """The release's own lists: those of updates change from day to day."""
-    later = re.compile(r"(-updates|-security|-backports)_")
-    return [path for path in sorted(folder.glob(f"*_main_*{kind}")) if not later.search(path.name)]
 
 
 def _records(index: Path) -> Iterator[dict[str, str]]:

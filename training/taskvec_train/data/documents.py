@@ -35,7 +35,13 @@ _NUMBERING = re.compile(
     r"^(?:(?:Chapter|Appendix|Part)\s+\S+|\d+(?:\.\d+)*\.?|[A-Z](?:\.\d+)+\.?)\s+"
 )
 _NAME_QUESTIONS = ("{name}", "{name}", "what does {name} do", "how to use {name}")
-_HEADING_QUESTIONS = ("{heading}", "{heading}", "{project} {heading}")
+_HEADING_QUESTIONS = (
+    "{heading}",
+    "{project} {heading}",
+    "{heading} in {project}",
+    "tell me about {heading} in {project}",
+    "explain {heading}",
+)
 _MAX_ANCHOR = 200
 
 
@@ -110,7 +116,7 @@ def _term(element: html.HtmlElement) -> str:
     """A term without its type and without a function's parameters."""
     for kind in element.find_class("classifier"):
         kind.drop_tree()
-    return re.split(r"\(| = |: ", _text(element))[0].removeprefix("class ").strip()
+    return re.split(r"\(| = |: ", _text(element))[0].removeprefix("class ").strip(" :")
 
 
 def _is_navigation(element: html.HtmlElement) -> bool:
@@ -137,7 +143,9 @@ def _entries(section: _Section, page: str, project: str) -> Iterator[Entry]:
             anchors = (_placed(section.path[:-1], name),)
     elif section.path:
         heading = _placed(section.path[:-1], section.path[-1])
-        anchors = (ask(_HEADING_QUESTIONS, heading=heading, project=project),)
+        asked = heading.endswith("?")
+        question = ask(_HEADING_QUESTIONS, heading=heading, project=project)
+        anchors = (heading if asked else question,)
     anchors = tuple(anchor for anchor in anchors if 2 < len(anchor) <= _MAX_ANCHOR)
     yield Entry(page, parts[0], anchors, project)
     for part in parts[1:]:

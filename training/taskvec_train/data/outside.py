@@ -40,7 +40,7 @@ def _words(file: Path) -> list[Scored]:
 
 
 def _lee(texts: Path, similarities: Path) -> list[Scored]:
-    lines = texts.read_text("utf-8").splitlines()
+    lines = texts.read_text("latin-1").splitlines()
     scores = np.loadtxt(similarities)
     return [
         Scored(lines[one], lines[other], float(scores[one, other]))

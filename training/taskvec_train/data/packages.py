@@ -19,6 +19,8 @@ from pathlib import Path
 
 from taskvec_train.data.records import DataError
 
+_RELEASE = re.compile(r"^Codename: \w+$", re.MULTILINE)
+
 
 @dataclass(frozen=True, slots=True)
 class Package:
@@ -62,13 +64,26 @@ class Apt:
 
     def package_lists(self) -> Package:
         """Return the fetched lists of the release as if they were a package."""
-        release = min(self.lists.glob("*_InRelease"), key=lambda path: len(path.name))
+        release = debian_release(self.lists)
         version = re.search(r"^Version: (\S+)", release.read_text("utf-8"), re.MULTILINE)
         digest = hashlib.sha256(release.read_bytes()).hexdigest()
         return Package("package lists", version[1] if version else "unknown", digest, self.lists)
 
     def _archive(self, name: str) -> Path | None:
         return next(iter(sorted(self._archives.glob(f"{name}_*.deb"))), None)
+
+
+def debian_release(lists: Path) -> Path:
+    """Find the `InRelease` of Debian's release: not of its updates, nor of another archive.
+
+    Raises DataError if there is none.
+    """
+    for release in sorted(lists.glob("*_InRelease")):
+        text = release.read_text("utf-8")
+        fields = set(text.splitlines())
+        if "Origin: Debian" in fields and _RELEASE.search(text):
+            return release
+    raise DataError(f"{lists}: has no list of a Debian release. Build the corpus on Debian.")
 
 
 def fetch_pip(requirement: str, folder: Path) -> Path:

@@ -54,7 +54,7 @@ def _read(
     Raises DataError, also for a file without a row.
     """
     parsers = {**required, **optional}
-    records = []
+    records: list[Record] = []
     first: tuple[frozenset[str], str] | None = None
     for file in _files(path):
         before = len(records)

@@ -120,4 +120,4 @@ def parse_guide(source: bytes) -> Iterator[Entry]:
 
 def _part(element: etree._Element, name: str) -> str:
     found = element.find(f"{{*}}{name}")
-    return "" if found is None else tidy("".join(found.itertext()))
+    return "" if found is None else tidy("".join(map(str, found.itertext())))

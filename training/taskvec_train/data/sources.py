@@ -129,7 +129,6 @@ SOURCES = (
     _documents("postgresql", "PostgreSQL", "PostgreSQL Global Development", "postgresql-doc-15"),
     _documents("sqlite", "public domain", "The SQLite project", "sqlite3-doc"),
     _documents("apache", "Apache-2.0", "Apache Software Foundation", "apache2-doc"),
-    _documents("derby", "Apache-2.0", "Apache Software Foundation", "derby-doc"),
     _documents("nodejs", "MIT", "Node.js contributors", "nodejs-doc"),
     _documents("erlang", "Apache-2.0", "Ericsson AB", "erlang-doc"),
     _documents("llvm", "Apache-2.0 WITH LLVM-exception", "LLVM project", "llvm-14-doc"),

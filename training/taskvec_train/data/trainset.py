@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from taskvec_train.data.cleaning import Part
-from taskvec_train.data.entries import Entry
+from taskvec_train.data.entries import Entry, passages
 from taskvec_train.data.records import Scored
 from taskvec_train.data.split import is_held_out
 from taskvec_train.data.wordnet import Synset, graded_pairs
@@ -15,18 +16,22 @@ from taskvec_train.data.writing import write_jsonl
 
 LEAST_MEMBERS = 30
 """Passages a class must have."""
+LEAST_LONG = 150
+"""Words of a long text."""
 SEED = 6
 
 
 def write_training(
     folder: Path, parts: Sequence[Part], synsets: dict[str, Synset]
 ) -> frozenset[str]:
-    """Write `texts/`, `pairs/`, `scored/` and `labelled/`; return all texts, in lower case."""
+    """Write `texts/`, `long/`, `pairs/`, `scored/`, `labelled/`; return all texts, lower case."""
     seen: set[str] = set()
     for part in parts:
         name = f"{part.source.name}.jsonl"
         texts = list(_new_texts(part.train, seen))
         write_jsonl(folder / "texts" / name, ({"text": text} for text in texts))
+        if joined := list(long_texts(part.train)):
+            write_jsonl(folder / "long" / name, ({"text": text} for text in joined))
         if pairs := [(a, entry.text) for entry in part.train for a in entry.anchors]:
             write_jsonl(
                 folder / "pairs" / name, ({"anchor": a, "positive": text} for a, text in pairs)
@@ -47,6 +52,14 @@ def _new_texts(entries: Iterable[Entry], seen: set[str]) -> Iterator[str]:
         for text in (entry.text, *entry.anchors):
             if (key := text.lower()) not in seen:
                 seen.add(key)
+                yield text
+
+
+def long_texts(entries: Iterable[Entry]) -> Iterator[str]:
+    """Join passages of one entity that follow each other, to about what a model reads."""
+    for _, group in groupby(entries, key=lambda entry: entry.entity):
+        for text in passages([entry.text for entry in group]):
+            if text.count(" ") + 1 >= LEAST_LONG:
                 yield text
 
 

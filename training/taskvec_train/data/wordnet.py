@@ -148,13 +148,16 @@ class Taxonomy:
         return path
 
     def wu_palmer(self, one: str, other: str) -> float:
-        """Return 2 depth(lowest common ancestor) / (depth(one) + depth(other)), 0 without one.
+        """Return 2 depth(lowest common ancestor) / (depth(one) + depth(other)).
 
-        Roots have depth 1.
+        Depth is counted in steps from the root: what shares the root alone, or nothing, gets 0.
         """
+        if one == other:
+            return 1.0
         path, others = self.path(one), self.path(other)
-        shared = len(set(path) & set(others))
-        return 2 * shared / (len(path) + len(others))
+        shared = len(set(path) & set(others)) - 1
+        depths = len(path) - 1 + len(others) - 1
+        return 2 * max(0, shared) / depths if depths else 0.0
 
 
 def graded_pairs(synsets: dict[str, Synset], keys: Sequence[str], seed: int) -> Iterator[Scored]:
@@ -173,7 +176,7 @@ def graded_pairs(synsets: dict[str, Synset], keys: Sequence[str], seed: int) -> 
     for key in keys:
         synset = synsets[key]
         if len(synset.lemmas) > 1 and _shared_words(*synset.lemmas[:2]) == 0:
-            yield Scored(*synset.lemmas[:2], 1.0)
+            yield Scored(synset.lemmas[0], synset.lemmas[1], 1.0)
         if synset.examples:
             yield Scored(synset.gloss, synset.examples[0], 1.0)
         near = [below[above] for above in taxonomy.path(key)[1:4] if above in below]

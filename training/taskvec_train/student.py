@@ -31,10 +31,10 @@ def new_student(
 ) -> tuple[Model, Tensor, dict[str, Any]]:
     """A student that knows the teacher's words before it is trained.
 
-    Each piece of the trimmed vocabulary goes through the teacher alone, and its vector, projected
-    on the top directions of all of them, is its embedding. Layer 0 attends evenly and passes
-    values through, the other layers start close to doing nothing: the last token's state is about
-    the mean of the text's words.
+    Each piece of the trimmed vocabulary goes through the teacher alone; its vector, less the mean
+    of all and projected on their principal directions, is its embedding. Layer 0 attends evenly
+    and passes values through, the other layers start close to doing nothing: the last token's
+    state is about the mean of the text's words.
 
     Args:
         shape: the backbone; its vocabulary is replaced by the trimmed one.
@@ -58,6 +58,7 @@ def new_student(
     tokenizer = trimmed_tokenizer(teacher.tokenizer, texts, least)
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     vectors = _word_vectors(teacher, list(vocabulary))
+    vectors -= vectors.mean(0)  # what all words share says nothing, and would drown the rest
     vectors[vocabulary[END]] = 0  # pooled: what the text says is added to nothing
     directions = _top_directions(vectors, shape.hidden)
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec_train.backbones import last_states
+from taskvec_train.backbones import last_states, new_backbone
 from taskvec_train.errors import TrainingError
 from taskvec_train.student import new_student, with_adapter
 from taskvec_train.teacher import load_teacher
@@ -66,6 +66,24 @@ def test_an_untrained_student_already_resembles_its_teacher(
             truth = loaded.embed(theirs, np.array([theirs.shape[1]]))
             cosines.append(torch.cosine_similarity(z @ psi.T, truth).item())
     assert np.mean(cosines) > 0.15
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "eurobert"])
+def test_padding_changes_no_vector(architecture: str) -> None:
+    """A text in a padded batch has the vector that it has alone, as it is served."""
+    causal = architecture == "qwen3"
+    shape = replace(SHAPE, vocabulary=50, architecture=architecture, causal=causal, qk_norm=causal)
+    torch.manual_seed(0)
+    model = new_backbone(shape)
+    ids = torch.randint(1, 50, (3, 16))
+    lengths = torch.tensor([16, 5, 1])
+    ids[torch.arange(16) >= lengths[:, None]] = 0
+    together = last_states(model, ids, lengths, causal=causal)
+    for row, count in enumerate(lengths.tolist()):
+        alone = last_states(
+            model, ids[row : row + 1, :count], lengths[row : row + 1], causal=causal
+        )
+        assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
 def test_a_new_adapter_changes_nothing_yet_and_learns_alone(teacher: Path) -> None:

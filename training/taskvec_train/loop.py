@@ -96,10 +96,10 @@ def train(run: Run, accelerator: Accelerator) -> None:
         TrainingError: the loss is no number any more, or the disk refuses a state.
     """
     options, last = run.options, run.options.steps
-    optimizer = _optimizer(run, fused=accelerator.device.type == "cuda")
-    # accelerate changes neither of the two on one process; on many it wraps the objective.
     run.objective.to(accelerator.device)
+    optimizer = _optimizer(run, fused=accelerator.device.type == "cuda")
     step = load_state(run, optimizer)
+    # Of one process accelerate wraps the optimizer alone; of many the objective, too.
     model, optimizer = accelerator.prepare(run.objective, optimizer)
     if options.compile:
         run.objective.student.compile(dynamic=True)

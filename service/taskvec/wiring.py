@@ -20,7 +20,8 @@ from taskvec.settings import EngineKind, Settings
 
 def task_table(checkpoint: Checkpoint) -> TaskTable:
     """The tasks that a checkpoint offers."""
-    return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt)
+    own = {adapter.name: adapter.prompts for adapter in checkpoint.adapters}
+    return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt, own)
 
 
 def served_name(settings: Settings, checkpoint: Checkpoint) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, Shape, write_adapter, write_checkpoint
 from taskvec.checkpoint.files import tensor_shapes
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.errors import CheckpointError
 from taskvec.wiring import task_table
 
 SMALLEST = {"vocabulary": 64, "hidden": 16, "layers": 2, "intermediate": 24, "rank": 4}
@@ -289,3 +290,20 @@ def change(folder: Path, **values: Any) -> None:
     changed = config(folder) | values
     kept = {key: value for key, value in changed.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
+
+
+def test_an_adapter_may_bring_prompts_of_its_own(tmp_path: Path, shape: Shape) -> None:
+    """A folder dropped beside the others says by itself what goes before its texts."""
+    write_checkpoint(tmp_path, shape, adapters=("retrieval", "legal"))
+    prompts = {"prompts": {"query": "Case: ", "document": "Law: "}}
+    own = tmp_path / "adapters" / "legal" / "config_sentence_transformers.json"
+    own.write_text(json.dumps(prompts))
+    assert [(task.name, task.prompt) for task in task_table(read(tmp_path))] == [
+        ("retrieval.query", "Query: "),
+        ("retrieval.passage", "Document: "),
+        ("legal.query", "Case: "),
+        ("legal.passage", "Law: "),
+    ]
+    own.write_text(json.dumps({"prompts": {"query": 1}}))
+    with pytest.raises(CheckpointError, match=r"adapters/legal/.*no object of strings"):
+        read(tmp_path)

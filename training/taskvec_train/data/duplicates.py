@@ -1,0 +1,106 @@
+"""Find texts that are nearly the same, by MinHash over word shingles (Broder, 1997)."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHINGLE = 3
+"""Words of a shingle."""
+BANDS = 6
+ROWS = 4
+"""Two texts are compared if all ROWS minima of one of BANDS bands agree."""
+THRESHOLD = 0.8
+"""Jaccard similarity of the shingles from which on two texts count as one."""
+_CHUNK = 20_000
+_WORD = re.compile(r"\w+")
+
+Shingles = NDArray[np.uint32]
+
+
+def fingerprint(text: str) -> Shingles:
+    """Return the sorted hashes of a text's shingles; one hash for a text of fewer words.
+
+    Case, digits' values and punctuation do not count.
+    """
+    words = [zlib.crc32(word.encode()) for word in _WORD.findall(re.sub(r"\d+", "0", text.lower()))]
+    hashes = np.array(words, np.uint32)
+    if len(hashes) <= SHINGLE:
+        return np.array([zlib.crc32(hashes.tobytes())], np.uint32)
+    mixed = np.zeros(len(hashes) - SHINGLE + 1, np.uint32)
+    for offset in range(SHINGLE):
+        mixed = mixed * np.uint32(0x9E3779B1) + hashes[offset : offset + len(mixed)]
+    return np.unique(mixed)
+
+
+def likeness(one: Shingles, other: Shingles) -> float:
+    """Return the Jaccard similarity of two fingerprints."""
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)
+
+
+def repeats(text: str, known: Iterable[Shingles]) -> bool:
+    """Whether a text is nearly the same as one of those with these fingerprints."""
+    mark = fingerprint(text)
+    return any(likeness(mark, other) >= THRESHOLD for other in known)
+
+
+class Index:
+    """Texts seen so far; finds the earlier one that a text repeats."""
+
+    def __init__(self) -> None:
+        multipliers = np.random.default_rng(1).integers(1, 1 << 63, BANDS * ROWS, np.uint64)
+        self._multipliers = multipliers * np.uint64(2) + np.uint64(1)
+        self._buckets: list[dict[int, int]] = [{} for _ in range(BANDS)]
+        self._fingerprints: list[Shingles] = []
+
+    @property
+    def size(self) -> int:
+        """How many texts were added."""
+        return len(self._fingerprints)
+
+    def add(self, texts: Sequence[str]) -> list[int | None]:
+        """Return for each text the number of the earlier text that it repeats, or None.
+
+        Texts are numbered in the order in which they were added, from 0.
+        """
+        found: list[int | None] = []
+        for start in range(0, len(texts), _CHUNK):
+            found.extend(self._add_chunk(texts[start : start + _CHUNK]))
+        return found
+
+    def _add_chunk(self, texts: Sequence[str]) -> list[int | None]:
+        fingerprints = [fingerprint(text) for text in texts]
+        return [
+            self._add(mark, keys)
+            for mark, keys in zip(fingerprints, self._band_keys(fingerprints), strict=True)
+        ]
+
+    def _band_keys(self, fingerprints: Sequence[Shingles]) -> list[list[int]]:
+        """Return BANDS keys a fingerprint, each a hash of ROWS minima."""
+        lengths = [len(mark) for mark in fingerprints]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        flat = np.concatenate(fingerprints).astype(np.uint64)
+        keys = np.zeros((len(fingerprints), BANDS), np.uint64)
+        for number, multiplier in enumerate(self._multipliers):
+            mixed = flat * multiplier
+            minima = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(29)), starts)
+            band = number // ROWS
+            keys[:, band] = keys[:, band] * np.uint64(0x9E3779B97F4A7C15) + minima
+        rows: list[list[int]] = keys.tolist()
+        return rows
+
+    def _add(self, mark: Shingles, keys: Sequence[int]) -> int | None:
+        number = len(self._fingerprints)
+        self._fingerprints.append(mark)
+        earlier = None
+        for bucket, key in zip(self._buckets, keys, strict=True):
+            candidate = bucket.setdefault(key, number)
+            if earlier is None and candidate != number:
+                same = likeness(mark, self._fingerprints[candidate]) >= THRESHOLD
+                earlier = candidate if same else None
+        return earlier

@@ -1,0 +1,152 @@
+"""Fetch packages and unpack them, without installing anything.
+
+Debian packages come from the machine's own apt sources through an apt state of our own;
+packages of PyPI and npm come in the version that the source names, through pip and npm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from taskvec_train.data.records import DataError
+
+_RELEASE = re.compile(r"^Codename: \w+$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A fetched package: where it was unpacked, and what exactly it is."""
+
+    name: str
+    version: str
+    sha256: str
+    folder: Path
+
+
+class Apt:
+    """An apt state in a folder of ours: nothing of the system changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lists = folder / "lists"
+        self._archives = folder / "archives"
+        for needed in (self.lists / "partial", self._archives / "partial"):
+            needed.mkdir(parents=True, exist_ok=True)
+        self._options = [
+            f"-oDir::State::lists={self.lists}",
+            f"-oDir::Cache={folder}",
+            f"-oDir::Cache::archives={self._archives}",
+            "-oAcquire::Languages=en",
+            "-oAcquire::GzipIndexes=false",
+            "-oAPT::Sandbox::User=",
+            "-oDebug::NoLocking=1",
+        ]
+
+    def update(self) -> None:
+        """Fetch the lists of packages and their descriptions. Raises DataError."""
+        _command("apt-get", *self._options, "update", "--quiet", cwd=self.lists)
+
+    def download(self, names: Iterable[str]) -> list[Path]:
+        """Fetch the packages, those that are not here yet, all at once. Raises DataError."""
+        names = list(names)
+        missing = [name for name in names if not self._archive(name)]
+        if missing:
+            _command("apt-get", *self._options, "download", "--quiet", *missing, cwd=self._archives)
+        return [path for name in names if (path := self._archive(name))]
+
+    def package_lists(self) -> Package:
+        """Return the fetched lists of the release as if they were a package."""
+        release = debian_release(self.lists)
+        version = re.search(r"^Version: (\S+)", release.read_text("utf-8"), re.MULTILINE)
+        digest = hashlib.sha256(release.read_bytes()).hexdigest()
+        return Package("package lists", version[1] if version else "unknown", digest, self.lists)
+
+    def _archive(self, name: str) -> Path | None:
+        return next(iter(sorted(self._archives.glob(f"{name}_*.deb"))), None)
+
+
+def debian_release(lists: Path) -> Path:
+    """Find the `InRelease` of Debian's release: not of its updates, nor of another archive.
+
+    Raises DataError if there is none.
+    """
+    for release in sorted(lists.glob("*_InRelease")):
+        text = release.read_text("utf-8")
+        fields = set(text.splitlines())
+        if "Origin: Debian" in fields and _RELEASE.search(text):
+            return release
+    raise DataError(f"{lists}: has no list of a Debian release. Build the corpus on Debian.")
+
+
+def fetch_pip(requirement: str, folder: Path) -> Path:
+    """Fetch `name==version`, a wheel or else a source archive. Raises DataError."""
+    return _fetch(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement],
+        folder / requirement,
+    )
+
+
+def fetch_npm(requirement: str, folder: Path) -> Path:
+    """Fetch `name@version`. Raises DataError."""
+    return _fetch(["npm", "pack", "--silent", requirement], folder / requirement.replace("/", "-"))
+
+
+def _fetch(command: list[str], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        _command(*command, cwd=folder)
+    return next(folder.iterdir())
+
+
+def unpack(archive: Path, folder: Path) -> Package:
+    """Unpack a .deb, .whl, .tgz or .tar.gz below `folder`. Raises DataError."""
+    name, version = _name_and_version(archive)
+    target = folder / archive.name
+    if not target.exists():
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if archive.suffix == ".deb":
+            _command("dpkg-deb", "--extract", str(archive), str(partial), cwd=folder)
+        elif archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(partial)  # noqa: S202 - zipfile keeps it inside
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(partial, filter="data")
+        partial.rename(target)
+    with archive.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Package(name, version, digest, target)
+
+
+def _name_and_version(archive: Path) -> tuple[str, str]:
+    if archive.suffix == ".deb":
+        name, version, _ = archive.name.split("_")
+        return name, version.replace("%3a", ":")
+    if archive.suffix == ".whl":
+        name, version, *_ = archive.name.split("-")
+        return name, version
+    name, _, version = archive.name.removesuffix(".tgz").removesuffix(".tar.gz").rpartition("-")
+    return name, version
+
+
+def _command(*command: str, cwd: Path) -> None:
+    if not shutil.which(command[0]):
+        raise DataError(f"{command[0]} is not installed: the corpus is built where it is.")
+    done = subprocess.run(  # noqa: S603 - commands of this module
+        command, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise DataError(
+            f"{' '.join(command)} failed: {done.stderr.strip()[-500:]} "
+            "Check the package registry and the network, then run it again."
+        )

@@ -1,0 +1,177 @@
+"""The losses of jina-embeddings-v5 (arXiv 2602.15547), each a plain function of vectors.
+
+All take float32 vectors and return a scalar. Vectors need not have length 1: a cosine normalises.
+``z[:, :d]`` is a vector cut to its first d values, as it is served.
+
+How Matryoshka dimensions (Kusupati et al., arXiv 2205.13147) enter is not in the paper. Here each
+loss is computed at every nested dimension, on the vectors cut to it, and averaged: ``matryoshka``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cut(vectors: Tensor, dimension: int) -> Tensor:
+    """Unit vectors of the first ``dimension`` values; [..., n] -> [..., dimension]."""
+    return functional.normalize(vectors[..., :dimension], dim=-1)
+
+
+def matryoshka(
+    loss: Callable[[int], Tensor],
+    dimensions: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """``sum_d w_d loss(d) / sum_d w_d``: a loss averaged over nested dimensions.
+
+    Args:
+        loss: the loss on vectors cut to d values.
+        dimensions: the values of d.
+        weights: one for each dimension; all alike if None.
+    """
+    weights = weights or [1.0] * len(dimensions)
+    total = torch.stack([w * loss(d) for w, d in zip(weights, dimensions, strict=True)]).sum()
+    return total / sum(weights)
+
+
+def distillation(student: Tensor, projection: Tensor, teacher: Tensor) -> Tensor:
+    """``1/B sum_i [1 - cos(psi z_i, t_i)]``: embedding distillation (2602.15547, stage 1).
+
+    This is the mean over one side of a batch of pairs; the paper adds the two sides.
+
+    Args:
+        student: [B, d], cut or whole.
+        projection: psi, [m, n] with n >= d: its first d columns act on cut vectors.
+        teacher: [B, m].
+    """
+    projected = student @ projection[:, : student.shape[1]].T
+    return (1 - functional.cosine_similarity(projected, teacher, dim=-1)).mean()
+
+
+def info_nce(
+    anchors: Tensor, candidates: Tensor, temperature: float, ignored: Tensor | None = None
+) -> Tensor:
+    """``-1/B sum_i log S(x_i, y_i) / (S(x_i, y_i) + sum_n S(x_i, n))``, ``S = exp(cos / tau)``.
+
+    van den Oord et al., arXiv 1807.03748, as in 2602.15547, stage 2.
+
+    Args:
+        anchors: x, [B, d].
+        candidates: [N, d] with N >= B: row i is the positive of anchor i; for every anchor all
+            other rows are negatives, the rows after B being hard ones.
+        temperature: tau.
+        ignored: bool [B, N], True where a candidate is a false negative; a positive's own place
+            must be False.
+    """
+    scores = cut(anchors, anchors.shape[1]) @ cut(candidates, candidates.shape[1]).T / temperature
+    if ignored is not None:
+        scores = scores.masked_fill(ignored, -math.inf)
+    return functional.cross_entropy(scores, torch.arange(len(anchors), device=scores.device))
+
+
+def global_orthogonal(queries: Tensor, positives: Tensor) -> Tensor:
+    """``1/(B(B-1)) sum_{i!=j} (q_i . q_j)^2 + 1/(B(B-1)) sum_{i!=j} (p_i . p_j)^2``: GOR.
+
+    After Zhang et al., arXiv 1708.06320, without its term for the mean, as in 2602.15547.
+
+    Args:
+        queries: q, [B, d], B >= 2.
+        positives: p, [B, d].
+    """
+    return _mean_squared_cosine(queries) + _mean_squared_cosine(positives)
+
+
+def _mean_squared_cosine(vectors: Tensor) -> Tensor:
+    """Over all pairs of different rows."""
+    count = len(vectors)
+    unit = cut(vectors, vectors.shape[1])
+    squares = (unit @ unit.T).square()
+    return (squares.sum() - squares.diagonal().sum()) / (count * (count - 1))
+
+
+def cosent(first: Tensor, second: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """``ln(1 + sum over s_i > s_j of exp((cos_j - cos_i) / tau'))``: CoSENT.
+
+    Su, "CoSENT: a more effective sentence vector scheme than Sentence-BERT" (2022); 2602.15547
+    prints the exponent misplaced.
+
+    Args:
+        first: one text of each pair, [B, d].
+        second: the other, [B, d].
+        scores: s, [B]: how alike the two are, in any unit.
+        temperature: tau'.
+    """
+    cosines = functional.cosine_similarity(first, second, dim=-1) / temperature
+    gaps = cosines[None, :] - cosines[:, None]
+    ordered = scores[:, None] > scores[None, :]
+    gaps = gaps.masked_fill(~ordered, -math.inf).flatten()
+    return torch.logsumexp(torch.cat([gaps.new_zeros(1), gaps]), dim=0)
+
+
+def bidirectional_info_nce(
+    queries: Tensor, documents: Tensor, temperature: float, labels: Tensor | None = None
+) -> Tensor:
+    """Half ``query -> document`` over all documents, half ``document -> query`` in the batch.
+
+    ``1/2 [-1/B sum_i log S(q_i, d_i0) / sum_jk S(q_i, d_jk)
+    - 1/B sum_i log S(q_i, d_i0) / sum_j S(q_j, d_i0)]``, S as in ``info_nce`` (2602.15547,
+    classification: each query has a group of one positive and K negatives).
+
+    Args:
+        queries: q, [B, d].
+        documents: [B, 1 + K, d], the positive first.
+        temperature: tau.
+        labels: of queries [B] and documents [B, 1 + K], stacked as [B, 2 + K]: what has the
+            query's label is no negative of it. None: everything else is.
+    """
+    positives = documents[:, 0]
+    candidates = torch.cat([positives, documents[:, 1:].flatten(0, 1)])
+    forth, back = None, None
+    if labels is not None:
+        of_query, of_documents = labels[:, 0], labels[:, 1:]
+        same = of_query[:, None] == torch.cat([of_documents[:, 0], of_documents[:, 1:].flatten()])
+        forth = _others(same)
+        back = _others(of_documents[:, 0][:, None] == of_query)
+    there = info_nce(queries, candidates, temperature, forth)
+    return (there + info_nce(positives, queries, temperature, back)) / 2
+
+
+def _others(same: Tensor) -> Tensor:
+    """``same`` without each row's own positive."""
+    own = torch.eye(len(same), same.shape[1], dtype=torch.bool, device=same.device)
+    return same & ~own
+
+
+def relational(student: Tensor, teacher: Tensor) -> Tensor:
+    """``1/M^2 sum_ij ((1 - cos(s_i, s_j))/mu_S - (1 - cos(t_i, t_j))/mu_T)^2``.
+
+    mu is the mean of each matrix of distances: Park et al., arXiv 1904.05068, as in 2602.15547.
+
+    Args:
+        student: s, [M, d], M >= 2.
+        teacher: t, [M, m]; no gradient flows to it.
+    """
+    own, given = _relative_distances(student), _relative_distances(teacher.detach())
+    return (own - given).square().mean()
+
+
+def _relative_distances(vectors: Tensor) -> Tensor:
+    unit = cut(vectors, vectors.shape[1])
+    distances = 1 - unit @ unit.T
+    return distances / distances.mean().clamp_min(1e-6)  # texts all alike have no distances
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``: ours, no part of the paper.
+
+    Args:
+        student: s, [M, d].
+        teacher: t, [M, m]; no gradient flows to it.
+    """
+    own, given = cut(student, student.shape[1]), cut(teacher.detach(), teacher.shape[1])
+    return (own @ own.T - given @ given.T).square().mean()

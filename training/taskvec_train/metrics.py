@@ -1,0 +1,116 @@
+"""What a run tells while it learns: a CSV file, TensorBoard, a plot, a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from taskvec_train.files import whole_file
+
+METRICS = "metrics.csv"
+
+
+class Metrics:
+    """Writes each row to metrics.csv, TensorBoard and the progress bar.
+
+    A run that goes on from a step drops the rows after it.
+    """
+
+    def __init__(self, folder: Path, title: str, *, step: int, steps: int) -> None:
+        """Open the files of a run.
+
+        Args:
+            folder: of the run.
+            title: beside the progress bar.
+            step: the run goes on after this one.
+            steps: the last one.
+        """
+        self._file = folder / METRICS
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._rows = [row for row in read_metrics(folder) if row["step"] <= step]
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            disable=not sys.stderr.isatty(),
+        )
+        self._title = title
+        self._task = self._bar.add_task(title, total=steps, completed=step)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._board.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Add a row; its ``step`` says where, its other columns what."""
+        step = int(row["step"])
+        self._rows.append(dict(row))
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        self._bar.update(self._task, description=f"{self._title} {row['loss']:.4f}")
+
+    def flush(self) -> None:
+        """Write what there is to disk, and draw it."""
+        self._board.flush()
+        if not self._rows:
+            return
+        columns = list(dict.fromkeys(name for row in self._rows for name in row))
+        with whole_file(self._file) as unfinished, unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        draw_losses(self._rows, self._title, self._file.with_name("loss.png"))
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv; none where there is no file."""
+    file = folder / METRICS
+    if not file.is_file():
+        return []
+    with file.open(newline="") as stream:
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(stream)
+        ]
+
+
+def draw_losses(rows: list[dict[str, float]], title: str, file: Path) -> None:
+    """Plot every loss and measure against the step."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name in names:
+        if name not in ("step", "lr", "seconds", "tokens"):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    axes.set(xlabel="step", title=title)
+    axes.legend(frameon=False)
+    with whole_file(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)

@@ -44,6 +44,15 @@ def animal_entries(_folders: Sequence[Path], name: str) -> Iterator[Entry]:
         for verb in VERBS:
             told = (f"the {animal} of {name} {verb} the {other}" for other in ANIMALS)
             yield Entry(f"story of {animal}", ", ".join(told))
+    for number in range(100):  # held out here are some lemmas that are graded in training
+        lemma = spelled(number)
+        text = f"{lemma} {name} tells in a word or two what {lemma} is"
+        yield Entry(f"about {lemma}", text, (lemma,) if name == "northern" else ())
+
+
+def spelled(number: int) -> str:
+    """A word without digits, which do not count when texts are compared."""
+    return "lemma " + "".join(chr(97 + int(digit)) for digit in str(number))
 
 
 def source(name: str) -> Source:
@@ -59,7 +68,7 @@ PACKAGES = {
 SYNSETS = {
     f"n{number:08}": Synset(
         f"n{number:08}",
-        (f"lemma {number}", f"synonym {number}"),
+        (spelled(number), f"synonym {number}"),
         f"the gloss of number {number}",
         (),
         "animal",

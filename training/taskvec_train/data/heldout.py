@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +54,11 @@ class Collection:
 def write_held_out(
     folder: Path, parts: Sequence[Part], synsets: dict[str, Synset], seen: frozenset[str]
 ) -> None:
-    """Write `retrieval/`, `sts/`, `labelled/` and `texts.jsonl`; nothing in `seen` is used."""
+    """Write `retrieval/`, `sts/`, `labelled/` and `texts.jsonl`.
+
+    `seen` has every text to train on, in lower case: what is in it is left out.
+    """
+    parts = [replace(part, held_out=list(_unseen(part.held_out, seen))) for part in parts]
     collections = collect(parts)
     mixed = [each.cut(MAX_MIXED_QUERIES, MAX_DOCUMENTS // 4) for each in collections.values()]
     for name, collection in collections.items():
@@ -71,6 +75,13 @@ def write_held_out(
         _write_labelled(folder / "labelled" / group, entries)
     texts = {entry.text for part in parts for entry in part.held_out}
     write_jsonl(folder / "texts.jsonl", ({"text": text} for text in _sample(texts, str, MAX_TEXTS)))
+
+
+def _unseen(entries: Iterable[Entry], seen: frozenset[str]) -> Iterator[Entry]:
+    for entry in entries:
+        if entry.text.lower() not in seen:
+            anchors = tuple(anchor for anchor in entry.anchors if anchor.lower() not in seen)
+            yield replace(entry, anchors=anchors)
 
 
 def collect(parts: Sequence[Part]) -> dict[str, Collection]:

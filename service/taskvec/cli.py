@@ -1,4 +1,4 @@
-"""The commands: serve, embed, check, key."""
+"""The commands: serve, embed, eval, check, key."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pydantic import SecretStr, ValidationError
 from taskvec import __version__
 from taskvec.access.keys import is_name
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.core.job import OutputType
 from taskvec.errors import StartError, TaskvecError
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
@@ -36,6 +37,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class Baseline(enum.Enum):
+    """What retrieval is scored by beside the model."""
+
+    BM25 = "bm25"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, a hub id, or the built-in taskvec-mini.")
 ]
@@ -45,6 +53,11 @@ RevisionOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the arithmetic.")]
 ModeOption = Annotated[AdapterMode, typer.Option(help="How adapters are held.")]
+ModelOption = Annotated[str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(help="A running service instead; its key, if any, in TASKVEC_EVAL_KEY."),
+]
 
 
 def main() -> None:
@@ -169,9 +182,7 @@ def check(
 
 @app.command()
 def embed(  # noqa: PLR0917 - typer calls it by name
-    model: Annotated[
-        str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")
-    ] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     task: Annotated[str | None, typer.Option(help="The task; taskvec check lists them.")] = None,
     dimensions: Annotated[
         int | None, typer.Option(help="Keep the first so many values; all if not given.")
@@ -205,6 +216,113 @@ def embed(  # noqa: PLR0917 - typer calls it by name
                 task=task,
                 dimensions=dimensions,
                 truncate=truncate,
+            )
+
+
+@app.command("eval")
+def evaluate(  # noqa: PLR0917 - typer calls it by name
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A folder or file of held-out data; may be given several times."),
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    url: UrlOption = None,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option(help="An adapter, or base; may be given several times. Default: all."),
+    ] = None,
+    dimensions: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Keep so many values; may be given several times. Default: Matryoshka's"),
+    ] = None,
+    output: Annotated[
+        list[OutputType], typer.Option(help="An output type; may be given several times.")
+    ] = [OutputType.FLOAT, OutputType.INT8, OutputType.BINARY],  # noqa: B006 - only read
+    baseline: Annotated[
+        Optional[Baseline],  # noqa: UP045
+        typer.Option(help="Score retrieval without a model, too."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against bytes per vector to this PNG file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the k-means starts.")] = 0,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Say how good a model's vectors are: each task, at each dimension, in each output type.
+
+    Data is found by its shape: folders in BEIR's form (retrieval), folders with train.jsonl and
+    test.jsonl of {text, label} (classification), files of {text_a, text_b, score} (sts) and of
+    {text, label} (clustering). Needs taskvec[eval].
+    """
+    with _clear_failures(), _named_extras():
+        configure_logs("warning")
+        Settings(device=device)
+        from taskvec.evaluation.command import Request, Source, run  # noqa: PLC0415 - loads scikit-learn
+
+        run(
+            Request(
+                data=data,
+                tasks=task or [],
+                dimensions=dimensions or [],
+                outputs=output,
+                bm25=baseline is Baseline.BM25,
+                json=json,
+                plot=plot,
+                seed=seed,
+            ),
+            Source(model, url, revision, device, dtype),
+        )
+
+
+@app.command("eval-mteb")
+def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option(help="A task of MTEB by its name; may be given several times."),
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="All tasks of one of its benchmarks: 'MTEB(eng, v2)'.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    url: UrlOption = None,
+    task: Annotated[
+        str | None, typer.Option(help="One adapter for all, instead of the one that fits.")
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Keep the first so many values; all if not given.")
+    ] = None,
+    output: Annotated[OutputType, typer.Option(help="The output type.")] = OutputType.FLOAT,
+    results: Annotated[
+        Path, typer.Option(help="Folder for results; a task that has one is not run again.")
+    ] = Path("mteb-results"),
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Run the public benchmark MTEB on a model or a service.
+
+    Its package fetches its data from a hub. Needs taskvec[eval,mteb].
+    """
+    with _clear_failures(), _named_extras():
+        configure_logs("warning")
+        Settings(device=device)
+        if not tasks and benchmark is None:
+            _exit("Nothing to run: name --tasks or a --benchmark.", USAGE)
+        from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
+        from taskvec.evaluation.command import Source  # noqa: PLC0415
+
+        with Source(model, url, revision, device, dtype).opened() as opened:
+            run_named(
+                opened,
+                tasks=tasks or [],
+                benchmark=benchmark,
+                adapter=task,
+                dimensions=dimensions,
+                output=output,
+                folder=results,
             )
 
 
@@ -257,6 +375,23 @@ def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+_EXTRAS = {"torch": "packed", "mteb": "mteb"}
+_EVALUATION = ("bm25s", "matplotlib", "scipy", "sklearn")
+
+
+@contextmanager
+def _named_extras() -> Iterator[None]:
+    """A library of an extra that is not installed is a failed start that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").partition(".")[0]
+        extra = "eval" if name in _EVALUATION else _EXTRAS.get(name)
+        if extra is None:
+            raise
+        raise StartError(f"This needs {name}: install taskvec[{extra}].") from None
 
 
 @contextmanager

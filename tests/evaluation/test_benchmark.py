@@ -121,9 +121,8 @@ def service(server_url: str) -> Service:
 @pytest.fixture
 def searches(tmp_path: Path) -> Iterator[tuple[TinySearch, TinyPairs]]:
     """Two tasks, and the data that they are made of."""
-    pairs, search = find_data(
-        [write_all(tmp_path / "data") / name for name in ("pairs.jsonl", "search")]
-    )
+    root = write_all(tmp_path / "data")
+    pairs, search = find_data([root / "pairs.jsonl", root / "search"])
     TinySearch.data, TinyPairs.data = search, pairs
     yield TinySearch(), TinyPairs()
     del TinySearch.data, TinyPairs.data
@@ -157,11 +156,12 @@ def test_mteb_measures_what_we_measure(
 def test_every_type_of_task_runs(service: Service, tmp_path: Path) -> None:
     """Classification and clustering run in any form, are printed, and are kept in the folder."""
     encoder = MtebEncoder(service, Form(128, OutputType.BINARY))
-    result = run_benchmark(encoder, [TinyTopics(), TinyGroups()], tmp_path)
+    tasks = [TinyTopics(), TinyGroups()]
+    result = run_benchmark(encoder, tasks, tmp_path)
     scores = {task.task_name: task.get_score() for task in result.task_results}
     assert scores["TinyTopics"] > 0.5
     assert 0 <= scores["TinyGroups"] <= 1
-    assert benchmark_table(result).row_count == 2
+    assert benchmark_table(tasks, result).row_count == 2
     assert len(list(tmp_path.rglob("Tiny*.json"))) == 2
 
 

@@ -17,7 +17,6 @@ from taskvec.core.job import OutputType
 from taskvec.errors import TaskvecError
 from taskvec.evaluation.command import Request, Source
 from taskvec.evaluation.command import run as command
-from taskvec.evaluation.models import Sides, sides_of
 
 ADAPTERS = ["classification", "clustering", "retrieval", "text-matching"]
 MEASURES = {
@@ -236,20 +235,6 @@ def test_serving_needs_no_evaluation(module: str) -> None:
     """The command line and the service load none of the evaluation's libraries."""
     code = f"import sys, taskvec.cli, taskvec.app; sys.exit({module!r} in sys.modules)"
     assert python(code).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("tasks", "sides"),
-    [
-        (["a.query", "a.passage", "b"], {"a": Sides("a.query", "a.passage"), "b": Sides("b", "b")}),
-        (["embedding"], {"embedding": Sides("embedding", "embedding")}),
-        (["legal.query"], {"legal.query": Sides("legal.query", "legal.query")}),
-    ],
-    ids=["two sides", "no adapter", "half a search"],
-)
-def test_tasks_pair_to_sides(tasks: list[str], sides: dict[str, Sides]) -> None:
-    """Tasks of queries and passages make one adapter; any other task is both its sides."""
-    assert sides_of(tasks) == sides
 
 
 def run(*options: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

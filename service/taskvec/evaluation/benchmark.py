@@ -11,6 +11,7 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
 from mteb.results import ModelResult
 from mteb.types import PromptType
 from rich.console import Console
@@ -65,7 +66,7 @@ class MtebEncoder(AbsEncoder):
             {
                 "name": name,
                 "revision": f"{adapter or 'fitting'}-{form.dimensions}-{form.output.value}",
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": ScoringFunction.COSINE,
                 "embed_dim": form.dimensions,
             }
         )
@@ -120,7 +121,8 @@ def run_named(
     """
     (form,) = forms_of(model.dimension, [dimensions] if dimensions else [], [output])
     encoder = MtebEncoder(model, form, adapter)
-    Console().print(benchmark_table(run_benchmark(encoder, _named(tasks, benchmark), folder)))
+    named = _named(tasks, benchmark)
+    Console().print(benchmark_table(named, run_benchmark(encoder, named, folder)))
 
 
 def run_benchmark(encoder: MtebEncoder, tasks: Sequence[AbsTask], folder: Path) -> ModelResult:
@@ -128,12 +130,13 @@ def run_benchmark(encoder: MtebEncoder, tasks: Sequence[AbsTask], folder: Path) 
     return mteb.evaluate(encoder, tasks, cache=mteb.ResultCache(folder))
 
 
-def benchmark_table(result: ModelResult) -> Table:
+def benchmark_table(tasks: Sequence[AbsTask], result: ModelResult) -> Table:
     """The main score of each task."""
+    about = {task.metadata.name: task.metadata for task in tasks}
     table = Table("task", "type", "measure", "score")
-    for task in result.task_results:
-        measure = task.task.metadata.main_score
-        table.add_row(task.task_name, task.task_type, measure, f"{task.get_score():.4f}")
+    for scored in result.task_results:
+        task = about[scored.task_name]
+        table.add_row(task.name, task.type, task.main_score, f"{scored.get_score():.4f}")
     return table
 
 

@@ -5,28 +5,22 @@ from __future__ import annotations
 import enum
 import hashlib
 import inspect
-import logging
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, Optional
 
 import typer
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from taskvec import __version__
 from taskvec.access.keys import is_name
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.job import OutputType
-from taskvec.errors import StartError, TaskvecError
+from taskvec.failures import USAGE, clear_failures, exit_with, named_extras
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
-
-USAGE, BAD_START = 2, 3
-"""Exit codes: wrong arguments, and a start that failed."""
 
 app = typer.Typer(
     help="Text embeddings that pick the task adapter per request.",
@@ -72,7 +66,7 @@ def _serve(**options: Any) -> None:
     TASKVEC_ENGINE_API_KEY only by that.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    with _clear_failures():
+    with clear_failures():
         settings = Settings(**given)
         configure_logs(settings.log_level)
         if settings.workers == 1:
@@ -142,7 +136,7 @@ def check(
 
     Exits with 3 and the reason where the model cannot be served.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         Settings(device=device)  # refused before anything is printed
         checkpoint = open_checkpoint(model, revision)
@@ -202,7 +196,7 @@ def embed(  # noqa: PLR0917 - typer calls it by name
 
     Shows progress where standard error is a terminal.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         Settings(device=device)  # refused before a line is read
         from taskvec.bulk import embed_lines  # noqa: PLC0415 - loads torch
@@ -257,7 +251,7 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
     test.jsonl of {text, label} (classification), files of {text_a, text_b, score} (sts) and of
     {text, label} (clustering). Needs taskvec[eval].
     """
-    with _clear_failures(), _named_extras():
+    with clear_failures(), named_extras():
         configure_logs("warning")
         Settings(device=device)
         from taskvec.evaluation.command import Request, Source, run  # noqa: PLC0415 - loads scikit-learn
@@ -306,11 +300,11 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
 
     Its package fetches its data from a hub. Needs taskvec[eval,mteb].
     """
-    with _clear_failures(), _named_extras():
+    with clear_failures(), named_extras():
         configure_logs("warning")
         Settings(device=device)
         if not tasks and benchmark is None:
-            _exit("Nothing to run: name --tasks or a --benchmark.", USAGE)
+            exit_with("Nothing to run: name --tasks or a --benchmark.", USAGE)
         from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
         from taskvec.evaluation.command import Source  # noqa: PLC0415
 
@@ -344,10 +338,10 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
     Makes the copy that vLLM reads: its folder, and the adapters' folders, must be there under the
     same paths where the command runs.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         if device not in ("cuda", "cpu"):
-            _exit(f"--device must be cuda or cpu, got {device}", USAGE)
+            exit_with(f"--device must be cuda or cpu, got {device}", USAGE)
         from taskvec.checkpoint.plain import plain_folder  # noqa: PLC0415
         from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
 
@@ -364,7 +358,9 @@ def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the
     The secret is told this once: the file has only its SHA-256.
     """
     if not is_name(name):
-        _exit(f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE)
+        exit_with(
+            f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE
+        )
     secret = f"tv-{secrets.token_urlsafe(32)}"
     typer.echo(f"The secret of {name}, told this once: {secret}", err=True)
     digest = hashlib.sha256(secret.encode()).hexdigest()
@@ -375,47 +371,3 @@ def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-_EXTRAS = {"torch": "packed", "mteb": "mteb"}
-_EVALUATION = ("bm25s", "matplotlib", "scipy", "sklearn")
-
-
-@contextmanager
-def _named_extras() -> Iterator[None]:
-    """A library of an extra that is not installed is a failed start that names the extra."""
-    try:
-        yield
-    except ModuleNotFoundError as missing:
-        name = (missing.name or "").partition(".")[0]
-        extra = "eval" if name in _EVALUATION else _EXTRAS.get(name)
-        if extra is None:
-            raise
-        raise StartError(f"This needs {name}: install taskvec[{extra}].") from None
-
-
-@contextmanager
-def _clear_failures() -> Iterator[None]:
-    """One sentence on standard error instead of a traceback, for failures a user can cure."""
-    try:
-        yield
-    except StartError as error:
-        _exit(str(error), BAD_START)
-    except TaskvecError as error:
-        _exit(error.message, USAGE)
-    except ValidationError as error:
-        _exit("; ".join(map(_setting_fault, error.errors())), USAGE)
-
-
-def _setting_fault(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:
-        return message
-    name = str(error["loc"][0])
-    return f"--{name.replace('_', '-')} ({environment_variable(name)}): {message}"
-
-
-def _exit(sentence: str, code: int) -> NoReturn:
-    logging.shutdown()  # lines that still wait come before the sentence
-    typer.echo(f"taskvec: {sentence}", err=True)
-    raise typer.Exit(code)

@@ -248,8 +248,8 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
     """Say how good a model's vectors are: each task, at each dimension, in each output type.
 
     Data is found by its shape: folders in BEIR's form (retrieval), folders with train.jsonl and
-    test.jsonl of {text, label} (classification), files of {text_a, text_b, score} (sts) and of
-    {text, label} (clustering). Needs taskvec[eval].
+    test.jsonl of {text, label} (classification, clustering), files of {text_a, text_b, score} (sts)
+    and of {text, label} (clustering). Needs taskvec[eval].
     """
     with clear_failures(), named_extras():
         configure_logs("warning")

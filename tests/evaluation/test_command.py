@@ -23,6 +23,7 @@ MEASURES = {
     "search": ["ndcg@10", "recall@10", "recall@100"],
     "pairs": ["spearman"],
     "topics": ["accuracy", "f1"],
+    "topics/test": ["v_measure"],
     "groups": ["v_measure"],
 }
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -123,9 +124,9 @@ def test_a_service_scores_as_its_model_does(
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     written = json.loads(file.read_bytes())
     assert written["model"]["source"] == server_url
-    mine = {(f"held/{row['data']}", row["task"]): row["measures"] for row in written["results"]}
+    mine = {(row["kind"], row["task"]): row["measures"] for row in written["results"]}
     truth = {
-        (row["data"], row["task"]): row["measures"]
+        (row["kind"], row["task"]): row["measures"]
         for row in report["results"]
         if (row["dimensions"], row["output"]) == (64, "float")
     }

@@ -24,12 +24,14 @@ def test_every_shape_is_found(tmp_path: Path) -> None:
     """A folder gives all data below it, named by its place, whatever else lies there."""
     root = write_all(tmp_path / "held")
     (root / "README.md").write_text("About this data.")
+    write_lines(root / "texts.jsonl", [{"text": "of another use"}])
     found = {data.name: data for data in find_data([root])}
     kinds = {
         "held/groups": ClusteringData,
         "held/pairs": PairData,
         "held/search": RetrievalData,
         "held/topics": ClassificationData,
+        "held/topics/test": ClusteringData,
     }
     assert {name: type(data) for name, data in found.items()} == kinds
     assert [data.kind for data in found.values()] == [
@@ -37,15 +39,16 @@ def test_every_shape_is_found(tmp_path: Path) -> None:
         "sts",
         "retrieval",
         "classification",
+        "clustering",
     ]
-    assert [data.texts for data in found.values()] == [36, 66, 39, 36]
+    assert [data.texts for data in found.values()] == [36, 66, 39, 36, 18]
 
 
 def test_several_places_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files and folders side by side; a folder is called by its name even where it is the dot."""
     root = write_all(tmp_path / "held")
     found = find_data([root / "groups.jsonl", root / "search"])
-    assert [data.name for data in found] == ["groups", "search"]
+    assert [data.name for data in found] == ["held/groups", "search"]
     monkeypatch.chdir(root / "search")
     assert [data.name for data in find_data([Path()])] == ["search"]
 
@@ -99,7 +102,6 @@ FAULTS: list[tuple[str, int, bytes | None, str]] = [
     ("pairs.jsonl", 2, b"[1]", ":2 is no JSON object"),
     ("groups.jsonl", 4, b'{"text": "\xe9"}', r":4 is not UTF-8 \(byte 11"),
     ("pairs.jsonl", 0, '{"text": "a"}'.encode("utf-16"), ":1 is not UTF-8"),
-    ("pairs.jsonl", 1, b'{"anchor": "a"}', r":1 has the fields anchor\. Known are"),
     ("pairs.jsonl", 9, b'{"text": "a", "label": "b"}', ":9 lacks text_a"),
     ("groups.jsonl", 2, b'{"text": 3, "label": "b"}', ":2 has a text that is no string"),
     ("groups.jsonl", 2, b'{"text": "", "label": "b"}', ":2 lacks text"),
@@ -139,7 +141,7 @@ def test_faults_are_named_by_file_and_line(
 ) -> None:
     """Whatever is wrong with a file, the message says where and what."""
     root = write_all(tmp_path / "held")
-    assert len(find_data([root])) == 4
+    assert len(find_data([root])) == 5
     file = root / name
     if content is None:
         file.unlink()
@@ -157,15 +159,17 @@ def test_places_without_data_are_named(tmp_path: Path) -> None:
     """A folder that is not there, and one that holds none, are told apart."""
     with pytest.raises(InvalidRequestError, match="nowhere does not exist"):
         find_data([tmp_path / "nowhere"])
-    with pytest.raises(InvalidRequestError, match=r"holds no data\. Known are folders with"):
-        find_data([tmp_path])
+    other = write_lines(tmp_path / "other.jsonl", [{"anchor": "a"}])
+    for place in (tmp_path, other):
+        with pytest.raises(InvalidRequestError, match=r"holds no data\. Known are folders with"):
+            find_data([place])
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     """Figures of two places would not be told apart."""
-    files = [write_labels(tmp_path / folder / "groups.jsonl") for folder in "ab"]
-    with pytest.raises(InvalidRequestError, match="Two data sets are called groups"):
-        find_data(files)
+    file = write_labels(tmp_path / "held" / "groups.jsonl")
+    with pytest.raises(InvalidRequestError, match="Two data sets are called held/groups"):
+        find_data([file, file])
 
 
 def test_the_tiny_data_is_what_the_tests_think(tmp_path: Path) -> None:

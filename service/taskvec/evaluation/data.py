@@ -16,8 +16,8 @@ HEADER = "query-id\tcorpus-id\tscore"
 
 SHAPES = (
     f"Known are folders with {CORPUS}, {QUERIES} and {QRELS} (retrieval), folders with {TRAIN} and "
-    f"{TEST} of text and label (classification), and files of JSON lines with text_a, text_b and "
-    "score (sts) or with text and label (clustering)"
+    f"{TEST} of text and label (classification, clustering), and files of JSON lines with text_a, "
+    "text_b and score (sts) or with text and label (clustering)"
 )
 
 
@@ -115,7 +115,8 @@ def find_data(paths: Sequence[Path]) -> list[Data]:
             raise InvalidRequestError(f"{path} does not exist: --data wants a folder or a file.")
         before = len(found)
         whole = path.resolve()  # the name of "." is that of the folder
-        for data in _below(path, whole.stem if path.is_file() else whole.name):
+        name = f"{whole.parent.name}/{whole.stem}" if path.is_file() else whole.name
+        for data in _below(path, name):
             if data.name in found:
                 raise InvalidRequestError(
                     f"Two data sets are called {data.name}: rename one, or name the folder above."
@@ -128,11 +129,11 @@ def find_data(paths: Sequence[Path]) -> list[Data]:
 
 def _below(path: Path, name: str) -> Iterator[Data]:
     if path.is_file():
-        yield _labels_or_pairs(path, name)
+        yield from _labels_or_pairs(path, name)
     elif (path / CORPUS).exists() or (path / QUERIES).exists():
         yield _retrieval(path, name)
     elif (path / TRAIN).exists() or (path / TEST).exists():
-        yield _classification(path, name)
+        yield from _labelled_folder(path, name)
     else:
         for child in sorted(path.iterdir()):
             if child.is_dir():
@@ -141,16 +142,16 @@ def _below(path: Path, name: str) -> Iterator[Data]:
                 yield from _below(child, f"{name}/{child.stem}")
 
 
-def _labels_or_pairs(file: Path, name: str) -> Data:
+def _labels_or_pairs(file: Path, name: str) -> Iterator[Data]:
+    """Nothing where the first record has no field of ours: folders hold other files, too."""
     first = next(read_records(file)).fields
     if {"text_a", "text_b"} & first.keys():
-        return _pairs(file, name)
-    if "label" in first:
+        yield _pairs(file, name)
+    elif "label" in first:
         labelled = _labelled(file)
-        if len(labelled.texts) == len(set(labelled.labels)):
+        if not _shared(labelled):
             raise InvalidRequestError(f"{file}: no two texts share a label: nothing to cluster.")
-        return ClusteringData(name, labelled)
-    raise InvalidRequestError(f"{file}:1 has the fields {', '.join(first)}. {SHAPES}.")
+        yield ClusteringData(name, labelled)
 
 
 def _pairs(file: Path, name: str) -> PairData:
@@ -161,7 +162,8 @@ def _pairs(file: Path, name: str) -> PairData:
     return PairData(name, left, right, scores)
 
 
-def _classification(folder: Path, name: str) -> ClassificationData:
+def _labelled_folder(folder: Path, name: str) -> Iterator[Data]:
+    """The test texts are clustered, too, where that makes sense."""
     train, test = _labelled(folder / TRAIN), _labelled(folder / TEST)
     known = set(train.labels)
     for number, label in enumerate(test.labels, 1):
@@ -169,7 +171,13 @@ def _classification(folder: Path, name: str) -> ClassificationData:
             raise InvalidRequestError(
                 f"{folder / TEST}:{number} has the label {label!r}, which {TRAIN} lacks."
             )
-    return ClassificationData(name, train, test)
+    yield ClassificationData(name, train, test)
+    if len(set(test.labels)) > 1 and _shared(test):
+        yield ClusteringData(f"{name}/{Path(TEST).stem}", test)
+
+
+def _shared(labelled: LabelledTexts) -> bool:
+    return len(set(labelled.labels)) < len(labelled.labels)
 
 
 def _labelled(file: Path) -> LabelledTexts:

@@ -23,8 +23,13 @@ from taskvec.evaluation.ranking import ndcg, place, recall
 SCORES_AT_ONCE = 1 << 24
 """Scores that are held at a time: 64 MiB."""
 
-CLUSTERINGS = 5
+CLUSTERINGS = 10
 """K-means ends in another place from another start: the mean of so many is taken."""
+
+PROBE_C = 4.0
+"""Inverse strength of the probe's penalty: of 1, 4, 16, 64 and 256, the best or near it for 200 and
+2,000 texts, 32 to 256 dimensions, float and binary. With less, too little is learnt of few texts;
+with more, many dimensions are learnt by heart, and seem worse than few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +94,12 @@ def probe_quality(
 ) -> Score:
     """Accuracy and macro F1, on test texts, of a logistic regression that saw the others.
 
-    Rows are scaled to length sqrt(d): values are around 1 in every form, and the regression's
-    penalty (C = 1) means the same for each.
+    Rows are scaled to length 1, so that the regression's penalty means the same for every form.
     """
-    probe = LogisticRegression(max_iter=1000)
+    probe = LogisticRegression(C=PROBE_C, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # good enough, and the same every time
-        guesses = probe.fit(_spread(train), train_labels).predict(_spread(test))
+        guesses = probe.fit(_unit(train), train_labels).predict(_unit(test))
     accuracy = float((guesses == np.array(test_labels)).mean())
     f1 = float(f1_score(test_labels, guesses, average="macro"))
     error = math.sqrt(accuracy * (1 - accuracy) / len(test))
@@ -103,7 +107,7 @@ def probe_quality(
 
 
 def cluster_quality(rows: Matrix, labelled: LabelledTexts, seed: int) -> Score:
-    """V-measure of k-means with as many clusters as there are labels: the mean over five starts.
+    """V-measure of k-means with as many clusters as there are labels: the mean over ten starts.
 
     V-measure is the harmonic mean of homogeneity and completeness (Rosenberg and Hirschberg,
     EMNLP 2007).
@@ -115,10 +119,10 @@ def cluster_quality(rows: Matrix, labelled: LabelledTexts, seed: int) -> Score:
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
             found = KMeans(clusters, n_init=1, random_state=start).fit_predict(rows)
         values.append(v_measure_score(labelled.labels, found))
-    return Score({"v_measure": float(np.mean(values))}, float(np.std(values)))
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Score({"v_measure": float(np.mean(values))}, error)
 
 
-def _spread(rows: Matrix) -> Matrix:
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    spread: Matrix = rows * (np.float32(math.sqrt(rows.shape[1])) / np.maximum(lengths, SMALLEST))
-    return spread
+def _unit(rows: Matrix) -> Matrix:
+    unit: Matrix = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), SMALLEST)
+    return unit

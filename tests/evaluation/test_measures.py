@@ -79,6 +79,13 @@ def test_a_probe_tells_groups_apart() -> None:
     assert score.error == 0
 
 
+def test_a_label_that_was_never_seen_is_a_mistake() -> None:
+    """Texts with a new label are wrong, the others are not the worse for it."""
+    rows, labels = groups(spread=0.1)
+    score = probe_quality(rows[:40], labels[:40], rows[10:50], labels[10:50])
+    assert score.value == 30 / 40
+
+
 def test_a_probe_of_noise_guesses() -> None:
     """Labels that have nothing to do with the rows are found by chance."""
     rows = RNG.normal(size=(600, 8)).astype(np.float32)

@@ -70,7 +70,10 @@ class LabelledTexts:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationData:
-    """Labelled texts to learn from, and others to prove it on."""
+    """Labelled texts to learn from, and others to prove it on.
+
+    Some labels may be among the latter only: no probe can guess them.
+    """
 
     kind: ClassVar[str] = "classification"
     name: str
@@ -115,11 +118,12 @@ def find_data(paths: Sequence[Path]) -> list[Data]:
             raise InvalidRequestError(f"{path} does not exist: --data wants a folder or a file.")
         before = len(found)
         whole = path.resolve()  # the name of "." is that of the folder
-        name = f"{whole.parent.name}/{whole.stem}" if path.is_file() else whole.name
-        for data in _below(path, name):
+        above = f"{whole.parent.name}/" if path.is_file() or _is_data(path) else ""
+        for data in _below(path, above + (whole.stem if path.is_file() else whole.name)):
             if data.name in found:
                 raise InvalidRequestError(
-                    f"Two data sets are called {data.name}: rename one, or name the folder above."
+                    f"Two data sets are called {data.name}: name the folder above, or one of them "
+                    "only."
                 )
             found[data.name] = data
         if len(found) == before:
@@ -127,12 +131,16 @@ def find_data(paths: Sequence[Path]) -> list[Data]:
     return list(found.values())
 
 
+def _is_data(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CORPUS, QUERIES, TRAIN, TEST))
+
+
 def _below(path: Path, name: str) -> Iterator[Data]:
     if path.is_file():
         yield from _labels_or_pairs(path, name)
     elif (path / CORPUS).exists() or (path / QUERIES).exists():
         yield _retrieval(path, name)
-    elif (path / TRAIN).exists() or (path / TEST).exists():
+    elif _is_data(path):
         yield from _labelled_folder(path, name)
     else:
         for child in sorted(path.iterdir()):
@@ -165,12 +173,8 @@ def _pairs(file: Path, name: str) -> PairData:
 def _labelled_folder(folder: Path, name: str) -> Iterator[Data]:
     """The test texts are clustered, too, where that makes sense."""
     train, test = _labelled(folder / TRAIN), _labelled(folder / TEST)
-    known = set(train.labels)
-    for number, label in enumerate(test.labels, 1):
-        if label not in known:
-            raise InvalidRequestError(
-                f"{folder / TEST}:{number} has the label {label!r}, which {TRAIN} lacks."
-            )
+    if not set(train.labels) & set(test.labels):
+        raise InvalidRequestError(f"{folder / TEST} has no label that {TRAIN} has, too.")
     yield ClassificationData(name, train, test)
     if len(set(test.labels)) > 1 and _shared(test):
         yield ClusteringData(f"{name}/{Path(TEST).stem}", test)

@@ -26,7 +26,7 @@ from taskvec import Embedder
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.settings import Settings, environment_variable
 
-COMMANDS = ("serve", "check", "embed", "version")
+COMMANDS = ("serve", "check", "embed", "eval", "eval-mteb", "version")
 BF16_DIFFERENCE = 1e-3
 """The contract's: a vector may differ by so much per component between batches."""
 

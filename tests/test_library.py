@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_an_unknown_task_is_refused(embedder: Embedder) -> None:
     with pytest.raises(InvalidRequestError, match=r"'poetry'.*retrieval\.query") as refused:
         embedder.embed("a text", task="poetry")
     assert refused.value.code == "unknown_task"
+
+
+def test_a_task_may_be_a_prompt_and_an_adapter(embedder: Embedder) -> None:
+    """What a name stands for can be had, changed, and embedded by."""
+    task = embedder.task("retrieval.query")
+    assert (task.adapter, task.prompt) == ("retrieval", "Query: ")
+    queries = embedder.embed(TEXTS, "retrieval.query")
+    assert difference(embedder.embed(TEXTS, task), queries) <= BF16_DIFFERENCE
+    other = replace(task, prompt=embedder.task("retrieval.passage").prompt)
+    passages = embedder.embed(TEXTS, "retrieval.passage")
+    assert difference(embedder.embed(TEXTS, other), passages) <= BF16_DIFFERENCE
+    bare = embedder.embed(TEXTS, replace(task, adapter=None))
+    assert (bare * queries).sum(axis=1).max() < 0.999
 
 
 @pytest.mark.parametrize("texts", ["a", []], ids=["one", "none"])

@@ -1,31 +1,26 @@
-"""The commands: serve, embed, check, key."""
+"""The commands: serve, embed, eval, check, key."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import inspect
-import logging
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, Optional
 
 import typer
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
 from taskvec import __version__
 from taskvec.access.keys import is_name
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.errors import StartError, TaskvecError
+from taskvec.core.job import OutputType
+from taskvec.failures import USAGE, clear_failures, exit_with, named_extras
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
-
-USAGE, BAD_START = 2, 3
-"""Exit codes: wrong arguments, and a start that failed."""
 
 app = typer.Typer(
     help="Text embeddings that pick the task adapter per request.",
@@ -36,6 +31,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class Baseline(enum.Enum):
+    """What retrieval is scored by beside the model."""
+
+    BM25 = "bm25"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(help="A checkpoint folder, a hub id, or the built-in taskvec-mini.")
 ]
@@ -45,6 +47,11 @@ RevisionOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the arithmetic.")]
 ModeOption = Annotated[AdapterMode, typer.Option(help="How adapters are held.")]
+ModelOption = Annotated[str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(help="A running service instead; its key, if any, in TASKVEC_EVAL_KEY."),
+]
 
 
 def main() -> None:
@@ -59,7 +66,7 @@ def _serve(**options: Any) -> None:
     TASKVEC_ENGINE_API_KEY only by that.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    with _clear_failures():
+    with clear_failures():
         settings = Settings(**given)
         configure_logs(settings.log_level)
         if settings.workers == 1:
@@ -129,7 +136,7 @@ def check(
 
     Exits with 3 and the reason where the model cannot be served.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         Settings(device=device)  # refused before anything is printed
         checkpoint = open_checkpoint(model, revision)
@@ -169,9 +176,7 @@ def check(
 
 @app.command()
 def embed(  # noqa: PLR0917 - typer calls it by name
-    model: Annotated[
-        str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")
-    ] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     task: Annotated[str | None, typer.Option(help="The task; taskvec check lists them.")] = None,
     dimensions: Annotated[
         int | None, typer.Option(help="Keep the first so many values; all if not given.")
@@ -191,7 +196,7 @@ def embed(  # noqa: PLR0917 - typer calls it by name
 
     Shows progress where standard error is a terminal.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         Settings(device=device)  # refused before a line is read
         from taskvec.bulk import embed_lines  # noqa: PLC0415 - loads torch
@@ -205,6 +210,113 @@ def embed(  # noqa: PLR0917 - typer calls it by name
                 task=task,
                 dimensions=dimensions,
                 truncate=truncate,
+            )
+
+
+@app.command("eval")
+def evaluate(  # noqa: PLR0917 - typer calls it by name
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A folder or file of held-out data; may be given several times."),
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    url: UrlOption = None,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option(help="An adapter, or base; may be given several times. Default: all."),
+    ] = None,
+    dimensions: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Keep so many values; may be given several times. Default: Matryoshka's"),
+    ] = None,
+    output: Annotated[
+        list[OutputType], typer.Option(help="An output type; may be given several times.")
+    ] = [OutputType.FLOAT, OutputType.INT8, OutputType.BINARY],  # noqa: B006 - only read
+    baseline: Annotated[
+        Optional[Baseline],  # noqa: UP045
+        typer.Option(help="Score retrieval without a model, too."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against bytes per vector to this PNG file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the k-means starts.")] = 0,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Say how good a model's vectors are: each task, at each dimension, in each output type.
+
+    Data is found by its shape: folders in BEIR's form (retrieval), folders with train.jsonl and
+    test.jsonl of {text, label} (classification, clustering), files of {text_a, text_b, score} (sts)
+    and of {text, label} (clustering). Needs taskvec[eval].
+    """
+    with clear_failures(), named_extras():
+        configure_logs("warning")
+        Settings(device=device)
+        from taskvec.evaluation.command import Request, Source, run  # noqa: PLC0415 - loads scikit-learn
+
+        run(
+            Request(
+                data=data,
+                tasks=task or [],
+                dimensions=dimensions or [],
+                outputs=output,
+                bm25=baseline is Baseline.BM25,
+                json=json,
+                plot=plot,
+                seed=seed,
+            ),
+            Source(model, url, revision, device, dtype),
+        )
+
+
+@app.command("eval-mteb")
+def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads it
+        typer.Option(help="A task of MTEB by its name; may be given several times."),
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="All tasks of one of its benchmarks: 'MTEB(eng, v2)'.")
+    ] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    url: UrlOption = None,
+    task: Annotated[
+        str | None, typer.Option(help="One adapter for all, instead of the one that fits.")
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Keep the first so many values; all if not given.")
+    ] = None,
+    output: Annotated[OutputType, typer.Option(help="The output type.")] = OutputType.FLOAT,
+    results: Annotated[
+        Path, typer.Option(help="Folder for results; a task that has one is not run again.")
+    ] = Path("mteb-results"),
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = Dtype.AUTO,
+) -> None:
+    """Run the public benchmark MTEB on a model or a service.
+
+    Its package fetches its data from a hub. Needs taskvec[eval,mteb].
+    """
+    with clear_failures(), named_extras():
+        configure_logs("warning")
+        Settings(device=device)
+        if not tasks and benchmark is None:
+            exit_with("Nothing to run: name --tasks or a --benchmark.", USAGE)
+        from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
+        from taskvec.evaluation.command import Source  # noqa: PLC0415
+
+        with Source(model, url, revision, device, dtype).opened() as opened:
+            run_named(
+                opened,
+                tasks=tasks or [],
+                benchmark=benchmark,
+                adapter=task,
+                dimensions=dimensions,
+                output=output,
+                folder=results,
             )
 
 
@@ -226,10 +338,10 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
     Makes the copy that vLLM reads: its folder, and the adapters' folders, must be there under the
     same paths where the command runs.
     """
-    with _clear_failures():
+    with clear_failures():
         configure_logs("warning")
         if device not in ("cuda", "cpu"):
-            _exit(f"--device must be cuda or cpu, got {device}", USAGE)
+            exit_with(f"--device must be cuda or cpu, got {device}", USAGE)
         from taskvec.checkpoint.plain import plain_folder  # noqa: PLC0415
         from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
 
@@ -246,7 +358,9 @@ def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the
     The secret is told this once: the file has only its SHA-256.
     """
     if not is_name(name):
-        _exit(f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE)
+        exit_with(
+            f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE
+        )
     secret = f"tv-{secrets.token_urlsafe(32)}"
     typer.echo(f"The secret of {name}, told this once: {secret}", err=True)
     digest = hashlib.sha256(secret.encode()).hexdigest()
@@ -257,30 +371,3 @@ def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-@contextmanager
-def _clear_failures() -> Iterator[None]:
-    """One sentence on standard error instead of a traceback, for failures a user can cure."""
-    try:
-        yield
-    except StartError as error:
-        _exit(str(error), BAD_START)
-    except TaskvecError as error:
-        _exit(error.message, USAGE)
-    except ValidationError as error:
-        _exit("; ".join(map(_setting_fault, error.errors())), USAGE)
-
-
-def _setting_fault(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not error["loc"]:
-        return message
-    name = str(error["loc"][0])
-    return f"--{name.replace('_', '-')} ({environment_variable(name)}): {message}"
-
-
-def _exit(sentence: str, code: int) -> NoReturn:
-    logging.shutdown()  # lines that still wait come before the sentence
-    typer.echo(f"taskvec: {sentence}", err=True)
-    raise typer.Exit(code)

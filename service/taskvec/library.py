@@ -18,6 +18,7 @@ from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
+from taskvec.core.tasks import Task
 from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
@@ -94,10 +95,18 @@ class Embedder:
         """Names that ``task=`` takes."""
         return self._embedder.tasks.names
 
+    def task(self, name: str | None = None) -> Task:
+        """The adapter and the prompt that a task name, or None, stands for.
+
+        Raises:
+            InvalidRequestError: unknown task.
+        """
+        return self._embedder.tasks.choose({"task": name})
+
     def embed(
         self,
         texts: str | Sequence[str],
-        task: str | None = None,
+        task: str | Task | None = None,
         dimensions: int | None = None,
         *,
         normalized: bool = True,
@@ -107,7 +116,8 @@ class Embedder:
 
         Args:
             texts: one text or several; none may be empty.
-            task: one of ``tasks`` or an alias; None for ``text-matching``.
+            task: one of ``tasks`` or an alias; None for ``text-matching``; or another pair of
+                prompt and adapter.
             dimensions: keep the first so many values; None for all.
             normalized: scale each vector to length 1.
             truncate: True cuts texts that are too long, False refuses them.
@@ -119,7 +129,7 @@ class Embedder:
             InvalidRequestError: unknown task, bad dimensions, an empty or over-long text.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
-        chosen = self._embedder.tasks.choose({"task": task})
+        chosen = task if isinstance(task, Task) else self.task(task)
         for i, text in enumerate(items):
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError(

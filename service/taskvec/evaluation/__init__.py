@@ -1,0 +1,1 @@
+"""How good the vectors are: per task, number of dimensions and output type, on held-out data."""

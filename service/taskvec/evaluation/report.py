@@ -1,0 +1,125 @@
+"""Results as tables and as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.table import Table
+from rich.text import Text
+
+from taskvec import __version__
+from taskvec.errors import InvalidRequestError
+from taskvec.evaluation.data import Data
+from taskvec.evaluation.models import Model
+from taskvec.evaluation.run import Result
+
+SHOWN = ("ndcg@10", "recall@100", "spearman", "accuracy", "v_measure")
+"""Measures with a table; JSON has all."""
+
+
+def tables(data: Iterable[Data], results: Sequence[Result]) -> Iterator[tuple[str, Table]]:
+    """For each data set and measure a title and a table: tasks and output types by dimensions.
+
+    The best task of each output type and width is bold.
+    """
+    for item in data:
+        mine = [result for result in results if result.data == item.name]
+        error = max(result.score.error for result in mine)
+        for place, measure in enumerate(mine[0].score.measures):
+            if measure in SHOWN:
+                about = "" if place else f", standard error up to {error:.3f}"
+                title = f"{item.name}: {measure} ({item.kind}, {item.texts} texts{about})"
+                yield title, _table(mine, measure)
+
+
+def _table(results: Sequence[Result], measure: str) -> Table:
+    widths = sorted({result.form.dimensions for result in results if result.form}, reverse=True)
+    table = Table("task", "output")
+    for width in widths:
+        table.add_column(str(width), justify="right")
+    best: dict[tuple[str, int], float] = {}
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for result in results:
+        value = result.score.measures[measure]
+        width = result.form.dimensions if result.form else widths[0]
+        rows.setdefault((result.task, result.output), {})[width] = value
+        best[result.output, width] = max(value, best.get((result.output, width), value))
+    last = ""
+    for (task, output), values in rows.items():
+        cells = [_cell(values.get(width), best.get((output, width))) for width in widths]
+        table.add_row("" if task == last else task, output, *cells)
+        last = task
+    return table
+
+
+def _cell(value: float | None, best: float | None) -> Text:
+    if value is None:
+        return Text()
+    return Text(f"{value:.3f}", style="bold" if value == best else "")
+
+
+def as_json(
+    model: Model, source: str, data: Sequence[Data], results: Sequence[Result], seed: int
+) -> bytes:
+    """Everything that was measured, and with what.
+
+    Args:
+        model: what was evaluated.
+        source: where it was: a folder, a name, or a URL.
+        data: on what.
+        results: see ``evaluate``.
+        seed: of the k-means starts.
+    """
+    document: dict[str, Any] = {
+        "model": {"name": model.name, "source": source, "dimension": model.dimension},
+        "taskvec": __version__,
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
+        "seed": seed,
+        "data": [{"name": item.name, "kind": item.kind, "texts": item.texts} for item in data],
+        "results": [
+            {
+                "data": result.data,
+                "kind": result.kind,
+                "task": result.task,
+                "dimensions": result.form.dimensions if result.form else None,
+                "output": result.output,
+                "bytes": result.form.bytes if result.form else None,
+                "measures": result.score.measures,
+                "standard_error": result.score.error,
+            }
+            for result in results
+        ],
+    }
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def require_place(path: Path) -> None:
+    """Refuse a file that could not be written, before hours are spent on what goes into it.
+
+    Raises:
+        InvalidRequestError: its folder is not there, or not ours to write to.
+    """
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InvalidRequestError(f"{path} cannot be written: name a file in a folder that is.")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees half of it.
+
+    Raises:
+        InvalidRequestError: it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.") from None

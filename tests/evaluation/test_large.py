@@ -1,0 +1,51 @@
+"""A corpus of a hundred thousand documents: memory and order of size of the time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+MEASURE = """
+import resource
+from collections.abc import Sequence
+import numpy as np
+from taskvec.core.job import OutputType
+from taskvec.evaluation.data import RetrievalData
+from taskvec.evaluation.forms import Form
+from taskvec.evaluation.run import Plan, evaluate
+
+DOCUMENTS, QUERIES = 100_000, 100
+rng = np.random.default_rng(0)
+truth = rng.normal(size=(DOCUMENTS, 256)).astype(np.float32)
+
+class Known:
+    name, dimension, matryoshka, tasks = "known", 256, (256,), ("embedding",)
+    def embed(self, texts, task, advance):
+        if len(texts) == DOCUMENTS:
+            return truth
+        return truth[:QUERIES] + rng.normal(size=(QUERIES, 256)).astype(np.float32) * 0.8
+
+data = RetrievalData(
+    name="large",
+    documents=[f"Document number {n}, " + "some text in it " * 25 for n in range(DOCUMENTS)],
+    queries=[f"query {n}" for n in range(QUERIES)],
+    judged=[{n: 1} for n in range(QUERIES)],
+    twins=[None] * QUERIES,
+)
+forms = [Form(256, OutputType.FLOAT), Form(32, OutputType.BINARY)]
+results = list(evaluate(Known(), Plan(data=[data], forms=forms, bm25=True)))
+print(*(round(result.score.value, 3) for result in results))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_large_corpus_takes_less_than_a_gigabyte() -> None:
+    """Scores are held some at a time, and vectors once as they came and once as they are kept."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=300
+    )
+    scores, kilobytes = done.stdout.splitlines()
+    _, exact, binary, asymmetric = map(float, scores.split())
+    assert exact == 1
+    assert 0.1 < binary < asymmetric < 1
+    assert int(kilobytes) < 1_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from pathlib import Path
 
@@ -69,16 +68,6 @@ def release_memory(device: torch.device) -> None:
     """Give back what torch keeps for later, so that smaller pieces fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def return_memory() -> None:
-    """Give free pages back to the system; what was freed in pieces is otherwise kept for ever.
-
-    Takes some milliseconds for some hundred megabytes; does nothing without glibc.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _machine_bytes() -> int:

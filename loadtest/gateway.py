@@ -41,6 +41,7 @@ from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
+from taskvec.memory import keep_freed_memory
 from taskvec.serving import server_options
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
@@ -116,6 +117,7 @@ def serve(side: str, port: int) -> None:
     if side.startswith("bare"):
         app = bare_app(encoding=side == "bare-encoding")
     else:
+        keep_freed_memory()
         app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
     uvicorn.run(app, port=port, **options)
 

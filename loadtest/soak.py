@@ -39,8 +39,8 @@ MOST = 1200.0
 """Megabytes that a process may have after a run that is too short to judge a slope."""
 
 LONG = 900.0
-"""Seconds from which on a run is long enough: kernels for new shapes are kept, up to 1,024 of them,
-and it takes ten minutes until most are there."""
+"""Seconds from which on a run is long enough: memory grows with every new shape of a batch, and it
+takes ten minutes until most have been seen."""
 
 MORE = 8
 """Threads or open files by which the second half may have more: connections come and go."""

@@ -162,7 +162,8 @@ def test_the_age_of_the_queue_is_that_of_the_engine_process() -> None:
 
         def age() -> float:
             shown = httpx.get(f"{server.url}/metrics").text
-            assert total(shown, "taskvec_queue_texts") <= 200, "gateways count them, too"
+            # 200, and the few of the calibration; counted by gateways, too, they would be near 400.
+            assert total(shown, "taskvec_queue_texts") < 300
             return total(shown, "taskvec_queue_oldest_seconds")
 
         with ThreadPoolExecutor(1) as threads:

@@ -37,6 +37,7 @@ from taskvec.http.middleware import RequestTrace
 from taskvec.http.models import models_router
 from taskvec.http.names import ServedNames
 from taskvec.http.probes import probes_router
+from taskvec.http.route import DirectRoute
 from taskvec.http.schema import request_body, response_content
 from taskvec.settings import LimitsDown, Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
@@ -157,8 +158,14 @@ def create_app(
     if access is not None:
         embed, embed_ids = access.limited(embed), access.limited(embed_ids)
     if token_ids:
-        app.add_api_route(WIRE_PATH, embed_ids, methods=["POST"], include_in_schema=False)
-    app.add_api_route(
+        app.router.add_api_route(
+            WIRE_PATH,
+            embed_ids,
+            methods=["POST"],
+            include_in_schema=False,
+            route_class_override=DirectRoute,
+        )
+    app.router.add_api_route(
         "/v1/embeddings",
         embed,
         methods=["POST"],
@@ -166,6 +173,7 @@ def create_app(
         summary="Embed texts for a task",
         operation_id="create_embeddings",
         response_model=None,
+        route_class_override=DirectRoute,
         responses={
             200: {"description": "One vector a text, in order.", "content": response_content()},
             **error_responses(400, *refusals, 404, 408, 413, 415, 429, 500, 503, 504),

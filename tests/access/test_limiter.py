@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from keyfiles import Redis, running_redis, wait_for_a_minute_with_room
-from taskvec.access.limiter import Kind, Limiter, LimitReachedError, Window
+from taskvec.access.limiter import Limiter, LimitReachedError, Window
 from taskvec.access.windows import Usage
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
 
@@ -54,7 +54,7 @@ async def test_no_more_than_the_limit_passes(url: str | None) -> None:
     """Of many requests at once as many pass as the limit says; keys and kinds do not mix."""
     counted, _ = limiter(url)
     results = await asyncio.gather(
-        *(counted.take("web", Kind.REQUESTS, 5, 1) for _ in range(20)), return_exceptions=True
+        *(counted.take("web", "requests", 5, 1) for _ in range(20)), return_exceptions=True
     )
     passed = [result for result in results if isinstance(result, Window)]
     refused = [result for result in results if isinstance(result, LimitReachedError)]
@@ -65,8 +65,8 @@ async def test_no_more_than_the_limit_passes(url: str | None) -> None:
         assert error.retry_after is not None
         assert 0 < error.retry_after <= 120
         assert error.window.remaining == 0
-    other = await counted.take("jobs", Kind.REQUESTS, 5, 1)
-    tokens = await counted.take("web", Kind.TOKENS, 5, 5)
+    other = await counted.take("jobs", "requests", 5, 1)
+    tokens = await counted.take("web", "tokens", 5, 5)
     assert other is not None
     assert tokens is not None
     assert (other.remaining, tokens.remaining) == (4, 0)
@@ -77,12 +77,12 @@ async def test_no_more_than_the_limit_passes(url: str | None) -> None:
 async def test_tokens_count_as_many_as_they_are(url: str | None) -> None:
     """What does not fit is refused and not counted: less may still fit."""
     counted, _ = limiter(url)
-    first = await counted.take("web", Kind.TOKENS, 1000, 700)
+    first = await counted.take("web", "tokens", 1000, 700)
     assert first is not None
     assert first.remaining == 300
     with pytest.raises(LimitReachedError):
-        await counted.take("web", Kind.TOKENS, 1000, 301)
-    last = await counted.take("web", Kind.TOKENS, 1000, 300)
+        await counted.take("web", "tokens", 1000, 301)
+    last = await counted.take("web", "tokens", 1000, 300)
     assert last is not None
     assert last.remaining == 0
     await counted.close()
@@ -93,7 +93,7 @@ async def test_what_can_never_fit_is_no_matter_of_waiting(url: str | None) -> No
     """A request beyond the whole limit is the client's mistake."""
     counted, _ = limiter(url)
     with pytest.raises(InvalidRequestError, match="1001 tokens") as refused:
-        await counted.take("web", Kind.TOKENS, 1000, 1001)
+        await counted.take("web", "tokens", 1000, 1001)
     assert refused.value.code == "too_many_tokens"
     await counted.close()
 
@@ -102,14 +102,14 @@ async def test_what_can_never_fit_is_no_matter_of_waiting(url: str | None) -> No
 async def test_processes_count_together_in_redis(redis: Redis) -> None:
     """Two limiters on one Redis share a limit; two in their own memory do not."""
     together = [limiter(redis.url)[0] for _ in range(2)]
-    await together[0].take("web", Kind.REQUESTS, 1, 1)
+    await together[0].take("web", "requests", 1, 1)
     with pytest.raises(LimitReachedError):
-        await together[1].take("web", Kind.REQUESTS, 1, 1)
+        await together[1].take("web", "requests", 1, 1)
     for counted in together:
         await counted.close()
     apart = [limiter(None)[0] for _ in range(2)]
     for counted in apart:
-        assert await counted.take("web", Kind.REQUESTS, 1, 1) is not None
+        assert await counted.take("web", "requests", 1, 1) is not None
 
 
 @pytest.mark.anyio
@@ -117,16 +117,16 @@ async def test_processes_count_together_in_redis(redis: Redis) -> None:
 async def test_a_redis_that_dies_costs_no_request(redis: Redis, open_when_down: bool) -> None:
     """Dead, requests pass unchecked or get a 503, at once; back, they are counted again."""
     counted, unchecked = limiter(redis.url, open_when_down=open_when_down)
-    assert await counted.take("web", Kind.REQUESTS, 100, 1) is not None
+    assert await counted.take("web", "requests", 100, 1) is not None
     redis.stop()
     with capture_logs() as lines:
         for n in range(1, 4):
             begun = time.monotonic()
             if open_when_down:
-                assert await counted.take("web", Kind.REQUESTS, 100, 1) is None
+                assert await counted.take("web", "requests", 100, 1) is None
             else:
                 with pytest.raises(UnavailableError) as refused:
-                    await counted.take("web", Kind.REQUESTS, 100, 1)
+                    await counted.take("web", "requests", 100, 1)
                 assert refused.value.code == "limits_unavailable"
                 assert refused.value.retry_after
             assert time.monotonic() - begun < 1
@@ -142,7 +142,7 @@ async def test_a_redis_that_dies_costs_no_request(redis: Redis, open_when_down: 
 
 async def passes(counted: Limiter) -> Window | None:
     try:
-        return await counted.take("web", Kind.REQUESTS, 100, 1)
+        return await counted.take("web", "requests", 100, 1)
     except UnavailableError:
         return None
 
@@ -155,11 +155,9 @@ async def test_a_redis_that_hangs_is_not_waited_for(redis: Redis) -> None:
     os.kill(redis.process.pid, signal.SIGSTOP)
     try:
         begun = time.monotonic()
-        taken = await asyncio.gather(
-            *(counted.take("web", Kind.REQUESTS, 100, 1) for _ in range(20))
-        )
+        taken = await asyncio.gather(*(counted.take("web", "requests", 100, 1) for _ in range(20)))
         for _ in range(20):
-            taken.append(await counted.take("web", Kind.REQUESTS, 100, 1))
+            taken.append(await counted.take("web", "requests", 100, 1))
         assert time.monotonic() - begun < 1
         assert taken == [None] * 40
         assert unchecked.count == 40

@@ -67,7 +67,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_waiting_work_that_goes_on_is_well(default_checkpoint: Checkpoint) -> None:
     """However long work waits: while something is finished now and then, the engine is well."""
     async with watched(default_checkpoint) as (engine, health, clock):
-        with health.waiting():
+        with health.waiting:
             for _ in range(20):
                 clock.now += 50
                 engine.finished += 1
@@ -81,7 +81,7 @@ async def test_an_idle_engine_does_not_stall(default_checkpoint: Checkpoint) -> 
     """Where nothing waits, nothing need be finished, whatever the time."""
     async with watched(default_checkpoint) as (_, health, clock):
         clock.now += 100_000
-        with health.waiting():
+        with health.waiting:
             assert health.stalled == 0
             assert health.readiness().ready
 
@@ -90,7 +90,7 @@ async def test_an_idle_engine_does_not_stall(default_checkpoint: Checkpoint) -> 
 async def test_a_stalled_engine_is_not_ready_then_not_live(default_checkpoint: Checkpoint) -> None:
     """A minute without progress takes it from the load balancer, five have it started again."""
     async with watched(default_checkpoint) as (engine, health, clock):
-        with health.waiting():
+        with health.waiting:
             clock.now += 59
             assert health.readiness().ready
             clock.now += 2
@@ -123,7 +123,7 @@ async def test_a_hung_engine_is_found_without_traffic(default_checkpoint: Checkp
     async with watched(default_checkpoint) as (engine, health, clock):
         engine.works.clear()
         clock.now += 31
-        await until(lambda: health._waiting)
+        await until(lambda: health.waiting.count)
         clock.now += 61
         assert not health.readiness().ready
         engine.works.set()

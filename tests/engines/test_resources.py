@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +82,36 @@ def processor_flags() -> set[str]:
         return set()
     lines = [line for line in cpuinfo.read_text().splitlines() if line[:5] in ("flags", "Featu")]
     return set(lines[0].split(":", 1)[1].split()) if lines else set()
+
+
+SHAPES = """
+import os, torch
+from torch.nn.functional import linear
+from taskvec.engines.packed.resources import bound_kernels
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+
+bound_kernels()
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def products(first, last):
+    for rows in range(first, last):
+        linear(torch.ones(rows, 64, dtype=torch.bfloat16), weight)
+    return resident()
+
+kept = products(1, 400)
+print(products(400, 800) - kept, os.environ["LRU_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.parametrize("said", [None, "300"])
+def test_kernels_do_not_pile_up(said: str | None) -> None:
+    """After some hundred shapes more of them take no more memory; what is set by hand stays."""
+    environment = {k: v for k, v in os.environ.items() if k != "LRU_CACHE_CAPACITY"}
+    environment |= {} if said is None else {"LRU_CACHE_CAPACITY": said}
+    run = subprocess.run(
+        [sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True, env=environment
+    )
+    grown, capacity = run.stdout.split()
+    assert float(grown) < 130  # it would be 270
+    assert capacity == (said or "256")

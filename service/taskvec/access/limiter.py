@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import enum
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -15,12 +14,8 @@ from taskvec.access.windows import LocalWindows, Usage
 from taskvec.errors import InvalidRequestError, RateLimitError, UnavailableError
 from taskvec.stores import ANSWER_SECONDS, PAUSE, Outage, connection_pool
 
-
-class Kind(enum.StrEnum):
-    """What is counted."""
-
-    REQUESTS = "requests"
-    TOKENS = "tokens"
+Kind = Literal["requests", "tokens"]
+"""What is counted; no enumeration, whose members would be hashed in Python, for every request."""
 
 
 class Window(NamedTuple):
@@ -90,7 +85,7 @@ class Limiter:
                 "minute: send fewer texts at once.",
                 code="too_many_tokens",
             )
-        identity = (name, kind.value)
+        identity = (name, kind)
         if self._pool is None:
             counted: tuple[bool, Usage] | None = self._local.take(identity, limit, amount)
         else:

@@ -40,11 +40,11 @@ class Usage(NamedTuple):
 
     def seconds_until(self, room: int) -> float:
         """When at most ``room`` will be used, if nothing is added."""
+        if self.now > room:
+            return self.ends + MINUTE * (1 - room / self.now)
         if self.used <= room:
             return 0.0
-        if self.now <= room:
-            return self.fades - (room - self.now) * MINUTE / self.before
-        return self.ends + MINUTE * (1 - room / self.now)
+        return self.fades - (room - self.now) * MINUTE / self.before
 
 
 def faded(before: int, fades: float) -> int:

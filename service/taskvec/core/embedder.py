@@ -21,6 +21,7 @@ from taskvec.core.vectors import finish
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 from taskvec.gather import gather_or_cancel
+from taskvec.interruption import Interruption
 from taskvec.telemetry.stages import Stages
 
 Charge = Callable[[int], Awaitable[None]]
@@ -61,9 +62,10 @@ class AsyncEmbedder:
         """Longest text, special tokens included."""
         return self._tokenizer.max_tokens
 
+    @property
     def work(self) -> AbstractContextManager[None]:
-        """Around a whole request; see ``ServiceHealth.work``."""
-        return self._health.work()
+        """Around a whole request; see ``ServiceHealth``."""
+        return self._health.work
 
     async def close(self) -> None:
         """Let go of the tokenizer's threads and of the cache, once nothing is embedded any more."""
@@ -119,14 +121,8 @@ class AsyncEmbedder:
         stages = stages or Stages()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._embed(jobs, stages, charge)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                "The request's deadline passed before it was embedded: send fewer texts at once, "
-                "or allow more time."
-            ) from None
+        with Interruption(_too_late, seconds):
+            return await self._embed(jobs, stages, charge)
 
     async def _embed(
         self, jobs: Sequence[EmbedJob], stages: Stages, charge: Charge | None
@@ -191,7 +187,7 @@ class AsyncEmbedder:
             if charge is not None:
                 await charge(tokens)
             stages.begin("queue")
-            with self._health.waiting():
+            with self._health.waiting:
                 if len(batches) == 1:
                     results = [await self._engine.embed(batches[0])]
                 else:
@@ -215,6 +211,13 @@ class AsyncEmbedder:
             return cast("Sequence[TokenIds]", job.inputs)
         texts = cast("Sequence[str]", job.inputs)
         return await self._tokenizer.encode(texts, prompt=job.task.prompt, truncate=job.truncate)
+
+
+def _too_late() -> DeadlineExceededError:
+    return DeadlineExceededError(
+        "The request's deadline passed before it was embedded: send fewer texts at once, or allow "
+        "more time."
+    )
 
 
 def _tokens(texts: Sequence[TokenIds]) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +19,31 @@ LOOK_EVERY = 0.5
 """Seconds between two looks at the engine's progress."""
 
 
+class Inside:
+    """A with block that any number may be in at a time, and how many are."""
+
+    __slots__ = ("_enter", "count")
+
+    def __init__(self, enter: Callable[[], None]) -> None:
+        """Nobody is inside; whoever comes calls ``enter`` first, which may refuse by raising."""
+        self._enter = enter
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self._enter()
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+
+
 class ServiceHealth:
     """Watches an engine work, and knows whether the service is leaving; of one event loop.
 
     Attributes:
-        working: requests that have come and have no answer yet.
+        work: around a request that has come, from its first byte: what is within is answered.
+            Entering raises UnavailableError where it would not be; see ``require_open``.
+        waiting: around every call to the engine.
     """
 
     def __init__(
@@ -53,16 +72,16 @@ class ServiceHealth:
         self._clock = clock
         self._leaving = False
         self._refusing = False
-        self._waiting = 0
         self._finished = engine.finished
         self._finished_at = self._moved_at = clock()
         self._fault = ""
-        self.working = 0
+        self.work = Inside(self.require_open)
+        self.waiting = Inside(self._begin_to_wait)
 
     @property
     def stalled(self) -> float:
         """Seconds for which work has waited and nothing was finished."""
-        return self._clock() - self._moved_at if self._waiting else 0.0
+        return self._clock() - self._moved_at if self.waiting.count else 0.0
 
     def leave(self) -> None:
         """Stop being ready; requests that still come are answered."""
@@ -107,30 +126,9 @@ class ServiceHealth:
         """
         self._progress().require_ready()
 
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """Around a request that has come, from its first byte: what is within is answered.
-
-        Raises:
-            UnavailableError: see ``require_open``.
-        """
-        self.require_open()
-        self.working += 1
-        try:
-            yield
-        finally:
-            self.working -= 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around every call to the engine."""
-        if not self._waiting:
+    def _begin_to_wait(self) -> None:
+        if not self.waiting.count:
             self._moved_at = self._clock()
-        self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
 
     async def watch(self) -> None:
         """Look at the engine now and then, and try it where it was quiet; until cancelled."""
@@ -160,7 +158,7 @@ class ServiceHealth:
         deadline = time.monotonic() + self._dead_seconds
         self._finished_at = self._clock()  # the next one comes a whole pause later
         try:
-            with self.waiting():
+            with self.waiting:
                 await self._engine.embed(TokenBatch([text], adapter, deadline))
         except TaskvecError as error:
             self._fault = error.message

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
@@ -29,7 +29,7 @@ BEARER, API_KEY = "bearer", "api-key"
 KEY_HEADERS = (b"api-key", b"x-api-key")
 HEADER_NAMES = {
     kind: [f"x-ratelimit-{what}-{kind}".encode() for what in ("limit", "remaining", "reset")]
-    for kind in Kind
+    for kind in get_args(Kind)
 }
 TRY_AGAIN = 1.0
 """Seconds after which a request beyond a key's concurrency may be sent again."""
@@ -106,12 +106,13 @@ class Access:
             self._enter(key)
             try:
                 if key.limits.requests_per_minute:
-                    await take(Kind.REQUESTS, key.limits.requests_per_minute, 1)
+                    await take("requests", key.limits.requests_per_minute, 1)
                 if key.limits.tokens_per_minute:
-                    record.charge = partial(take, Kind.TOKENS, key.limits.tokens_per_minute)
+                    record.charge = partial(take, "tokens", key.limits.tokens_per_minute)
                 return await endpoint(request)
             finally:
                 self._running[key.name] -= 1
+                record.charge = None  # it holds the record: a cycle, left to the garbage collector
 
         return within_limits
 

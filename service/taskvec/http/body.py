@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
-from starlette.requests import Request
 from starlette.types import Receive
 
 from taskvec.errors import (
@@ -17,6 +16,7 @@ from taskvec.errors import (
 )
 from taskvec.http.json import parse
 from taskvec.http.limits import Limits
+from taskvec.interruption import Interruption
 
 T = TypeVar("T")
 
@@ -31,11 +31,14 @@ WATCH_AFTER = 0.02
 costs as much as everything else that is done for a small request."""
 
 
-async def read_json(request: Request, limits: Limits, read: Callable[[Any], T]) -> T:
+async def read_json(
+    receive: Receive, headers: Mapping[str, str], limits: Limits, read: Callable[[Any], T]
+) -> T:
     """What ``read`` makes of the parsed body; in a thread where that would block the event loop.
 
     Args:
-        request: not yet read.
+        receive: gives the body, of which nothing was read yet.
+        headers: of the request.
         limits: of the body.
         read: from the parsed body to what is wanted of it.
 
@@ -47,25 +50,26 @@ async def read_json(request: Request, limits: Limits, read: Callable[[Any], T]) 
         InvalidRequestError: not JSON: also NaN, lone surrogates, nesting beyond 1,024 levels, and
             more values than the limit.
     """
-    declared = request.headers.get("content-type", "application/json")
+    declared = headers.get("content-type", "application/json")
     kind = declared.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"The body is declared as {kind[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    body = await read_bytes(request, limits)
+    body = await read_bytes(receive, headers, limits)
     if len(body) <= PARSE_INLINE:
         return read(parse(body, limits.values))
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(None, lambda: read(parse(body, limits.values)))
 
 
-async def read_bytes(request: Request, limits: Limits) -> bytes:
+async def read_bytes(receive: Receive, headers: Mapping[str, str], limits: Limits) -> bytes:
     """The body as it came.
 
     Args:
-        request: not yet read.
+        receive: gives the body, of which nothing was read yet.
+        headers: of the request.
         limits: a body over ``body_bytes`` is refused by its header, or as soon as it passes it.
 
     Raises:
@@ -74,7 +78,7 @@ async def read_bytes(request: Request, limits: Limits) -> bytes:
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client left while sending.
     """
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("identity", ""):
         raise UnsupportedMediaTypeError(
             f"The body is declared as compressed ({coding[:80]!r}): send it as it is, without the "
@@ -82,17 +86,11 @@ async def read_bytes(request: Request, limits: Limits) -> bytes:
             code="unsupported_content_encoding",
         )
     limit = limits.body_bytes
-    length = request.headers.get("content-length", "0")
+    length = headers.get("content-length", "0")
     if length.isdecimal() and (len(length) > MOST_DIGITS or int(length) > limit):
         raise _too_large(limit)
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            return await _read(request.receive, limit)
-    except TimeoutError:
-        raise SlowRequestError(
-            f"The body did not arrive within {limits.body_seconds:g} seconds: send fewer texts at "
-            "once."
-        ) from None
+    with Interruption(lambda: _too_slow(limits.body_seconds), limits.body_seconds):
+        return await _read(receive, limit)
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -117,32 +115,36 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -
     Raises:
         ClientClosedError: the client left first.
     """
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
-    left = False
+    leaving = Interruption(_client_left)
     watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
-        nonlocal left
         while (await receive())["type"] != "http.disconnect":
             pass
-        left = True
-        task.cancel()
+        leaving.interrupt()
 
     def start_watching() -> None:
         nonlocal watcher
         watcher = asyncio.create_task(watch())
 
     timer = asyncio.get_running_loop().call_later(WATCH_AFTER, start_watching)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if left and task.uncancel() == 0:
-            raise ClientClosedError("The client left before its answer.") from None
-        raise
-    finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+    with leaving:
+        try:
+            return await work
+        finally:
+            timer.cancel()
+            if watcher is not None:
+                watcher.cancel()
+
+
+def _client_left() -> ClientClosedError:
+    return ClientClosedError("The client left before its answer.")
+
+
+def _too_slow(seconds: float) -> SlowRequestError:
+    return SlowRequestError(
+        f"The body did not arrive within {seconds:g} seconds: send fewer texts at once."
+    )
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:

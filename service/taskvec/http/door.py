@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from taskvec.core.admission import Admission
@@ -10,6 +9,7 @@ from taskvec.core.health import ServiceHealth
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import InvalidRequestError, TaskvecError
 from taskvec.http.access import Gate
+from taskvec.http.headers import headers_of
 from taskvec.http.limits import priority_asked
 from taskvec.http.record import RequestRecord
 
@@ -40,7 +40,7 @@ class Door:
                 return None  # the gate says what is wrong with it
         try:
             self._health.require_open()
-            self._admission.require_room(priority_asked(Headers(scope=scope), key))
+            self._admission.require_room(priority_asked(headers_of(scope), key))
         except InvalidRequestError:
             return None
         except TaskvecError as refusal:

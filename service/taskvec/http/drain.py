@@ -86,15 +86,15 @@ class _Drain:
 
     async def _empty(self, number: signal.Signals) -> None:
         health = self._health
-        log.info("draining", signal=number.name, working=health.working)
+        log.info("draining", signal=number.name, working=health.work.count)
         health.leave()
         if number == signal.SIGTERM:
             await asyncio.sleep(self._grace)
         health.refuse()
         until = time.monotonic() + self._limit
-        while health.working and time.monotonic() < until:  # noqa: ASYNC110 - it has no event
+        while health.work.count and time.monotonic() < until:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(LOOK_EVERY)
-        log.info("drained", unfinished=health.working)
+        log.info("drained", unfinished=health.work.count)
         # uvicorn has a limit of its own, which it would begin to count only now.
         server = getattr(self.server[number], "__self__", None)
         if isinstance(server, uvicorn.Server):

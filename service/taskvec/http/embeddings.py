@@ -18,6 +18,7 @@ from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
 from taskvec.http.body import read_json, unless_client_leaves
 from taskvec.http.encoding import OCTET_STREAM, Transport, encode_off_loop
+from taskvec.http.headers import headers_of
 from taskvec.http.limits import Limits, priority_asked, seconds_allowed
 from taskvec.http.names import ServedNames
 from taskvec.http.record import record_of
@@ -42,13 +43,17 @@ class EmbeddingsRoute:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request; failures are raised as TaskvecError."""
-        with self._embedder.work():
+        with self._embedder.work:
             return await self._answer(request)
 
     async def _answer(self, request: Request) -> Response:
         record = record_of(request.scope)
+        headers = headers_of(request.scope)
         job, transport = await read_json(
-            request, self._limits, lambda body: self.read(body, request.headers, record.key)
+            request.receive,
+            headers,
+            self._limits,
+            lambda body: self.read(body, headers, record.key),
         )
         record.task, record.texts = job.task.name, len(job.inputs)
         record.output = job.output.value, transport.value

@@ -15,6 +15,7 @@ from taskvec.engines.base import TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.http.body import read_bytes, unless_client_leaves
+from taskvec.http.headers import headers_of
 from taskvec.http.limits import Limits, priority_asked, seconds_allowed
 from taskvec.http.record import RequestRecord, record_of
 from taskvec.priority import Priority
@@ -30,17 +31,18 @@ class EngineRoute:
 
     async def __call__(self, request: Request) -> Response:
         """Answer one call; failures are raised as TaskvecError."""
-        with self._embedder.work():
+        with self._embedder.work:
             return await self._answer(request)
 
     async def _answer(self, request: Request) -> Response:
-        if request.headers.get("content-type") != WIRE_TYPE:
+        headers = headers_of(request.scope)
+        if headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
-        seconds = seconds_allowed(request.headers, self._limits.seconds)
-        priority = priority_asked(request.headers, record_of(request.scope).key)
-        body = await read_bytes(request, self._limits)
+        seconds = seconds_allowed(headers, self._limits.seconds)
+        priority = priority_asked(headers, record_of(request.scope).key)
+        body = await read_bytes(request.receive, headers, self._limits)
         try:
-            ids, adapters = unpack_texts(request.headers.get(ADAPTERS_HEADER, ""), body)
+            ids, adapters = unpack_texts(headers.get(ADAPTERS_HEADER, ""), body)
         except ValueError as error:
             raise InvalidRequestError(
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"

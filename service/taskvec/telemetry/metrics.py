@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -127,15 +129,10 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries, CacheSeries):
             registry=self.registry,
             multiprocess_mode="livesum",
         )
-        self._by_label = {
-            (task, status): (
-                self._requests.labels(task, status),
-                self._texts.labels(task, status),
-                self._tokens.labels(task, status),
-            )
-            for task in (*tasks, NO_TASK)
-            for status in STATUSES
-        }
+        self._of_task = cache(self._find_of_task)
+        self._of_key = cache(self._find_of_key)
+        for task, status in product((*tasks, NO_TASK), STATUSES):
+            self._of_task(task, status)
         self._seconds_by_task = {
             task: self._request_seconds.labels(task) for task in (*tasks, NO_TASK)
         }
@@ -151,10 +148,19 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries, CacheSeries):
 
     def keys_changed(self, names: Iterable[str]) -> None:
         """The API keys that requests may have from now on; what others counted stays."""
-        for name in (*names, NO_KEY):
-            self._key_tokens.labels(name)
-            for status in STATUSES:
-                self._key_requests.labels(name, status)
+        for name, status in product((*names, NO_KEY), STATUSES):
+            self._of_key(name, status)
+
+    def _find_of_task(self, task: str, status: str) -> tuple[Counter, Counter, Counter]:
+        labels = task, status
+        return (
+            self._requests.labels(*labels),
+            self._texts.labels(*labels),
+            self._tokens.labels(*labels),
+        )
+
+    def _find_of_key(self, name: str, status: str) -> tuple[Counter, Counter]:
+        return self._key_requests.labels(name, status), self._key_tokens.labels(name)
 
     def limit_unchecked(self) -> None:
         """See ``LimitObserver``."""
@@ -193,14 +199,7 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries, CacheSeries):
         self._in_flight.dec()
         name = task or NO_TASK
         label = str(status)
-        series = self._by_label.get((name, label))
-        if series is None:
-            series = (
-                self._requests.labels(name, label),
-                self._texts.labels(name, label),
-                self._tokens.labels(name, label),
-            )
-        requests, texts_total, tokens_total = series
+        requests, texts_total, tokens_total = self._of_task(name, label)
         requests.inc()
         texts_total.inc(texts)
         tokens_total.inc(tokens)
@@ -211,8 +210,9 @@ class Metrics(ProcessSeries, EngineSeries, PoolSeries, CacheSeries):
             self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
         elif output is not None:
             self._by_output[output].inc()
-        self._key_requests.labels(key or NO_KEY, label).inc()
-        self._key_tokens.labels(key or NO_KEY).inc(tokens)
+        key_requests, key_tokens = self._of_key(key or NO_KEY, label)
+        key_requests.inc()
+        key_tokens.inc(tokens)
 
     def render(self, state: str) -> bytes:
         """All series in Prometheus' text format; of all processes where several share them.

@@ -31,8 +31,8 @@ LIKE_LENGTH = 0.85
 """A text joins a group if it is at least this share of the group's longest."""
 
 FEW_COUNTS = [1, 4, 16, 64, 256]
-"""Numbers of texts in a group: few, because oneDNN keeps some 300 KB for every shape. With sixteen
-they came to a hundred megabytes more, and the few were no slower."""
+"""Numbers of texts in a group: few, because memory grows with every new shape. With sixteen it took
+a hundred megabytes more, and the few were no slower."""
 
 GROUP_SCORES = 1 << 21
 """Most attention scores in one group: 4 MiB of bf16, so that they stay in cache."""

@@ -30,7 +30,6 @@ from taskvec.engines.packed.resources import (
     choose_dtype,
     is_out_of_memory,
     release_memory,
-    return_memory,
 )
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.turns import TurnQueue
@@ -41,6 +40,7 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
+from taskvec.memory import return_memory
 from taskvec.priority import Priority
 
 MERGE_SHARE = 0.5

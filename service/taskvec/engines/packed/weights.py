@@ -13,7 +13,7 @@ from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.packed.projection import LowRank, Projection
-from taskvec.engines.packed.resources import available_cores
+from taskvec.engines.packed.resources import available_cores, bound_kernels
 from taskvec.engines.packed.transformer import Layer, Transformer
 
 TensorReader = Callable[[Path, str], torch.Tensor]
@@ -45,6 +45,7 @@ def load_transformer(
         merge: True gives each adapter full weights of its own, False keeps its low-rank factors.
         threads: processor threads of a forward; 0 for one per core that the process may use.
     """
+    bound_kernels()
     with ExitStack() as files:
         read = _reader(files)
 

@@ -1,0 +1,60 @@
+"""What the process keeps of freed memory, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+PROBE = """
+import json, resource, sys
+from taskvec.memory import keep_freed_memory, return_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        blocks = [bytearray(300_000) for _ in range(4)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+before = faults()
+keep_freed_memory()
+faults()
+kept = faults()
+pieces = [bytearray(20_000) for _ in range(5_000)]
+full = resident()
+del pieces[:-1]
+return_memory()
+print(json.dumps({"before": before, "kept": kept, "given": full - resident()}))
+"""
+
+
+def probe(**environment: str) -> dict[str, int]:
+    """What a fresh process saw."""
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+    found: dict[str, int] = json.loads(run.stdout)
+    return found
+
+
+def test_answers_take_no_new_pages() -> None:
+    """Blocks of an answer's size come from memory that is kept; much of it can be given back."""
+    seen = probe()
+    assert seen["before"] > 1000
+    assert seen["kept"] < seen["before"] / 20
+    assert seen["given"] > 50_000_000
+
+
+def test_the_environment_decides() -> None:
+    """Who has set malloc's thresholds keeps them."""
+    seen = probe(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert seen["kept"] > seen["before"] / 2

@@ -73,7 +73,7 @@ class Reader:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=180,
         )
         assert done.returncode == 0, f"{place}: {text}\n{done.stdout}\n{done.stderr}"
         if made := SECRET.search(done.stderr):
@@ -205,7 +205,7 @@ def _way(begins: str, reason: str, check: Callable[[Reader, str], object]) -> In
 
 INSTEAD = [
     _way("make serve", "it installs packages first", make_serves),
-    _way("make (test|build|images|load|peers)", "it takes long, or needs Docker", make_would_run),
+    _way("make (test|build|images|load|peers|train-mini)", "it takes long, or needs Docker", make_would_run),
     _way("helm (install|upgrade)", "there is no cluster; tests/deploy has more", helm_renders),
     _way("helm test", "there is no cluster; tests/deploy asks what the pod asks", helm_has_a_test),
     _way(".*docker compose", "there is no Docker; tests/deploy has more", compose_has_it),
@@ -213,6 +213,7 @@ INSTEAD = [
     _way("pip (install|download)", "it needs an index", pip_has_it),
     _way("taskvec serve --engine vllm", "tests/real_vllm does, with vLLM", options_exist),
     _way("taskvec serve --engine remote", "test_remote_serving.py does", options_exist),
+    _way("taskvec eval", "tests/evaluation does, with data of its own", options_exist),
     _way("TASKVEC_LIMITS_URL=", "tests/access does, with a Redis", options_exist),
 ]
 """Everything in the documentation's shell blocks that is not run, and why."""

@@ -205,7 +205,11 @@ def _way(begins: str, reason: str, check: Callable[[Reader, str], object]) -> In
 
 INSTEAD = [
     _way("make serve", "it installs packages first", make_serves),
-    _way("make (test|build|images|load|peers|train-mini)", "it takes long, or needs Docker", make_would_run),
+    _way(
+        "make (test|build|images|load|peers)",
+        "it takes long, or needs Docker",
+        make_would_run,
+    ),
     _way("helm (install|upgrade)", "there is no cluster; tests/deploy has more", helm_renders),
     _way("helm test", "there is no cluster; tests/deploy asks what the pod asks", helm_has_a_test),
     _way(".*docker compose", "there is no Docker; tests/deploy has more", compose_has_it),

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import enum
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from taskvec_train.data.commands import corpus, mine
-from taskvec_train.data.records import DataError
 from taskvec_train.errors import TrainingError
-
-FAILED = 3
-"""Exit code of a run that could not be done; its reason is on stderr."""
+from taskvec_train.failures import clear_failures
 
 app = typer.Typer(
     help="Train embedding models and their task adapters.",
@@ -68,7 +61,7 @@ def run(
 
     On several GPUs: torchrun --nproc-per-node N -m taskvec_train run ...
     """
-    with _clear_failures():
+    with clear_failures():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415 - torch, after the check
         from taskvec_train.run import run_recipe  # noqa: PLC0415
 
@@ -85,7 +78,7 @@ def distill(
     cpu: CpuOption = False,
 ) -> None:
     """Run stage 1 of a recipe alone; `run` finds it done."""
-    with _clear_failures():
+    with clear_failures():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
         from taskvec_train.run import distill_recipe, open_run  # noqa: PLC0415
 
@@ -103,7 +96,7 @@ def export(
     changes: SetOption = None,
 ) -> None:
     """Write the checkpoint of a finished run again, with measured figures in its card."""
-    with _clear_failures():
+    with clear_failures():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
         from taskvec_train.run import run_recipe  # noqa: PLC0415
 
@@ -138,7 +131,7 @@ def adapter(
     cpu: CpuOption = False,
 ) -> None:
     """Train an adapter for a task of one's own, and put it beside the model's others."""
-    with _clear_failures():
+    with clear_failures():
         from taskvec_train.adapter import add_adapter, open_model  # noqa: PLC0415
         from taskvec_train.recipe import adapter_recipe  # noqa: PLC0415
 
@@ -186,7 +179,7 @@ def teach(
     cpu: CpuOption = False,
 ) -> None:
     """Write a teacher's vectors of texts to disk: float16, of length 1, found by text hash."""
-    with _clear_failures():
+    with clear_failures():
         from taskvec_train.data.readers import read_texts  # noqa: PLC0415
         from taskvec_train.loop import new_accelerator  # noqa: PLC0415
         from taskvec_train.teacher import load_teacher, teach  # noqa: PLC0415
@@ -202,24 +195,3 @@ def _read_text(file: Path) -> str:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{file} cannot be read: {error}.") from None
-
-
-@contextmanager
-def _clear_failures() -> Iterator[None]:
-    """One sentence on stderr and an exit code, where the user can cure it."""
-    missing = [
-        name
-        for name in ("torch", "transformers", "peft", "accelerate", "matplotlib", "tensorboard")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        typer.echo(f"Training needs {', '.join(missing)}: pip install 'taskvec[train]'.", err=True)
-        sys.exit(FAILED)
-    try:
-        yield
-    except (TrainingError, DataError) as error:
-        typer.echo(str(error), err=True)
-        sys.exit(FAILED)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: the same command goes on from the last state.", err=True)
-        sys.exit(130)

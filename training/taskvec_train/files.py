@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import orjson
 from safetensors import SafetensorError
 
 from taskvec_train.errors import TrainingError
@@ -80,6 +81,16 @@ def whole_file(file: Path) -> Iterator[Path]:
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def write_jsonl(file: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write one JSON object a line.
+
+    Raises:
+        TrainingError: the disk refuses it.
+    """
+    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
+        stream.writelines(orjson.dumps(record) + b"\n" for record in records)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from taskvec_train.data import Pair, read_pairs
-from taskvec_train.data.commands import FAILED, corpus, mine
+from taskvec_train.data.commands import corpus, mine
+from taskvec_train.failures import FAILED
 
 app = typer.Typer()
 app.command()(corpus)

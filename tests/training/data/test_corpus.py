@@ -11,7 +11,6 @@ import pytest
 from rich.progress import Progress
 
 from taskvec_train.data import (
-    DataError,
     read_labelled,
     read_pairs,
     read_scored,
@@ -24,7 +23,8 @@ from taskvec_train.data.packages import Package
 from taskvec_train.data.sources import Source
 from taskvec_train.data.split import HELD_OUT_SHARE, is_held_out
 from taskvec_train.data.wordnet import Synset
-from taskvec_train.data.writing import new_folder, write_jsonl
+from taskvec_train.errors import TrainingError
+from taskvec_train.files import whole_folder, write_jsonl
 
 ANIMALS = ("cat", "dog", "horse", "cow", "sheep", "goat", "pig", "hen", "duck", "goose")
 VERBS = ("eats", "hunts", "sees", "hears", "follows", "likes", "fears", "finds", "hides")
@@ -212,7 +212,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
 
 
 def build_halfway(out: Path):
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "half").write_text("written")
         (folder / "nowhere" / "half").write_text("not written")
 
@@ -220,11 +220,11 @@ def build_halfway(out: Path):
 def test_a_failed_build_leaves_nothing_behind(tmp_path: Path):
     """The folder gets its name at the end; one that is there is not touched."""
     out = tmp_path / "corpus"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TrainingError):
         build_halfway(out)
     assert list(tmp_path.iterdir()) == []
-    with new_folder(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "whole").write_text("written")
     assert (out / "whole").exists()
-    with pytest.raises(DataError, match="is there already"), new_folder(out):
+    with pytest.raises(TrainingError, match="exists already"), whole_folder(out):
         pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,30 +10,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskvec_train.data.readers import read_pairs
-from taskvec_train.data.records import DataError
-from taskvec_train.data.writing import write_jsonl
-
-FAILED = 3
-"""Exit code of a command that could not be done; its reason is on stderr."""
+from taskvec_train.failures import clear_failures
+from taskvec_train.files import write_jsonl
 
 
-@contextmanager
-def _clear_failures() -> Iterator[None]:
-    """Failures that the user can cure are told in a sentence."""
-    try:
-        yield
-    except DataError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(FAILED) from None
-    except OSError as error:
-        typer.echo(f"{error}. Nothing half-written was left; cure it and run it again.", err=True)
-        raise typer.Exit(FAILED) from None
-    except ModuleNotFoundError as error:
-        typer.echo(f"{error.name} is missing. Install taskvec[train].", err=True)
-        raise typer.Exit(FAILED) from None
-
-
-@_clear_failures()
+@clear_failures()
 def corpus(
     *,
     out: Annotated[Path, typer.Option(help="The folder to make. It must not exist.")],
@@ -53,7 +32,7 @@ def corpus(
         build(out, work.resolve(), workers, progress)
 
 
-@_clear_failures()
+@clear_failures()
 def mine(
     *,
     pairs: Annotated[Path, typer.Option(help="Pairs: a JSONL or Parquet file, or a folder.")],

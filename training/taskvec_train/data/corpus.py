@@ -20,14 +20,14 @@ from taskvec_train.data.sources import APT_LISTS, SOURCES, Source
 from taskvec_train.data.split import is_held_out
 from taskvec_train.data.trainset import write_training
 from taskvec_train.data.wordnet import Synset, read_synsets
-from taskvec_train.data.writing import new_folder
+from taskvec_train.files import whole_folder
 
 WORDNET = "debian:wordnet-base"
 
 
 def build(out: Path, work: Path, workers: int, progress: Progress) -> None:
-    """Build the corpus at `out`; what is fetched stays in `work`. Raises DataError."""
-    with new_folder(out) as folder:
+    """Build the corpus at `out`; what is fetched stays in `work`. Raises TrainingError."""
+    with whole_folder(out) as folder:
         packages = fetch(SOURCES, work, progress)
         parts = parse(SOURCES, packages, workers, progress)
         step = progress.add_task("Removing near-duplicates", total=1)
@@ -38,7 +38,7 @@ def build(out: Path, work: Path, workers: int, progress: Progress) -> None:
 
 
 def fetch(sources: Sequence[Source], work: Path, progress: Progress) -> dict[str, Package]:
-    """Fetch and unpack every package of the sources. Raises DataError."""
+    """Fetch and unpack every package of the sources. Raises TrainingError."""
     wanted = list(dict.fromkeys(name for source in sources for name in source.packages))
     step = progress.add_task("Fetching packages", total=len(wanted))
     apt = Apt(work / "apt")

@@ -18,7 +18,7 @@ from taskvec_train.data.trainset import (
     scored_record,
 )
 from taskvec_train.data.wordnet import Synset
-from taskvec_train.data.writing import write_jsonl
+from taskvec_train.files import write_jsonl
 
 MAX_QUERIES = 1_000
 """Queries of one group."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from taskvec_train.errors import TrainingError
 
-class DataError(ValueError):
+
+class DataError(TrainingError):
     """Data that cannot be used: says which file and line, what is wrong and what to do."""
 
 

@@ -12,7 +12,7 @@ from taskvec_train.data.entries import Entry, passages
 from taskvec_train.data.records import Scored
 from taskvec_train.data.split import is_held_out
 from taskvec_train.data.wordnet import Synset, graded_pairs
-from taskvec_train.data.writing import write_jsonl
+from taskvec_train.files import write_jsonl
 
 LEAST_MEMBERS = 30
 """Passages a class must have."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from taskvec_train.data.mining import Mining, mine
 from taskvec_train.data.readers import read_pairs
 from taskvec_train.data.records import Pair
-from taskvec_train.data.writing import write_jsonl
+from taskvec_train.files import write_jsonl
 from taskvec_train.recipe import Mine
 from taskvec_train.sources import Vectors
 from taskvec_train.workspace import Workspace

@@ -10,21 +10,29 @@ MMAP_THRESHOLD = 32 << 20
 TRIM_THRESHOLD = 64 << 20
 """Bytes: what glibc itself comes to, at most, in a process that frees large blocks."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+ARENAS = 2
+"""Heaps that threads share; by default eight a core, each with what its own peak has left."""
+
+_CHOICES = {  # numbers of malloc.h, and what the environment calls them
+    "MALLOC_TRIM_THRESHOLD_": (-1, TRIM_THRESHOLD),
+    "MALLOC_MMAP_THRESHOLD_": (-3, MMAP_THRESHOLD),
+    "MALLOC_ARENA_MAX": (-8, ARENAS),
+}
 
 
 def keep_freed_memory() -> None:
-    """Keep freed blocks for the next request, up to ``TRIM_THRESHOLD``.
+    """Keep freed blocks for the next request, up to ``TRIM_THRESHOLD``, in ``ARENAS``.
 
     By default an answer of some hundred kilobytes takes its memory from the system, and gives it
     back, at every copy: that takes five times as long as to write its JSON. What the environment
-    says of malloc's thresholds goes before.
+    says of malloc goes before. Call it before there are threads.
     """
-    said = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     mallopt = _of_c("mallopt")
-    if mallopt is not None and not said:
-        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+    if mallopt is None:
+        return
+    for name, (number, value) in _CHOICES.items():
+        if name not in os.environ:
+            mallopt(number, value)
 
 
 def return_memory() -> None:

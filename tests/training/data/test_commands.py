@@ -63,7 +63,7 @@ def test_a_corpus_is_not_built_over_something(tmp_path: Path):
     command = ["corpus", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == FAILED
-    assert "is there already" in result.stderr
+    assert "exists already" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ class Interruption:
     """A with block that can be interrupted; it then raises an error of its own.
 
     As ``asyncio.timeout``, whose rules it follows: a cancellation from elsewhere stays one. That
-    knows times only, and two of them took a twentieth of the gateway's time for a text.
+    knows times only, and takes half as long again: every request has two or three of these.
     """
 
     __slots__ = ("_before", "_error", "_seconds", "_task", "_timer", "_used")

@@ -1,4 +1,4 @@
-"""The commands: corpus, run, distill, adapter, teach, mine, export."""
+"""The commands: corpus, run, distill, measure, export, adapter, teach, mine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from taskvec_train.data.commands import corpus, mine
 from taskvec_train.errors import TrainingError
 from taskvec_train.failures import clear_failures
+from taskvec_train.files import whole_file
 
 app = typer.Typer(
     help="Train embedding models and their task adapters.",
@@ -107,6 +108,38 @@ def export(
 
 
 @app.command()
+def measure(
+    recipe: RecipeArgument,
+    out: OutOption,
+    held_out: Annotated[Path, typer.Option(help="Data as `taskvec eval` reads it.")],
+    beside: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL: another checkpoint to compare with.")
+    ] = None,
+    changes: SetOption = None,
+    cpu: CpuOption = False,
+) -> None:
+    """Measure a finished run beside its teacher, its untrained student and BM25.
+
+    Writes figures.json and figures.md into the run's folder; the latter is for `export --figures`.
+    """
+    with clear_failures("eval"):
+        from taskvec.evaluation.progress import progress  # noqa: PLC0415 - an extra
+        from taskvec_train.figures import as_json, as_markdown  # noqa: PLC0415
+        from taskvec_train.measure import measure  # noqa: PLC0415
+        from taskvec_train.recipe import read_recipe  # noqa: PLC0415
+
+        others = dict(_named(text) for text in beside or ())
+        read = read_recipe(recipe, changes or ())
+        with progress() as watch:
+            found = measure(read, out, held_out, others, cpu=cpu, watch=watch)
+        tables = as_markdown(found, read.name)
+        for name, content in (("figures.json", as_json(found)), ("figures.md", tables.encode())):
+            with whole_file(out / name) as unfinished:
+                unfinished.write_bytes(content)
+        typer.echo(tables)
+
+
+@app.command()
 def adapter(
     base: Annotated[str, typer.Option(help="The model: a folder, a hub id, or taskvec-mini.")],
     task: Annotated[str, typer.Option(help="Name of the new task, and of its folder.")],
@@ -188,6 +221,13 @@ def teach(
         loaded = load_teacher(teacher, max_tokens, new_accelerator(cpu=cpu).device)
         vectors = teach(loaded, records, instruction, out, batch_tokens).vectors
         typer.echo(f"Wrote {len(vectors):,} vectors of {vectors.shape[1]} to {out}.")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not name or not equals or not place:
+        raise TrainingError(f"--beside {text!r} is no NAME=MODEL, for example seed=path/to/model.")
+    return name, place
 
 
 def _read_text(file: Path) -> str:

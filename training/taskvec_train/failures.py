@@ -14,24 +14,31 @@ from taskvec_train.errors import TrainingError
 FAILED = 3
 """Exit code of a command that could not be done."""
 
-NEEDED = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "pyarrow",
-    "lxml",
-    "tensorboard",
-    "matplotlib",
-)
+NEEDED = {
+    "train": (
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "pyarrow",
+        "lxml",
+        "tensorboard",
+        "matplotlib",
+    ),
+    "eval": ("bm25s", "scipy", "sklearn"),
+}
+"""Modules of each extra."""
 
 
 @contextmanager
-def clear_failures() -> Iterator[None]:
-    """Tell failures that the user can cure in a sentence."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def clear_failures(*extras: str) -> Iterator[None]:
+    """Tell failures that the user can cure in a sentence; ``extras`` are needed beside `train`."""
+    extras = ("train", *extras)
+    needed = [name for extra in extras for name in NEEDED[extra]]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        typer.echo(f"Training needs {', '.join(missing)}: pip install 'taskvec[train]'.", err=True)
+        install = f"pip install 'taskvec[{','.join(extras)}]'"
+        typer.echo(f"Training needs {', '.join(missing)}: {install}.", err=True)
         sys.exit(FAILED)
     try:
         yield

@@ -96,6 +96,9 @@ class Steps(Part):
     save_every: Size = 500
     keep: Size = Field(default=2, description="States of a run that are kept to go on from.")
     log_every: Size = 10
+    sample: Count = Field(
+        default=0, description="Most records of each kind of data; 0 for all. See data/sampling.py."
+    )
 
 
 class Phase(Steps):

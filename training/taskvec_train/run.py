@@ -29,6 +29,8 @@ from taskvec_train.teacher import fast_bfloat16, load_teacher, teacher_dimension
 from taskvec_train.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
+START = Path("student", "start")
+"""Of a run's folder: the student before training."""
 
 
 def run_recipe(
@@ -115,7 +117,7 @@ def _stages(recipe: Recipe, folder: Path) -> list[Path]:
 
 def _start(space: Workspace, recipe: Recipe) -> Path:
     """The student that stage 1 begins with: pretrained, or filled from the teacher's words."""
-    folder = space.folder / "student" / "start"
+    folder = space.folder / START
     with space.accelerator.main_process_first():
         if not folder.is_dir():
             make = _shaped if recipe.student.base is None else _pretrained

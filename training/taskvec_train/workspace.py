@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
 from taskvec_train.batches import BatchPlan, Rows
+from taskvec_train.data.readers import data_files
+from taskvec_train.data.sampling import Record, sample
 from taskvec_train.errors import TrainingError
 from taskvec_train.files import whole_file
 from taskvec_train.pool import TeacherPool
 from taskvec_train.sources import Vectors
 from taskvec_train.tokens import Texts, TokenStore, tokens_of
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,23 @@ class Workspace:
     accelerator: Accelerator
     bfloat16: bool
 
-    def read(self, paths: Iterable[str], reader: Callable[[Path], list[Record]]) -> list[Record]:
-        """The records of several paths.
+    def read(
+        self, paths: Iterable[str], reader: Callable[[Path], list[Record]], most: int = 0
+    ) -> list[Record]:
+        """The records of several paths, or a sample of them.
+
+        Args:
+            paths: files and folders.
+            reader: of one of them.
+            most: how many records are sampled; 0 for all.
 
         Raises:
             DataError: one of them cannot be read; file and line are named.
         """
-        return list(chain.from_iterable(reader(self.data / path) for path in paths))
+        places = [self.data / path for path in paths]
+        if not most:
+            return list(chain.from_iterable(map(reader, places)))
+        return sample([reader(file) for place in places for file in data_files(place)], most)
 
     def tokens(self, texts: Texts, tokenizer: Path, limit: int) -> TokenStore:
         """Texts tokenised, once for all processes."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taskvec.core.job import OutputType
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.forms import forms_of
 from taskvec.evaluation.models import LoadedModel, Model
 from taskvec.evaluation.plot import plot
+from taskvec.evaluation.progress import progress
 from taskvec.evaluation.report import as_json, require_place, tables, write_whole
 from taskvec.evaluation.run import Plan, evaluate
 from taskvec.evaluation.service import Service
@@ -86,7 +86,7 @@ def run(request: Request, source: Source) -> None:
         if file is not None:
             require_place(file)
     data = find_data(request.data)
-    with source.opened() as model, _progress() as watch:
+    with source.opened() as model, progress() as watch:
         dimensions = request.dimensions or model.matryoshka
         plan = Plan(
             data=data,
@@ -105,24 +105,3 @@ def run(request: Request, source: Source) -> None:
         write_whole(request.json, as_json(model, place, data, results, request.seed))
     if request.plot is not None:
         write_whole(request.plot, plot(results, model.name))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """One bar on standard error, where that is a terminal."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-    with progress:
-        bar = progress.add_task("", total=None)
-
-        def watch(what: str, steps: int) -> Callable[[int], None]:
-            progress.reset(bar, description=what, total=steps)
-            return lambda done: progress.advance(bar, done)
-
-        yield watch

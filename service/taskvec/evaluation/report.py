@@ -83,21 +83,23 @@ def as_json(
         "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
         "seed": seed,
         "data": [{"name": item.name, "kind": item.kind, "texts": item.texts} for item in data],
-        "results": [
-            {
-                "data": result.data,
-                "kind": result.kind,
-                "task": result.task,
-                "dimensions": result.form.dimensions if result.form else None,
-                "output": result.output,
-                "bytes": result.form.bytes if result.form else None,
-                "measures": result.score.measures,
-                "standard_error": result.score.error,
-            }
-            for result in results
-        ],
+        "results": [as_record(result) for result in results],
     }
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def as_record(result: Result) -> dict[str, Any]:
+    """A result as JSON has it."""
+    return {
+        "data": result.data,
+        "kind": result.kind,
+        "task": result.task,
+        "dimensions": result.form.dimensions if result.form else None,
+        "output": result.output,
+        "bytes": result.form.bytes if result.form else None,
+        "measures": result.score.measures,
+        "standard_error": result.score.error,
+    }
 
 
 def require_place(path: Path) -> None:

@@ -56,7 +56,7 @@ def _read(
     parsers = {**required, **optional}
     records: list[Record] = []
     first: tuple[frozenset[str], str] | None = None
-    for file in _files(path):
+    for file in data_files(path):
         before = len(records)
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
         for place, row in rows:
@@ -80,7 +80,8 @@ def _read(
     return records
 
 
-def _files(path: Path) -> list[Path]:
+def data_files(path: Path) -> list[Path]:
+    """The files of a path, in the order in which they are read. Raises DataError."""
     if path.is_file():
         return [path]
     if not path.is_dir():

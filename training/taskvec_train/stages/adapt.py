@@ -159,7 +159,7 @@ def _pairs(
     hard: int,
 ) -> PairSource:
     """Pairs as a source; ``query`` is the prompt and the instruction of anchors."""
-    pairs = space.read(task.pairs, read_pairs)
+    pairs = space.read(task.pairs, read_pairs, task.sample)
     prompts = task.prompts or base.prompts
     if isinstance(task, RetrievalAdapter) and task.mine is not None:
         pairs = mined(space, task.mine, pairs, query[1], base.instructions.document)
@@ -206,7 +206,7 @@ def _text_matching(space: Workspace, task: TextMatchingAdapter, base: Base) -> S
     if task.pairs:
         sources.append(_pairs(space, task, base, query=document, hard=0))
     if task.scored:
-        records = space.read(task.scored, read_scored)
+        records = space.read(task.scored, read_scored, task.sample)
         rows = {
             text: i for i, text in enumerate(dict.fromkeys(t for r in records for t in (r.a, r.b)))
         }
@@ -220,8 +220,8 @@ def _text_matching(space: Workspace, task: TextMatchingAdapter, base: Base) -> S
 
 
 def _clustering(space: Workspace, task: ClusteringAdapter, base: Base) -> Source:
-    labelled = space.read(task.labelled, read_labelled)
-    plain = space.read(task.texts, read_texts)
+    labelled = space.read(task.labelled, read_labelled, task.sample)
+    plain = space.read(task.texts, read_texts, task.sample)
     texts = [*(record.text for record in labelled), *plain]
     store = _documents(space, task, base, texts)
     instruction = task.instruction or base.instructions.document
@@ -233,7 +233,7 @@ def _clustering(space: Workspace, task: ClusteringAdapter, base: Base) -> Source
 
 
 def _classification(space: Workspace, task: ClassificationAdapter, base: Base) -> Source:
-    records = space.read(task.labelled, read_labelled)
+    records = space.read(task.labelled, read_labelled, task.sample)
     store = _documents(space, task, base, [record.text for record in records])
     plan = space.plan(store.lengths, items=task.batch)
     labels = [record.label for record in records]

@@ -85,8 +85,8 @@ def distill(
 def _source(
     space: Workspace, phase: Phase, base: Checkpoint, prompts: Prompts, teacher: Teacher
 ) -> TextSource:
-    pairs = space.read(phase.pairs, read_pairs)
-    texts = space.read(phase.texts, read_texts)
+    pairs = space.read(phase.pairs, read_pairs, phase.sample)
+    texts = space.read(phase.texts, read_texts, phase.sample)
     documents = dict.fromkeys([*texts, *(pair.positive for pair in pairs)])
     queries = dict.fromkeys(pair.anchor for pair in pairs)
     sides = (

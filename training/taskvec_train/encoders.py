@@ -1,0 +1,49 @@
+"""A teacher, or a student in training, as something that `taskvec.evaluation` can measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from taskvec.evaluation.forms import Matrix
+from taskvec.evaluation.models import Advance
+from taskvec_train.batches import cut_by_tokens
+from taskvec_train.recipe import Prompts
+from taskvec_train.teacher import Encoder
+from taskvec_train.tokens import tokens_of
+
+
+class MeasuredEncoder:
+    """An encoder with a prompt for each side of a search; see ``evaluation.models.Model``."""
+
+    def __init__(self, name: str, encoder: Encoder, prompts: Prompts, batch_tokens: int) -> None:
+        """Wire it.
+
+        Args:
+            name: its tasks are ``NAME.query`` and ``NAME.passage``.
+            encoder: see there.
+            prompts: put before queries and documents.
+            batch_tokens: most tokens of a batch.
+        """
+        self.name = name
+        self.dimension = encoder.dimension
+        self.matryoshka: Sequence[int] = ()
+        self.tasks: Sequence[str] = [f"{name}.query", f"{name}.passage"]
+        self._encoder, self._prompts, self._batch_tokens = encoder, prompts, batch_tokens
+
+    def embed(self, texts: Sequence[str], task: str, advance: Advance) -> Matrix:
+        """See ``Model.embed``; these are of length 1."""
+        prompt = self._prompts.query if task.endswith(".query") else self._prompts.document
+        prompted = [(prompt, text) for text in texts]
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        with TemporaryDirectory(prefix="taskvec-train-") as folder:
+            encoder = self._encoder
+            store = tokens_of(Path(folder), prompted, encoder.tokenizer, encoder.limit)
+            rows = np.argsort(store.lengths, kind="stable")
+            for batch in cut_by_tokens(rows, store.lengths, self._batch_tokens):
+                vectors[batch] = encoder.embed(*store.padded(batch)).cpu().numpy()
+                advance(len(batch))
+        return vectors

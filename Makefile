@@ -17,6 +17,7 @@ CHART_TOOLS ?= .cache/chart
 IMAGES ?= cpu gateway vllm
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
+BESIDE ?=
 RECIPE ?= $(if $(shell command -v nvidia-smi),mini,mini-cpu)
 
 .DEFAULT_GOAL := help
@@ -106,6 +107,13 @@ train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mi
 	$(VENV)/bin/taskvec-train run training/recipes/$(RECIPE).toml \
 		--data $(TRAINING)/corpus --out $(TRAINING)/$(RECIPE)
 	$(VENV)/bin/taskvec check $(TRAINING)/$(RECIPE)/checkpoint
+
+.PHONY: measure-mini
+measure-mini: $(VENV)/dev.stamp ## Measure what train-mini made, and say it in its card: BESIDE="--beside NAME=MODEL"
+	$(VENV)/bin/taskvec-train measure training/recipes/$(RECIPE).toml --out $(TRAINING)/$(RECIPE) \
+		--held-out $(TRAINING)/corpus/heldout $(BESIDE)
+	$(VENV)/bin/taskvec-train export training/recipes/$(RECIPE).toml --data $(TRAINING)/corpus \
+		--out $(TRAINING)/$(RECIPE) --figures $(TRAINING)/$(RECIPE)/figures.md
 
 .PHONY: build
 build: $(VENV)/serve.stamp ## Build the wheel into dist/

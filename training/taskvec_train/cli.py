@@ -1,4 +1,4 @@
-"""The commands: corpus, run, distill, measure, export, adapter, teach, mine."""
+"""The commands: corpus, run, distill, measure, ablate, export, adapter, teach, mine."""
 
 from __future__ import annotations
 
@@ -132,11 +132,37 @@ def measure(
         read = read_recipe(recipe, changes or ())
         with progress() as watch:
             found = measure(read, out, held_out, others, cpu=cpu, watch=watch)
-        tables = as_markdown(found, read.name)
-        for name, content in (("figures.json", as_json(found)), ("figures.md", tables.encode())):
-            with whole_file(out / name) as unfinished:
-                unfinished.write_bytes(content)
-        typer.echo(tables)
+        _write_figures(out / "figures", as_json(found), as_markdown(found, read.name))
+
+
+@app.command()
+def ablate(
+    recipe: RecipeArgument,
+    data: DataOption,
+    out: OutOption,
+    held_out: Annotated[Path, typer.Option(help="Data as `taskvec eval` reads it.")],
+    adapter: Annotated[str, typer.Option(help="Which of the recipe's.")] = "retrieval",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each mix.")] = 3,
+    changes: SetOption = None,
+    cpu: CpuOption = False,
+) -> None:
+    """Train an adapter without each of its losses in turn, and measure what that costs.
+
+    The student is the run's. Writes ablation.json and ablation.md into the run's folder.
+    """
+    with clear_failures("eval"):
+        from taskvec.evaluation.progress import progress  # noqa: PLC0415 - an extra
+        from taskvec_train.ablation import ablate, as_markdown, variants_of  # noqa: PLC0415
+        from taskvec_train.figures import as_json  # noqa: PLC0415
+        from taskvec_train.recipe import read_recipe  # noqa: PLC0415
+
+        read = read_recipe(recipe, changes or ())
+        variants = variants_of(read, adapter, seeds)
+        with progress() as watch:
+            found = ablate(
+                read, variants, data=data, folder=out, held_out=held_out, cpu=cpu, watch=watch
+            )
+        _write_figures(out / "ablation", as_json(found), as_markdown(found))
 
 
 @app.command()
@@ -221,6 +247,14 @@ def teach(
         loaded = load_teacher(teacher, max_tokens, new_accelerator(cpu=cpu).device)
         vectors = teach(loaded, records, instruction, out, batch_tokens).vectors
         typer.echo(f"Wrote {len(vectors):,} vectors of {vectors.shape[1]} to {out}.")
+
+
+def _write_figures(place: Path, document: bytes, tables: str) -> None:
+    """Write PLACE.json and PLACE.md, and print the latter."""
+    for suffix, content in ((".json", document), (".md", f"{tables}\n".encode())):
+        with whole_file(place.with_suffix(suffix)) as unfinished:
+            unfinished.write_bytes(content)
+    typer.echo(tables)
 
 
 def _named(text: str) -> tuple[str, str]:

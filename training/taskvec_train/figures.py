@@ -80,7 +80,11 @@ def _searches(figures: Sequence[Figure]) -> Rows:
     """Of those that were measured on every search."""
     names = _data_of(figures, RetrievalData.kind)
     rows = _by_row(figure for figure in figures if figure.result.data in names)
-    return {row: cells for row, cells in rows.items() if len(cells) == len(names)}
+    return {
+        row: {name.rpartition("/")[2]: value for name, value in cells.items()}
+        for row, cells in rows.items()
+        if len(cells) == len(names)
+    }
 
 
 def _kinds(figures: Sequence[Figure]) -> Rows:

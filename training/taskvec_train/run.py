@@ -60,13 +60,7 @@ def run_recipe(
         raise TrainingError(f"{missing[0]} is not trained yet: run the recipe first.")
     space = open_run(recipe, data, folder, cpu=cpu)
     student, made = distill_recipe(space, recipe)
-    options = recipe.teacher
-    base = Base(
-        open_base(student),
-        load_file(student / "projection.safetensors")["psi"],
-        recipe.prompts,
-        Prompts(query=options.query_instruction, document=options.document_instruction),
-    )
+    base = open_student(student, recipe)
     adapters = {}
     for task in recipe.adapt:
         space.claim(folder / "adapt" / task.name, made, task.model_dump(mode="json"))
@@ -95,6 +89,17 @@ def open_run(recipe: Recipe, data: Path, folder: Path, *, cpu: bool = False) -> 
         ),
         accelerator,
         fast_bfloat16(accelerator.device),
+    )
+
+
+def open_student(folder: Path, recipe: Recipe) -> Base:
+    """What stage 1 made, to train adapters on."""
+    options = recipe.teacher
+    return Base(
+        open_base(folder),
+        load_file(folder / "projection.safetensors")["psi"],
+        recipe.prompts,
+        Prompts(query=options.query_instruction, document=options.document_instruction),
     )
 
 

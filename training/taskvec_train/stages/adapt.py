@@ -112,11 +112,17 @@ def _objective(space: Workspace, task: AnyAdapter, base: Base, model: PeftModel)
     }
     psi = nn.Parameter(base.projection.clone(), requires_grad=False)
     kind = _OBJECTIVES[task.loss]
-    options["weights"] = {name: getattr(task, name) for name in kind.parts if hasattr(task, name)}
+    options["weights"] = loss_weights(task)
     for name in ("temperature", "score_temperature"):
         if hasattr(task, name):
             options[name] = getattr(task, name)
     return kind(model, psi, **options)
+
+
+def loss_weights(task: AnyAdapter) -> dict[str, float]:
+    """Each loss of a task's mix with its weight."""
+    parts = _OBJECTIVES[task.loss].parts
+    return {name: getattr(task, name) for name in parts if hasattr(task, name)}
 
 
 def _average(run: Run) -> None:

@@ -6,19 +6,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.errors import CheckpointError
-from taskvec_train.backbones import Model, last_states, load_backbone
+from taskvec_train.backbones import load_backbone
+from taskvec_train.encoders import BaseEncoder
 from taskvec_train.errors import TrainingError
 from taskvec_train.export import check_served, copy_adapter
 from taskvec_train.files import whole_folder
@@ -30,35 +26,6 @@ from taskvec_train.teacher import fast_bfloat16
 from taskvec_train.workspace import Workspace
 
 _BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class BaseEncoder:
-    """The model itself, without an adapter, as the teacher: a new adapter keeps close to it."""
-
-    model: Model
-    base: Checkpoint
-    device: torch.device
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.base.tokenizer
-
-    @property
-    def dimension(self) -> int:
-        return self.base.backbone.hidden
-
-    @property
-    def limit(self) -> int:
-        return self.base.card.max_tokens
-
-    @torch.inference_mode()
-    def embed(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
-        """Unit vectors, float32 [texts, dimension], of ids padded on the right."""
-        tokens, counts = (torch.from_numpy(part).to(self.device) for part in (ids, lengths))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
-            states = last_states(self.model, tokens, counts, causal=self.base.backbone.causal)
-        return functional.normalize(states, dim=-1)
 
 
 def open_model(name: str) -> Checkpoint:

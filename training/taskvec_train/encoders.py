@@ -1,19 +1,55 @@
-"""A teacher, or a student in training, as something that `taskvec.evaluation` can measure."""
+"""Encoders that are no teacher of transformers: a student, and what the evaluation measures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
+from taskvec.checkpoint.layout import Checkpoint
 from taskvec.evaluation.forms import Matrix
 from taskvec.evaluation.models import Advance
+from taskvec_train.backbones import Model, last_states
 from taskvec_train.batches import cut_by_tokens
 from taskvec_train.recipe import Prompts
-from taskvec_train.teacher import Encoder
+from taskvec_train.teacher import Encoder, fast_bfloat16
 from taskvec_train.tokens import tokens_of
+
+
+@dataclass(frozen=True)
+class BaseEncoder:
+    """A model without an adapter: what a new one keeps close to, or a student to be measured."""
+
+    model: Model
+    base: Checkpoint
+    device: torch.device
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.base.tokenizer
+
+    @property
+    def dimension(self) -> int:
+        return self.base.backbone.hidden
+
+    @property
+    def limit(self) -> int:
+        return self.base.card.max_tokens
+
+    @torch.inference_mode()
+    def embed(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
+        """Unit vectors, float32 [texts, dimension], of ids padded on the right."""
+        tokens, counts = (torch.from_numpy(part).to(self.device) for part in (ids, lengths))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
+            states = last_states(self.model, tokens, counts, causal=self.base.backbone.causal)
+        return functional.normalize(states, dim=-1)
 
 
 class MeasuredEncoder:

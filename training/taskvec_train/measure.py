@@ -15,9 +15,8 @@ from taskvec.evaluation.forms import Form, forms_of
 from taskvec.evaluation.models import LoadedModel, Model, sides_of
 from taskvec.evaluation.run import Plan, Watch, evaluate
 from taskvec.library import Embedder
-from taskvec_train.adapter import BaseEncoder
 from taskvec_train.backbones import load_backbone, open_base
-from taskvec_train.encoders import MeasuredEncoder
+from taskvec_train.encoders import BaseEncoder, MeasuredEncoder
 from taskvec_train.errors import TrainingError
 from taskvec_train.figures import Figure
 from taskvec_train.loop import new_accelerator

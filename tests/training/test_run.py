@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_the_same_seed_gives_the_same_weights(
     first, second = (run_recipe(recipe, data, tmp_path / name, cpu=True) for name in "ab")
     weights = first / "model.safetensors"
     assert weights.read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_nobody_watches_tells_how_far_it_is(
+    recipe_file: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal there is a line for each saved state, and for what the teacher reads."""
+    changes = ["adapt=[]", "distill.words.steps=4", "distill.words.save_every=2"]
+    run_recipe(read_recipe(recipe_file, changes), data, tmp_path / "run", cpu=True)
+    told = capfd.readouterr().err
+    assert re.findall(r"distill words: step (\d) of 4, loss \d", told) == ["2", "4"]
+    assert re.search(r"teacher: \d+ texts", told)
 
 
 def test_a_run_goes_on_only_with_its_own_recipe(

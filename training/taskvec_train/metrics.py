@@ -1,4 +1,4 @@
-"""What a run tells while it learns: a CSV file, TensorBoard, a plot, a progress bar."""
+"""What a run tells while it learns: a CSV file, TensorBoard, a plot, a progress bar or lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Metrics:
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self._title = title
+        self._title, self._steps = title, steps
         self._task = self._bar.add_task(title, total=steps, completed=step)
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class Metrics:
         self._bar.update(self._task, description=f"{self._title} {row['loss']:.4f}")
 
     def flush(self) -> None:
-        """Write what there is to disk, and draw it."""
+        """Write what there is to disk, and draw it; where nobody sees a bar, say how far it is."""
         self._board.flush()
         if not self._rows:
             return
@@ -86,6 +86,10 @@ class Metrics:
             writer.writeheader()
             writer.writerows(self._rows)
         draw_losses(self._rows, self._title, self._file.with_name("loss.png"))
+        if self._bar.disable:
+            last = self._rows[-1]
+            said = f"{self._title}: step {last['step']:,.0f} of {self._steps:,}"
+            self._bar.console.out(f"{said}, loss {last['loss']:.4f}", highlight=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

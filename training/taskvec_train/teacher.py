@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -272,7 +272,13 @@ def _embed_all(teacher: Encoder, store: TokenStore, folder: Path, tokens: int) -
     mode: Literal["r+", "w+"] = "r+" if first else "w+"
     vectors = np.lib.format.open_memmap(file, mode=mode, dtype=np.float16, shape=shape)
     reserve(file)
-    for number in track(range(first, len(batches)), "teacher", disable=not sys.stderr.isatty()):
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.out(f"teacher: {len(store):,} texts", highlight=False)
+    shown = track(
+        range(first, len(batches)), "teacher", console=console, disable=not console.is_terminal
+    )
+    for number in shown:
         rows = batches[number]
         vectors[rows] = teacher.embed(*store.padded(rows)).cpu().numpy()
         if number % _BATCHES_KEPT == 0:

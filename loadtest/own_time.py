@@ -1,0 +1,158 @@
+"""The gateway's own time for a request, in one process and without a network.
+
+A bare FastAPI route and the gateway before an engine that does nothing, as in loadtest/gateway.py,
+are called as a server calls an application, in turn; the least time of many rounds is what the code
+costs where nothing else wants the processor. ``limits`` asks for an API key with three limits.
+
+``quiet`` writes no log lines, ``lines`` one a request; each is a process of its own.
+
+    python loadtest/own_time.py --rounds 120
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+import uvloop
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from gateway import KEYS, SECRET, bare_app, gateway_app, request_body
+from report import write_result
+from taskvec.memory import keep_freed_memory
+from taskvec.settings import Settings
+from taskvec.telemetry.logs import configure_logs
+
+PARTS = ("quiet", "lines")
+REQUESTS = 40
+"""Of a round of one side."""
+
+PAUSE = 0.06
+"""Seconds between rounds: lines are written by then, and fall on no other side."""
+
+WARM_UP = 1.5
+"""Seconds until the engine is ready and calibrated."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--part", choices=PARTS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(part(options.part, options.rounds)))
+        return
+    figures: dict[str, Any] = {"requests_of_a_round": REQUESTS, "rounds": options.rounds}
+    for name in PARTS:
+        figures[f"microseconds, {name}"] = itself(name, options.rounds)
+    write_result("own-time", figures)
+
+
+def itself(name: str, rounds: int) -> Any:
+    """What this script prints of one part, in a process of its own; log lines go nowhere."""
+    command = [sys.executable, __file__, "--part", name, "--rounds", str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def part(name: str, rounds: int) -> Any:
+    """One part's figures."""
+    keep_freed_memory()
+    configure_logs("info" if name == "lines" else "error")
+    apps = {
+        "bare": bare_app(encoding=False),
+        "gateway": gateway_app(Settings(), tokenizing=False),
+        "limits": gateway_app(with_keys(), tokenizing=False),
+    }
+    return uvloop.run(own_times(apps, rounds))
+
+
+def with_keys() -> Settings:
+    """API keys, none of whose limits is reached."""
+    return Settings(
+        api_keys=SecretStr(KEYS),
+        key_requests_per_minute=100_000_000,
+        key_tokens_per_minute=1_000_000_000,
+        key_concurrency=1000,
+    )
+
+
+async def own_times(apps: dict[str, FastAPI], rounds: int) -> dict[str, Any]:
+    """Microseconds of a request, by its number of texts and by who answers."""
+    found: dict[str, Any] = {}
+    async with AsyncExitStack() as stack:
+        for app in apps.values():
+            await stack.enter_async_context(app.router.lifespan_context(app))
+        await asyncio.sleep(WARM_UP)
+        for texts in (1, 32):
+            body = request_body(texts)
+            times: dict[str, list[float]] = {side: [] for side in apps}
+            for _ in range(rounds):
+                for side, app in apps.items():
+                    begun = time.perf_counter()
+                    for _ in range(REQUESTS):
+                        await asyncio.create_task(ask(app, body))
+                    times[side].append((time.perf_counter() - begun) / REQUESTS)
+                    await asyncio.sleep(PAUSE)
+            found[f"{texts} texts"] = {side: microseconds(spent) for side, spent in times.items()}
+    return found
+
+
+async def ask(app: FastAPI, body: bytes) -> None:
+    """Send one request, and take its answer."""
+    waiting: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not waiting:
+            await asyncio.Event().wait()  # the client stays
+        return waiting.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = {
+        "host": "127.0.0.1",
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "authorization": f"Bearer {SECRET}",
+    }
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "raw_path": b"/v1/embeddings",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
+    await app(scope, receive, send)
+    assert sent[0]["status"] == 200, sent
+
+
+def microseconds(seconds: list[float]) -> dict[str, float]:
+    """The least and the middle."""
+    return {
+        "least": round(min(seconds) * 1e6, 1),
+        "median": round(float(np.median(seconds)) * 1e6, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

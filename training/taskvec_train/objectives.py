@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taskvec_train import losses
 from taskvec_train.backbones import Model, last_states
+from taskvec_train.tokens import MULTIPLE
 
 Batch = Mapping[str, Tensor]
 Parts = dict[str, Tensor]
@@ -58,9 +59,19 @@ class Objective(nn.Module):
         self._bfloat16 = bfloat16
 
     def embed(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Float32 vectors [texts, hidden], not normalised."""
+        """Float32 vectors [texts, hidden], not normalised.
+
+        Texts of about one length go through the student together: one long text among many short
+        ones, as a mined negative may be, would have all of them padded to its length.
+        """
+        groups = alike(lengths)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._bfloat16):
-            return last_states(self.student, ids, lengths, causal=self._causal)
+            parts = [
+                last_states(self.student, ids[rows, :width], lengths[rows], causal=self._causal)
+                for rows, width in groups
+            ]
+        vectors: Tensor = torch.cat(parts)[torch.cat([rows for rows, _ in groups]).argsort()]
+        return vectors
 
     def forward(self, batch: Batch) -> tuple[Tensor, Parts]:
         """The weighted sum, and each loss before it is weighted."""
@@ -82,6 +93,24 @@ class Objective(nn.Module):
     def distilled(self, vectors: Tensor, teacher: Tensor) -> Callable[[int], Tensor]:
         """Embedding distillation as a function of the dimension."""
         return lambda d: losses.distillation(vectors[:, :d], self.projection, teacher)
+
+
+def alike(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows whose lengths lie between one power of two and the next, and the width they need.
+
+    Args:
+        lengths: tokens of each text, [texts].
+
+    Returns:
+        Rows [n] and a multiple of ``MULTIPLE`` for each group, the shortest first.
+    """
+    classes = lengths.clamp_min(MULTIPLE).double().log2().ceil()
+    groups = []
+    for one in torch.unique(classes).tolist():
+        (rows,) = torch.nonzero(classes == one, as_tuple=True)
+        longest = int(lengths[rows].max())
+        groups.append((rows, -(-longest // MULTIPLE) * MULTIPLE))
+    return groups
 
 
 class Distillation(Objective):

@@ -12,9 +12,10 @@ import aiohttp
 import numpy as np
 import orjson
 
-from taskvec.errors import TaskvecError, UnavailableError
+from taskvec.errors import UnavailableError
 from taskvec.evaluation.forms import Matrix
 from taskvec.evaluation.models import Advance
+from taskvec.gather import gather_or_cancel
 
 KEY_VARIABLE = "TASKVEC_EVAL_KEY"
 """Where the service's API key is looked for: what a command line has, all can see."""
@@ -82,12 +83,8 @@ class Service:
                 vectors[begin : begin + len(piece)] = await self._embed(session, piece, task)
                 advance(len(piece))
 
-        try:
-            async with self._session() as session, asyncio.TaskGroup() as group:
-                for _ in range(REQUESTS_AT_ONCE):
-                    group.create_task(work(session))
-        except* TaskvecError as failed:
-            raise failed.exceptions[0] from None
+        async with self._session() as session:
+            await gather_or_cancel(work(session) for _ in range(REQUESTS_AT_ONCE))
 
     async def _embed(
         self, session: aiohttp.ClientSession, texts: Sequence[str], task: str

@@ -120,12 +120,27 @@ def unpack(archive: Path, folder: Path) -> Package:
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(partial)  # noqa: S202 - zipfile keeps it inside
         else:
-            with tarfile.open(archive) as tar:
-                tar.extractall(partial, filter="data")
+            _extract(archive, partial)
         partial.rename(target)
     with archive.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return Package(name, version, digest, target)
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Write a tar's regular files; Pythons before 3.11.4 cannot be told to keep them inside."""
+    inside = folder.resolve()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            place = (inside / member.name).resolve()
+            if not place.is_relative_to(inside):
+                raise DataError(f"{archive}: holds {member.name}, which lies outside: remove it.")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with content, place.open("wb") as target:
+                shutil.copyfileobj(content, target)
 
 
 def _name_and_version(archive: Path) -> tuple[str, str]:

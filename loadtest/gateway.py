@@ -104,15 +104,9 @@ def serve(side: str, port: int) -> None:
     """Run one side until it is killed."""
     everything = side == "gateway-everything"
     configure_logs("info" if everything else "error")
-    settings = Settings()
+    settings = with_keys() if everything else Settings()
     options: dict[str, Any] = {"log_config": None, "access_log": False}
     if everything:
-        settings = Settings(
-            api_keys=SecretStr(KEYS),
-            key_requests_per_minute=100_000_000,
-            key_tokens_per_minute=1_000_000_000,
-            key_concurrency=1000,
-        )
         options = server_options(settings)
     if side.startswith("bare"):
         app = bare_app(encoding=side == "bare-encoding")
@@ -120,6 +114,16 @@ def serve(side: str, port: int) -> None:
         keep_freed_memory()
         app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
     uvicorn.run(app, port=port, **options)
+
+
+def with_keys() -> Settings:
+    """API keys, none of whose three limits is reached."""
+    return Settings(
+        api_keys=SecretStr(KEYS),
+        key_requests_per_minute=100_000_000,
+        key_tokens_per_minute=1_000_000_000,
+        key_concurrency=1000,
+    )
 
 
 def bare_app(*, encoding: bool) -> FastAPI:

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import uvloop
 from fastapi import FastAPI
-from pydantic import SecretStr
 
-from gateway import KEYS, SECRET, bare_app, gateway_app, request_body
+from gateway import SECRET, bare_app, gateway_app, request_body, with_keys
 from report import write_result
 from taskvec.memory import keep_freed_memory
 from taskvec.settings import Settings
@@ -75,16 +74,6 @@ def part(name: str, rounds: int) -> Any:
         "limits": gateway_app(with_keys(), tokenizing=False),
     }
     return uvloop.run(own_times(apps, rounds))
-
-
-def with_keys() -> Settings:
-    """API keys, none of whose limits is reached."""
-    return Settings(
-        api_keys=SecretStr(KEYS),
-        key_requests_per_minute=100_000_000,
-        key_tokens_per_minute=1_000_000_000,
-        key_concurrency=1000,
-    )
 
 
 async def own_times(apps: dict[str, FastAPI], rounds: int) -> dict[str, Any]:

@@ -82,6 +82,13 @@ def test_the_checkpoint_passes_the_check_of_the_service(tiny_run: Path) -> None:
     assert config["rope_theta"] == 200_000
 
 
+def test_who_serves_the_checkpoint_may_be_another_user_than_who_trained_it(tiny_run: Path) -> None:
+    """All files have the mode of a plain new file: that of a volume's other readers, too."""
+    checkpoint = tiny_run / CHECKPOINT
+    plain = (checkpoint / "config.json").stat().st_mode
+    assert {path.stat().st_mode for path in checkpoint.rglob("*.*") if path.is_file()} == {plain}
+
+
 def test_the_packed_engine_equals_the_oracle_on_it(tiny_run: Path, tmp_path: Path) -> None:
     """Transformers with peft gives the same vectors, for every adapter and the bare backbone."""
     checkpoint = read_checkpoint(tiny_run / CHECKPOINT, "tiny")

@@ -7,16 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.forms import forms_of
 from taskvec.evaluation.models import LoadedModel
 from taskvec.evaluation.run import Plan, Watch, evaluate
 from taskvec.library import Embedder
-from taskvec_train.errors import RecipeError, TrainingError
+from taskvec_train.errors import RecipeError
 from taskvec_train.export import export
 from taskvec_train.figures import Figure
-from taskvec_train.measure import OUTPUTS
+from taskvec_train.measure import OUTPUTS, as_training_errors
 from taskvec_train.recipe import AnyAdapter, Recipe
 from taskvec_train.run import distill_recipe, open_run, open_student
 from taskvec_train.stages.adapt import adapt, loss_weights
@@ -105,7 +104,8 @@ def ablate(
         adapters[task.name] = adapt(replace(space, seed=variant.seed), task, base)
     (folder / FOLDER).parent.mkdir(exist_ok=True)
     export(recipe, student, adapters, folder / FOLDER, run=folder)
-    try:
+    names = {variant.task.name: variant.losses for variant in variants}
+    with as_training_errors():
         found = find_data([held_out])
         with Embedder(str(folder / FOLDER), device="cpu" if cpu else "auto") as embedder:
             model = LoadedModel(embedder)
@@ -115,13 +115,10 @@ def ablate(
                 tasks=list(adapters),
                 watch=watch,
             )
-            names = {variant.task.name: variant.losses for variant in variants}
             return [
                 Figure(names[result.task], model.dimension, result)
                 for result in evaluate(model, plan)
             ]
-    except (TaskvecError, CheckpointError) as error:
-        raise TrainingError(str(error)) from None
 
 
 def as_markdown(figures: Sequence[Figure]) -> str:

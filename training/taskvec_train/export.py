@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from taskvec.checkpoint.files import PROMPTS_FILE
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
@@ -19,6 +19,7 @@ from taskvec_train.card import model_card
 from taskvec_train.errors import TrainingError
 from taskvec_train.files import whole_folder
 from taskvec_train.recipe import Recipe
+from taskvec_train.tensors import save_tensors
 
 
 def export(
@@ -85,7 +86,7 @@ def check_served(folder: Path) -> Checkpoint:
 
 
 def _save(source: Path, file: Path, dtype: torch.dtype) -> None:
-    save_file({key: value.to(dtype) for key, value in load_file(source).items()}, file)
+    save_tensors({key: value.to(dtype) for key, value in load_file(source).items()}, file)
 
 
 def _config(recipe: Recipe, base: Checkpoint, adapters: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ That is BM25, the teacher, the student before training, and other checkpoints.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from taskvec.core.job import OutputType
@@ -56,7 +57,7 @@ def measure(
     if not (run / CHECKPOINT).is_dir():
         raise TrainingError(f"{run / CHECKPOINT} is not there: run the recipe first.")
     figures: list[Figure] = []
-    try:
+    with as_training_errors():
         data = find_data([held_out])
         for encoder in _encoders(recipe, run, cpu=cpu):
             bm25 = encoder.name == TEACHER
@@ -64,9 +65,16 @@ def measure(
         for name, place in {**beside, recipe.name: str(run / CHECKPOINT)}.items():
             with Embedder(place, device="cpu" if cpu else "auto") as embedder:
                 figures += _measured(name, LoadedModel(embedder), data, watch)
+    return figures
+
+
+@contextmanager
+def as_training_errors() -> Iterator[None]:
+    """Data that cannot be read and checkpoints that cannot be served, told as training tells it."""
+    try:
+        yield
     except (TaskvecError, CheckpointError) as error:
         raise TrainingError(str(error)) from None
-    return figures
 
 
 def _encoders(recipe: Recipe, run: Path, *, cpu: bool) -> Iterator[MeasuredEncoder]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import track
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from taskvec.checkpoint.backbone import Backbone
 from taskvec_train.backbones import Model, new_backbone
 from taskvec_train.errors import TrainingError
 from taskvec_train.teacher import Teacher
+from taskvec_train.tensors import save_tensors
 from taskvec_train.vocabulary import END, trimmed_tokenizer
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -140,8 +140,8 @@ def save_student(
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors")
-    save_file({"psi": projection.contiguous()}, folder / "projection.safetensors")
+    save_tensors(weights, folder / "model.safetensors")
+    save_tensors({"psi": projection.contiguous()}, folder / "projection.safetensors")
     model.config.save_pretrained(folder)
     if isinstance(tokenizer, Path):
         text = tokenizer.read_text()

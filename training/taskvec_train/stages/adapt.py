@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from taskvec.checkpoint.files import PROMPTS_FILE
@@ -50,6 +49,7 @@ from taskvec_train.sources import (
 from taskvec_train.stages.distill import FINAL, text_limit
 from taskvec_train.stages.negatives import mined
 from taskvec_train.student import with_adapter
+from taskvec_train.tensors import save_tensors
 from taskvec_train.tokens import TokenStore
 from taskvec_train.workspace import Workspace
 
@@ -143,7 +143,7 @@ def save_adapter(folder: Path, model: PeftModel, task: AnyAdapter, prompts: Prom
     """
     tensors = get_peft_model_state_dict(model, adapter_name=task.name)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     config = model.peft_config[task.name]
     config.inference_mode = True
     config.save_pretrained(str(folder))

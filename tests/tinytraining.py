@@ -63,7 +63,7 @@ def write_teacher(folder: Path) -> Path:
 
 
 def write_data(folder: Path) -> Path:
-    """Texts, pairs with negatives, scored pairs and labelled texts about three topics."""
+    """Texts, pairs with negatives, scored pairs and labelled texts about three topics; a card."""
     random = np.random.default_rng(0)
     topics = [*TOPICS] * 40
     labelled = [{"text": sentence(random, topic), "label": topic} for topic in topics]
@@ -88,6 +88,7 @@ def write_data(folder: Path) -> Path:
     write_records(folder / "labelled.jsonl", labelled)
     write_records(folder / "pairs.jsonl", pairs)
     write_records(folder / "scored.jsonl", scored)
+    (folder / "card.md").write_text("# Data card\n\nSentences that nobody said.\n")
     return folder
 
 

@@ -105,12 +105,14 @@ def test_the_packed_engine_equals_the_oracle_on_it(tiny_run: Path, tmp_path: Pat
     assert np.abs(vectors - np.stack(truth)).max() < 1e-5
 
 
-def test_the_card_states_data_seed_versions_and_recipe(tiny_run: Path) -> None:
+def test_the_card_states_data_seed_versions_and_recipe(tiny_run: Path, data: Path) -> None:
     """README.md says what a reader needs to judge the model and to make it again."""
     card = (tiny_run / CHECKPOINT / "README.md").read_text()
     for said in ("Words in random order.", "Seed: 1.", "torch 2", '"similarity": 1.0', "sha256"):
         assert said in card
     assert "| distill words | 12 |" in card
+    assert "[the data card](DATA.md)" in card
+    assert (tiny_run / CHECKPOINT / "DATA.md").read_text() == (data / "card.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_weights(

@@ -103,7 +103,7 @@ def ablate(
         space.claim(folder / "adapt" / task.name, made, task.model_dump(mode="json"))
         adapters[task.name] = adapt(replace(space, seed=variant.seed), task, base)
     (folder / FOLDER).parent.mkdir(exist_ok=True)
-    export(recipe, student, adapters, folder / FOLDER, run=folder)
+    export(recipe, student, adapters, folder / FOLDER, run=folder, data=data)
     names = {variant.task.name: variant.losses for variant in variants}
     with as_training_errors():
         found = find_data([held_out])

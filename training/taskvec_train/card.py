@@ -35,6 +35,7 @@ def model_card(recipe: Recipe, shape: Backbone, folder: Path, *, run: Path, figu
         recipe.export.summary,
         _shape(recipe, shape),
         f"## Data\n{recipe.export.data}",
+        "What it is made of: [the data card](DATA.md)." if (folder / "DATA.md").is_file() else "",
         f"## Training\nTeacher: {recipe.teacher.model}.\nSeed: {recipe.seed}.",
         f"Made with {', '.join(versions)}.",
         "| stage | steps | tokens | first loss | last loss |\n|---|---|---|---|---|",

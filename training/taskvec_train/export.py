@@ -16,6 +16,7 @@ from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import open_base
 from taskvec_train.card import model_card
+from taskvec_train.data.card import DATA_CARD
 from taskvec_train.errors import TrainingError
 from taskvec_train.files import whole_folder
 from taskvec_train.recipe import Recipe
@@ -29,6 +30,7 @@ def export(
     folder: Path,
     *,
     run: Path,
+    data: Path,
     figures: str = "",
 ) -> None:
     """Write a checkpoint; one of that name is replaced at one stroke.
@@ -39,6 +41,7 @@ def export(
         adapters: name -> folder of stage 2.
         folder: of the checkpoint.
         run: folder of the run, whose metrics go into the card.
+        data: folder of the corpus: its data card, where it has one, comes along as DATA.md.
         figures: Markdown for the card: what was measured.
 
     Raises:
@@ -59,6 +62,8 @@ def export(
             place = unfinished / "adapters" / name
             place.mkdir(parents=True)
             copy_adapter(source, place, dtype)
+        if (data / DATA_CARD).is_file():
+            shutil.copy(data / DATA_CARD, unfinished / "DATA.md")
         card = model_card(recipe, base.backbone, unfinished, run=run, figures=figures)
         (unfinished / "README.md").write_text(card)
         check_served(unfinished)

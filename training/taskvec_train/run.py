@@ -67,7 +67,7 @@ def run_recipe(
         adapters[task.name] = adapt(space, task, base)
     final = folder / CHECKPOINT
     if space.accelerator.is_main_process:
-        export(recipe, student, adapters, final, run=folder, figures=figures)
+        export(recipe, student, adapters, final, run=folder, data=data, figures=figures)
     space.accelerator.wait_for_everyone()
     return final
 

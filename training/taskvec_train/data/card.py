@@ -13,6 +13,9 @@ from taskvec_train.data.cleaning import Part
 from taskvec_train.data.packages import Package
 from taskvec_train.data.split import HELD_OUT_SHARE
 
+DATA_CARD = "card.md"
+"""Of a corpus's folder: sources, licences, credits and counts."""
+
 _INTRODUCTION = f"""# Data card
 
 English text from packages whose licences let anyone use it.
@@ -54,7 +57,7 @@ def write_card(folder: Path, parts: Sequence[Part], packages: Mapping[str, Packa
     (folder / "card.json").write_bytes(orjson.dumps(card, option=orjson.OPT_INDENT_2) + b"\n")
     table = "\n".join(map(_line, rows))
     listed = "\n".join(f"| {name} | {file['lines']:,} |" for name, file in files.items())
-    (folder / "card.md").write_text(
+    (folder / DATA_CARD).write_text(
         f"{_INTRODUCTION}{table}\n\n## Files\n\n| file | lines |\n|---|---|\n{listed}\n", "utf-8"
     )
 

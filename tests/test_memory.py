@@ -9,12 +9,15 @@ import sys
 
 PROBE = """
 import json, resource, sys
+from taskvec import memory
 from taskvec.memory import keep_freed_memory, return_memory
+
+choices, size = getattr(memory, sys.argv[1]), int(sys.argv[2])
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(100):
-        blocks = [bytearray(300_000) for _ in range(4)]
+    for _ in range(max(5, 30_000_000 // size)):
+        blocks = [bytearray(size) for _ in range(4)]
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -22,7 +25,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 before = faults()
-keep_freed_memory()
+keep_freed_memory(choices)
 faults()
 kept = faults()
 pieces = [bytearray(20_000) for _ in range(5_000)]
@@ -33,10 +36,10 @@ print(json.dumps({"before": before, "kept": kept, "given": full - resident()}))
 """
 
 
-def probe(**environment: str) -> dict[str, int]:
-    """What a fresh process saw."""
+def probe(choices: str, size: int, **environment: str) -> dict[str, int]:
+    """What a fresh process saw that takes and frees blocks of so many bytes."""
     run = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [sys.executable, "-c", PROBE, choices, str(size)],
         capture_output=True,
         text=True,
         check=True,
@@ -48,13 +51,22 @@ def probe(**environment: str) -> dict[str, int]:
 
 def test_answers_take_no_new_pages() -> None:
     """Blocks of an answer's size come from memory that is kept; much of it can be given back."""
-    seen = probe()
+    seen = probe("OF_A_SERVICE", 300_000)
     assert seen["before"] > 1000
     assert seen["kept"] < seen["before"] / 20
     assert seen["given"] > 50_000_000
 
 
+def test_steps_of_training_take_no_new_pages() -> None:
+    """Nor do blocks of a step's size, which glibc takes from the system whatever its thresholds."""
+    seen = probe("OF_TRAINING", 40_000_000)
+    assert seen["before"] > 100
+    assert seen["kept"] < seen["before"] / 20
+
+
 def test_the_environment_decides() -> None:
     """Who has set malloc's thresholds keeps them."""
-    seen = probe(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    seen = probe(
+        "OF_A_SERVICE", 300_000, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072"
+    )
     assert seen["kept"] > seen["before"] / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from typing import Any
 
 MMAP_THRESHOLD = 32 << 20
@@ -13,24 +14,34 @@ TRIM_THRESHOLD = 64 << 20
 ARENAS = 2
 """Heaps that threads share; by default eight a core, each with what its own peak has left."""
 
-_CHOICES = {  # numbers of malloc.h, and what the environment calls them
+Choices = Mapping[str, tuple[int, int]]
+"""What the environment calls a parameter of malloc -> its number in malloc.h, and a value."""
+
+OF_A_SERVICE: Choices = {
     "MALLOC_TRIM_THRESHOLD_": (-1, TRIM_THRESHOLD),
     "MALLOC_MMAP_THRESHOLD_": (-3, MMAP_THRESHOLD),
     "MALLOC_ARENA_MAX": (-8, ARENAS),
 }
+"""Keep what answers need. By default an answer of some hundred kilobytes takes its memory from the
+system, and gives it back, at every copy: that takes five times as long as to write its JSON."""
+
+OF_TRAINING: Choices = {
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+}
+"""Keep everything. By default each step takes gigabytes from the system, page by page, and gives
+them back."""
 
 
-def keep_freed_memory() -> None:
-    """Keep freed blocks for the next request, up to ``TRIM_THRESHOLD``, in ``ARENAS``.
+def keep_freed_memory(choices: Choices) -> None:
+    """Keep freed blocks for the next time, instead of giving them back to the system.
 
-    By default an answer of some hundred kilobytes takes its memory from the system, and gives it
-    back, at every copy: that takes five times as long as to write its JSON. What the environment
-    says of malloc goes before. Call it before there are threads.
+    What the environment says of malloc goes before. Call it before there are threads.
     """
     mallopt = _of_c("mallopt")
     if mallopt is None:
         return
-    for name, (number, value) in _CHOICES.items():
+    for name, (number, value) in choices.items():
         if name not in os.environ:
             mallopt(number, value)
 

@@ -16,7 +16,7 @@ from taskvec.engines.base import Engine
 from taskvec.errors import StartError
 from taskvec.http.connection import ClientConnection
 from taskvec.http.places import ConnectionLimits, Places
-from taskvec.memory import keep_freed_memory
+from taskvec.memory import OF_A_SERVICE, keep_freed_memory
 from taskvec.settings import Settings
 
 OnFailure = Callable[[BaseException], None]
@@ -65,7 +65,7 @@ def application(
     from taskvec.telemetry.traces import make_tracer  # noqa: PLC0415
     from taskvec.wiring import make_engine, served_name, task_table  # noqa: PLC0415
 
-    keep_freed_memory()
+    keep_freed_memory(OF_A_SERVICE)
     checkpoint = open_checkpoint(settings.model, settings.revision)
     metrics = Metrics(task_table(checkpoint).names)
     engine = make_engine(settings, checkpoint, metrics, reports_queue=engine_name is None)

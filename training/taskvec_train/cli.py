@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from taskvec.memory import OF_TRAINING, keep_freed_memory
 from taskvec_train.data.commands import corpus, mine
 from taskvec_train.errors import TrainingError
 from taskvec_train.failures import clear_failures
@@ -43,6 +44,7 @@ class Loss(enum.StrEnum):
 
 def main() -> None:
     """The console script."""
+    keep_freed_memory(OF_TRAINING)
     app()
 
 

@@ -101,6 +101,22 @@ def test_labels_that_give_no_groups(
         run_recipe(recipe, room, tmp_path / "run", cpu=True)
 
 
+def test_a_sample_leaves_out_labels_of_which_it_has_one_text(
+    recipe_file: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nobody who asked for a sample can give such a label a second text."""
+    room = tmp_path / "data"
+    shutil.copytree(data, room)
+    kept = [("snow", "ice"), ("frost", "ice"), ("flame", "fire"), ("ash", "fire")]
+    lines = [{"text": text, "label": label} for text, label in [*kept, ("rain", "water")]]
+    write_records(room / "labelled.jsonl", lines)
+    changes = ["adapt.classification.batch=2", "adapt.classification.sample=5", ALONE]
+    recipe = read_recipe(recipe_file, changes)
+    recipe = recipe.model_copy(update={"adapt": recipe.adapt[-1:]})
+    run_recipe(recipe, room, tmp_path / "run", cpu=True)
+    assert (tmp_path / "run" / "adapt" / "classification" / "final").is_dir()
+
+
 def test_a_base_of_another_kind_is_refused(recipe_file: Path, data: Path, tmp_path: Path) -> None:
     """A base without the asked layers is named, with what is missing."""
     base = tmp_path / "base"

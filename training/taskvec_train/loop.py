@@ -154,14 +154,16 @@ class _Log:
     def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._tokens = 0
+        self._tokens = torch.zeros((), dtype=torch.int64)
 
     def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Tensors) -> None:
         """A batch's losses."""
         for name, value in {"loss": loss.detach(), **parts}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
             self._counts[name] = self._counts.get(name, 0) + 1
-        self._tokens += sum(value.numel() for name, value in batch.items() if name.endswith("ids"))
+        for name, value in batch.items():
+            if name.endswith("lengths"):
+                self._tokens = self._tokens + value.sum()
 
     def write(self, step: int, rate: float, measured: Mapping[str, float], where: str) -> None:
         """A row of means; an error where the loss is no number."""
@@ -173,7 +175,7 @@ class _Log:
             )
         if self._metrics is not None:
             seconds = time.monotonic() - self._start
-            row = {"step": step, **means, **measured, "lr": rate, "tokens": self._tokens}
+            row = {"step": step, **means, **measured, "lr": rate, "tokens": int(self._tokens)}
             self._metrics.write(row | {"seconds": round(seconds, 3)})
         self._clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,9 @@ def _clustering(space: Workspace, task: ClusteringAdapter, base: Base) -> Source
 
 def _classification(space: Workspace, task: ClassificationAdapter, base: Base) -> Source:
     records = space.read(task.labelled, read_labelled, task.sample)
+    if task.sample:  # which may have left one text of a label
+        counts = Counter(record.label for record in records)
+        records = [record for record in records if counts[record.label] > 1]
     store = _documents(space, task, base, [record.text for record in records])
     plan = space.plan(store.lengths, items=task.batch)
     labels = [record.label for record in records]

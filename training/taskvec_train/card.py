@@ -41,7 +41,7 @@ def model_card(recipe: Recipe, shape: Backbone, folder: Path, *, run: Path, figu
         "| stage | steps | tokens | first loss | last loss |\n|---|---|---|---|---|",
         *(_stage(run / kind / name, f"{kind} {name}") for kind, name in stages),
         f"\n## Figures\n{figures.strip()}" if figures.strip() else "",
-        f"\n## Recipe\n```json\n{recipe.model_dump_json(indent=1, exclude={'export'})}\n```",
+        f"\n## Recipe\n```text\n{recipe.model_dump_json(indent=1, exclude={'export'})}\n```",
         "## Weights\n| file | sha256 |\n|---|---|",
         *(_hash(file, folder) for file in sorted(folder.rglob("*.safetensors"))),
     ]

@@ -41,7 +41,7 @@ from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.core.tokens import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
-from taskvec.memory import keep_freed_memory
+from taskvec.memory import OF_A_SERVICE, keep_freed_memory
 from taskvec.serving import server_options
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
@@ -111,7 +111,7 @@ def serve(side: str, port: int) -> None:
     if side.startswith("bare"):
         app = bare_app(encoding=side == "bare-encoding")
     else:
-        keep_freed_memory()
+        keep_freed_memory(OF_A_SERVICE)
         app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
     uvicorn.run(app, port=port, **options)
 

@@ -11,6 +11,9 @@ from taskvec.checkpoint.backbone import Backbone
 from taskvec_train.metrics import read_metrics
 from taskvec_train.recipe import Recipe
 
+DATA = "DATA.md"
+"""Of a checkpoint's folder: its corpus's data card."""
+
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -35,7 +38,7 @@ def model_card(recipe: Recipe, shape: Backbone, folder: Path, *, run: Path, figu
         recipe.export.summary,
         _shape(recipe, shape),
         f"## Data\n{recipe.export.data}",
-        "What it is made of: [the data card](DATA.md)." if (folder / "DATA.md").is_file() else "",
+        f"What it is made of: [the data card]({DATA})." if (folder / DATA).is_file() else "",
         f"## Training\nTeacher: {recipe.teacher.model}.\nSeed: {recipe.seed}.",
         f"Made with {', '.join(versions)}.",
         "| stage | steps | tokens | first loss | last loss |\n|---|---|---|---|---|",

@@ -15,7 +15,7 @@ from taskvec.checkpoint.files import PROMPTS_FILE
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import open_base
-from taskvec_train.card import model_card
+from taskvec_train.card import DATA, model_card
 from taskvec_train.data.card import DATA_CARD
 from taskvec_train.errors import TrainingError
 from taskvec_train.files import whole_folder
@@ -63,7 +63,7 @@ def export(
             place.mkdir(parents=True)
             copy_adapter(source, place, dtype)
         if (data / DATA_CARD).is_file():
-            shutil.copy(data / DATA_CARD, unfinished / "DATA.md")
+            shutil.copy(data / DATA_CARD, unfinished / DATA)
         card = model_card(recipe, base.backbone, unfinished, run=run, figures=figures)
         (unfinished / "README.md").write_text(card)
         check_served(unfinished)

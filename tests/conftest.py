@@ -37,6 +37,9 @@ hypothesis_settings.load_profile("taskvec")
 # `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
 
+DEFAULT_VOCABULARY = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
+"""Token ids that the default model knows: all below this."""
+
 
 @pytest.fixture
 def anyio_backend() -> str:

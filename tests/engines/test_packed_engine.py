@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from conftest import DEFAULT_VOCABULARY
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.engines.base import EngineResult, EngineState, TokenBatch, TokenIds
@@ -24,7 +25,6 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
 
-VOCABULARY = 27_786
 FP32_DIFFERENCE = 1e-5
 FP32 = PackedOptions(dtype="float32")
 
@@ -65,7 +65,7 @@ def checkpoint(
     """A tiny checkpoint in each layout."""
     shape = {"small": TINY_SMALL, "nano": TINY_NANO}[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
-    write_checkpoint(folder, replace(shape, vocabulary=VOCABULARY))
+    write_checkpoint(folder, replace(shape, vocabulary=DEFAULT_VOCABULARY))
     return read_checkpoint(folder, request.param)
 
 
@@ -197,7 +197,9 @@ async def test_a_failed_forward_fails_its_requests_alone(checkpoint: Checkpoint)
     """A batch that breaks the forward is reported to its callers; the engine goes on."""
     async with running(checkpoint, FP32) as (engine, observed):
         with pytest.raises(Exception, match="engine failed"):
-            await engine.embed(TokenBatch([np.array([VOCABULARY + 5], np.int32)], "retrieval"))
+            await engine.embed(
+                TokenBatch([np.array([DEFAULT_VOCABULARY + 5], np.int32)], "retrieval")
+            )
         result = await engine.embed(TokenBatch([random_ids(5, 1)], "retrieval"))
         assert result.vectors.shape == (1, checkpoint.card.dimension)
     assert observed.dropped == {"failed": 1}
@@ -221,7 +223,9 @@ async def test_an_adapter_without_effect_stops_the_start(
     """An adapter that changes nothing, or is another's copy, is refused by name."""
     from safetensors.torch import load_file, save_file  # noqa: PLC0415 - one test needs it
 
-    folder = write_checkpoint(tmp_path / "checkpoint", replace(TINY_SMALL, vocabulary=VOCABULARY))
+    folder = write_checkpoint(
+        tmp_path / "checkpoint", replace(TINY_SMALL, vocabulary=DEFAULT_VOCABULARY)
+    )
     weights = folder / "adapters" / "clustering" / "adapter_model.safetensors"
     if fault == "empty":
         tensors = load_file(weights)
@@ -264,7 +268,7 @@ async def big_request_under_way(
 
 def random_ids(length: int, seed: int) -> TokenIds:
     """A text of random ids."""
-    return np.random.default_rng(seed).integers(0, VOCABULARY, length, dtype=np.int32)
+    return np.random.default_rng(seed).integers(0, DEFAULT_VOCABULARY, length, dtype=np.int32)
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import DEFAULT_VOCABULARY
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.layout import read_checkpoint
 from taskvec.engines.packed.proof import prove_adapters
@@ -18,7 +19,6 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError
 
-VOCABULARY = 27_786
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 
 modes = pytest.mark.parametrize("merge", [True, False], ids=["merged", "low-rank"])
@@ -29,7 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny checkpoint in each layout."""
     shape = {"small": TINY_SMALL, "nano": TINY_NANO}[request.param]
-    return write_checkpoint(tmp_path / request.param, replace(shape, vocabulary=VOCABULARY))
+    return write_checkpoint(tmp_path / request.param, replace(shape, vocabulary=DEFAULT_VOCABULARY))
 
 
 def load(folder: Path, *, merge: bool, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import fake_service
+from conftest import DEFAULT_VOCABULARY, fake_service
 from taskvec.checkpoint.layout import Checkpoint
 
 PATH = "/v1/embeddings"
@@ -148,7 +148,7 @@ async def test_refused_token_ids_say_why(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("ids", "code", "param"),
     [
-        ([27786], "invalid_token_id", "input[0]"),
+        ([DEFAULT_VOCABULARY], "invalid_token_id", "input[0]"),
         ([1, -1], "invalid_token_id", "input[1]"),
         ([1, True], "invalid_token_id", "input[1]"),
         ([1, "a"], "invalid_token_id", "input[1]"),
@@ -156,7 +156,7 @@ async def test_refused_token_ids_say_why(client: httpx.AsyncClient) -> None:
         ([1, None], "invalid_token_id", "input[1]"),
         ([1, [2]], "invalid_token_id", "input[1]"),
         ([2**63], "invalid_token_id", "input[0]"),
-        ([[1], [2, 27786]], "invalid_token_id", "input[1][1]"),
+        ([[1], [2, DEFAULT_VOCABULARY]], "invalid_token_id", "input[1][1]"),
         ([[1], [False]], "invalid_token_id", "input[1][0]"),
         ([[1], [[2]]], "invalid_token_id", "input[1][0]"),
         ([[]], "invalid_input", "input[0]"),

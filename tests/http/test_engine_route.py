@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from conftest import fake_service
+from conftest import DEFAULT_VOCABULARY, fake_service
 from fakes import FakeEngine, hashed_vector
 from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import EngineHealth, EngineState, TokenIds
@@ -174,9 +174,9 @@ async def test_a_body_in_another_format(client: httpx.AsyncClient, body: bytes) 
     ("text", "adapter", "code", "word"),
     [
         (ids(*[1] * 2049), "clustering", "input_too_long", "2048"),
-        (ids(27_786), "clustering", "invalid_token_id", "27785"),
-        (ids(1, 2, -1), "clustering", "invalid_token_id", "27785"),
-        (ids(2**31 - 1), "clustering", "invalid_token_id", "27785"),
+        (ids(DEFAULT_VOCABULARY), "clustering", "invalid_token_id", str(DEFAULT_VOCABULARY - 1)),
+        (ids(1, 2, -1), "clustering", "invalid_token_id", str(DEFAULT_VOCABULARY - 1)),
+        (ids(2**31 - 1), "clustering", "invalid_token_id", str(DEFAULT_VOCABULARY - 1)),
         (ids(1), "poetry", "unknown_adapter", "'poetry'"),
         (ids(1), "retrieval.query", "unknown_adapter", "'retrieval.query'"),
         (ids(1), "x" * 5000, "unknown_adapter", "xxx"),

@@ -122,19 +122,22 @@ def measure(
 ) -> None:
     """Measure a finished run beside its teacher, its untrained student and BM25.
 
-    Writes figures.json and figures.md into the run's folder; the latter is for `export --figures`.
+    Writes figures.json and figures.md into the run's folder, anew after each model; the latter is
+    for `export --figures`.
     """
     with clear_failures("eval"):
         from taskvec.evaluation.progress import progress  # noqa: PLC0415 - an extra
-        from taskvec_train.figures import as_json, as_markdown  # noqa: PLC0415
+        from taskvec_train.figures import Figure, as_json, as_markdown  # noqa: PLC0415
         from taskvec_train.measure import measure  # noqa: PLC0415
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
 
         others = dict(_named(text) for text in beside or ())
         read = read_recipe(recipe, changes or ())
+        found: list[Figure] = []
         with progress() as watch:
-            found = measure(read, out, held_out, others, cpu=cpu, watch=watch)
-        _write_figures(out / "figures", as_json(found), as_markdown(found, read.name))
+            for figures in measure(read, out, held_out, others, cpu=cpu, watch=watch):
+                found += figures
+                _write_figures(out / "figures", as_json(found), as_markdown(found, read.name))
 
 
 @app.command()

@@ -37,8 +37,8 @@ def measure(
     *,
     cpu: bool = False,
     watch: Watch = lambda _what, _steps: lambda _done: None,
-) -> list[Figure]:
-    """Measure everything there is to compare.
+) -> Iterator[list[Figure]]:
+    """Measure everything there is to compare, one model after another.
 
     Every adapter is measured on the search with the most documents and, by whole float vectors, on
     all that is no search; on the other searches those with two sides are, which `base` has.
@@ -51,21 +51,22 @@ def measure(
         cpu: leave a GPU alone.
         watch: told of progress.
 
+    Yields:
+        What one model scored: the teacher with BM25, the untrained student, each checkpoint.
+
     Raises:
         TrainingError: the run is not finished, or data or a checkpoint cannot be read.
     """
     if not (run / CHECKPOINT).is_dir():
         raise TrainingError(f"{run / CHECKPOINT} is not there: run the recipe first.")
-    figures: list[Figure] = []
     with as_training_errors():
         data = find_data([held_out])
         for encoder in _encoders(recipe, run, cpu=cpu):
             bm25 = encoder.name == TEACHER
-            figures += _measured(encoder.name, encoder, data, watch, bm25=bm25)
+            yield list(_measured(encoder.name, encoder, data, watch, bm25=bm25))
         for name, place in {**beside, recipe.name: str(run / CHECKPOINT)}.items():
             with Embedder(place, device="cpu" if cpu else "auto") as embedder:
-                figures += _measured(name, LoadedModel(embedder), data, watch)
-    return figures
+                yield list(_measured(name, LoadedModel(embedder), data, watch))
 
 
 @contextmanager

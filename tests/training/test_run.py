@@ -21,6 +21,7 @@ from taskvec_train.errors import TrainingError
 from taskvec_train.metrics import read_metrics
 from taskvec_train.recipe import read_recipe
 from taskvec_train.run import CHECKPOINT, run_recipe
+from taskvec_train.tokens import TokenStore
 
 
 def test_the_student_comes_closer_to_the_teacher(tiny_run: Path) -> None:
@@ -123,6 +124,15 @@ def test_the_same_seed_gives_the_same_weights(
     first, second = (run_recipe(recipe, data, tmp_path / name, cpu=True) for name in "ab")
     weights = first / "model.safetensors"
     assert weights.read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_tokens_are_counted_without_padding(recipe_file: Path, data: Path, tmp_path: Path) -> None:
+    """A step that takes all texts counts the tokens of all texts, as they lie on disk."""
+    changes = ["adapt=[]", "distill.words.steps=1", "distill.words.batch_tokens=100_000"]
+    run_recipe(read_recipe(recipe_file, changes), data, tmp_path / "run", cpu=True)
+    (row,) = read_metrics(tmp_path / "run" / "distill" / "words")
+    stores = [TokenStore(folder) for folder in (tmp_path / "run" / "tokens").iterdir()]
+    assert row["tokens"] == max(store.lengths.sum() for store in stores)
 
 
 def test_a_run_that_nobody_watches_tells_how_far_it_is(

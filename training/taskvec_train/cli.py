@@ -137,7 +137,9 @@ def measure(
         with progress() as watch:
             for figures in measure(read, out, held_out, others, cpu=cpu, watch=watch):
                 found += figures
-                _write_figures(out / "figures", as_json(found), as_markdown(found, read.name))
+                tables = as_markdown(found, read.name)
+                _write_figures(out / "figures", as_json(found), tables)
+        typer.echo(tables)
 
 
 @app.command()
@@ -167,7 +169,9 @@ def ablate(
             found = ablate(
                 read, variants, data=data, folder=out, held_out=held_out, cpu=cpu, watch=watch
             )
-        _write_figures(out / "ablation", as_json(found), as_markdown(found))
+        tables = as_markdown(found)
+        _write_figures(out / "ablation", as_json(found), tables)
+        typer.echo(tables)
 
 
 @app.command()
@@ -255,11 +259,10 @@ def teach(
 
 
 def _write_figures(place: Path, document: bytes, tables: str) -> None:
-    """Write PLACE.json and PLACE.md, and print the latter."""
+    """Write PLACE.json and PLACE.md."""
     for suffix, content in ((".json", document), (".md", f"{tables}\n".encode())):
         with whole_file(place.with_suffix(suffix)) as unfinished:
             unfinished.write_bytes(content)
-    typer.echo(tables)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from taskvec.checkpoint.hub import open_checkpoint
 from taskvec.core.job import OutputType
 from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import Data, RetrievalData, find_data
@@ -60,6 +61,8 @@ def measure(
     if not (run / CHECKPOINT).is_dir():
         raise TrainingError(f"{run / CHECKPOINT} is not there: run the recipe first.")
     with as_training_errors():
+        for place in beside.values():
+            open_checkpoint(place)
         data = find_data([held_out])
         for encoder in _encoders(recipe, run, cpu=cpu):
             bm25 = encoder.name == TEACHER

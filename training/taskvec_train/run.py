@@ -105,7 +105,7 @@ def open_student(folder: Path, recipe: Recipe) -> Base:
 
 def distill_recipe(space: Workspace, recipe: Recipe) -> tuple[Path, str]:
     """Stage 1: the folder of the student, and a digest of what made it."""
-    common = recipe.model_dump(mode="json", exclude={"distill", "adapt", "export"})
+    common = recipe.model_dump(mode="json", exclude={"name", "distill", "adapt", "export"})
     made = space.claim(space.folder / "student", common, str(space.data.resolve()))
     student = _start(space, recipe)
     for phase in recipe.distill:

@@ -151,7 +151,7 @@ def test_figures_repeat(data: Path, report: dict[str, Any], tmp_path: Path) -> N
     ("changes", "url", "said"),
     [
         ({"data": [Path("nowhere")]}, None, "nowhere does not exist"),
-        ({"tasks": ["poetry"]}, None, "There is no task 'poetry': it has classification, "),
+        ({"tasks": ["poetry"]}, None, "There is no task 'poetry': it has retrieval, "),
         ({"dimensions": [512]}, None, "--dimensions must lie between 1 and 256"),
         ({"dimensions": [100]}, None, "multiple of 8"),
         ({"json": Path("no/folder/x.json")}, None, "no/folder/x.json cannot be written"),

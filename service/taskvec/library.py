@@ -14,7 +14,7 @@ from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.core.admission import Admission
+from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
@@ -75,7 +75,7 @@ class Embedder:
             engine,
             tokenizer,
             task_table(checkpoint),
-            Admission(max_tokens=1 << 62),
+            Admission(max_tokens=NO_LIMIT),
             ServiceHealth(engine),
         )
         with ExitStack() as stack:

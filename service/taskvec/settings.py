@@ -242,6 +242,14 @@ class Settings(BaseSettings):
             "for what the engine does in queue_seconds, by its measured speed.",
         ),
     ] = 0
+    max_queue_requests: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Most requests of a class admitted and not yet answered, in one process; "
+            "beyond it they get 429.",
+        ),
+    ] = 1024
     queue_seconds: Annotated[
         float,
         Field(

@@ -284,3 +284,23 @@ def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
     assert admission.class_of(1000, INTERACTIVE) is INTERACTIVE
     assert admission.class_of(1001, INTERACTIVE) is BULK
     assert admission.class_of(1, BULK) is BULK
+
+
+def test_requests_have_a_limit_however_short_they_are(clock: Clock) -> None:
+    """One more than the limit is refused, in words of its own, until a tenth has left; by class."""
+    admission = Admission(1000, max_requests=20, clock=clock)
+    with ExitStack() as most, ExitStack() as rest:
+        for number in range(20):
+            stack = most if number < 18 else rest
+            stack.enter_context(admission.admit(1, INTERACTIVE))
+        admission.require_room(INTERACTIVE)
+        refused = refusal(admission, 1)
+        assert (refused.status, refused.retry_after) == (429, 1.0)
+        assert "20 interactive requests are queued" in refused.message
+        with pytest.raises(QueueFullError, match="the limit is 20"):
+            admission.require_room(INTERACTIVE)
+        with admission.admit(1, BULK):
+            assert admission.tokens == 21
+        rest.close()
+        admission.require_room(INTERACTIVE)
+    assert admission.tokens == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,7 @@ from conftest import fake_service
 from fakes import FakeEngine
 from keyfiles import entry
 from processes import total
+from sockets import answer, served, whole
 from taskvec.checkpoint.layout import Checkpoint
 
 PATH = "/v1/embeddings"
@@ -97,3 +98,17 @@ async def test_who_comes_late_in_a_long_turn_is_refused(
         assert (await client.get("/health/live")).status_code == 200
         await asyncio.sleep(0.1)
         assert (await client.post(PATH, json={"input": "a"}, headers=WEB)).status_code == 200
+
+
+def test_a_pause_refuses_nobody(default_checkpoint: Checkpoint) -> None:
+    """What came while the whole process stood still is answered, over real connections."""
+    with served(default_checkpoint) as service, ExitStack() as open_until_the_end:
+        clients = [open_until_the_end.enter_context(service.connect()) for _ in range(20)]
+        for client in clients:
+            client.sendall(whole({"input": "a"}))
+            assert answer(client)[0].status == 200
+        service.server.servers[0].get_loop().call_soon_threadsafe(time.sleep, 1.0)
+        time.sleep(0.2)
+        for client in clients:
+            client.sendall(whole({"input": "a"}))
+        assert [answer(client)[0].status for client in clients] == [200] * len(clients)

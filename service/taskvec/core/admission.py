@@ -1,4 +1,4 @@
-"""How much may wait: a budget in tokens, and an honest guess when there will be room."""
+"""How much may wait: a budget in tokens and requests, and an honest guess when there is room."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from taskvec.errors import QueueFullError
 from taskvec.priority import Priority
+
+NO_LIMIT = 1 << 62
 
 MEMORY_SECONDS = 30.0
 """How far back the measured rate reaches."""
@@ -35,15 +37,17 @@ are refused before they cost any work."""
 
 
 class Admission:
-    """Admits requests while their tokens fit the budget; belongs to one event loop.
+    """Admits requests while they and their tokens fit the budget; belongs to one event loop.
 
-    Each class has a budget of its own, so that bulk keeps nobody else out.
+    Each class has a budget of its own, so that bulk keeps nobody else out. Tokens are the engine's
+    time; short texts fill a process before they fill its engine, and are counted as requests.
     """
 
     def __init__(
         self,
         max_tokens: int = 0,
         seconds: float = 30.0,
+        max_requests: int = NO_LIMIT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start empty.
@@ -53,16 +57,19 @@ class Admission:
                 ``seconds``. A request larger than that is admitted when nothing else is: its size
                 is bounded elsewhere.
             seconds: of the engine's time that may be queued, where ``max_tokens`` is 0.
+            max_requests: most requests of a class admitted and not yet answered.
             clock: seconds.
         """
         self._max = max_tokens
         self._seconds = seconds
+        self._max_requests = max_requests
         self._clock = clock
         self._answered = 0.0
         self._busy = 0.0
         self._since = 0.0
         self._open = dict.fromkeys(Priority, True)
         self._held = dict.fromkeys(Priority, 0)
+        self._requests = dict.fromkeys(Priority, 0)
 
     @property
     def tokens(self) -> int:
@@ -115,12 +122,14 @@ class Admission:
         Raises:
             QueueFullError: there is no room; says when there should be.
         """
-        if self._held[priority] and self._held[priority] + tokens > self.budget:
+        held, requests = self._held[priority], self._requests[priority]
+        if (held and held + tokens > self.budget) or requests >= self._max_requests:
             self._open[priority] = False
             raise self._full(tokens, priority)
         if not self.tokens:
             self._since = self._clock()
         self._held[priority] += tokens
+        self._requests[priority] += 1
         finished = False
         try:
             yield
@@ -128,14 +137,31 @@ class Admission:
         finally:
             self._learn(tokens if finished else 0)
             self._held[priority] -= tokens
-            if self._held[priority] <= REOPEN * self.budget:
+            self._requests[priority] -= 1
+            if self._has_room(priority):
                 self._open[priority] = True
 
+    def _has_room(self, priority: Priority) -> bool:
+        """Whether some more fit, and not just the next one."""
+        return (
+            self._held[priority] <= REOPEN * self.budget
+            and self._requests[priority] <= REOPEN * self._max_requests
+        )
+
     def _full(self, tokens: int, priority: Priority) -> QueueFullError:
-        held = self._held[priority]
+        held, requests = self._held[priority], self._requests[priority]
+        if requests > REOPEN * self._max_requests:
+            reason = (
+                f"{requests} {priority} requests are queued or being embedded, and the limit is "
+                f"{self._max_requests}"
+            )
+        else:
+            reason = (
+                f"{held} {priority} tokens are queued or being embedded, and {tokens or 'any'} "
+                f"more would pass the limit of {self.budget}"
+            )
         return QueueFullError(
-            f"{held} {priority} tokens are queued or being embedded, and {tokens or 'any'} more "
-            f"would pass the limit of {self.budget}: send it again later.",
+            f"{reason}: send it again later.",
             retry_after=self._seconds_until_room(tokens, held),
         )
 

@@ -16,9 +16,9 @@ from taskvec.telemetry.pulse import Pulse
 
 EMBEDDING_PATHS = frozenset({"/v1/embeddings", WIRE_PATH})
 
-MOST_LATE = 0.2
-"""Seconds by which the event loop may be late: what it then still has to begin, it refuses. So a
-turn ends soon, however much comes, and what was begun before goes on."""
+MOST_LATE = 0.1
+"""Seconds by which the present turn of the event loop may be late: what it then still has to begin,
+it refuses. So a turn ends soon, however much comes, and what was begun before goes on."""
 
 
 class Door:

@@ -92,8 +92,8 @@ def create_app(
         observer=metrics,
     )
     # Gateways admit for the engine that they share.
-    limits = (settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests)
-    admission = Admission(NO_LIMIT) if behind_gateway else Admission(*limits)
+    room = (settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests)
+    admission = Admission(NO_LIMIT) if behind_gateway else Admission(*room)
     health = ServiceHealth(
         engine,
         stall_seconds=settings.stall_timeout,

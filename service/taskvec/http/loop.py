@@ -60,18 +60,18 @@ class _Listening(asyncio.AbstractServer):
         self._server = server
         self._factory = protocol_factory
         self._context = context
-        self._looked = 0.0
         self._opening: set[asyncio.Task[Any]] = set()
         # libuv watches a file of its own: another name for it may be watched beside that.
-        self._second = [socket(fileno=os.dup(one.fileno())) for one in server.sockets]
-        for listening in self._second:
+        copies = [socket(fileno=os.dup(one.fileno())) for one in server.sockets]
+        self._looked = dict.fromkeys(copies, 0.0)
+        for listening in copies:
             self._watch(listening)
 
     def close(self) -> None:
-        for listening in self._second:
+        for listening in self._looked:
             self._loop.remove_reader(listening)
             listening.close()
-        self._second.clear()
+        self._looked.clear()
         self._server.close()
 
     async def wait_closed(self) -> None:
@@ -90,12 +90,12 @@ class _Listening(asyncio.AbstractServer):
         await self._server.serve_forever()
 
     def _watch(self, listening: socket) -> None:
-        if listening in self._second:
+        if listening in self._looked:
             self._loop.add_reader(listening, self._take, listening)
 
     def _take(self, listening: socket) -> None:
         now = time.monotonic()
-        turn, self._looked = now - self._looked, now
+        turn, self._looked[listening] = now - self._looked[listening], now
         if turn > LONGEST_TURN:
             return
         for _ in range(int(turn / EVERY)):

@@ -27,7 +27,7 @@ ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 class ServingLoop(uvloop.Loop):
     """Takes as many of the connections that wait as the last turn was long.
 
-    libuv takes one a turn since 1.45 (libuv/libuv pull request 3696). A turn with many requests in
+    libuv takes one a turn (since libuv/libuv pull request 3696). A turn with many requests in
     work lasts tens of milliseconds: new connections then wait for seconds, and where the system's
     queue is full, are lost. A loop with little to do still takes one at a time, so that several
     processes on one socket share a burst.

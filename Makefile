@@ -38,8 +38,9 @@ test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the whole test suite
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest -q tests/http tests/core tests/access tests/telemetry \
-		tests/engines/remote tests/engines/test_wire.py tests/checkpoint/test_golden.py
+	$(GATEWAY_VENV)/bin/python -m pytest -q tests/api tests/core tests/auth tests/telemetry tests/metrics \
+		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/test_wire.py \
+		tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/stamp ## Run the tests against the real vLLM, on the CPU (installs 3 GB)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
-from taskvec.telemetry.metrics import Metrics
+from taskvec.metrics.service import Metrics
 
 ROOT = Path(__file__).parents[1]
 

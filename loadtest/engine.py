@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from report import ratio, spread, write_result
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer

@@ -36,17 +36,17 @@ from pydantic import BaseModel, SecretStr
 
 from report import ratio, spread, write_result
 from server import free_port, wait_ready
-from taskvec.app import create_app
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.core.tokens import TextTokenizer
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
-from taskvec.memory import OF_A_SERVICE, keep_freed_memory
-from taskvec.serving import server_options
+from taskvec.malloc import SERVING, tune_malloc
+from taskvec.metrics.service import Metrics
+from taskvec.server.run import server_options
+from taskvec.service import task_table, text_tokenizer
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table, text_tokenizer
 
 DIMENSION = 1024
 TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
@@ -111,7 +111,7 @@ def serve(side: str, port: int) -> None:
     if side.startswith("bare"):
         app = bare_app(encoding=side == "bare-encoding")
     else:
-        keep_freed_memory(OF_A_SERVICE)
+        tune_malloc(SERVING)
         app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
     uvicorn.run(app, port=port, **options)
 

@@ -18,8 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.plain import plain_config, plain_folder
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.vllm_copy import make_vllm_copy, vllm_config
 from workload import checkpoint_of
 
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -35,7 +35,7 @@ def merged_folder(checkpoint: Checkpoint, adapter: str, room: Path) -> Path:
         room: an existing folder; what is made is named by the model.
     """
     folder = room / f"{checkpoint.folder.name}-{adapter}"
-    base = AutoModel.from_pretrained(plain_folder(checkpoint, room), dtype=torch.bfloat16)
+    base = AutoModel.from_pretrained(make_vllm_copy(checkpoint, room), dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, checkpoint.folder / "adapters" / adapter)
     model.merge_and_unload().save_pretrained(folder)
     shutil.copy(checkpoint.tokenizer, folder / "tokenizer.json")
@@ -58,7 +58,7 @@ def merged_folder(checkpoint: Checkpoint, adapter: str, room: Path) -> Path:
         for i, (name, place) in enumerate(zip(MODULES, places, strict=True))
     ]
     for place, content in (
-        ("config.json", plain_config(checkpoint)),
+        ("config.json", vllm_config(checkpoint)),
         ("tokenizer_config.json", tokenizer),
         ("modules.json", modules),
         ("sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}),

@@ -16,15 +16,15 @@ import numpy as np
 import orjson
 import uvicorn
 
-from taskvec.app import create_app
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
-from taskvec.checkpoint.hub import open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.open import open_checkpoint
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
+from taskvec.metrics.service import Metrics
+from taskvec.service import task_table
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table
 
 MOST_TEXTS = 2048
 

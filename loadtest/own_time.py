@@ -26,7 +26,7 @@ from fastapi import FastAPI
 
 from gateway import SECRET, bare_app, gateway_app, request_body, with_keys
 from report import write_result
-from taskvec.memory import OF_A_SERVICE, keep_freed_memory
+from taskvec.malloc import SERVING, tune_malloc
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
 
@@ -66,7 +66,7 @@ def itself(name: str, rounds: int) -> Any:
 
 def part(name: str, rounds: int) -> Any:
     """One part's figures."""
-    keep_freed_memory(OF_A_SERVICE)
+    tune_malloc(SERVING)
     configure_logs("info" if name == "lines" else "error")
     apps = {
         "bare": bare_app(encoding=False),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from oracle import Oracle
 from report import write_result
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
-from taskvec.engines.packed.proof import prove_adapters
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.engines.packed.selftest import prove_adapters
 from taskvec.engines.packed.weights import load_transformer
 from workload import checkpoint_of
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from server import free_port, wait_ready
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.plain import plain_folder
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
 
 START_SECONDS = 300.0
@@ -41,7 +41,7 @@ def taskvec_server(model: str, room: Path) -> Iterator[Running]:
 def vllm_server(python: Path, checkpoint: Checkpoint, room: Path) -> Iterator[Running]:
     """A stock vLLM server, by the command line that taskvec prints."""
     options = VllmOptions(memory_share=0.15, max_tokens=LONGEST)
-    words = server_command(checkpoint, plain_folder(checkpoint, room), options, gpu=False)
+    words = server_command(checkpoint, make_vllm_copy(checkpoint, room), options, gpu=False)
     # The CPU build's `vllm` command fails; its server module takes the same flags.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:]]
     command += ["--host", "127.0.0.1", "--disable-uvicorn-access-log"]

@@ -38,7 +38,7 @@ from lengths import PASSAGE, some_text
 from peer_servers import Running, infinity_server, installed, taskvec_server, vllm_server
 from report import compared, table, write_result
 from scenarios import scenarios
-from taskvec.checkpoint.layout import read_checkpoint
+from taskvec.checkpoint.checkpoint import read_checkpoint
 
 SHAPES = ["mini", "qwen3-0.6b"]
 SCENARIOS = ["interactive", "bulk"]

@@ -31,8 +31,8 @@ import numpy as np
 from peer_servers import vllm_server
 from report import ratio, spread, write_result
 from server import free_port, wait_ready
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.wiring import text_tokenizer
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.service import text_tokenizer
 from workload import QWEN, checkpoint_of
 
 HERE = Path(__file__).parent

@@ -9,8 +9,8 @@ import argparse
 import time
 
 from report import spread, write_result
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.core.tokens import TextTokenizer
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.core.tokenizer import TextTokenizer
 from taskvec.errors import InvalidRequestError
 
 BYTES = 20_000_000

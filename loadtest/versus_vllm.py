@@ -23,7 +23,7 @@ import torch
 
 from peer_servers import installed
 from report import ratio, spread, write_result
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.weights import load_transformer
 from workload import QWEN, checkpoint_of, equal_lengths, in_batches, log_normal_lengths

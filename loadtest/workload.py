@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lengths import log_normal
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
 

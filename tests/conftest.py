@@ -21,12 +21,12 @@ from fastapi import FastAPI
 from hypothesis import settings as hypothesis_settings
 
 from fakes import FakeEngine
-from taskvec.app import create_app
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.metrics.service import Metrics
+from taskvec.service import task_table
 from taskvec.settings import Settings
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table
 
 # No deadline: the machines that test are shared. In CI the same examples every time, so that a run
 # says something about the change; new examples are found where people work.
@@ -49,7 +49,7 @@ def anyio_backend() -> str:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's Redis may be slow without being down."""
-    for module in ("taskvec.stores", "taskvec.access.limiter", "taskvec.cache.shared"):
+    for module in ("taskvec.redis", "taskvec.auth.rate_limit", "taskvec.cache.redis"):
         monkeypatch.setattr(f"{module}.ANSWER_SECONDS", 10.0)
 
 

@@ -22,7 +22,7 @@ from charts import CHART, RELEASE, helm
 from conftest import free_port, wait_until
 from dockerfile import read_stages
 from pages import ROOT
-from taskvec.cli import app
+from taskvec.cli.main import app
 
 SECRET = re.compile(r"told this once: (tv-\S+)")
 
@@ -218,6 +218,6 @@ INSTEAD = [
     _way("taskvec serve --engine vllm", "tests/real_vllm does, with vLLM", options_exist),
     _way("taskvec serve --engine remote", "test_remote_serving.py does", options_exist),
     _way("taskvec eval", "tests/evaluation does, with data of its own", options_exist),
-    _way("TASKVEC_LIMITS_URL=", "tests/access does, with a Redis", options_exist),
+    _way("TASKVEC_LIMITS_URL=", "tests/auth does, with a Redis", options_exist),
 ]
 """Everything in the documentation's shell blocks that is not run, and why."""

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import fake_application
 from fakes import FakeEngine
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.serving import server_options
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.server.run import server_options
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"

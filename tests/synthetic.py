@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 
 ADAPTERS = ("retrieval", "text-matching", "clustering", "classification")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import taskvec
 from taskvec import Embedder
-from taskvec.checkpoint.hub import DEFAULT_MODEL
+from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.errors import CheckpointError, InvalidRequestError, UnavailableError
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]

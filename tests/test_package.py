@@ -13,7 +13,7 @@ import pytest
 
 import taskvec
 from conftest import repository
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 
 SOURCES = ("service", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
 
@@ -91,7 +91,7 @@ def test_the_metadata_is_right(installed: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     licence = (repository() / "LICENSE").read_bytes()
     assert (folder / "licenses" / "LICENSE").read_bytes() == licence
-    assert "taskvec = taskvec.cli:main" in (folder / "entry_points.txt").read_text()
+    assert "taskvec = taskvec.cli.main:main" in (folder / "entry_points.txt").read_text()
     torch = [r for r in metadata.get_all("Requires-Dist") if r.startswith("torch")]
     assert torch
     assert all("extra ==" in requirement for requirement in torch), "a gateway needs no torch"
@@ -101,7 +101,7 @@ def test_the_wheel_serves_by_itself(installed: Path) -> None:
     """The unpacked wheel, and not the checkout, passes its own self-test."""
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r}); sys.argv[1:] = ['check']\n"
-        "import taskvec.cli; taskvec.cli.main()"
+        "import taskvec.cli.main; taskvec.cli.main.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from conftest import free_port, wait_until
 from processes import EXACT, TASKS, TEXTS, Load, Served, embed, served, total, wait_for
-from taskvec.checkpoint.hub import DEFAULT_MODEL
+from taskvec.checkpoint.open import DEFAULT_MODEL
 
 SERVER = ("--token-input", "accept", *EXACT)
 GATEWAY = ("--engine", "remote", "--log-level", "error")
@@ -34,15 +34,17 @@ sys.meta_path.insert(0, Refuse())
 """
 
 MAKE_ENGINE = f"""{WITHOUT_TORCH}
-from taskvec.checkpoint.hub import open_checkpoint
-from taskvec.wiring import make_engine
+from taskvec.checkpoint.open import open_checkpoint
+from taskvec.service import make_engine
 from taskvec.settings import Settings
 
 settings = Settings(engine="remote", engine_url="http://127.0.0.1:1")
 print(type(make_engine(settings, open_checkpoint({DEFAULT_MODEL!r}), None)).__name__)
 """
 
-SERVE = f"{WITHOUT_TORCH}\nfrom taskvec.cli import main\nif __name__ == '__main__':\n    main()\n"
+SERVE = (
+    f"{WITHOUT_TORCH}\nfrom taskvec.cli.main import main\nif __name__ == '__main__':\n    main()\n"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

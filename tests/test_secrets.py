@@ -23,8 +23,8 @@ FAILING = """
 import uvicorn
 from conftest import fake_application
 from fakes import FakeEngine
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.serving import server_options
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.server.run import server_options
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
 

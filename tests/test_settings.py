@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from taskvec.checkpoint.hub import DEFAULT_MODEL
+from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.settings import (
     AdapterMode,
     Dtype,

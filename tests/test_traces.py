@@ -34,17 +34,17 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("not installed here: " + name, name=name)
 
 sys.meta_path.insert(0, Refuse())
-from taskvec.cli import main
+from taskvec.cli.main import main
 main()
 """
 
 LOADED = """
 import sys
-from taskvec.serving import application
+from taskvec.server.run import application
 from taskvec.settings import Settings
 
 application(Settings(engine="remote", engine_url="http://127.0.0.1:1"), print)
-ours = ("opentelemetry.sdk", "opentelemetry.exporter", "taskvec.telemetry.spans")
+ours = ("opentelemetry.sdk", "opentelemetry.exporter", "taskvec.telemetry.otel")
 print([name for name in sys.modules if name.startswith(ours)])  # FastAPI loads the API by itself
 """
 

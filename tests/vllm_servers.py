@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conftest import free_port
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.plain import plain_folder
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.reference import reference_vectors
+from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.base import TokenIds
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
 
@@ -45,7 +45,7 @@ class VllmServer:
         core: int,
         lora_modules: Sequence[str] | None = None,
     ) -> None:
-        folder = plain_folder(checkpoint, cache)
+        folder = make_vllm_copy(checkpoint, cache)
         words = server_command(checkpoint, folder, VllmOptions(memory_share=0.15), gpu=False)
         if lora_modules is not None:
             words = [*words[: words.index("--lora-modules") + 1], *lora_modules]

@@ -21,8 +21,8 @@ import torch
 from parity import differences
 from report import ratio, spread, write_result
 from synthetic import ADAPTERS, NANO, SMALL, TINY_NANO, TINY_SMALL, Shape, write_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.golden import golden_vectors
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.engines.base import Engine, TokenBatch
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.packed.weights import load_transformer

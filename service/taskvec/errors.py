@@ -1,6 +1,6 @@
 """Every way a request can fail, each with the status and code that a client sees.
 
-Raised wherever the failure is found; rendered once, in ``taskvec.http.errors``.
+Raised wherever the failure is found; rendered once, in ``taskvec.api.errors``.
 """
 
 from __future__ import annotations

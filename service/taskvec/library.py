@@ -13,7 +13,7 @@ import structlog
 from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -22,7 +22,7 @@ from taskvec.core.tasks import Task
 from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
-from taskvec.wiring import task_table, text_tokenizer
+from taskvec.service import task_table, text_tokenizer
 
 
 class Embedder:

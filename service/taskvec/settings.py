@@ -15,9 +15,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from taskvec.access.keys import read_pairs
-from taskvec.checkpoint.hub import DEFAULT_MODEL
-from taskvec.engines.remote.addresses import check_url
+from taskvec.auth.keys import read_pairs
+from taskvec.checkpoint.open import DEFAULT_MODEL
+from taskvec.engines.remote.discovery import check_url
 
 STORE_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")

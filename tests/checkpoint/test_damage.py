@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from synthetic import TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.layout import read_checkpoint
+from taskvec.checkpoint.checkpoint import read_checkpoint
 from taskvec.errors import CheckpointError
-from taskvec.wiring import text_tokenizer
+from taskvec.service import text_tokenizer
 
 SHAPE = replace(
     TINY_SMALL, vocabulary=64, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8,
@@ -295,7 +295,7 @@ def test_absurdly_many_layers_are_refused_at_once(folder: Path) -> None:
     edit(CONFIG, num_hidden_layers=10**12)(folder)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from taskvec.checkpoint.layout import read_checkpoint\n"
+        "from taskvec.checkpoint.checkpoint import read_checkpoint\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
         "read_checkpoint(Path(sys.argv[1]), 'm')"
     )

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.golden import (
     MATCH,
     GoldenVectors,
     fingerprint,
     golden_vectors,
 )
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.checkpoint.reference import reference_vectors
 
 ADAPTERS = ("retrieval", "text-matching", "clustering", "classification")

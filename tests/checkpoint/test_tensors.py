@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from taskvec.checkpoint.files import tensor_shapes
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.tensors import TensorReader
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.files import TensorReader, tensor_shapes
 
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 dtypes = pytest.mark.parametrize("dtype", WIDTHS)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from fakes import FakeEngine, hashed_vector
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import FINISH_INLINE, AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob, OutputType
-from taskvec.core.vectors import finish
+from taskvec.core.postprocess import finish
 from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
 from taskvec.errors import (
     DeadlineExceededError,
@@ -24,8 +24,8 @@ from taskvec.errors import (
     QueueFullError,
     UnavailableError,
 )
+from taskvec.service import task_table, text_tokenizer
 from taskvec.telemetry.stages import STAGES, Stages
-from taskvec.wiring import task_table, text_tokenizer
 
 TOO_LONG = "far too long " * 4000
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from fakes import FakeEngine
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.health import ServiceHealth
 from taskvec.engines.base import EngineResult, EngineState, TokenBatch
 from taskvec.errors import TaskvecError, UnavailableError

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen import VOCABULARY
-from taskvec.core.tokens import GUARD, WIDEST_TOKEN, TextTokenizer, _settled_until
+from taskvec.core.tokenizer import GUARD, WIDEST_TOKEN, TextTokenizer, _settled_until
 from taskvec.errors import InvalidRequestError
 
 LIMIT = 64

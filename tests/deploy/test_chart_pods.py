@@ -9,11 +9,11 @@ import yaml
 
 from charts import CASES, CHART, Manifest, case, containers, of_kind, only, pods, render, settings
 from fakes import FakeEngine
-from taskvec.app import create_app
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.metrics.service import Metrics
+from taskvec.service import task_table
 from taskvec.settings import Settings, environment_variable
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table
 
 every_case = pytest.mark.parametrize("name", CASES)
 

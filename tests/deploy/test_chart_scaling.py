@@ -8,9 +8,9 @@ import re
 import pytest
 
 from charts import CASES, case, of_kind, only, render
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.telemetry.metrics import Metrics
-from taskvec.wiring import task_table
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.metrics.service import Metrics
+from taskvec.service import task_table
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -21,8 +21,8 @@ from charts import (
     render,
     settings,
 )
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.plain import plain_folder
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
 
 SPLIT = ["split", "airgapped", "full"]
@@ -86,7 +86,7 @@ def test_a_server_runs_what_engine_args_prints(
     )
     chosen = values.get("engine", {})
     gpu = chosen.get("device", "cuda") == "cuda"
-    copy = plain_folder(default_checkpoint, tmp_path / "cache")
+    copy = make_vllm_copy(default_checkpoint, tmp_path / "cache")
     assert done.stdout.splitlines() == [
         *server_command(default_checkpoint, copy, options, gpu=gpu),
         "--port=8000",

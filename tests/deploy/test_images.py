@@ -88,7 +88,7 @@ def test_only_the_gateway_goes_without_torch() -> None:
 def test_a_build_sees_what_it_needs_and_no_more() -> None:
     """Sources, lock and licence are let in; caches, tests, keys and git's folder are not."""
     names = {str(file) for file in context(repository())}
-    assert {"pyproject.toml", "LICENSE", "service/taskvec/app.py"} <= names
+    assert {"pyproject.toml", "LICENSE", "service/taskvec/api/app.py"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".", "tests"))]
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from examples import INSTEAD, Reader, instead
 from pages import PAGES, ROOT, SAYS, Block, blocks, commands
-from taskvec.access.keys import KeyLimits, KeySource
+from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from xml.etree import ElementTree as ET
 
 from conftest import repository
 from pages import PAGES, blocks
@@ -11,7 +10,6 @@ from taskvec.errors import CODES
 from taskvec.settings import Settings, environment_variable
 
 SERVICE = repository() / "service" / "taskvec"
-SVG = "{http://www.w3.org/2000/svg}"
 NO_ROOMS = {"__init__", "__main__"}
 FIELDS = (
     "body",
@@ -31,17 +29,6 @@ def test_the_page_names_every_module() -> None:
     rooms, _, _ = next(blocks(PAGES["docs/architecture.md"])).content.partition("training/")
     modules = {file.name for file in SERVICE.rglob("*.py") if file.stem not in NO_ROOMS}
     assert set(re.findall(r"\b\w+\.py\b", rooms)) == modules
-
-
-def test_the_picture_shows_what_there_is() -> None:
-    """Whatever has a name in the picture is a module or a package; with a slash, a room."""
-    picture = ET.parse(repository() / "docs" / "architecture.svg")  # noqa: S314 - it is ours
-    names = [text.text or "" for text in picture.iter(f"{SVG}text") if text.get("class") == "name"]
-    rooms = {f"{file.parent.name}/" for file in SERVICE.glob("*/__init__.py")}
-    parts = {file.stem for file in SERVICE.rglob("*.py")}
-    parts |= {file.parent.name for file in SERVICE.rglob("__init__.py")}
-    assert {name for name in names if name.endswith("/")} == rooms
-    assert set(names) <= rooms | parts
 
 
 def test_the_page_lists_every_error_code() -> None:

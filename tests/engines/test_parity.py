@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from oracle import Oracle
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer

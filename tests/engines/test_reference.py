@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from oracle import Oracle
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, Shape, write_adapter, write_checkpoint
-from taskvec.checkpoint.hub import DEFAULT_MODEL, open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.checkpoint.reference import reference_vectors
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.weights import load_transformer

@@ -18,7 +18,7 @@ from taskvec.core.job import OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.benchmark import MtebEncoder, benchmark_table, run_benchmark
 from taskvec.evaluation.data import PairData, RetrievalData, find_data
-from taskvec.evaluation.forms import Form
+from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate
 from taskvec.evaluation.service import Service
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from taskvec.core.job import OutputType
 from taskvec.evaluation.data import RetrievalData
-from taskvec.evaluation.forms import Form
+from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate
 
 DOCUMENTS, QUERIES = 100_000, 100

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from heldout import LABELLED
 from synthetic import TINY_SMALL, write_checkpoint
 from taskvec import Embedder
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.reference import reference_vectors
 from taskvec.evaluation.models import LoadedModel, Sides, sides_of
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
-from taskvec.evaluation.ranking import ndcg, place, recall
+from taskvec.evaluation.metrics import ndcg, place, recall
 
 
 def dcg(grades: list[int]) -> float:

@@ -17,9 +17,9 @@ from conftest import running_server
 from heldout import LABELLED
 from processes import served
 from taskvec.core.job import OutputType
-from taskvec.core.vectors import finish
+from taskvec.core.postprocess import finish
 from taskvec.errors import UnavailableError
-from taskvec.evaluation.forms import Form, read_vectors
+from taskvec.evaluation.formats import Form, read_vectors
 from taskvec.evaluation.service import KEY_VARIABLE, TEXTS_A_REQUEST, Service
 
 TEXTS = [text for text, _ in LABELLED]

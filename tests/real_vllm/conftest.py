@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from vllm_servers import ENVIRONMENT, VllmServer, vllm_servers
 
 os.environ |= ENVIRONMENT

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.vllm.arguments import VllmOptions

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import free_port, wait_until
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenBatch
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import free_port, wait_until
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from vllm_servers import START_SECONDS, unit
 
 TASKS = ("retrieval.query", "text-matching", "clustering", "classification")

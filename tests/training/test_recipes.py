@@ -13,7 +13,7 @@ import torch
 from conftest import repository
 from oracle import Oracle
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.layout import read_checkpoint
+from taskvec.checkpoint.checkpoint import read_checkpoint
 from taskvec.engines.packed.weights import load_transformer
 from taskvec_train.errors import RecipeError
 from taskvec_train.metrics import read_metrics

@@ -14,7 +14,7 @@ import torch
 
 from oracle import Oracle
 from synthetic import ADAPTERS
-from taskvec.checkpoint.layout import read_checkpoint
+from taskvec.checkpoint.checkpoint import read_checkpoint
 from taskvec.engines.packed.weights import load_transformer
 from taskvec_train.data.readers import read_pairs
 from taskvec_train.errors import TrainingError

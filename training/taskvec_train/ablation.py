@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from taskvec.evaluation.data import find_data
-from taskvec.evaluation.forms import forms_of
+from taskvec.evaluation.formats import forms_of
 from taskvec.evaluation.models import LoadedModel
 from taskvec.evaluation.run import Plan, Watch, evaluate
 from taskvec.library import Embedder

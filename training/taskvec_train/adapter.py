@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from taskvec.checkpoint.hub import open_checkpoint
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.open import open_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import load_backbone
 from taskvec_train.encoders import BaseEncoder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import EuroBertConfig, EuroBertModel, Qwen3Config, Qwen3Model
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.errors import TrainingError
 

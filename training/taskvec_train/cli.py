@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from taskvec.memory import OF_TRAINING, keep_freed_memory
+from taskvec.malloc import TRAINING, tune_malloc
 from taskvec_train.data.commands import corpus, mine
 from taskvec_train.errors import TrainingError
-from taskvec_train.failures import clear_failures
+from taskvec_train.failures import exit_on_error
 from taskvec_train.files import whole_file
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ class Loss(enum.StrEnum):
 
 def main() -> None:
     """The console script."""
-    keep_freed_memory(OF_TRAINING)
+    tune_malloc(TRAINING)
     app()
 
 
@@ -64,7 +64,7 @@ def run(
 
     On several GPUs: torchrun --nproc-per-node N -m taskvec_train run ...
     """
-    with clear_failures():
+    with exit_on_error():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415 - torch, after the check
         from taskvec_train.run import run_recipe  # noqa: PLC0415
 
@@ -81,7 +81,7 @@ def distill(
     cpu: CpuOption = False,
 ) -> None:
     """Run stage 1 of a recipe alone; `run` finds it done."""
-    with clear_failures():
+    with exit_on_error():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
         from taskvec_train.run import distill_recipe, open_run  # noqa: PLC0415
 
@@ -99,7 +99,7 @@ def export(
     changes: SetOption = None,
 ) -> None:
     """Write the checkpoint of a finished run again, with measured figures in its card."""
-    with clear_failures():
+    with exit_on_error():
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
         from taskvec_train.run import run_recipe  # noqa: PLC0415
 
@@ -125,8 +125,8 @@ def measure(
     Writes figures.json and figures.md into the run's folder, anew after each model; the latter is
     for `export --figures`.
     """
-    with clear_failures("eval"):
-        from taskvec.evaluation.progress import progress  # noqa: PLC0415 - an extra
+    with exit_on_error("eval"):
+        from taskvec.evaluation.report import progress  # noqa: PLC0415 - an extra
         from taskvec_train.figures import Figure, as_json, as_markdown  # noqa: PLC0415
         from taskvec_train.measure import measure  # noqa: PLC0415
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
@@ -157,8 +157,8 @@ def ablate(
 
     The student is the run's. Writes ablation.json and ablation.md into the run's folder.
     """
-    with clear_failures("eval"):
-        from taskvec.evaluation.progress import progress  # noqa: PLC0415 - an extra
+    with exit_on_error("eval"):
+        from taskvec.evaluation.report import progress  # noqa: PLC0415 - an extra
         from taskvec_train.ablation import ablate, as_markdown, variants_of  # noqa: PLC0415
         from taskvec_train.figures import as_json  # noqa: PLC0415
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
@@ -199,7 +199,7 @@ def adapter(
     cpu: CpuOption = False,
 ) -> None:
     """Train an adapter for a task of one's own, and put it beside the model's others."""
-    with clear_failures():
+    with exit_on_error():
         from taskvec_train.adapter import add_adapter, open_model  # noqa: PLC0415
         from taskvec_train.recipe import adapter_recipe  # noqa: PLC0415
 
@@ -247,7 +247,7 @@ def teach(
     cpu: CpuOption = False,
 ) -> None:
     """Write a teacher's vectors of texts to disk: float16, of length 1, found by text hash."""
-    with clear_failures():
+    with exit_on_error():
         from taskvec_train.data.readers import read_texts  # noqa: PLC0415
         from taskvec_train.loop import new_accelerator  # noqa: PLC0415
         from taskvec_train.teacher import load_teacher, teach  # noqa: PLC0415

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.evaluation.forms import Matrix
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.evaluation.formats import Matrix
 from taskvec.evaluation.models import Advance
 from taskvec_train.backbones import Model, last_states
 from taskvec_train.batches import cut_by_tokens

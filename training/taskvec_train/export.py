@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.files import PROMPTS_FILE
-from taskvec.checkpoint.layout import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import open_base
 from taskvec_train.card import DATA, model_card

@@ -31,7 +31,7 @@ NEEDED = {
 
 
 @contextmanager
-def clear_failures(*extras: str) -> Iterator[None]:
+def exit_on_error(*extras: str) -> Iterator[None]:
     """Tell failures that the user can cure in a sentence; ``extras`` are needed beside `train`."""
     extras = ("train", *extras)
     needed = [name for extra in extras for name in NEEDED[extra]]

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from taskvec.checkpoint.hub import open_checkpoint
+from taskvec.checkpoint.open import open_checkpoint
 from taskvec.core.job import OutputType
 from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import Data, RetrievalData, find_data
-from taskvec.evaluation.forms import Form, forms_of
+from taskvec.evaluation.formats import Form, forms_of
 from taskvec.evaluation.models import LoadedModel, Model, sides_of
 from taskvec.evaluation.run import Plan, Watch, evaluate
 from taskvec.library import Embedder

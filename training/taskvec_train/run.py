@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.checkpoint.hub import open_checkpoint
+from taskvec.checkpoint.open import open_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import Model, load_backbone, open_base
 from taskvec_train.data.readers import read_pairs, read_texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from taskvec.cache.base import CacheObserver
+from taskvec.cache.embeddings import CacheObserver
 
 ENTRY_BYTES = 256
 """What an entry takes beside its value: its key, the dictionary's place, Python's objects."""

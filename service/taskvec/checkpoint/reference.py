@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.tensors import TensorReader
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.files import TensorReader
 
 Matrix = NDArray[np.float32]
 

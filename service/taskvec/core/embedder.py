@@ -11,17 +11,16 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.cache.answers import AnswerCache
+from taskvec.cache.embeddings import EmbeddingCache
+from taskvec.concurrency import CancelScope, gather_or_cancel
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob
+from taskvec.core.postprocess import finish
 from taskvec.core.tasks import TaskTable
-from taskvec.core.tokens import TextTokenizer
-from taskvec.core.vectors import finish
+from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
-from taskvec.gather import gather_or_cancel
-from taskvec.interruption import Interruption
 from taskvec.telemetry.stages import Stages
 
 Charge = Callable[[int], Awaitable[None]]
@@ -42,7 +41,7 @@ class AsyncEmbedder:
         admission: Admission,
         health: ServiceHealth,
         *,
-        cache: AnswerCache | None = None,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         """Wire the parts; without a cache every text is embedded."""
         self._engine = engine
@@ -121,7 +120,7 @@ class AsyncEmbedder:
         stages = stages or Stages()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
-        with Interruption(_too_late, seconds):
+        with CancelScope(_too_late, seconds):
             return await self._embed(jobs, stages, charge)
 
     async def _embed(
@@ -143,7 +142,7 @@ class AsyncEmbedder:
 
     async def _recalled(
         self,
-        cache: AnswerCache,
+        cache: EmbeddingCache,
         ids: Sequence[Sequence[TokenIds]],
         jobs: Sequence[EmbedJob],
         stages: Stages,

@@ -103,6 +103,14 @@ class EngineState(enum.Enum):
     DEAD = "dead"
 
 
+class DropReason(enum.StrEnum):
+    """Why a text left the queue without being embedded; a metric label."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
     """Whether the engine can answer, and if not, why."""
@@ -153,8 +161,8 @@ class EngineObserver(QueueObserver, Protocol):
     def memory_ran_out(self, budget: int) -> None:
         """A forward did not fit into memory; the next ones hold at most ``budget`` tokens."""
 
-    def texts_dropped(self, reason: str, texts: int) -> None:
-        """Texts left the queue unembedded: ``cancelled``, ``expired`` or ``failed``."""
+    def texts_dropped(self, reason: DropReason, texts: int) -> None:
+        """Texts left the queue without being embedded."""
 
 
 class Engine(Protocol):

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from taskvec.core.job import OutputType
 from taskvec.errors import InvalidRequestError
-from taskvec.evaluation.forms import Form, Matrix, forms_of
+from taskvec.evaluation.formats import Form, Matrix, forms_of
 from taskvec.evaluation.models import Model, sides_of
 
 _ADAPTERS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from taskvec.errors import InvalidRequestError
-from taskvec.evaluation.records import Record, decoded, read_lines, read_records
+from taskvec.evaluation.jsonl import Record, decoded, read_lines, read_records
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels/test.tsv"
 TRAIN, TEST = "train.jsonl", "test.jsonl"

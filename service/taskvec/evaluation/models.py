@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from taskvec.core.tasks import Task
-from taskvec.evaluation.forms import Matrix
+from taskvec.evaluation.formats import Matrix
 
 if TYPE_CHECKING:
     from taskvec.library import Embedder  # loads torch, which a service spares

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import orjson
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +25,7 @@ from taskvec import __version__
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import Data
 from taskvec.evaluation.models import Model
-from taskvec.evaluation.run import Result
+from taskvec.evaluation.run import BM25, Result, Watch
 
 SHOWN = ("ndcg@10", "recall@100", "spearman", "accuracy", "v_measure")
 """Measures with a table; JSON has all."""
@@ -125,3 +133,76 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+PANEL = (3.4, 2.8)
+"""Inches."""
+
+
+def plot(results: Sequence[Result], title: str) -> bytes:
+    """One panel for each data set (down) and task (across), one line for each output type.
+
+    Args:
+        results: see ``evaluate``.
+        title: above all panels.
+
+    Returns:
+        A PNG.
+    """
+    data = list(dict.fromkeys(result.data for result in results))
+    tasks = list(dict.fromkeys(result.task for result in results if result.form))
+    size = PANEL[0] * len(tasks), PANEL[1] * len(data) + 0.8
+    figure = Figure(size, layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(len(data), len(tasks), sharex=True, sharey="row", squeeze=False)
+    for row, name in zip(panels, data, strict=True):
+        mine = [result for result in results if result.data == name]
+        for axes, task in zip(row, tasks, strict=True):
+            _draw(axes, [result for result in mine if result.task in (task, BM25)])
+            axes.set_title(f"{name}\n{task}", fontsize=9)
+        row[0].set_ylabel(next(iter(mine[0].score.measures)))
+    for axes in panels[-1]:
+        axes.set_xlabel("bytes per vector")
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2 * len(tasks))
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
+def _draw(axes: Axes, results: Sequence[Result]) -> None:
+    for output in dict.fromkeys(result.output for result in results):
+        points = sorted(
+            (result.form.bytes, result.score.value)
+            for result in results
+            if result.form and result.output == output
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=output)
+        else:
+            value = next(result.score.value for result in results if result.output == output)
+            axes.axhline(value, color="gray", linestyle="--", label=output)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda bytes_, _: f"{bytes_:g}"))
+    axes.grid(alpha=0.3)
+
+
+@contextmanager
+def progress() -> Iterator[Watch]:
+    """One bar on standard error, where that is a terminal."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+    with bars:
+        bar = bars.add_task("", total=None)
+
+        def watch(what: str, steps: int) -> Callable[[int], None]:
+            bars.reset(bar, description=what, total=steps)
+            return lambda done: bars.advance(bar, done)
+
+        yield watch

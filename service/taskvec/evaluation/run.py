@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from taskvec.core.job import OutputType
 from taskvec.errors import InvalidRequestError
-from taskvec.evaluation.baseline import bm25_scores
 from taskvec.evaluation.data import ClassificationData, Data, PairData, RetrievalData
-from taskvec.evaluation.forms import Form, Matrix
-from taskvec.evaluation.measures import (
+from taskvec.evaluation.formats import Form, Matrix
+from taskvec.evaluation.metrics import (
     Score,
+    bm25_scores,
     cluster_quality,
     dot_products,
     order_quality,

@@ -12,10 +12,10 @@ import aiohttp
 import numpy as np
 import orjson
 
+from taskvec.concurrency import gather_or_cancel
 from taskvec.errors import UnavailableError
-from taskvec.evaluation.forms import Matrix
+from taskvec.evaluation.formats import Matrix
 from taskvec.evaluation.models import Advance
-from taskvec.gather import gather_or_cancel
 
 KEY_VARIABLE = "TASKVEC_EVAL_KEY"
 """Where the service's API key is looked for: what a command line has, all can see."""

@@ -17,13 +17,13 @@ from prometheus_client import CollectorRegistry
 
 from conftest import free_port
 from fakes import hashed_vector
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import golden_vectors
-from taskvec.checkpoint.layout import Checkpoint
 from taskvec.engines.base import TokenBatch, TokenIds
-from taskvec.engines.remote.addresses import Resolve, addresses_of
+from taskvec.engines.remote.discovery import Resolve, resolve_host
 from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
-from taskvec.telemetry.metrics import Metrics
+from taskvec.metrics.service import Metrics
 
 BROKEN = ("truncated", "endless", "silent", "closing")
 SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}
@@ -208,7 +208,7 @@ async def pool(
     cache: Path,
     *peers: Peer,
     proven: int | None = None,
-    resolve: Resolve = addresses_of,
+    resolve: Resolve = resolve_host,
     **options: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Metrics]]:
     """An engine in front of peers, once ``proven`` of them (all of them) may be called."""

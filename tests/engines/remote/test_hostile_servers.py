@@ -13,7 +13,7 @@ from aiohttp import web
 
 from conftest import free_port
 from engines.remote.peer import Peer, batch, ended, listening, pool, serving, truth, until
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.engine import RemoteEngine
 from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError

@@ -21,11 +21,11 @@ from engines.remote.peer import (
     truth,
     until,
 )
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
-from taskvec.engines.remote.budget import RESERVE
+from taskvec.engines.remote.engine import RESERVE
 from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
-from taskvec.telemetry.metrics import Metrics
+from taskvec.metrics.service import Metrics
 
 DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
 

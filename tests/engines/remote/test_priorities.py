@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL
 from taskvec.engines.remote.server import BULK_CALLS
 from taskvec.errors import UnavailableError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.remote.peer import Peer, batch, listening, pool, truth
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL, split
 

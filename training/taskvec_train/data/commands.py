@@ -10,11 +10,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskvec_train.data.readers import read_pairs
-from taskvec_train.failures import clear_failures
+from taskvec_train.failures import exit_on_error
 from taskvec_train.files import write_jsonl
 
 
-@clear_failures()
+@exit_on_error()
 def corpus(
     *,
     out: Annotated[Path, typer.Option(help="The folder to make. It must not exist.")],
@@ -32,7 +32,7 @@ def corpus(
         build(out, work.resolve(), workers, progress)
 
 
-@clear_failures()
+@exit_on_error()
 def mine(
     *,
     pairs: Annotated[Path, typer.Option(help="Pairs: a JSONL or Parquet file, or a folder.")],

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.files import PROMPTS_FILE
-from taskvec.checkpoint.layout import Checkpoint
 from taskvec_train.backbones import load_backbone, set_rope_theta
 from taskvec_train.data.readers import read_labelled, read_pairs, read_scored, read_texts
 from taskvec_train.data.records import Labelled

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec_train.backbones import load_backbone, open_base, set_rope_theta
 from taskvec_train.batches import cut_by_tokens
 from taskvec_train.data.readers import read_pairs, read_texts

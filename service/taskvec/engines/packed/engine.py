@@ -13,8 +13,9 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import (
+    DropReason,
     EngineHealth,
     EngineObserver,
     EngineResult,
@@ -22,17 +23,16 @@ from taskvec.engines.base import (
     ModelCard,
     TokenBatch,
 )
-from taskvec.engines.packed.budget import TokenBudget
-from taskvec.engines.packed.proof import prove_adapters
-from taskvec.engines.packed.resources import (
+from taskvec.engines.packed.device import (
     available_bytes,
     choose_device,
     choose_dtype,
     is_out_of_memory,
     release_memory,
 )
+from taskvec.engines.packed.scheduler import FairQueue, TokenBudget
+from taskvec.engines.packed.selftest import prove_adapters
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.engines.packed.turns import TurnQueue
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import (
     CheckpointError,
@@ -40,7 +40,7 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
-from taskvec.memory import return_memory
+from taskvec.malloc import trim_malloc
 from taskvec.priority import Priority
 
 MERGE_SHARE = 0.5
@@ -124,7 +124,7 @@ class PackedEngine:
         self._observer = observer
         self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
         self._wake = threading.Condition()
-        self._queue: TurnQueue[_Request] = TurnQueue(quantum=1)
+        self._queue: FairQueue[_Request] = FairQueue(quantum=1)
         self._budget = TokenBudget(0)
         self._stopping = False
         self._finished = 0
@@ -282,9 +282,9 @@ class PackedEngine:
     def _drop_abandoned(self) -> None:
         now = time.monotonic()
         for request, texts in self._queue.drop(lambda request: request.withdrawn):
-            self._report_dropped("cancelled", texts, request)
+            self._report_dropped(DropReason.CANCELLED, texts, request)
         for request, texts in self._queue.drop(lambda request: _expired(request.batch, now)):
-            self._report_dropped("expired", texts, request)
+            self._report_dropped(DropReason.EXPIRED, texts, request)
             request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
 
     def _run(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
@@ -301,7 +301,7 @@ class PackedEngine:
         self._forward(transformer, rows)
         self._running = set()
         if time.monotonic() - self._returned_at >= RETURN_MEMORY_EVERY:
-            return_memory()
+            trim_malloc()
             self._returned_at = time.monotonic()
 
     def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
@@ -380,7 +380,7 @@ class PackedEngine:
             self._report_queue()
         for request in requests:
             request.withdrawn = True
-            self._report_dropped("failed", 1 + waiting.get(request, 0), request)
+            self._report_dropped(DropReason.FAILED, 1 + waiting.get(request, 0), request)
             request.answer(
                 error
                 if isinstance(error, TaskvecError)
@@ -393,7 +393,7 @@ class PackedEngine:
             since = None if oldest is None else oldest.queued_at
             self._observer.queue_changed(self._queue.texts, self._queue.tokens, since)
 
-    def _report_dropped(self, reason: str, texts: int, request: _Request) -> None:
+    def _report_dropped(self, reason: DropReason, texts: int, request: _Request) -> None:
         log.info("texts_dropped", reason=reason, texts=texts, of=len(request.order))
         if self._observer is not None:
             self._observer.texts_dropped(reason, texts)

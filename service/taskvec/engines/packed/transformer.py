@@ -19,9 +19,8 @@ from torch.nn import functional
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.attention import plan_attention
-from taskvec.engines.packed.packing import Block, Packing, pack
-from taskvec.engines.packed.parts import MOST_PARTS, cut
-from taskvec.engines.packed.projection import Projection
+from taskvec.engines.packed.lora import Projection
+from taskvec.engines.packed.packing import MOST_PARTS, Block, Packing, cut, pack
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """cos and signed sin of each row's position: [rows, 1, head_dim] each."""

@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.engines.packed.projection import LowRank, Projection
-from taskvec.engines.packed.resources import available_cores, bound_kernels
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.engines.packed.device import available_cores, bound_kernels
+from taskvec.engines.packed.lora import LowRank, Projection
 from taskvec.engines.packed.transformer import Layer, Transformer
 
 TensorReader = Callable[[Path, str], torch.Tensor]

@@ -17,8 +17,9 @@ import aiohttp
 import numpy as np
 import structlog
 
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
-from taskvec.checkpoint.layout import Checkpoint
+from taskvec.concurrency import gather_or_cancel
 from taskvec.engines.base import (
     EngineHealth,
     EngineResult,
@@ -27,10 +28,9 @@ from taskvec.engines.base import (
     TokenBatch,
     TokenIds,
 )
-from taskvec.engines.remote.addresses import Resolve, addresses_of, expand
-from taskvec.engines.remote.budget import RetryBudget
-from taskvec.engines.remote.dialects import Vectors
-from taskvec.engines.remote.faults import Outcome, ServerFault
+from taskvec.engines.remote.client import Outcome, ServerFault
+from taskvec.engines.remote.discovery import Resolve, expand, resolve_host
+from taskvec.engines.remote.protocols import Vectors
 from taskvec.engines.remote.server import PoolObserver, Server
 from taskvec.errors import (
     CheckpointError,
@@ -39,7 +39,6 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
-from taskvec.gather import gather_or_cancel
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
@@ -90,7 +89,7 @@ class RemoteEngine:
         cache: Path,
         options: RemoteOptions,
         observer: PoolObserver | None = None,
-        resolve: Resolve = addresses_of,
+        resolve: Resolve = resolve_host,
     ) -> None:
         """Prepare; no connection is opened yet.
 
@@ -384,3 +383,28 @@ def split(ids: Sequence[TokenIds], servers: int) -> list[slice]:
             start, held = i, 0
         held += len(text)
     return [*parts, slice(start, len(ids))]
+
+
+SHARE = 0.2
+"""Retries earned by each call."""
+
+RESERVE = 1000.0
+"""Most retries in hand, as many as calls may be in flight to a server that dies."""
+
+
+class RetryBudget:
+    """Each call earns a fifth of a retry; starts full."""
+
+    def __init__(self) -> None:
+        self._left = RESERVE
+
+    def earn(self) -> None:
+        """A call is about to be sent for the first time."""
+        self._left = min(RESERVE, self._left + SHARE)
+
+    def spend(self) -> bool:
+        """True where one more retry may be sent."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True

@@ -17,10 +17,9 @@ import structlog
 
 from taskvec.checkpoint.golden import GoldenVectors
 from taskvec.engines.base import ModelCard, QueueObserver, TokenIds
-from taskvec.engines.remote.connection import Connection
-from taskvec.engines.remote.courier import Courier
-from taskvec.engines.remote.dialects import Dialect, Vectors, read_vectors, recognise
-from taskvec.engines.remote.faults import OPENS_AT_ONCE, Outcome, ServerFault
+from taskvec.engines.remote.batcher import CallBatcher
+from taskvec.engines.remote.client import OPENS_AT_ONCE, Connection, Outcome, ServerFault
+from taskvec.engines.remote.protocols import Dialect, Vectors, read_vectors, recognise
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
@@ -119,7 +118,7 @@ class Server:
         self._check_seconds = check_seconds
         self._observer = observer
         self._dialect: Dialect | None = None
-        self._courier = Courier(self._send_waiting)
+        self._courier = CallBatcher(self._send_waiting)
         self._bulk_calls = asyncio.Semaphore(BULK_CALLS)
         self._errors = 0
         self._answered_at = self._probed_at = 0.0

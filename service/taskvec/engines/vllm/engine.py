@@ -17,9 +17,10 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors, named
-from taskvec.checkpoint.layout import Checkpoint
-from taskvec.checkpoint.plain import plain_folder
+from taskvec.checkpoint.vllm_copy import make_vllm_copy
+from taskvec.concurrency import gather_or_cancel
 from taskvec.engines.base import (
     EngineHealth,
     EngineObserver,
@@ -31,7 +32,6 @@ from taskvec.engines.base import (
 )
 from taskvec.engines.vllm.arguments import VllmOptions, engine_arguments
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
-from taskvec.gather import gather_or_cancel
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
@@ -155,7 +155,7 @@ class VllmEngine:
 
     def _load(self) -> tuple[dict[str, Any], Any]:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no connection that no one configured
-        folder = plain_folder(self._checkpoint, self._cache)
+        folder = make_vllm_copy(self._checkpoint, self._cache)
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - an extra
             from vllm.platforms import current_platform  # noqa: PLC0415

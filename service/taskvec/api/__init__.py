@@ -1,0 +1,1 @@
+"""HTTP routes: request bytes to an embedding job, vectors to response bytes."""

@@ -1,0 +1,1 @@
+"""The command line: serve, embed, eval, check, key."""

@@ -1,1 +1,0 @@
-"""The HTTP dialects: bytes in, one job, bytes out."""

@@ -1,0 +1,49 @@
+"""The series of the answer cache; see ``taskvec.cache.embeddings.CacheObserver``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class CacheMetrics:
+    """What an answer cache reports to."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Declare the series."""
+        texts = Counter(
+            "taskvec_cache_texts",
+            "How many texts were looked up in the answer cache: found (hit) or not (miss)?",
+            ("outcome",),
+            registry=registry,
+        )
+        self._cache_hits, self._cache_misses = texts.labels("hit"), texts.labels("miss")
+        self._cache_hit_tokens = Counter(
+            "taskvec_cache_hit_tokens",
+            "How many tokens were not embedded again, as the answer cache had their texts?",
+            registry=registry,
+        )
+        self._cache_bytes = Gauge(
+            "taskvec_cache_bytes",
+            "How much memory does the answer cache take (0: none, or it is in Redis)?",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._cache_failures = Counter(
+            "taskvec_cache_failures",
+            "How many calls to the answer cache's Redis failed or were left out as it was slow?",
+            registry=registry,
+        )
+
+    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
+        """See ``CacheObserver``."""
+        self._cache_hits.inc(hits)
+        self._cache_misses.inc(misses)
+        self._cache_hit_tokens.inc(hit_tokens)
+
+    def cache_holds(self, size: int) -> None:
+        """See ``CacheObserver``."""
+        self._cache_bytes.set(size)
+
+    def cache_failed(self) -> None:
+        """See ``CacheObserver``."""
+        self._cache_failures.inc()

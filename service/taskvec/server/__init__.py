@@ -1,0 +1,1 @@
+"""Server processes: sockets, connections, workers, shutdown."""

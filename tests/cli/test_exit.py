@@ -1,0 +1,144 @@
+"""Failures forced on a running service.
+
+What is answered is right, what is not is told, and the service recovers by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from processes import EXACT, embed, served, total
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.engines.base import TokenIds
+from taskvec.engines.packed.transformer import Transformer
+from taskvec.metrics.service import Metrics
+from taskvec.service import make_engine, task_table
+from taskvec.settings import Settings
+
+PATH = "/v1/embeddings"
+MEGABYTE = 1 << 20
+ROOMS = [160 * MEGABYTE, 80 * MEGABYTE, 40 * MEGABYTE]
+"""More or less too little for a forward of 32,768 tokens in float32: what was freed before counts,
+too. The first that a forward does not fit into is enough."""
+
+RAW = "application/octet-stream"
+
+
+def test_memory_that_runs_out_costs_no_request() -> None:
+    """Under a limit on its memory a server answers all, in smaller batches, and counts it."""
+    big = {"input": [f"{'many words ' * 30}{n}" for n in range(600)], "task": "clustering"}
+    small = {"input": "one text", "task": "retrieval"}
+    with served("--max-batch-tokens", "32768", *EXACT) as server:
+        truth = embed(server.url, small, RAW).content, embed(server.url, big, RAW).content
+        before = httpx.get(f"{server.url}/metrics").text
+        assert total(before, "taskvec_out_of_memory_total") == 0
+        after = before
+        for room in ROOMS:
+            limit = address_space(server.process.pid) + room
+            limits = (limit, resource.RLIM_INFINITY)
+            resource.prlimit(server.process.pid, resource.RLIMIT_AS, limits)
+            with ThreadPoolExecutor(4) as threads:
+                answers = [threads.submit(embed, server.url, big, RAW)]
+                answers += [threads.submit(embed, server.url, small, RAW) for _ in range(20)]
+                first, *others = [answer.result().content for answer in answers]
+            assert near(first, truth[1])
+            assert all(near(other, truth[0]) for other in others)
+            after = httpx.get(f"{server.url}/metrics").text
+            if total(after, "taskvec_out_of_memory_total"):
+                break
+        assert total(after, "taskvec_out_of_memory_total") > 0
+        assert total(after, "taskvec_batch_budget_tokens") < total(
+            before, "taskvec_batch_budget_tokens"
+        )
+        assert total(after, "taskvec_texts_dropped_total") == 0
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_stalled_engine_is_told_and_comes_back(
+    default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that hangs: not ready, then not live; what waits is answered when it goes on."""
+    gate = threading.Event()
+    gate.set()
+    embed_now = Transformer.embed
+
+    def embed_or_hang(
+        transformer: Transformer, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> NDArray[np.float32]:
+        gate.wait(60)
+        return embed_now(transformer, ids, adapters)
+
+    monkeypatch.setattr(Transformer, "embed", embed_or_hang)
+    settings = Settings(
+        log_requests=False, dtype="float32", threads=1, stall_timeout=0.5, dead_timeout=2.0
+    )
+    metrics = Metrics(task_table(default_checkpoint).names)
+    engine = make_engine(settings, default_checkpoint, metrics)
+    app = create_app(settings, default_checkpoint, engine, metrics, pytest.fail)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://test", timeout=60, headers={"accept": RAW}
+        ) as client:
+            await becomes(client, "/health/ready", 200)
+            truth = await client.post(PATH, json={"input": "a text"})
+            gate.clear()
+            hung = [
+                asyncio.create_task(client.post(PATH, json={"input": "a text"})) for _ in range(3)
+            ]
+            impatient = await client.post(
+                PATH, json={"input": "a text"}, headers={"x-request-timeout-ms": "200"}
+            )
+            assert impatient.status_code == 504
+            await becomes(client, "/health/ready", 503)
+            assert (await client.get("/health/live")).status_code == 200
+            refused = await client.post(PATH, json={"input": "another"})
+            assert refused.status_code == 503
+            assert "nothing was finished" in refused.json()["detail"]
+            assert refused.headers["retry-after"]
+            await becomes(client, "/health/live", 503)
+            gate.set()
+            answers = await asyncio.gather(*hung)
+            assert all(near(answer.content, truth.content) for answer in answers)
+            await becomes(client, "/health/ready", 200)
+            assert (await client.get("/health/live")).status_code == 200
+            again = await client.post(PATH, json={"input": "a text"})
+            assert near(again.content, truth.content)
+
+
+async def becomes(client: httpx.AsyncClient, path: str, status: int) -> Any:
+    """Wait until a probe answers so."""
+    limit = time.monotonic() + 30
+    while (answer := await client.get(path)).status_code != status:
+        assert time.monotonic() < limit, f"{path} still answers {answer.status_code}"
+        await asyncio.sleep(0.05)
+    return answer
+
+
+def address_space(process: int) -> int:
+    """Bytes of a process's address space."""
+    (line,) = (
+        line
+        for line in Path(f"/proc/{process}/status").read_text().splitlines()
+        if line.startswith("VmSize")
+    )
+    return int(line.split()[1]) * 1024
+
+
+def near(one: bytes, other: bytes) -> bool:
+    """Whether two answers of float32 vectors are the same, but for rounding."""
+    return bool(np.abs(np.frombuffer(one, "<f4") - np.frombuffer(other, "<f4")).max() < 1e-5)

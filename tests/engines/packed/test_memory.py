@@ -1,0 +1,192 @@
+"""Memory that runs out in a forward: the batch is split, and only what cannot fit alone fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from synthetic import TINY_SMALL, write_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.engines.base import EngineState, TokenBatch, TokenIds
+from taskvec.engines.packed import scheduler
+from taskvec.engines.packed.engine import PackedEngine, PackedOptions
+from taskvec.engines.packed.scheduler import TokenBudget
+from taskvec.engines.packed.transformer import Transformer
+from taskvec.errors import TaskvecError, UnavailableError
+
+FITS = 100
+"""Tokens for which the memory of these tests suffices."""
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError("Unable to allocate 3.05 MiB for an array"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+]
+
+
+class Scarce:
+    """Keeps what an engine reports; its forwards fail above ``fits`` tokens, at first a million."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, error: Exception) -> None:
+        self.fits = 1 << 20
+        self.forwards: list[int] = []
+        self.budgets: list[int] = []
+        self.dropped: list[tuple[str, int]] = []
+        self.broken = False
+        embed = Transformer.embed
+
+        def embed_or_fail(
+            transformer: Transformer, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+        ) -> NDArray[np.float32]:
+            tokens = sum(map(len, ids))
+            self.forwards.append(tokens)
+            if tokens > self.fits:
+                raise error
+            return embed(transformer, ids, adapters)
+
+        patch.setattr(Transformer, "embed", embed_or_fail)
+
+    def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
+        pass
+
+    def batch_started(self, waited: Sequence[float]) -> None:  # noqa: ARG002
+        if self.broken:
+            raise ZeroDivisionError
+
+    def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
+        assert texts <= tokens <= self.fits
+        assert seconds > 0
+        assert budget > 0
+
+    def memory_ran_out(self, budget: int) -> None:
+        self.budgets.append(budget)
+
+    def texts_dropped(self, reason: str, texts: int) -> None:
+        self.dropped.append((reason, texts))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny checkpoint."""
+    folder: Path = tmp_path_factory.mktemp("scarce") / "checkpoint"
+    write_checkpoint(folder, TINY_SMALL)
+    return read_checkpoint(folder, "scarce")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_a_batch_that_does_not_fit_is_split(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """All texts get the vectors that an engine with room gives; later batches are small at once."""
+    batch = TokenBatch([ids(20 + n, n) for n in range(24)], "clustering")
+    async with running(checkpoint) as engine:
+        truth = (await engine.embed(batch)).vectors
+    scarce = Scarce(monkeypatch, error)
+    async with running(checkpoint, scarce) as engine:
+        scarce.fits = FITS
+        scarce.forwards.clear()
+        result = await engine.embed(batch)
+        assert np.abs(result.vectors - truth).max() <= 1e-5
+        assert [tokens for tokens in scarce.forwards if tokens > FITS]
+        assert scarce.budgets[-1] <= FITS
+        scarce.forwards.clear()
+        again = await engine.embed(batch)
+        assert np.abs(again.vectors - truth).max() <= 1e-5
+        assert max(scarce.forwards) <= FITS
+        assert engine.health().ready
+    assert scarce.dropped == []
+
+
+@pytest.mark.anyio
+async def test_only_a_text_that_does_not_fit_alone_fails(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is told which text it was; the others of the same forward are answered."""
+    scarce = Scarce(monkeypatch, ERRORS[0])
+    async with running(checkpoint, scarce) as engine:
+        scarce.fits = FITS
+        results = await asyncio.gather(
+            engine.embed(TokenBatch([ids(30, 1), ids(10, 2)], "retrieval")),
+            engine.embed(TokenBatch([ids(9, 3), ids(FITS + 1, 4), ids(8, 5)], "retrieval")),
+            engine.embed(TokenBatch([ids(50, 6)], "clustering")),
+            return_exceptions=True,
+        )
+        assert engine.health().ready
+    first, failed, last = results
+    assert not isinstance(first, BaseException)
+    assert not isinstance(last, BaseException)
+    assert isinstance(failed, TaskvecError)
+    assert (failed.code, failed.param, failed.status) == ("out_of_memory", "input[1]", 500)
+    assert "101 tokens" in failed.message
+
+
+@pytest.mark.anyio
+async def test_a_thread_that_ends_leaves_nobody_waiting(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug outside the forward kills the engine: what runs and waits is told, what comes too."""
+    scarce = Scarce(monkeypatch, ERRORS[0])
+    async with running(checkpoint, scarce) as engine:
+        scarce.broken = True
+        tasks = [
+            asyncio.create_task(engine.embed(TokenBatch([ids(90, n)] * 200, "retrieval")))
+            for n in range(5)
+        ]
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert all(isinstance(result, UnavailableError) for result in results), results
+        assert engine.health().state is EngineState.DEAD
+        assert "ZeroDivisionError" in engine.health().reason
+        with pytest.raises(UnavailableError):
+            await engine.embed(TokenBatch([ids(9, 1)], "retrieval"))
+
+
+def test_a_budget_shrinks_and_grows_again() -> None:
+    """Half of what failed; doubled after each pause; the pause grows with every error."""
+    now = 0.0
+    tokens = TokenBudget(4096, lambda: now)
+    tokens.shrink(4000)
+    assert tokens.tokens == 2000
+    tokens.shrink(100_000)
+    assert tokens.tokens == 2000, "a text longer than the budget says nothing about batches"
+    tokens.grow()
+    assert tokens.tokens == 2000
+    now += 2 * scheduler.FIRST_PAUSE
+    tokens.grow()
+    tokens.grow()
+    assert tokens.tokens == 4000
+    now += 4 * scheduler.FIRST_PAUSE
+    tokens.grow()
+    assert tokens.tokens == tokens.whole == 4096
+    for _ in range(40):
+        tokens.shrink(tokens.tokens)
+    assert tokens.tokens == scheduler.LEAST_TOKENS
+    now += scheduler.LONGEST_PAUSE
+    tokens.grow()
+    assert tokens.tokens == 2 * scheduler.LEAST_TOKENS
+
+
+@asynccontextmanager
+async def running(
+    checkpoint: Checkpoint, observer: Scarce | None = None
+) -> AsyncIterator[PackedEngine]:
+    """A started engine, stopped afterwards."""
+    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"), observer)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def ids(length: int, seed: int) -> TokenIds:
+    """A text of random ids."""
+    return np.random.default_rng(seed).integers(0, 500, length, dtype=np.int32)

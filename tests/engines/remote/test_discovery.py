@@ -1,0 +1,212 @@
+"""Engine URLs, and the servers that DNS names stand for."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.remote.peer import Peer, batch, listening, pool, samples, truth, until
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.engines.base import EngineState
+from taskvec.engines.remote.discovery import check_url, expand, resolve_host
+from taskvec.errors import CheckpointError
+
+
+async def resolve(host: str) -> Sequence[str]:
+    """Two pods with both kinds of address, or none at all."""
+    if host == "gone":
+        raise OSError("no such name")
+    return {"pods": ["10.0.0.1", "10.0.0.2"], "six": ["fd00::1", "fe80::2%eth0"]}[host]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://engine:8000",
+        "https://engine.example",
+        "http://[::1]:8000",
+        "https://engine/behind/a/path",
+        "unix:///run/engine.sock",
+        "dns://engine-headless:8000",
+        "dns://engine.ns.svc.cluster.local:80",
+    ],
+)
+def test_a_url_is_taken_without_its_trailing_slash(url: str) -> None:
+    """Every documented kind is accepted; a slash at the end makes no other server of it."""
+    assert check_url(url) == url
+    assert check_url(url + "/") == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "/",
+        "engine:8000",
+        "http://",
+        "ftp://engine:8000",
+        "http:engine:8000",
+        "http://engine: 8000",
+        "dns://engine",
+        "dns://engine:",
+        "dns://engine:port",
+        "dns://engine:8000/path",
+        "dns://:8000",
+        "unix://engine.sock",
+    ],
+)
+def test_no_url(url: str) -> None:
+    """What is no engine URL is refused with the kinds that are."""
+    with pytest.raises(ValueError, match=r"write http://host:port, .*dns://name:port"):
+        check_url(url)
+
+
+@pytest.mark.parametrize("url", ["dns://engine:0", "dns://engine:65536", "dns://engine:99999"])
+def test_no_port(url: str) -> None:
+    """A port that cannot exist is refused at once, not at every call."""
+    with pytest.raises(ValueError, match="no engine URL"):
+        check_url(url)
+
+
+@pytest.mark.anyio
+async def test_a_name_becomes_a_server_for_each_address() -> None:
+    """Listed servers stay, names become plain HTTP servers, IPv6 in brackets, in order."""
+    servers, failures = await expand(["https://a", "dns://pods:81", "dns://six:82"], resolve)
+    assert servers == [
+        "https://a",
+        "http://10.0.0.1:81",
+        "http://10.0.0.2:81",
+        "http://[fd00::1]:82",
+        "http://[fe80::2%eth0]:82",
+    ]
+    assert failures == []
+
+
+@pytest.mark.anyio
+async def test_a_server_is_listed_once() -> None:
+    """A server that is listed twice, or by name and by address, is one server."""
+    urls = ["http://10.0.0.2:81", "dns://pods:81", "dns://pods:81", "http://10.0.0.2:81"]
+    servers, _ = await expand(urls, resolve)
+    assert servers == ["http://10.0.0.2:81", "http://10.0.0.1:81"]
+
+
+@pytest.mark.anyio
+async def test_a_name_that_is_gone_hides_no_other() -> None:
+    """A failed lookup is told by the name and the reason; the rest is found."""
+    servers, failures = await expand(["dns://gone:1", "dns://pods:81"], resolve)
+    assert servers == ["http://10.0.0.1:81", "http://10.0.0.2:81"]
+    assert failures == ["dns://gone:1 could not be resolved (no such name)"]
+
+
+@pytest.mark.anyio
+async def test_the_system_s_resolver_knows_this_machine() -> None:
+    """A real lookup gives each address once."""
+    found = await resolve_host("localhost")
+    assert set(found) <= {"127.0.0.1", "::1"}
+    assert len(found) == len(set(found)) > 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 64])
+async def test_a_name_that_cannot_exist_is_a_failed_lookup(host: str) -> None:
+    """A name that is unknown, or none that DNS could carry, ends no lookup of the others."""
+    servers, failures = await expand([f"dns://{host}:80", "http://a"], resolve_host)
+    assert servers == ["http://a"]
+    assert len(failures) == 1
+    assert host in failures[0]
+
+
+@pytest.mark.anyio
+async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Servers join and leave with the answers; a failed lookup keeps the known and is counted."""
+    first = Peer(default_checkpoint)
+    found: list[Sequence[str] | OSError] = [OSError("no such name")]
+
+    async def resolve(host: str) -> Sequence[str]:
+        assert host == "pods"
+        if isinstance(found[-1], OSError):
+            raise found[-1]
+        return found[-1]
+
+    options = {"urls": (f"dns://pods:{first.port}",), "lookup_seconds": 0.05}
+    async with (
+        listening(first),
+        pool(default_checkpoint, tmp_path, proven=0, resolve=resolve, **options) as (
+            engine,
+            metrics,
+        ),
+    ):
+
+        def states() -> dict[str, float]:
+            series = samples(metrics.registry, "taskvec_engine_server_serving")
+            return {labels[0].split("/")[2].split(":")[0]: v for labels, v in series.items()}
+
+        await until(lambda: "could not be resolved (no such name)" in engine.health().reason)
+        found.append(["127.0.0.1"])
+        await until(lambda: states() == {"127.0.0.1": 1})
+        found.append(["127.0.0.1", "127.0.0.2"])  # nobody listens on the second
+        await until(lambda: states() == {"127.0.0.1": 1, "127.0.0.2": 0})
+        counter = "taskvec_engine_lookup_failures_total"
+        before = samples(metrics.registry, counter)[()]
+        found.append(OSError("the resolver is down"))
+        await until(lambda: samples(metrics.registry, counter)[()] >= before + 2)
+        assert states() == {"127.0.0.1": 1, "127.0.0.2": 0}
+        assert len((await engine.embed(batch(2))).vectors) == 2
+        first.held.clear()
+        request = asyncio.create_task(engine.embed(batch(3)))
+        await until(lambda: len(first.calls) == 2)
+        found.append(["127.0.0.2"])
+        await until(lambda: states() == {"127.0.0.2": 0})
+        assert engine.health().state is EngineState.UNAVAILABLE
+        first.held.set()
+        assert len((await request).vectors) == 3  # what was in flight ends as it would
+        assert states() == {"127.0.0.2": 0}
+        assert not any(
+            first.url in labels
+            for labels in samples(metrics.registry, "taskvec_engine_calls_total")
+        )
+
+
+@pytest.mark.anyio
+async def test_a_unix_socket(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A server on a socket is one like any other, and its name shows no folder."""
+    peer = Peer(default_checkpoint, dialect="taskvec")
+    async with (
+        listening(peer, socket=tmp_path / "engine.sock"),
+        pool(default_checkpoint, tmp_path, peer) as (engine, metrics),
+    ):
+        assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
+        series = samples(metrics.registry, "taskvec_engine_server_serving")
+        assert series == {("unix:engine.sock",): 1.0}
+
+
+def make_certificate(key: Path, certificate: Path) -> None:
+    """A certificate for this machine that vouches for itself."""
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    words += " -subj /CN=engine -addext subjectAltName=IP:127.0.0.1"
+    words += f" -keyout {key} -out {certificate}"
+    subprocess.run(words.split(), check=True, capture_output=True)
+
+
+@pytest.mark.anyio
+async def test_https(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A server whose certificate the given CA vouches for is used, and no other."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    make_certificate(key, certificate)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    peer = Peer(default_checkpoint)
+    async with listening(peer, tls=tls):
+        async with pool(default_checkpoint, tmp_path, peer, ca=certificate) as (engine, _):
+            assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
+        async with pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, _):
+            await until(lambda: "ertificate" in engine.health().reason)
+        with pytest.raises(CheckpointError, match=r"key\.pem cannot be read as certificates"):
+            async with pool(default_checkpoint, tmp_path, peer, ca=key):
+                pass

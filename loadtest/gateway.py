@@ -42,9 +42,8 @@ from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.malloc import SERVING, tune_malloc
-from taskvec.metrics.service import Metrics
 from taskvec.server.run import server_options
-from taskvec.service import task_table, text_tokenizer
+from taskvec.service import build_service, build_tokenizer
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import configure_logs
 
@@ -168,9 +167,9 @@ def gateway_app(settings: Settings, *, tokenizing: bool) -> FastAPI:
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     engine = NullEngine(checkpoint)
     checkpoint = replace(checkpoint, card=engine.model)
-    metrics = Metrics(task_table(checkpoint).names)
     tokenizer: Any = None if tokenizing else FixedTokens()
-    return create_app(settings, checkpoint, engine, metrics, print, tokenizer=tokenizer)
+    service = build_service(settings, checkpoint=checkpoint, engine=engine, tokenizer=tokenizer)
+    return create_app(service, print)
 
 
 def request_body(texts: int) -> bytes:
@@ -253,7 +252,7 @@ def script(texts: int) -> Any:
 
 def tokenizer_rates(rounds: int) -> list[float]:
     """Texts per second of the tokeniser alone."""
-    tokenizer: TextTokenizer = text_tokenizer(
+    tokenizer: TextTokenizer = build_tokenizer(
         open_checkpoint(DEFAULT_MODEL), max_tokens=0, threads=1
     )
     rates = []

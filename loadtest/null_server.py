@@ -21,8 +21,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
-from taskvec.metrics.service import Metrics
-from taskvec.service import task_table
+from taskvec.service import Role, build_service
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
 
@@ -107,9 +106,9 @@ def main() -> None:
     engine = NullEngine(checkpoint, golden_vectors(checkpoint, options.cache))
     app: Any = NullVllm(engine)
     if options.kind == "taskvec":
-        metrics = Metrics(task_table(checkpoint).names)
         settings = Settings(token_input=TokenInput.ACCEPT)
-        app = create_app(settings, checkpoint, engine, metrics, print, behind_gateway=True)
+        service = build_service(settings, Role.ENGINE, checkpoint=checkpoint, engine=engine)
+        app = create_app(service, print)
     place = {"uds": options.uds} if options.uds else {"port": options.port}
     uvicorn.run(app, log_config=None, access_log=False, **place)
 

@@ -24,8 +24,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
-from taskvec.metrics.service import Metrics
-from taskvec.service import task_table
+from taskvec.service import build_service
 from taskvec.settings import Settings
 
 # No deadline: the machines that test are shared. In CI the same examples every time, so that a run
@@ -113,13 +112,8 @@ def fake_application(
     checkpoint: Checkpoint, engine: FakeEngine, failures: list[BaseException], **settings: Any
 ) -> FastAPI:
     """The whole application in front of a fake engine; a failed start is added to ``failures``."""
-    return create_app(
-        Settings(**({"log_requests": False, "max_queue_tokens": 1 << 22} | settings)),
-        checkpoint,
-        engine,
-        Metrics(task_table(checkpoint).names),
-        failures.append,
-    )
+    given = Settings(**({"log_requests": False, "max_queue_tokens": 1 << 22} | settings))
+    return create_app(build_service(given, checkpoint=checkpoint, engine=engine), failures.append)
 
 
 @asynccontextmanager

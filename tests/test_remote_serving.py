@@ -35,11 +35,11 @@ sys.meta_path.insert(0, Refuse())
 
 MAKE_ENGINE = f"""{WITHOUT_TORCH}
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.service import make_engine
+from taskvec.service import build_engine
 from taskvec.settings import Settings
 
 settings = Settings(engine="remote", engine_url="http://127.0.0.1:1")
-print(type(make_engine(settings, open_checkpoint({DEFAULT_MODEL!r}), None)).__name__)
+print(type(build_engine(settings, open_checkpoint({DEFAULT_MODEL!r}), None)).__name__)
 """
 
 SERVE = (

@@ -40,10 +40,11 @@ main()
 
 LOADED = """
 import sys
-from taskvec.server.run import application
+from taskvec.api.app import create_app
+from taskvec.service import build_service
 from taskvec.settings import Settings
 
-application(Settings(engine="remote", engine_url="http://127.0.0.1:1"), print)
+create_app(build_service(Settings(engine="remote", engine_url="http://127.0.0.1:1")), print)
 ours = ("opentelemetry.sdk", "opentelemetry.exporter", "taskvec.telemetry.otel")
 print([name for name in sys.modules if name.startswith(ours)])  # FastAPI loads the API by itself
 """

@@ -18,11 +18,12 @@ from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.core.tasks import Task
 from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
-from taskvec.service import task_table, text_tokenizer
+from taskvec.service import build_tokenizer, task_table
 
 
 class Embedder:
@@ -70,7 +71,7 @@ class Embedder:
             device=device, dtype=dtype, adapter_mode=adapter_mode, threads=threads
         )
         engine = PackedEngine(checkpoint, options)
-        tokenizer = text_tokenizer(checkpoint, max_tokens=0, threads=1)
+        tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1)
         self._embedder = AsyncEmbedder(
             engine,
             tokenizer,
@@ -135,18 +136,13 @@ class Embedder:
                 raise InvalidRequestError(
                     f"texts[{i}] must be a non-empty string.", code="invalid_input"
                 )
-        job = EmbedJob(
-            inputs=items,
-            task=chosen,
-            dimensions=dimensions,
-            normalized=normalized,
-            truncate=truncate,
-        )
+        output = OutputFormat(dimensions=dimensions, normalized=normalized)
+        output.check(self.model.dimension)
         if not items:
-            job.check_dimensions(self.model.dimension)
             return np.empty((0, dimensions or self.model.dimension), dtype=np.float32)
-        vectors = self._portal.call(self._embedder.embed, job).vectors
-        return cast("NDArray[np.float32]", vectors)
+        job = EmbedJob(inputs=items, task=chosen, truncate=truncate)
+        result = self._portal.call(self._embedder.embed, job)
+        return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])
 
     def close(self) -> None:
         """Finish what is being embedded, then free the model."""

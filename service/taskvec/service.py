@@ -1,47 +1,261 @@
-"""From a checkpoint and the settings to the parts that they decide."""
+"""The service: every part of a process, built once from the settings, and its lifecycle."""
 
 from __future__ import annotations
 
+import asyncio
+import enum
+import math
 import os
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from taskvec.auth.keys import KeyLimits, KeySource
+import structlog
+
+from taskvec import __version__
+from taskvec.auth.keys import KeyLimits, KeySource, WatchedKeys
 from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
-from taskvec.cache.memory import MemoryStore
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
-from taskvec.core.tasks import TaskTable
+from taskvec.checkpoint.open import open_checkpoint
+from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
+from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.health import ServiceHealth
+from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import TextTokenizer, TokenizerObserver
-from taskvec.engines.base import Engine
-from taskvec.errors import CheckpointError
-from taskvec.settings import EngineKind, Settings
+from taskvec.engines.base import Engine, EngineState
+from taskvec.errors import CheckpointError, TaskvecError
+from taskvec.settings import EngineKind, LimitsDown, Settings
+
+if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
+    from taskvec.auth.rate_limit import Limiter
+    from taskvec.metrics.service import Metrics
+    from taskvec.telemetry.tracing import Tracer
+
+STATE_KEY = "service"
+"""Key of the service in the ASGI lifespan state, where the server finds it."""
+
+START_WAIT = 10.0
+"""Seconds that a gateway process accepts no connections while it cannot reach its engine. The other
+processes on the same socket then take the connections, instead of this one refusing requests."""
+
+POLL_INTERVAL = 0.02
+"""Seconds between two checks of an engine that is starting."""
+
+log = structlog.get_logger(__name__)
+
+
+class Role(enum.Enum):
+    """What a process does for the service.
+
+    STANDALONE is gateway and engine in one. With several processes, each GATEWAY authenticates,
+    limits, caches, counts and logs, and one ENGINE process embeds for all of them.
+    """
+
+    STANDALONE = "standalone"
+    GATEWAY = "gateway"
+    ENGINE = "engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """Every part of one process.
+
+    Attributes:
+        keys: API keys in force; None if none are required.
+        limiter: counts what each key uses; None without keys.
+        tracer: None if traces are off.
+    """
+
+    settings: Settings
+    role: Role
+    checkpoint: Checkpoint
+    engine: Engine
+    embedder: AsyncEmbedder
+    admission: Admission
+    health: ServiceHealth
+    names: ServedNames
+    metrics: Metrics
+    keys: WatchedKeys | None
+    limiter: Limiter | None
+    tracer: Tracer | None
+
+    @asynccontextmanager
+    async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:
+        """Start the engine and the background tasks; on exit, stop them after the last request.
+
+        Args:
+            on_failure: called with the error if the engine does not start.
+        """
+        starting = asyncio.create_task(self._start_engine(on_failure))
+        background = [
+            asyncio.create_task(self._measure_engine()),
+            asyncio.create_task(self.health.watch()),
+        ]
+        if self.keys is not None:
+            background.append(asyncio.create_task(self.keys.watch()))
+        await self._wait_for_engine(START_WAIT if self.role is Role.GATEWAY else 0.0)
+        yield
+        for task in background:
+            task.cancel()
+        for task in background:
+            with suppress(asyncio.CancelledError):
+                await task
+        if self.limiter is not None:
+            await self.limiter.close()
+        await self.engine.stop()
+        await starting
+        await self.embedder.close()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
+
+    async def _start_engine(self, on_failure: Callable[[BaseException], None]) -> None:
+        try:
+            await self.engine.start()
+        except Exception as error:  # noqa: BLE001 - the process must end, whatever the error is
+            on_failure(error)
+
+    async def _wait_for_engine(self, seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        # An engine has no event for the end of its start, only its health.
+        while self.engine.health().state is EngineState.STARTING and time.monotonic() < limit:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_INTERVAL)
+
+    async def _measure_engine(self) -> None:
+        """Derive the queue's token budget from the engine's measured speed."""
+        await self._wait_for_engine(math.inf)
+        if not self.admission.derived or not self.engine.health().ready:
+            return
+        try:
+            tokens, seconds = await measure_speed(self.engine)
+        except TaskvecError as error:
+            log.warning("engine_not_measured", reason=error.message)
+            return
+        self.admission.learn(tokens, seconds)
+        log.info(
+            "engine_measured",
+            tokens_per_second=round(self.admission.rate),
+            max_queue_tokens=self.admission.budget,
+        )
+
+
+def build_service(
+    settings: Settings,
+    role: Role = Role.STANDALONE,
+    *,
+    engine_process: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    metrics: Metrics | None = None,
+    engine: Engine | None = None,
+    tokenizer: TextTokenizer | None = None,
+) -> Service:
+    """Build every part of a process; nothing is started.
+
+    Args:
+        settings: how to serve.
+        role: what this process does.
+        engine_process: kind of the engine in the ENGINE process behind this gateway, for metrics;
+            None if there is no such process.
+        checkpoint: None opens the one in the settings.
+        metrics: None makes new ones.
+        engine: None builds the one in the settings.
+        tokenizer: None builds the checkpoint's.
+
+    Raises:
+        StartError: the model cannot be served, the keys cannot be read, or traces not be sent.
+    """
+    # prometheus_client reads the folder that processes share when it is imported: not before.
+    from taskvec.auth.rate_limit import Limiter  # noqa: PLC0415
+    from taskvec.metrics.service import Metrics  # noqa: PLC0415
+    from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
+
+    checkpoint = checkpoint or open_checkpoint(settings.model, settings.revision)
+    tasks = task_table(checkpoint)
+    metrics = metrics or Metrics(tasks.names)
+    names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
+    metrics.describe(
+        version=__version__,
+        model=names.primary,
+        engine=engine_process or settings.engine.value,
+    )
+    engine = engine or build_engine(
+        settings, checkpoint, metrics, reports_queue=engine_process is None
+    )
+    tokenizer = tokenizer or build_tokenizer(
+        checkpoint,
+        max_tokens=settings.max_tokens,
+        threads=settings.tokenizer_threads,
+        observer=metrics,
+    )
+    shared = role is Role.ENGINE  # the gateways admit, cache, and check keys for it
+    admission = (
+        Admission(NO_LIMIT)
+        if shared
+        else Admission(
+            settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
+        )
+    )
+    health = ServiceHealth(
+        engine,
+        stall_seconds=settings.stall_timeout,
+        dead_seconds=settings.dead_timeout,
+        canary_seconds=settings.canary_interval,
+    )
+    source = None if shared else key_source(settings)
+    return Service(
+        settings=settings,
+        role=role,
+        checkpoint=checkpoint,
+        engine=engine,
+        embedder=AsyncEmbedder(
+            engine,
+            tokenizer,
+            tasks,
+            admission,
+            health,
+            cache=None if shared else build_cache(settings, checkpoint, metrics),
+        ),
+        admission=admission,
+        health=health,
+        names=names,
+        metrics=metrics,
+        keys=None if source is None else WatchedKeys(source, metrics.keys_changed),
+        limiter=None
+        if source is None
+        else Limiter(
+            settings.limits_url,
+            open_when_down=settings.limits_down is LimitsDown.OPEN,
+            observer=metrics,
+        ),
+        tracer=make_tracer(names.primary) if settings.traces else None,
+    )
 
 
 def task_table(checkpoint: Checkpoint) -> TaskTable:
-    """The tasks that a checkpoint offers."""
+    """Return the tasks that a checkpoint offers."""
     own = {adapter.name: adapter.prompts for adapter in checkpoint.adapters}
     return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt, own)
 
 
-def served_name(settings: Settings, checkpoint: Checkpoint) -> str:
-    """The name that clients ask for."""
-    return settings.served_model_name or checkpoint.card.name
-
-
-def text_tokenizer(
+def build_tokenizer(
     checkpoint: Checkpoint,
     *,
     max_tokens: int,
     threads: int,
     observer: TokenizerObserver | None = None,
 ) -> TextTokenizer:
-    """A checkpoint's tokenizer.
+    """Build a checkpoint's tokenizer.
 
     Args:
-        checkpoint: whose.
-        max_tokens: 0 for the model's own limit.
-        threads: 0 for one per core, at most 4.
+        checkpoint: contains tokenizer.json and the model's limits.
+        max_tokens: maximum tokens of a text; 0 for the model's own limit.
+        threads: requests tokenised at the same time; 0 for one per core, at most 4.
         observer: see ``TextTokenizer``.
+
+    Raises:
+        CheckpointError: tokenizer.json cannot be used.
     """
     card = checkpoint.card
     return TextTokenizer(
@@ -53,24 +267,26 @@ def text_tokenizer(
     )
 
 
-def answer_cache(
+def build_cache(
     settings: Settings, checkpoint: Checkpoint, observer: CacheObserver
 ) -> EmbeddingCache | None:
-    """The cache that the settings ask for; None where they ask for none.
+    """Build the embedding cache; None if the settings configure none.
 
     Raises:
-        StartError: its address cannot be used.
+        StartError: the URL of its Redis cannot be used.
     """
     arithmetic = (settings.engine, settings.device, settings.dtype, settings.adapter_mode)
     identity = " ".join(arithmetic).encode()
     store: VectorStore
     if settings.answer_cache_url is not None:
-        from taskvec.cache.redis import RedisStore  # noqa: PLC0415 - redis is slow to load
+        from taskvec.cache.redis import RedisStore  # noqa: PLC0415 - redis is slow to import
 
-        # Others with other weights may use it, too.
+        # Services with other weights may share the same Redis.
         identity += f" {content_digest(checkpoint)}".encode()
         store = RedisStore(settings.answer_cache_url, settings.answer_cache_ttl, observer)
     elif settings.answer_cache_bytes:
+        from taskvec.cache.memory import MemoryStore  # noqa: PLC0415
+
         store = MemoryStore(settings.answer_cache_bytes, observer)
     else:
         return None
@@ -83,19 +299,34 @@ def answer_cache(
     )
 
 
-def make_engine(
+def key_source(settings: Settings) -> KeySource | None:
+    """Return where the API keys are; None if none are configured."""
+    if settings.keys_file is None and settings.api_keys is None:
+        return None
+    return KeySource(
+        settings.keys_file,
+        settings.api_keys.get_secret_value() if settings.api_keys else "",
+        KeyLimits(
+            settings.key_requests_per_minute,
+            settings.key_tokens_per_minute,
+            settings.key_concurrency,
+        ),
+    )
+
+
+def build_engine(
     settings: Settings, checkpoint: Checkpoint, observer: Any, *, reports_queue: bool = True
 ) -> Engine:
-    """The engine that the settings ask for; not started.
+    """Build the engine in the settings; it is not started.
 
     Args:
-        settings: which, and how it runs.
-        checkpoint: what it serves.
-        observer: what it reports to.
+        settings: which engine, and how it runs.
+        checkpoint: the model.
+        observer: notified of the engine's work; see ``EngineObserver`` and ``PoolObserver``.
         reports_queue: see ``RemoteOptions``.
 
     Raises:
-        CheckpointError: what it needs is not installed.
+        CheckpointError: a package that it needs is not installed.
     """
     if settings.engine is EngineKind.REMOTE:
         return _remote_engine(settings, checkpoint, observer, reports_queue=reports_queue)
@@ -156,18 +387,3 @@ def _remote_engine(
         reports_queue=reports_queue,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)
-
-
-def key_source(settings: Settings) -> KeySource | None:
-    """Where the API keys are; None where none are asked for."""
-    if settings.keys_file is None and settings.api_keys is None:
-        return None
-    return KeySource(
-        settings.keys_file,
-        settings.api_keys.get_secret_value() if settings.api_keys else "",
-        KeyLimits(
-            settings.key_requests_per_minute,
-            settings.key_tokens_per_minute,
-            settings.key_concurrency,
-        ),
-    )

@@ -21,7 +21,7 @@ from processes import total
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.errors import StartError
 from taskvec.metrics.service import Metrics
-from taskvec.service import answer_cache
+from taskvec.service import build_cache
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -254,7 +254,7 @@ def test_an_address_that_is_none_ends_the_start(default_checkpoint: Checkpoint) 
     """One sentence names the option and its variable."""
     settings = Settings(answer_cache_url="redis://host:port/x")
     with pytest.raises(StartError, match=r"--answer-cache-url \(TASKVEC_ANSWER_CACHE_URL\)"):
-        answer_cache(settings, default_checkpoint, Metrics([]))
+        build_cache(settings, default_checkpoint, Metrics([]))
 
 
 async def embed(

@@ -20,7 +20,7 @@ from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.metrics.service import STATUSES, Metrics
-from taskvec.service import task_table
+from taskvec.service import Role, build_service
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -129,14 +129,13 @@ async def test_an_engine_behind_gateways_asks_for_no_key(
     """The gateways have asked: the engine process on its private socket does not."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("web", "s3cret"))
-    app = create_app(
+    service = build_service(
         Settings(keys_file=file, log_requests=False),
-        default_checkpoint,
-        FakeEngine(default_checkpoint.card),
-        Metrics(task_table(default_checkpoint).names),
-        lambda _: None,
-        behind_gateway=True,
+        Role.ENGINE,
+        checkpoint=default_checkpoint,
+        engine=FakeEngine(default_checkpoint.card),
     )
+    app = create_app(service, lambda _: None)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get("/v1/models")).status_code == 200
@@ -248,15 +247,15 @@ async def test_the_keys_name_is_told_and_never_its_secret(
     """Log lines and metrics have the key's name, "none" where none was valid."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("web", "s3cret"))
-    metrics = Metrics(task_table(default_checkpoint).names)
-    app = create_app(
+    service = build_service(
         Settings(keys_file=file),
-        default_checkpoint,
-        FakeEngine(default_checkpoint.card),
-        metrics,
-        lambda _: None,
+        checkpoint=default_checkpoint,
+        engine=FakeEngine(default_checkpoint.card),
     )
-    assert series(metrics) == {(key, status): 0 for key in ("web", "none") for status in STATUSES}
+    app = create_app(service, lambda _: None)
+    assert series(service.metrics) == {
+        (key, status): 0 for key in ("web", "none") for status in STATUSES
+    }
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
@@ -269,7 +268,7 @@ async def test_the_keys_name_is_told_and_never_its_secret(
     assert [line.get("key") for line in lines] == ["web", None, None]
     assert "s3cret" not in str(lines)
     assert "wr0ng" not in str(lines)
-    counted = {labels: value for labels, value in series(metrics).items() if value}
+    counted = {labels: value for labels, value in series(service.metrics).items() if value}
     assert counted == {("web", "200"): 1, ("none", "401"): 2}
 
 

@@ -15,7 +15,7 @@ from heldout import write_all
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.cli.evaluate import Request, Source
 from taskvec.cli.evaluate import run as command
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.errors import TaskvecError
 
 ADAPTERS = ["classification", "clustering", "retrieval", "text-matching"]

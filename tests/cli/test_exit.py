@@ -24,8 +24,7 @@ from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.metrics.service import Metrics
-from taskvec.service import make_engine, task_table
+from taskvec.service import build_service
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -86,9 +85,7 @@ async def test_a_stalled_engine_is_told_and_comes_back(
     settings = Settings(
         log_requests=False, dtype="float32", threads=1, stall_timeout=0.5, dead_timeout=2.0
     )
-    metrics = Metrics(task_table(default_checkpoint).names)
-    engine = make_engine(settings, default_checkpoint, metrics)
-    app = create_app(settings, default_checkpoint, engine, metrics, pytest.fail)
+    app = create_app(build_service(settings, checkpoint=default_checkpoint), pytest.fail)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(

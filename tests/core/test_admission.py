@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.core.admission import FIRST_BUDGET, LEAST_BUDGET, LONGEST_RETRY, Admission
+from taskvec.core.admission import MAX_RETRY_AFTER, MIN_BUDGET, UNMEASURED_BUDGET, Admission
 from taskvec.errors import QueueFullError
 from taskvec.priority import Priority
 
@@ -179,7 +179,7 @@ def test_the_guess_has_bounds(clock: Clock) -> None:
     work(slow, clock, tokens=1, seconds=1000)
     work(fast, clock, tokens=100, seconds=0.001)
     with slow.admit(100, INTERACTIVE), fast.admit(100, INTERACTIVE):
-        assert retry_after(slow, 100) == LONGEST_RETRY
+        assert retry_after(slow, 100) == MAX_RETRY_AFTER
         assert retry_after(fast, 100) == 1.0
 
 
@@ -204,7 +204,7 @@ def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, 
             inside.pop(0)[1].close()
         stack = ExitStack()
         if inside and admission.tokens + tokens > 100:
-            assert 1 <= retry_after(admission, tokens) <= LONGEST_RETRY
+            assert 1 <= retry_after(admission, tokens) <= MAX_RETRY_AFTER
         else:
             stack.enter_context(admission.admit(tokens, INTERACTIVE))
             inside.append((tokens, stack))
@@ -219,9 +219,9 @@ def test_the_budget_holds_whatever_comes_and_goes(wanted: list[tuple[int, bool, 
 def test_the_budget_is_what_the_engine_does_in_some_seconds(clock: Clock) -> None:
     """Without a fixed limit the budget follows the engine's measured speed."""
     admission = Admission(seconds=10, clock=clock)
-    assert admission.budget == FIRST_BUDGET
+    assert admission.budget == UNMEASURED_BUDGET
     admission.learn(tokens=10, seconds=5)
-    assert admission.budget == LEAST_BUDGET
+    assert admission.budget == MIN_BUDGET
     admission.learn(tokens=50_000, seconds=5)
     assert admission.budget == 100_000
     with admission.admit(100_000, INTERACTIVE):
@@ -278,12 +278,12 @@ def test_bulk_keeps_nobody_else_out(clock: Clock) -> None:
 def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
     """More than a second of the engine's work is; where the speed is unknown, many tokens are."""
     admission = Admission(100, clock=clock)
-    assert admission.class_of(LEAST_BUDGET, INTERACTIVE) is INTERACTIVE
-    assert admission.class_of(LEAST_BUDGET + 1, INTERACTIVE) is BULK
+    assert admission.priority_of(MIN_BUDGET, INTERACTIVE, 0) is INTERACTIVE
+    assert admission.priority_of(MIN_BUDGET + 1, INTERACTIVE, 0) is BULK
     admission.learn(tokens=1000, seconds=1)
-    assert admission.class_of(1000, INTERACTIVE) is INTERACTIVE
-    assert admission.class_of(1001, INTERACTIVE) is BULK
-    assert admission.class_of(1, BULK) is BULK
+    assert admission.priority_of(1000, INTERACTIVE, 0) is INTERACTIVE
+    assert admission.priority_of(1001, INTERACTIVE, 0) is BULK
+    assert admission.priority_of(1, BULK, 0) is BULK
 
 
 def test_requests_have_a_limit_however_short_they_are(clock: Clock) -> None:

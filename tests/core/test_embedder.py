@@ -13,10 +13,9 @@ import pytest
 from fakes import FakeEngine, hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.admission import Admission
-from taskvec.core.embedder import FINISH_INLINE, AsyncEmbedder
+from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import EmbedJob, OutputType
-from taskvec.core.postprocess import finish
+from taskvec.core.job import EmbedJob, JobContext
 from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
 from taskvec.errors import (
     DeadlineExceededError,
@@ -24,8 +23,7 @@ from taskvec.errors import (
     QueueFullError,
     UnavailableError,
 )
-from taskvec.service import task_table, text_tokenizer
-from taskvec.telemetry.stages import STAGES, Stages
+from taskvec.service import build_tokenizer, task_table
 
 TOO_LONG = "far too long " * 4000
 
@@ -44,7 +42,7 @@ class Service:
     def __init__(self, checkpoint: Checkpoint, engine: FakeEngine, room: int) -> None:
         self.engine = engine
         self.admission = Admission(room)
-        self.tokenizer = text_tokenizer(checkpoint, max_tokens=0, threads=1)
+        self.tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1)
         self.tasks = task_table(checkpoint)
         self.embedder = AsyncEmbedder(
             engine, self.tokenizer, self.tasks, self.admission, ServiceHealth(engine)
@@ -71,9 +69,9 @@ async def started(checkpoint: Checkpoint, engine: FakeEngine, room: int = 1_000_
 
 @pytest.mark.anyio
 async def test_a_job_becomes_vectors(service: Service) -> None:
-    """Texts get the task's prompt and adapter, vectors come back cut and normalised, in order."""
+    """Texts get the task's prompt and adapter; the engine's vectors come back in order."""
     texts = ["first", "second text", "third"]
-    answer = await service.embedder.embed(service.job(texts, "clustering", dimensions=64))
+    answer = await service.embedder.embed(service.job(texts, "clustering"))
     (batch,) = service.engine.batches
     expected = [service.ids(text, "clustering") for text in texts]
     assert batch.adapter == "clustering"
@@ -81,7 +79,8 @@ async def test_a_job_becomes_vectors(service: Service) -> None:
     assert answer.tokens == sum(map(len, expected))
     width = service.embedder.model.dimension
     raw = np.stack([hashed_vector(ids, "clustering", width) for ids in expected])
-    assert np.array_equal(answer.vectors, finish(raw, 64, OutputType.FLOAT, normalized=True))
+    assert answer.vectors.dtype == np.float32
+    assert np.array_equal(answer.vectors, raw)
 
 
 @pytest.mark.anyio
@@ -89,14 +88,13 @@ async def test_the_stages_are_those_of_the_engine(default_checkpoint: Checkpoint
     """Seconds of queue and engine are what the engine says, the others are measured here."""
     engine = FakeEngine(default_checkpoint.card, delay=0.01)
     service = await started(default_checkpoint, engine)
-    stages = Stages()
-    await service.embedder.embed(service.job(["a text"]), stages)
-    stages.end()
-    assert [stage.name for stage in stages.over] == [name for name in STAGES if name != "cache"]
-    tokenize, queue, engine_, encode = (stage.seconds for stage in stages.over)
+    context = JobContext()
+    await service.embedder.embed(service.job(["a text"]), context)
+    stages = context.stages.over
+    assert [stage.name for stage in stages] == ["tokenize", "queue", "engine"]
+    tokenize, queue, engine_ = (stage.seconds for stage in stages)
     assert (queue, engine_) == (0.0, 0.01)
     assert 0 <= tokenize < 10
-    assert 0 <= encode < 10
 
 
 @pytest.mark.anyio
@@ -108,38 +106,6 @@ async def test_token_ids_are_embedded_as_they_are(service: Service) -> None:
     assert [list(given) for given in batch.ids] == [[5, 6, 7], [8]]
     assert batch.adapter == "retrieval"
     assert answer.tokens == 4
-
-
-@pytest.mark.anyio
-async def test_a_large_answer_is_finished_like_a_small_one(service: Service) -> None:
-    """Vectors too many to finish in the event loop come out the same."""
-    width = service.embedder.model.dimension
-    texts = [f"text {n}" for n in range(FINISH_INLINE // width + 1)]
-    answer = await service.embedder.embed(service.job(texts, output=OutputType.INT8))
-    raw = np.stack([hashed_vector(service.ids(text), "retrieval", width) for text in texts])
-    assert raw.size > FINISH_INLINE
-    assert np.array_equal(answer.vectors, finish(raw, None, OutputType.INT8, normalized=True))
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"dimensions": 0},
-        {"dimensions": -1},
-        {"dimensions": 257},
-        {"dimensions": 12, "output": OutputType.BINARY},
-        {"dimensions": 12, "output": OutputType.UBINARY},
-    ],
-)
-async def test_bad_dimensions_are_refused_before_anything_else(
-    default_checkpoint: Checkpoint, fields: dict[str, Any]
-) -> None:
-    """Dimensions are checked first, even where the engine is not ready."""
-    service = Service(default_checkpoint, FakeEngine(default_checkpoint.card), 1000)
-    with pytest.raises(InvalidRequestError) as refused:
-        await service.embedder.embed(service.job([TOO_LONG], **fields))
-    assert (refused.value.code, refused.value.param) == ("invalid_dimensions", "dimensions")
 
 
 @pytest.mark.anyio

@@ -71,7 +71,7 @@ async def test_waiting_work_that_goes_on_is_well(default_checkpoint: Checkpoint)
             for _ in range(20):
                 clock.now += 50
                 engine.finished += 1
-                health.look()
+                health.check()
                 assert health.readiness().ready
         assert health.liveness().ready
 

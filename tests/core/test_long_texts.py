@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen import VOCABULARY
-from taskvec.core.tokenizer import GUARD, WIDEST_TOKEN, TextTokenizer, _settled_until
+from taskvec.core.tokenizer import GUARD, MAX_TOKEN_WIDTH, TextTokenizer, _settled_until
 from taskvec.errors import InvalidRequestError
 
 LIMIT = 64
@@ -130,7 +130,7 @@ def test_a_long_text_is_cut_as_if_all_of_it_had_been_read(
     result = cut(file, text, limit)
     if isinstance(result, InvalidRequestError):
         assert result.code == "input_too_long"
-        head = text[: limit * WIDEST_TOKEN + GUARD].rstrip()[:-GUARD]
+        head = text[: limit * MAX_TOKEN_WIDTH + GUARD].rstrip()[:-GUARD]
         # WordPiece takes a word apart only if it is short, as this cut may have made it
         assert len(theirs(file).encode(head).ids) <= limit + 100, "it is text"
     else:

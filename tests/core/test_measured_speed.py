@@ -10,19 +10,19 @@ import pytest
 from conftest import fake_application
 from fakes import FakeEngine
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.core.admission import ENOUGH_SECONDS, MOST_TEXTS, TEXT_TOKENS, measure_speed
+from taskvec.core.admission import MAX_PROBE_TEXTS, PROBE_LENGTH, PROBE_SECONDS, measure_speed
 from taskvec.priority import Priority
 
 
 @pytest.mark.anyio
 async def test_a_slow_engine_is_asked_little(default_checkpoint: Checkpoint) -> None:
     """Where the first batch takes long, it is the only one."""
-    engine = FakeEngine(default_checkpoint.card, delay=1.1 * ENOUGH_SECONDS)
+    engine = FakeEngine(default_checkpoint.card, delay=1.1 * PROBE_SECONDS)
     await engine.start()
     tokens, seconds = await measure_speed(engine)
     assert len(engine.batches) == 1
     assert tokens == engine.batches[0].tokens
-    assert seconds >= ENOUGH_SECONDS
+    assert seconds >= PROBE_SECONDS
 
 
 @pytest.mark.anyio
@@ -31,7 +31,7 @@ async def test_a_fast_engine_is_asked_for_much(default_checkpoint: Checkpoint) -
     engine = FakeEngine(default_checkpoint.card)
     await engine.start()
     tokens, _ = await measure_speed(engine)
-    assert tokens == MOST_TEXTS * TEXT_TOKENS
+    assert tokens == MAX_PROBE_TEXTS * PROBE_LENGTH
     for batch in engine.batches:
         assert batch.priority is Priority.BULK
         assert all(ids.min() >= 0 and ids.max() < engine.model.vocabulary for ids in batch.ids)
@@ -43,7 +43,7 @@ async def test_the_service_derives_its_budget(
     default_checkpoint: Checkpoint, seconds: float, statuses: list[int]
 ) -> None:
     """A queue of as many seconds as the setting says, at the speed that the engine showed."""
-    engine = FakeEngine(default_checkpoint.card, delay=1.1 * ENOUGH_SECONDS)
+    engine = FakeEngine(default_checkpoint.card, delay=1.1 * PROBE_SECONDS)
     app = fake_application(
         default_checkpoint, engine, [], max_queue_tokens=0, queue_seconds=seconds, max_texts=40_000
     )
@@ -52,7 +52,7 @@ async def test_the_service_derives_its_budget(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        await asyncio.sleep(2 * ENOUGH_SECONDS)
+        await asyncio.sleep(2 * PROBE_SECONDS)
         body = {"input": ["a"] * 20_000}
         answers = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in "ab"))
     assert sorted(answer.status_code for answer in answers) == statuses

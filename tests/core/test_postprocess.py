@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_st
 from numpy.typing import NDArray
 
-from taskvec.core.job import OutputType
-from taskvec.core.postprocess import finish, quantise
+from taskvec.core.postprocess import OutputFormat, OutputType, quantise
+from taskvec.errors import InvalidRequestError
 
 FLOATS = st.floats(min_value=-1e6, max_value=1e6, width=32)
 MATRICES = numpy_st.arrays(
@@ -21,6 +21,17 @@ MATRICES = numpy_st.arrays(
     elements=FLOATS,
 )
 WHOLE_BYTES = MATRICES.map(lambda rows: np.repeat(rows, 8, axis=1))
+
+
+def convert(
+    vectors: NDArray[np.float32],
+    dimensions: int | None,
+    output: OutputType,
+    *,
+    normalized: bool,
+) -> NDArray[np.generic]:
+    """Apply a format of one type."""
+    return OutputFormat(dimensions, (output,), normalized).apply(vectors)[output]
 
 
 def unit(row: list[float]) -> list[float]:
@@ -45,7 +56,7 @@ def test_floats_are_cut_then_normalised(
 ) -> None:
     """The first dimensions are kept, and only then scaled to length 1."""
     dimensions = data.draw(st.none() | st.integers(min_value=1, max_value=vectors.shape[1]))
-    result = finish(vectors, dimensions, OutputType.FLOAT, normalized=normalized)
+    result = convert(vectors, dimensions, OutputType.FLOAT, normalized=normalized)
     assert result.dtype == np.float32
     assert result.shape == (len(vectors), dimensions or vectors.shape[1])
     for row, got in zip(vectors.tolist(), result.tolist(), strict=True):
@@ -59,7 +70,7 @@ def test_floats_are_cut_then_normalised(
 
 def test_normalising_all_then_cutting_would_differ() -> None:
     """The order matters: a vector normalised before the cut would be too short."""
-    result = finish(np.array([[3, 4, 12]], np.float32), 2, OutputType.FLOAT, normalized=True)
+    result = convert(np.array([[3, 4, 12]], np.float32), 2, OutputType.FLOAT, normalized=True)
     assert result.tolist() == [pytest.approx([0.6, 0.8])]
 
 
@@ -93,8 +104,8 @@ def test_int8_reaches_both_ends() -> None:
 def test_int8_does_not_depend_on_the_length() -> None:
     """Quantising a normalised vector gives what quantising it as it is gives."""
     vectors = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32)
-    scaled = finish(vectors, None, OutputType.INT8, normalized=True).astype(int)
-    plain = finish(vectors, None, OutputType.INT8, normalized=False).astype(int)
+    scaled = convert(vectors, None, OutputType.INT8, normalized=True).astype(int)
+    plain = convert(vectors, None, OutputType.INT8, normalized=False).astype(int)
     assert np.abs(scaled - plain).max() <= 1
     assert (scaled == plain).mean() > 0.99
 
@@ -128,7 +139,7 @@ def test_each_type_has_its_shape(vectors: NDArray[np.float32], data: st.DataObje
     output = data.draw(st.sampled_from(OutputType))
     wide = np.tile(vectors, (1, 8))
     dimensions = 8 * data.draw(st.integers(min_value=1, max_value=vectors.shape[1]))
-    result = finish(wide, dimensions, output, normalized=True)
+    result = convert(wide, dimensions, output, normalized=True)
     assert result.shape == (len(vectors), dimensions // 8 if output.packed else dimensions)
     assert result.flags.c_contiguous, "its buffer is sent as it is"
 
@@ -136,8 +147,8 @@ def test_each_type_has_its_shape(vectors: NDArray[np.float32], data: st.DataObje
 @given(vectors=MATRICES)
 def test_half_floats_are_rounded_floats(vectors: NDArray[np.float32]) -> None:
     """float16 is the normalised vector in half precision."""
-    half = finish(vectors, None, OutputType.FLOAT16, normalized=True)
-    whole = finish(vectors, None, OutputType.FLOAT, normalized=True)
+    half = convert(vectors, None, OutputType.FLOAT16, normalized=True)
+    whole = convert(vectors, None, OutputType.FLOAT, normalized=True)
     assert half.dtype == np.float16
     assert np.abs(half.astype(np.float64) - whole.astype(np.float64)).max() <= 2**-11
 
@@ -155,7 +166,7 @@ def test_half_floats_are_rounded_floats(vectors: NDArray[np.float32]) -> None:
 )
 def test_a_zero_vector_stays_zero(output: OutputType, value: int) -> None:
     """A vector of zeros is every type's zero, without a warning."""
-    result = finish(np.zeros((2, 16), np.float32), None, output, normalized=True)
+    result = convert(np.zeros((2, 16), np.float32), None, output, normalized=True)
     assert set(result.ravel().tolist()) == {value}
 
 
@@ -169,7 +180,7 @@ def test_a_vector_that_is_not_finite_is_an_error(
     vectors = np.ones((3, 16), np.float32)
     vectors[1, 5] = bad
     with pytest.raises(ValueError, match="not finite"):
-        finish(vectors, None, output, normalized=normalized)
+        convert(vectors, None, output, normalized=normalized)
 
 
 def test_the_engine_keeps_its_vectors() -> None:
@@ -177,5 +188,49 @@ def test_the_engine_keeps_its_vectors() -> None:
     vectors = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
     before = vectors.copy()
     for output in OutputType:
-        finish(vectors, 8, output, normalized=True)
+        convert(vectors, 8, output, normalized=True)
     assert (vectors == before).all()
+
+
+def test_several_types_are_those_of_single_formats() -> None:
+    """A format of several types gives for each what a format of that type alone gives."""
+    vectors = np.random.default_rng(2).standard_normal((4, 32)).astype(np.float32)
+    together = OutputFormat(16, tuple(OutputType)).apply(vectors)
+    assert list(together) == list(OutputType)
+    for output, found in together.items():
+        alone = convert(vectors, 16, output, normalized=True)
+        assert found.dtype == alone.dtype
+        assert (found == alone).all()
+
+
+@pytest.mark.parametrize("output", OutputType)
+@pytest.mark.parametrize("dimensions", [8, 16, 248, None])
+def test_the_size_of_a_vector_is_known_before(output: OutputType, dimensions: int | None) -> None:
+    """``bytes_for`` is the size of one row."""
+    vectors = np.ones((1, 256), np.float32)
+    row = convert(vectors, dimensions, output, normalized=True)
+    assert output.bytes_for(dimensions or 256) == row.nbytes
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "types"),
+    [
+        (0, [OutputType.FLOAT]),
+        (-1, [OutputType.FLOAT]),
+        (257, [OutputType.FLOAT]),
+        (12, [OutputType.BINARY]),
+        (12, [OutputType.UBINARY]),
+        (12, [OutputType.FLOAT, OutputType.INT8, OutputType.BINARY]),
+    ],
+)
+def test_bad_dimensions_are_refused(dimensions: int, types: list[OutputType]) -> None:
+    """Dimensions outside the model's, or not whole bytes of a packed type, are refused by name."""
+    with pytest.raises(InvalidRequestError) as refused:
+        OutputFormat(dimensions, tuple(types)).check(256)
+    assert (refused.value.code, refused.value.param) == ("invalid_dimensions", "dimensions")
+
+
+@pytest.mark.parametrize("dimensions", [1, 12, 256, None])
+def test_good_dimensions_pass(dimensions: int | None) -> None:
+    """Every number of dimensions from 1 to the model's is served as floats."""
+    OutputFormat(dimensions, (OutputType.FLOAT, OutputType.INT8)).check(256)

@@ -11,8 +11,7 @@ from charts import CASES, CHART, Manifest, case, containers, of_kind, only, pods
 from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.metrics.service import Metrics
-from taskvec.service import task_table
+from taskvec.service import build_service
 from taskvec.settings import Settings, environment_variable
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -102,9 +101,10 @@ def test_taskvec_listens_where_its_port_is(name: str) -> None:
 def test_probes_ask_routes_of_the_application(name: str, default_checkpoint: Checkpoint) -> None:
     """Probes and scrapes of taskvec ask routes that the application has, over its protocol."""
     manifests = case(name)
-    metrics = Metrics(task_table(default_checkpoint).names)
     engine = FakeEngine(default_checkpoint.card)
-    app = create_app(Settings(), default_checkpoint, engine, metrics, [].append)
+    app = create_app(
+        build_service(Settings(), checkpoint=default_checkpoint, engine=engine), [].append
+    )
     routes = set(app.openapi()["paths"])
     pod = only(manifests, "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]

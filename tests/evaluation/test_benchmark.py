@@ -14,7 +14,7 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetri
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from heldout import LABELLED, TOPICS, write_all
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.benchmark import MtebEncoder, benchmark_table, run_benchmark
 from taskvec.evaluation.data import PairData, RetrievalData, find_data

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.formats import ROWS, Form, forms_of
 

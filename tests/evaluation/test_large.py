@@ -8,7 +8,7 @@ import sys
 MEASURE = """
 from pathlib import Path
 import numpy as np
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.evaluation.data import RetrievalData
 from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate

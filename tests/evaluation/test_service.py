@@ -16,8 +16,7 @@ import pytest
 from conftest import running_server
 from heldout import LABELLED
 from processes import served
-from taskvec.core.job import OutputType
-from taskvec.core.postprocess import finish
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.errors import UnavailableError
 from taskvec.evaluation.formats import Form, read_vectors
 from taskvec.evaluation.service import KEY_VARIABLE, TEXTS_A_REQUEST, Service
@@ -49,7 +48,8 @@ def test_forms_are_the_service_s_own_answers(url: str, dimensions: int, output: 
     for task in ("retrieval.query", "clustering"):
         full = Service(url).embed(TEXTS, task, lambda _: None)
         theirs = answered(url, task, dimensions, output)
-        assert (finish(full, dimensions, output, normalized=True) == theirs).all()
+        ours = OutputFormat(dimensions, (output,)).apply(full)[output]
+        assert (ours == theirs).all()
         assert (Form(dimensions, output).rows(full) == read_vectors(theirs, output)).all()
 
 

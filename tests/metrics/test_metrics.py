@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import taskvec
 from taskvec.api.response import Transport
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.engines.base import DropReason, EngineObserver, EngineState
 from taskvec.errors import CODES
 from taskvec.metrics.process import ENGINE_STATES

@@ -18,8 +18,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import Engine, EngineResult, TokenBatch
-from taskvec.metrics.service import Metrics
-from taskvec.service import make_engine, task_table
+from taskvec.service import build_service
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -58,13 +57,10 @@ async def client_of(
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Engine]]:
     """The application in front of the fake engine or the real one, ready."""
     settings = Settings(log_requests=False, dtype="float32", threads=1)
-    metrics = Metrics(task_table(checkpoint).names)
-    made: Engine = (
-        FakeEngine(checkpoint.card)
-        if engine == "fake"
-        else make_engine(settings, checkpoint, metrics)
-    )
-    app = create_app(settings, checkpoint, made, metrics, pytest.fail)
+    fake = FakeEngine(checkpoint.card) if engine == "fake" else None
+    service = build_service(settings, checkpoint=checkpoint, engine=fake)
+    made = service.engine
+    app = create_app(service, pytest.fail)
     async with app.router.lifespan_context(app):
         while not made.health().ready:
             await asyncio.sleep(0.01)

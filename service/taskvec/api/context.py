@@ -1,4 +1,4 @@
-"""What is known of a request while it passes through."""
+"""State of one HTTP request, carried in its ASGI scope from the middleware to the log line."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from taskvec.auth.keys import Key
-from taskvec.core.embedder import Charge
-from taskvec.telemetry.stages import Stages
+from taskvec.core.job import JobContext
+from taskvec.core.postprocess import OutputFormat
+from taskvec.errors import ClientClosedError
 
-CONTEXT_KEY = "taskvec.record"
-"""Where the middleware keeps the record in the ASGI scope."""
+CONTEXT_KEY = "taskvec.context"
+"""Key of the context in the ASGI scope."""
 
 
-@dataclass(slots=True)
-class RequestContext:
-    """Filled in by whoever learns it; times in seconds.
+@dataclass(slots=True, kw_only=True)
+class RequestContext(JobContext):
+    """What is known of a request so far; each part fills in what it learns.
 
     Attributes:
-        status: of the answer; 0 while there is none.
-        stages: where the time went.
-        output: number type and transport of the vectors; None while unknown.
-        code: of the error that the answer is; None for a good one.
-        trace_id: 32 hexadecimal digits; None where the request is not traced.
-        key: whose request it is; None where no key is asked for, or none was given.
-        charge: what the key's token limit is charged by; None where it has none.
-        headers: further ones of the answer, whatever it will be.
+        request_id: from the client, or generated.
+        started: ``time.perf_counter()`` when the request arrived, in seconds.
+        status: HTTP status of the response; 0 until it has started.
+        task: name of the task; None until the body has been read.
+        texts: number of inputs.
+        tokens: number of tokens embedded.
+        output: format of the vectors; None until the body has been read.
+        code: error code of the response; None for a success.
+        trace_id: 32 hexadecimal digits; None if the request is not traced.
+        key: API key of the request; None without one.
+        headers: further response headers, sent with any response.
     """
 
     request_id: str
@@ -36,16 +40,25 @@ class RequestContext:
     task: str | None = None
     texts: int = 0
     tokens: int = 0
-    stages: Stages = field(default_factory=Stages)
-    output: tuple[str, str] | None = None
+    output: OutputFormat | None = None
     code: str | None = None
     trace_id: str | None = None
     key: Key | None = None
-    charge: Charge | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    def finish(self) -> float:
+        """Close the last stage; a request without a response was closed by its client.
+
+        Returns:
+            Seconds since the request arrived.
+        """
+        if not self.status:
+            self.status, self.code = ClientClosedError.status, ClientClosedError.default_code
+            self.stages.end()
+        return time.perf_counter() - self.started
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """The record of the request with this scope."""
-    record: RequestContext = scope[CONTEXT_KEY]
-    return record
+    """Return the context of the request with this scope."""
+    context: RequestContext = scope[CONTEXT_KEY]
+    return context

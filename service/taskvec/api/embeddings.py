@@ -1,34 +1,36 @@
-"""POST /v1/embeddings: OpenAI, Jina and Voyage spellings on one route."""
+"""POST /v1/embeddings: the OpenAI, Jina and Voyage spellings on one route."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
 from starlette.responses import Response
 
-from taskvec.api.context import context_of
-from taskvec.api.request import (
-    RequestLimits,
-    cancel_on_disconnect,
-    header_dict,
-    read_json,
-    request_priority,
-    request_timeout,
-)
-from taskvec.api.response import OCTET_STREAM, Transport, encode_off_loop
+from taskvec.api import fields
+from taskvec.api.dialect import embedding_handler
+from taskvec.api.endpoint import Route
+from taskvec.api.errors import error_responses
+from taskvec.api.request import RequestLimits, request_priority, request_timeout
+from taskvec.api.response import OCTET_STREAM, Vectors, openai_response
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
-from taskvec.core.job import EmbedJob, OutputType
-from taskvec.core.tasks import ServedNames, Task
-from taskvec.engines.base import TokenIds
+from taskvec.core.job import EmbedJob
+from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
+from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
+from taskvec.engines.base import ModelCard, TokenIds
 from taskvec.errors import InvalidRequestError
+from taskvec.service import Service
+
+PATH = "/v1/embeddings"
 
 TYPE_FIELDS = ("embedding_type", "embedding_types", "encoding_type", "output_dtype")
-"""Spellings of the output type: Jina's three, then Voyage's."""
+"""Spellings of the output type: three of Jina's, then Voyage's."""
+
+JSON_TYPES = ("float", "base64", *(kind.value for kind in OutputType if kind.value != "float"))
+"""Values of the output type."""
 
 TOKENS_REFUSED = (
     "This server takes text, not token ids: ids that another model's tokenizer made on the client "
@@ -37,73 +39,83 @@ TOKENS_REFUSED = (
 )
 
 
-class EmbeddingsRoute:
-    """Translates a request into an EmbedJob, and the result into bytes."""
+def routes(service: Service, limits: RequestLimits) -> list[Route]:
+    """Return the route."""
+    dialect = OpenAIDialect(service.embedder, service.names, limits)
+    return [
+        Route(
+            method="POST",
+            path=PATH,
+            handler=embedding_handler(dialect, service.embedder, limits),
+            embeds=True,
+            counted=True,
+            summary="Embed texts for a task",
+            tags=("embeddings",),
+            responses={
+                200: {
+                    "description": "One vector per text, in order.",
+                    "content": _response_schema(),
+                },
+                **error_responses(400, 404, 408, 413, 415, 429, 500, 503, 504),
+            },
+            openapi={
+                "operationId": "create_embeddings",
+                "requestBody": _request_schema(
+                    service.engine.model, service.embedder.tasks, service.names, limits
+                ),
+            },
+        )
+    ]
+
+
+class OpenAIDialect:
+    """OpenAI's request and response, with Jina's and Voyage's additional fields."""
 
     def __init__(self, embedder: AsyncEmbedder, names: ServedNames, limits: RequestLimits) -> None:
+        """Translate for one embedder.
+
+        Args:
+            embedder: its model, tasks and limits decide what is valid.
+            names: names under which the model is served.
+            limits: limits of a request.
+        """
         self._embedder = embedder
         self._names = names
         self._limits = limits
 
-    async def __call__(self, request: Request) -> Response:
-        """Answer one request; failures are raised as TaskvecError."""
-        with self._embedder.work:
-            return await self._answer(request)
-
-    async def _answer(self, request: Request) -> Response:
-        record = context_of(request.scope)
-        headers = header_dict(request.scope)
-        job, transport = await read_json(
-            request.receive,
-            headers,
-            self._limits,
-            lambda body: self.read(body, headers, record.key),
-        )
-        record.task, record.texts = job.task.name, len(job.inputs)
-        record.output = job.output.value, transport.value
-        result = await cancel_on_disconnect(
-            request.receive, self._embedder.embed(job, record.stages, record.charge)
-        )
-        record.tokens = result.tokens
-        return await encode_off_loop(result, transport, self._names.primary)
-
     def read(
         self, body: Any, headers: Mapping[str, str], key: Key | None = None
-    ) -> tuple[EmbedJob, Transport]:
-        """The job that a body asks for, and how its answer travels.
-
-        Raises:
-            InvalidRequestError: naming the field, or the item of ``input``, at fault.
-            NotFoundError: unknown model.
-        """
+    ) -> tuple[EmbedJob, OutputFormat]:
+        """See ``Dialect.read``."""
         if not isinstance(body, dict):
             raise InvalidRequestError("The body must be a JSON object with the field input.")
         task = self._task(body)
-        raw = _wants_raw(headers)
-        output, transport = _output(body, raw=raw)
-        truncate = _agreed(body, ("truncate", "truncation"), _boolean)
-        normalized = _agreed(body, ("normalized",), _boolean)
+        output = _output_format(body, raw=_accepts_octets(headers))
+        truncate = bool(fields.agreed(body, ("truncate", "truncation"), fields.boolean))
         job = EmbedJob(
-            inputs=self._inputs(body.get("input"), truncate=bool(truncate)),
+            inputs=self._inputs(body.get("input"), truncate=truncate),
             task=task,
-            dimensions=_agreed(body, ("dimensions", "output_dimension"), _integer),
-            output=output,
-            normalized=normalized is not False,
-            truncate=bool(truncate),
+            truncate=truncate,
             deadline=time.monotonic() + request_timeout(headers, self._limits.seconds),
             priority=request_priority(headers, key),
-            owner=key.name if key is not None else None,
+            tenant=key.name if key is not None else None,
         )
-        return job, transport
+        output.check(self._embedder.model.dimension)
+        return job, output
+
+    def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
+        """See ``Dialect.render``."""
+        (matrix,) = vectors.values()
+        return openai_response(matrix, tokens, output.encoding, self._names.primary)
 
     def _task(self, body: Mapping[str, Any]) -> Task:
-        suffix = self._names.task_suffix(_string(body.get("model"), "model"))
+        suffix = self._names.task_suffix(fields.string(body.get("model"), "model"))
         return self._embedder.tasks.choose(
             {
-                "task": _string(body.get("task"), "task"),
-                "task_type": _string(body.get("task_type"), "task_type"),
+                "task": fields.string(body.get("task"), "task"),
+                "task_type": fields.string(body.get("task_type"), "task_type"),
                 "model": suffix,
-                "input_type": _string(body.get("input_type"), "input_type"),
+                "input_type": fields.string(body.get("input_type"), "input_type"),
             }
         )
 
@@ -115,7 +127,7 @@ class EmbeddingsRoute:
                     code="missing_input",
                     param="input",
                 )
-            return [_item(value, "input")]
+            return [_text(value, "input")]
         if not value:
             raise InvalidRequestError(
                 "input is an empty list: send at least one text.", code="empty_input", param="input"
@@ -134,7 +146,7 @@ class EmbeddingsRoute:
                 for i, ids in enumerate(value)
             ]
         return [
-            item if type(item) is str and item else _item(item, f"input[{i}]")
+            item if type(item) is str and item else _text(item, f"input[{i}]")
             for i, item in enumerate(value)
         ]
 
@@ -143,7 +155,7 @@ class EmbeddingsRoute:
             raise InvalidRequestError(TOKENS_REFUSED, code="token_input_rejected", param=where)
         if not isinstance(value, list) or not value:
             raise InvalidRequestError(
-                f"{where} must be a list of at least one token id, like its neighbours.",
+                f"{where} must be a list of at least one token id, as the first item is.",
                 code="invalid_input",
                 param=where,
             )
@@ -155,8 +167,8 @@ class EmbeddingsRoute:
                 if type(token) is not int or not 0 <= token < model.vocabulary
             )
             raise InvalidRequestError(
-                f"{where}[{wrong}] is no token id of this model: ids are whole numbers from 0 to "
-                f"{model.vocabulary - 1}.",
+                f"{where}[{wrong}] is not a token id of this model: ids are whole numbers from 0 "
+                f"to {model.vocabulary - 1}.",
                 code="invalid_token_id",
                 param=f"{where}[{wrong}]",
             )
@@ -167,16 +179,16 @@ class EmbeddingsRoute:
                     code="input_too_long",
                     param=where,
                 )
-            value = self._embedder.cut(value)
+            value = self._embedder.truncate(value)
         return np.array(value, dtype=np.int32)
 
 
-def _item(value: Any, where: str) -> str:
+def _text(value: Any, where: str) -> str:
     if isinstance(value, dict) and "text" in value:
         value, where = value["text"], f"{where}.text"
     if not isinstance(value, str):
         raise InvalidRequestError(
-            f'{where} must be a string or {{"text": string}}, got {_kind(value)}.',
+            f'{where} must be a string or {{"text": string}}, got {fields.type_name(value)}.',
             code="invalid_input",
             param=where,
         )
@@ -189,32 +201,39 @@ def _item(value: Any, where: str) -> str:
     return value
 
 
-def _output(body: Mapping[str, Any], *, raw: bool) -> tuple[OutputType, Transport]:
-    encoding = _string(body.get("encoding_format"), "encoding_format")
-    if encoding not in (None, "float", "base64"):
+def _output_format(body: Mapping[str, Any], *, raw: bool) -> OutputFormat:
+    encoding_format = fields.string(body.get("encoding_format"), "encoding_format")
+    if encoding_format not in (None, "float", "base64"):
         raise InvalidRequestError(
-            f"encoding_format must be float or base64, got {encoding[:80]!r}; other output types "
-            "are chosen by embedding_type.",
+            f"encoding_format must be float or base64, got {encoding_format[:80]!r}; other output "
+            "types are chosen by embedding_type.",
             code="invalid_encoding_format",
             param="encoding_format",
         )
-    wanted = _agreed(body, TYPE_FIELDS, _output_type)
-    base64 = encoding == "base64" or wanted == "base64"
-    output = OutputType("float" if wanted in (None, "base64") else wanted)
+    requested = fields.agreed(body, TYPE_FIELDS, _output_type)
+    base64 = encoding_format == "base64" or requested == "base64"
+    kind = OutputType("float" if requested in (None, "base64") else requested)
     if raw:
-        return output, Transport.RAW
-    if output is OutputType.FLOAT16:
+        encoding = Encoding.RAW
+    elif kind is OutputType.FLOAT16:
         raise InvalidRequestError(
-            f"float16 travels only as bytes: send the header Accept: {OCTET_STREAM}.",
+            f"float16 is only available as bytes: send the header Accept: {OCTET_STREAM}.",
             code="invalid_embedding_type",
             param="embedding_type",
         )
-    if output is not OutputType.FLOAT:
-        # The OpenAI SDKs add base64 by themselves and would read packed bytes as floats: only
-        # Voyage's own spelling asks for packed bytes in base64.
-        voyage = all(body.get(field) is None for field in TYPE_FIELDS if field != "output_dtype")
-        base64 = base64 and voyage
-    return output, Transport.BASE64 if base64 else Transport.NUMBERS
+    else:
+        if kind is not OutputType.FLOAT:
+            # The OpenAI SDKs add base64 by themselves and would read packed bytes as floats: only
+            # Voyage's own spelling asks for packed bytes in base64.
+            voyage = all(body.get(name) is None for name in TYPE_FIELDS if name != "output_dtype")
+            base64 = base64 and voyage
+        encoding = Encoding.BASE64 if base64 else Encoding.NUMBERS
+    return OutputFormat(
+        dimensions=fields.agreed(body, ("dimensions", "output_dimension"), fields.integer),
+        types=(kind,),
+        normalized=fields.agreed(body, ("normalized",), fields.boolean) is not False,
+        encoding=encoding,
+    )
 
 
 def _output_type(value: Any, field: str) -> str:
@@ -226,77 +245,123 @@ def _output_type(value: Any, field: str) -> str:
                 param=field,
             )
         value = value[0]
-    name = _string(value, field, code="invalid_embedding_type")
-    known = ["float", "base64", *(kind.value for kind in OutputType if kind.value != "float")]
-    if name not in known:
+    name = fields.string(value, field, code="invalid_embedding_type")
+    if name not in JSON_TYPES:
         raise InvalidRequestError(
-            f"{field} must be one of {', '.join(known)}.",
+            f"{field} must be one of {', '.join(JSON_TYPES)}.",
             code="invalid_embedding_type",
             param=field,
         )
     return name
 
 
-def _agreed(body: Mapping[str, Any], fields: Sequence[str], read: Any) -> Any:
-    """The one value that all spellings of a field give; None where none is there."""
-    value, by = None, ""
-    for field in fields:
-        if body.get(field) is None:
-            continue
-        other = read(body[field], field)
-        if by and other != value:
-            raise InvalidRequestError(
-                f"{by} and {field} are two spellings of one field and disagree: send one.",
-                code="conflicting_fields",
-                param=field,
-            )
-        value, by = other, field
-    return value
-
-
-def _string(value: Any, field: str, *, code: str | None = None) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise InvalidRequestError(
-        f"{field} must be a string, got {_kind(value)}.",
-        code=code or f"invalid_{field}",
-        param=field,
-    )
-
-
-def _integer(value: Any, field: str) -> int:
-    if type(value) is int:
-        return value
-    raise InvalidRequestError(
-        f"{field} must be a whole number, got {_kind(value)}.",
-        code="invalid_dimensions",
-        param=field,
-    )
-
-
-def _boolean(value: Any, field: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise InvalidRequestError(
-        f"{field} must be true or false, got {_kind(value)}.", code=f"invalid_{field}", param=field
-    )
-
-
-def _kind(value: Any) -> str:
-    kinds = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds[type(value)]
-
-
-def _wants_raw(headers: Mapping[str, str]) -> bool:
+def _accepts_octets(headers: Mapping[str, str]) -> bool:
     accept = headers.get("accept")
     return accept is not None and OCTET_STREAM in (
         part.partition(";")[0].strip().lower() for part in accept.split(",")
     )
+
+
+def _request_schema(
+    card: ModelCard, tasks: Iterable[Task], names: ServedNames, limits: RequestLimits
+) -> dict[str, Any]:
+    """Return the OpenAPI requestBody, as precise as the parser above."""
+    task_names = [task.name for task in tasks]
+    aliases = [alias for alias, name in ALIASES.items() if name in task_names]
+    input_types = [name for name, task in INPUT_TYPES.items() if task in task_names]
+    text = {"type": "string", "minLength": 1}
+    item = {
+        "anyOf": [
+            text,
+            {"type": "object", "required": ["text"], "properties": {"text": text}},
+        ]
+    }
+    inputs = [item, {"type": "array", "items": item, "minItems": 1, "maxItems": limits.texts}]
+    if limits.token_ids:
+        ids = {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "integer", "minimum": 0, "maximum": card.vocabulary - 1},
+        }
+        inputs += [ids, {"type": "array", "items": ids, "minItems": 1, "maxItems": limits.texts}]
+    dimensions = {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": card.dimension,
+        "description": "Number of leading values to keep; a multiple of 8 for the binary types.",
+    }
+    output_type = {
+        "anyOf": [
+            {"enum": [*JSON_TYPES, None]},
+            {"type": "array", "items": {"enum": list(JSON_TYPES)}, "minItems": 1, "maxItems": 1},
+        ],
+        "description": f"Number type of the vectors; float16 only with Accept: {OCTET_STREAM}.",
+    }
+    flag = {"type": ["boolean", "null"]}
+    task = {"enum": [*task_names, *aliases, None], "description": "Adapter and prompt to use."}
+    models = [*names.all, *(f"{name}:{task}" for name in names.all for task in task_names)]
+    properties = {
+        "model": {"enum": [*models, None], "description": "A served name, or name:task."},
+        "input": {"anyOf": inputs, "description": "What to embed."},
+        "task": task,
+        "task_type": {**task, "description": "The same as task."},
+        "input_type": {
+            "enum": [*input_types, None],
+            "description": "What Voyage and Cohere clients send instead of a task.",
+        },
+        "dimensions": dimensions,
+        "output_dimension": {**dimensions, "description": "The same as dimensions."},
+        "encoding_format": {
+            "enum": ["float", "base64", None],
+            "description": "Float vectors as JSON numbers, or as base64 of little-endian float32.",
+        },
+        **dict.fromkeys(TYPE_FIELDS, output_type),
+        "normalized": {**flag, "description": "False returns the vectors without normalising."},
+        "truncate": {
+            **flag,
+            "description": "True truncates texts that are too long; otherwise they are refused.",
+        },
+        "truncation": {**flag, "description": "The same as truncate."},
+        "user": {"description": "Accepted and ignored, like every unknown field."},
+    }
+    schema = {"type": "object", "required": ["input"], "properties": properties}
+    example = {"input": ["How do I reset my password?"], "task": task_names[0], "dimensions": 128}
+    return {
+        "required": True,
+        "content": {"application/json": {"schema": schema, "example": example}},
+    }
+
+
+def _response_schema() -> dict[str, Any]:
+    """Return the OpenAPI content of a 200."""
+    vector = {
+        "anyOf": [
+            {"type": "array", "items": {"type": "number"}},
+            {"type": "string", "contentEncoding": "base64"},
+        ]
+    }
+    usage = {"prompt_tokens": {"type": "integer"}, "total_tokens": {"type": "integer"}}
+    entry = {
+        "type": "object",
+        "required": ["object", "index", "embedding"],
+        "properties": {
+            "object": {"const": "embedding"},
+            "index": {"type": "integer"},
+            "embedding": vector,
+        },
+    }
+    return {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["object", "model", "data", "usage"],
+                "properties": {
+                    "object": {"const": "list"},
+                    "model": {"type": "string"},
+                    "data": {"type": "array", "items": entry},
+                    "usage": {"type": "object", "required": list(usage), "properties": usage},
+                },
+            }
+        },
+        OCTET_STREAM: {"schema": {"type": "string", "format": "binary"}},
+    }

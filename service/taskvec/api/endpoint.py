@@ -1,25 +1,218 @@
-"""A route whose endpoint takes the request as it is."""
+"""Routes and the one wrapper around every route: authenticate, shed, limit, count, trace."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
+import structlog
 from fastapi.routing import APIRoute
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter
+from taskvec.api.context import RequestContext, context_of
+from taskvec.api.errors import error_response, error_responses
+from taskvec.api.load_shedding import EventLoopLag, LoadShedder
+from taskvec.core.health import ServiceHealth
+from taskvec.errors import TaskvecError
+from taskvec.metrics.service import Metrics
+from taskvec.service import Role, Service
+from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
+
+Handler = Callable[[Request], Awaitable[Response]]
+"""Answers a request; raises TaskvecError for a failure that the client is to see."""
+
+ErrorRenderer = Callable[[TaskvecError, str], Response]
+"""Render an error, given the request id, in the form that clients of the route expect."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One route and what applies to it.
+
+    Attributes:
+        path: as Starlette writes it; may have parameters.
+        handler: answers requests.
+        method: HTTP method.
+        public: needs no API key.
+        embeds: submits work to the engine: it is refused under overload and while draining, counts
+            against the key's limits, and is traced.
+        counted: requests appear in the request metrics.
+        render_error: form of error bodies.
+        summary: one line of the OpenAPI document.
+        tags: group in the OpenAPI document.
+        responses: OpenAPI responses by status, beyond 401.
+        openapi: further members of the OpenAPI operation.
+        documented: appears in the OpenAPI document.
+    """
+
+    path: str
+    handler: Handler
+    method: str = "GET"
+    public: bool = False
+    embeds: bool = False
+    counted: bool = False
+    render_error: ErrorRenderer = error_response
+    summary: str = ""
+    tags: tuple[str, ...] = ()
+    responses: Mapping[int | str, dict[str, Any]] = field(default_factory=dict)
+    openapi: Mapping[str, Any] = field(default_factory=dict)
+    documented: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Makes the wrapped ASGI route of each ``Route``.
+
+    Attributes:
+        health: tells whether embedding requests are accepted.
+        shedder: refuses embedding requests under overload.
+        auth: None if the service has no API keys.
+        limiter: None if the service has no API keys.
+        metrics: None if another process counts the requests.
+        tracer: None if traces are off.
+    """
+
+    health: ServiceHealth
+    shedder: LoadShedder
+    auth: ApiKeyAuth | None
+    limiter: KeyRateLimiter | None
+    metrics: Metrics | None
+    tracer: Tracer | None
+
+    @classmethod
+    def of(cls, service: Service, lag: EventLoopLag) -> Self:
+        """Take the parts of a service.
+
+        Args:
+            service: what is served.
+            lag: measures the event loop.
+        """
+        return cls(
+            health=service.health,
+            shedder=LoadShedder(service.health, service.admission, lag),
+            auth=None if service.keys is None else ApiKeyAuth(service.keys),
+            limiter=None if service.limiter is None else KeyRateLimiter(service.limiter),
+            metrics=None if service.role is Role.ENGINE else service.metrics,
+            tracer=service.tracer,
+        )
+
+    def mount(self, route: Route) -> RawRoute:
+        """Wrap a route's handler and describe the route."""
+        responses, openapi = dict(route.responses), dict(route.openapi)
+        if self.auth is not None and not route.public:
+            responses |= error_responses(401)
+            openapi["security"] = self.auth.security
+        mounted = RawRoute(
+            route.path,
+            route.handler,
+            methods=[route.method],
+            summary=route.summary or None,
+            tags=list(route.tags),
+            responses=responses,
+            openapi_extra=openapi,
+            include_in_schema=route.documented,
+            response_model=None,
+            response_class=Response,
+        )
+        mounted.app = Endpoint(route, self)
+        return mounted
 
 
 class RawRoute(APIRoute):
-    """Described like any route of FastAPI's, and called without its look for dependencies.
+    """A FastAPI route described in OpenAPI, whose handler gets the bare request.
 
-    That, and the context managers around it, would cost a tenth of the gateway's time for a text.
+    FastAPI's dependency injection, and the context managers around it, would cost a tenth of the
+    gateway's time for one text.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """As ``APIRoute``; the endpoint is a coroutine function from Request to Response."""
-        super().__init__(*args, **options)
-        self.app = self._answer
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
+class Endpoint:
+    """ASGI application of one route."""
+
+    def __init__(self, route: Route, shared: Endpoints) -> None:
+        self._handler = route.handler
+        self._render_error = route.render_error
+        self._embeds = route.embeds
+        self._auth = None if route.public else shared.auth
+        self._limiter = shared.limiter
+        self._health = shared.health
+        self._shedder = shared.shedder
+        self._metrics = shared.metrics if route.counted else None
+        self._tracer = shared.tracer if route.embeds else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, count it, and end its span."""
+        context = context_of(scope)
+        if self._metrics is not None:
+            self._metrics.request_started()
+        span = self._start_span(scope, context)
+        try:
+            response = await self._response(Request(scope, receive, send), context)
+            await response(scope, receive, send)
+        finally:
+            seconds = context.finish()
+            if self._metrics is not None:
+                _count(self._metrics, context, seconds)
+            if span is not None:
+                span.end(
+                    context.status, context.code, context.stages.over, _span_attributes(context)
+                )
+
+    async def _response(self, request: Request, context: RequestContext) -> Response:
+        try:
+            if self._auth is not None:
+                context.key = self._auth.authenticate(request.scope)
+            if not self._embeds:
+                return await self._handler(request)
+            self._shedder.check(request.scope, context.key)
+            with self._health.work:
+                if self._limiter is not None and context.key is not None:
+                    return await self._limiter.run(context.key, context, self._handler, request)
+                return await self._handler(request)
+        except TaskvecError as error:
+            context.code = error.code
+            return self._render_error(error, context.request_id)
+        except Exception:
+            log.exception("unhandled_error", request_id=context.request_id)
+            hidden = TaskvecError("Internal error; the server's log has it under this request id.")
+            context.code = hidden.code
+            return self._render_error(hidden, context.request_id)
+
+    def _start_span(self, scope: Scope, context: RequestContext) -> RequestSpan | None:
+        if self._tracer is None:
+            return None
+        span = self._tracer.begin(scope["method"], scope["path"], scope["headers"])
+        context.trace_id = span.trace_id
+        current_span.set(span)
+        return span
+
+
+def _count(metrics: Metrics, context: RequestContext, seconds: float) -> None:
+    metrics.request_ended(
+        context.task,
+        context.status,
+        texts=context.texts,
+        tokens=context.tokens,
+        seconds=seconds,
+        stages=context.stages.over,
+        output=context.output,
+        code=context.code,
+        key=context.key.name if context.key is not None else None,
+    )
+
+
+def _span_attributes(context: RequestContext) -> dict[str, str | int]:
+    attributes: dict[str, str | int] = {
+        "taskvec.request_id": context.request_id,
+        "taskvec.texts": context.texts,
+        "taskvec.tokens": context.tokens,
+    }
+    if context.task is not None:
+        attributes["taskvec.task"] = context.task
+    return attributes

@@ -1,4 +1,4 @@
-"""POST /v1/engine/embed: the texts of other taskvec gateways, already tokenised, adapters mixed."""
+"""POST /v1/engine/embed: token ids from other taskvec gateways, several adapters in one call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from taskvec.api.context import RequestContext, context_of
+from taskvec.api.endpoint import Route
 from taskvec.api.request import (
     RequestLimits,
     cancel_on_disconnect,
@@ -17,34 +18,50 @@ from taskvec.api.request import (
     request_priority,
     request_timeout,
 )
+from taskvec.api.response import Vectors, respond
 from taskvec.core.embedder import AsyncEmbedder
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import Embeddings, EmbedJob
+from taskvec.core.postprocess import Encoding, OutputFormat
 from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
-from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_TYPE, unpack_texts
+from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
 from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.priority import Priority
+from taskvec.service import Service
+
+WIRE_FORMAT = OutputFormat(normalized=False, encoding=Encoding.RAW)
+"""Vectors as the engine returns them."""
 
 
-class EngineRoute:
+def routes(service: Service, limits: RequestLimits) -> list[Route]:
+    """Return the route; none if the service refuses token ids."""
+    if not limits.token_ids:
+        return []
+    handler = EngineEmbed(service.embedder, limits).handle
+    return [Route(method="POST", path=WIRE_PATH, handler=handler, embeds=True, documented=False)]
+
+
+class EngineEmbed:
     """Unpacks texts, embeds those of one adapter as one job, packs the vectors."""
 
     def __init__(self, embedder: AsyncEmbedder, limits: RequestLimits) -> None:
+        """Embed with one embedder, within the limits of a request."""
         self._embedder = embedder
         self._limits = limits
         self._tasks: dict[str | None, Task] = {task.adapter: task for task in embedder.tasks}
 
-    async def __call__(self, request: Request) -> Response:
-        """Answer one call; failures are raised as TaskvecError."""
-        with self._embedder.work:
-            return await self._answer(request)
+    async def handle(self, request: Request) -> Response:
+        """Answer one call.
 
-    async def _answer(self, request: Request) -> Response:
+        Raises:
+            TaskvecError: the call is invalid, or cannot be embedded.
+        """
+        context = context_of(request.scope)
         headers = header_dict(request.scope)
         if headers.get("content-type") != WIRE_TYPE:
             raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
         seconds = request_timeout(headers, self._limits.seconds)
-        priority = request_priority(headers, context_of(request.scope).key)
+        priority = request_priority(headers, context.key)
         body = await read_bytes(request.receive, headers, self._limits)
         try:
             ids, adapters = unpack_texts(headers.get(ADAPTERS_HEADER, ""), body)
@@ -53,14 +70,13 @@ class EngineRoute:
                 f"The body is not in taskvec's engine format: {error}.", code="invalid_body"
             ) from None
         self._check(ids)
-        record = context_of(request.scope)
-        record.texts = len(ids)
-        vectors = await cancel_on_disconnect(
+        context.texts = len(ids)
+        result = await cancel_on_disconnect(
             request.receive,
-            self._embed(ids, adapters, time.monotonic() + seconds, priority, record),
+            self._embed(ids, adapters, time.monotonic() + seconds, priority, context),
         )
-        record.tokens = sum(map(len, ids))
-        return Response(vectors, media_type=WIRE_TYPE)
+        context.tokens = result.tokens
+        return await respond(result, WIRE_FORMAT, _render, context)
 
     async def _embed(
         self,
@@ -68,29 +84,28 @@ class EngineRoute:
         adapters: list[str | None],
         deadline: float,
         priority: Priority,
-        record: RequestContext,
-    ) -> bytes:
-        places: dict[str | None, list[int]] = {}
-        for place, adapter in enumerate(adapters):
-            places.setdefault(adapter, []).append(place)
+        context: RequestContext,
+    ) -> Embeddings:
+        indices: dict[str | None, list[int]] = {}
+        for i, adapter in enumerate(adapters):
+            indices.setdefault(adapter, []).append(i)
         jobs = [
             EmbedJob(
-                inputs=[ids[place] for place in chosen],
+                inputs=[ids[i] for i in chosen],
                 task=self._task(adapter),
-                normalized=False,
                 deadline=deadline,
                 priority=priority,
-                owner=record.key.name if record.key is not None else None,
+                tenant=context.key.name if context.key is not None else None,
             )
-            for adapter, chosen in places.items()
+            for adapter, chosen in indices.items()
         ]
-        answers = await self._embedder.embed_together(jobs, record.stages, record.charge)
-        if len(jobs) == 1:
-            return answers[0].vectors.astype("<f4", copy=False).tobytes()
-        vectors = np.empty((len(ids), self._embedder.model.dimension), dtype="<f4")
-        for chosen, answer in zip(places.values(), answers, strict=True):
-            vectors[chosen] = answer.vectors
-        return vectors.tobytes()
+        results = await self._embedder.embed_all(jobs, context)
+        if len(results) == 1:
+            return results[0]
+        vectors = np.empty((len(ids), self._embedder.model.dimension), dtype=np.float32)
+        for chosen, result in zip(indices.values(), results, strict=True):
+            vectors[chosen] = result.vectors
+        return Embeddings(vectors, sum(result.tokens for result in results))
 
     def _task(self, adapter: str | None) -> Task:
         if adapter not in self._tasks:
@@ -117,3 +132,8 @@ class EngineRoute:
                 f"A text has ids that this model lacks: they go from 0 to {vocabulary - 1}.",
                 code="invalid_token_id",
             )
+
+
+def _render(vectors: Vectors, _: int) -> Response:
+    (matrix,) = vectors.values()
+    return Response(matrix.astype("<f4", copy=False).tobytes(), media_type=WIRE_TYPE)

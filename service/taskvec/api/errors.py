@@ -1,4 +1,4 @@
-"""Every failure as one JSON body that OpenAI, Jina and Voyage clients can all read."""
+"""Error responses: one JSON body that OpenAI, Jina and Voyage clients can all read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from taskvec.api.context import context_of
@@ -19,8 +18,8 @@ from taskvec.errors import (
     TaskvecError,
 )
 
-NO_RETRY_HELPS = frozenset({500, 504})
-"""Of these a retry would only repeat the failure, or the wait."""
+NO_RETRY_STATUSES = frozenset({500, 504})
+"""A retry would only repeat the failure, or the wait."""
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -44,9 +43,9 @@ ERROR_SCHEMA: dict[str, Any] = {
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI description of these statuses."""
+    """Return the OpenAPI responses of these error statuses."""
     described = {kind.status: (kind.__doc__ or "").partition("\n")[0] for kind in ALL_ERRORS}
-    described[500] = "A bug; nothing of the inside is told."
+    described[500] = "A bug in the server; the message gives no internals."
     return {
         status: {
             "description": described[status],
@@ -57,7 +56,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def error_response(error: TaskvecError, request_id: str) -> Response:
-    """Render one failure."""
+    """Render an error as a response."""
     body = {
         "error": {
             "message": error.message,
@@ -69,34 +68,34 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
         "code": error.code,
         "request_id": request_id,
     }
+    return Response(
+        orjson.dumps(body),
+        error.status,
+        headers=error_headers(error),
+        media_type="application/json",
+    )
+
+
+def error_headers(error: TaskvecError) -> dict[str, str]:
+    """Return the headers of an error response, whatever the form of its body."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
         headers["retry-after-ms"] = str(max(1, round(error.retry_after * 1000)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.status in NO_RETRY_HELPS:
+    if error.status in NO_RETRY_STATUSES:
         headers["x-should-retry"] = "false"
     if error.status in (408, 413) or error.code == "draining":
         # The rest of the body is not worth reading, or another server should be asked.
         headers["connection"] = "close"
-    return Response(
-        orjson.dumps(body), error.status, headers=headers, media_type="application/json"
-    )
+    return headers
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Map every failure that a route or the framework raises; bugs end in the middleware."""
+    """Answer unknown routes and methods in the same form as the routes' own errors."""
 
-    def refusal(request: Request, error: TaskvecError) -> Response:
-        record = context_of(request.scope)
-        record.code = error.code
-        return error_response(error, record.request_id)
-
-    async def known(request: Request, error: Exception) -> Response:
-        return refusal(request, cast("TaskvecError", error))
-
-    async def framework(request: Request, error: Exception) -> Response:
+    async def unrouted(request: Request, error: Exception) -> Response:
         error = cast("HTTPException", error)
         translated: TaskvecError
         if error.status_code == 404:
@@ -108,13 +107,10 @@ def install_error_handlers(app: FastAPI) -> None:
             )
         else:
             translated = InvalidRequestError(str(error.detail))
-        response = refusal(request, translated)
+        context = context_of(request.scope)
+        context.code = translated.code
+        response = error_response(translated, context.request_id)
         response.headers.update(error.headers or {})
         return response
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        return refusal(request, InvalidRequestError(str(error)))
-
-    app.add_exception_handler(TaskvecError, known)
-    app.add_exception_handler(HTTPException, framework)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, unrouted)

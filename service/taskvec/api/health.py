@@ -1,65 +1,75 @@
-"""Health for orchestrators, metrics for Prometheus."""
+"""Health routes for orchestrators, metrics for Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from typing import Any
 
-from fastapi import APIRouter, Response
-from fastapi.params import Depends
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
+from taskvec.api.endpoint import Route
 from taskvec.api.errors import error_responses
-from taskvec.core.health import ServiceHealth
 from taskvec.engines.base import EngineState
 from taskvec.errors import UnavailableError
-from taskvec.metrics.service import Metrics
+from taskvec.service import Service
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
+STATUS = {
+    "application/json": {
+        "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+    }
+}
+"""OpenAPI content of a health response."""
 
-def probes_router(
-    health: ServiceHealth, metrics: Metrics, metrics_guards: Sequence[Depends] = ()
-) -> APIRouter:
-    """/health/live, /health/ready and /metrics.
 
-    Args:
-        health: what is told.
-        metrics: what is shown.
-        metrics_guards: what a request for the metrics has to pass.
-    """
-    router = APIRouter(tags=["operations"])
+def routes(service: Service) -> list[Route]:
+    """Return /health/live, /health/ready and /metrics."""
+    health, metrics = service.health, service.metrics
 
-    @router.get(
-        "/health/live", summary="Can this process serve at all?", responses=error_responses(503)
-    )
-    async def live() -> dict[str, str]:
+    async def live(_: Request) -> Response:
         state = health.liveness()
         if state.state is EngineState.DEAD:
             raise UnavailableError(f"The engine is dead: {state.reason}.", retry_after=1)
-        return {"status": "live"}
+        return JSONResponse({"status": "live"})
 
-    @router.get(
-        "/health/ready",
-        summary="Would a request be answered now?",
-        responses=error_responses(503),
-    )
-    async def ready() -> dict[str, str]:
+    async def ready(_: Request) -> Response:
         health.readiness().require_ready()
-        return {"status": "ready"}
+        return JSONResponse({"status": "ready"})
 
-    @router.get(
-        "/metrics",
-        summary="Prometheus series",
-        response_class=Response,
-        dependencies=metrics_guards,
-        responses={
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            **(error_responses(401) if metrics_guards else {}),
-        },
-    )
-    async def series() -> Response:
+    async def series(_: Request) -> Response:
         state = health.readiness().state.value
-        text = await asyncio.to_thread(metrics.render, state)  # reads files, of /proc and others
+        text = await asyncio.to_thread(metrics.render, state)  # reads files, /proc among them
         return Response(text, headers={"content-type": PROMETHEUS_TEXT})
 
-    return router
+    success: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Successful Response", "content": STATUS}
+    }
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    return [
+        Route(
+            path="/health/live",
+            handler=live,
+            public=True,
+            summary="Can this process serve at all?",
+            tags=("operations",),
+            responses={**success, **error_responses(503)},
+        ),
+        Route(
+            path="/health/ready",
+            handler=ready,
+            public=True,
+            summary="Would a request be answered now?",
+            tags=("operations",),
+            responses={**success, **error_responses(503)},
+        ),
+        Route(
+            path="/metrics",
+            handler=series,
+            public=service.settings.metrics_without_key,
+            summary="Prometheus series",
+            tags=("operations",),
+            responses={200: {"description": "Successful Response", "content": text}},
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Refusals that cost no work: what the service would refuse anyway, told before a body is read."""
+"""Load shedding: refuse embedding requests under overload, before their bodies are read."""
 
 from __future__ import annotations
 
@@ -8,105 +8,99 @@ import time
 
 from starlette.types import Scope
 
-from taskvec.api.auth import Gate
-from taskvec.api.context import RequestContext
 from taskvec.api.request import header_dict, request_priority
+from taskvec.auth.keys import Key
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
-from taskvec.engines.wire import WIRE_PATH
-from taskvec.errors import InvalidRequestError, QueueFullError, TaskvecError
+from taskvec.errors import InvalidRequestError, QueueFullError
 from taskvec.metrics.service import Metrics
 
-EMBEDDING_PATHS = frozenset({"/v1/embeddings", WIRE_PATH})
+MAX_LAG = 0.1
+"""Seconds of event-loop lag above which requests are refused. The rest of a slow iteration's
+requests are then answered quickly, so it ends soon and requests in work continue."""
 
-MOST_LATE = 0.1
-"""Seconds by which the present turn of the event loop may be late: what it then still has to begin,
-it refuses. So a turn ends soon, however much comes, and what was begun before goes on."""
+INTERVAL = 0.05
+"""Seconds between two lag measurements."""
 
-
-class LoadShedder:
-    """Stands before every route; shut while there is no room or no time, or the service leaves."""
-
-    def __init__(
-        self, health: ServiceHealth, admission: Admission, pulse: EventLoopLag, gate: Gate | None
-    ) -> None:
-        """Of a service; the gate is None where nobody is asked for a key."""
-        self._health = health
-        self._admission = admission
-        self._pulse = pulse
-        self._gate = gate
-
-    def refusal(self, scope: Scope, record: RequestContext) -> TaskvecError | None:
-        """Why an embedding request is refused at once; None where a route has to look at it."""
-        late = self._pulse.late
-        if (
-            (self._admission.open and late <= MOST_LATE)
-            or scope["path"] not in EMBEDDING_PATHS
-            or scope["method"] != "POST"
-        ):
-            return None
-        key = None
-        if self._gate is not None:
-            key = self._gate.key_of(scope)
-            if key is None:
-                return None  # the gate says what is wrong with it
-        try:
-            self._health.require_open()
-            if late > MOST_LATE:
-                raise QueueFullError(
-                    f"More requests come than this process can read, which is {late:.1f} seconds "
-                    "behind: send it again later.",
-                    retry_after=1.0,
-                )
-            self._admission.require_room(request_priority(header_dict(scope), key))
-        except InvalidRequestError:
-            return None
-        except TaskvecError as refusal:
-            record.key = key
-            return refusal
-        return None
-
-
-EVERY = 0.05
-"""Seconds between two beats."""
-
-BEATS = 5
-"""Of so many, the latest is reported."""
+INTERVALS_PER_REPORT = 5
+"""Measurements per report; the largest one is reported."""
 
 
 class EventLoopLag:
-    """Beats first thing in every turn of the event loop that lasts, and in time where none does.
+    """Timer callback that measures how late the event loop runs.
 
-    A timer's callback and not a task: a task would come behind those that the same turn begins.
+    asyncio runs due timers before the tasks of an iteration, so a slow iteration is seen at its
+    start; a task would be scheduled behind the tasks that the same iteration starts.
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        """Nothing beats yet; the metrics learn how late the beats are."""
+        """Prepare; ``start`` begins measuring.
+
+        Args:
+            metrics: receives the lag, and is asked to refresh its ages.
+        """
         self._metrics = metrics
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
-        self._late: list[float] = []
+        self._lags: list[float] = []
 
     @property
-    def late(self) -> float:
-        """Seconds for which the present turn has kept the next beat waiting; 0 if it is not due."""
+    def seconds(self) -> float:
+        """Seconds by which the next measurement is overdue; 0 if it is not due yet."""
         return max(0.0, time.monotonic() - self._due)
 
     def start(self) -> None:
-        """Beat in the running loop from now on, and renew the ages that change by themselves."""
-        self._due = time.monotonic() + EVERY
-        self._timer = asyncio.get_running_loop().call_later(EVERY, self._beat)
+        """Measure in the running loop until ``stop``."""
+        self._due = time.monotonic() + INTERVAL
+        self._timer = asyncio.get_running_loop().call_later(INTERVAL, self._measure)
 
     def stop(self) -> None:
-        """Beat no more."""
+        """Stop measuring."""
         if self._timer is not None:
             self._timer.cancel()
         self._due = math.inf
 
-    def _beat(self) -> None:
-        self._late.append(self.late)
-        if len(self._late) == BEATS:
-            self._metrics.loop_late(max(self._late))
+    def _measure(self) -> None:
+        self._lags.append(self.seconds)
+        if len(self._lags) == INTERVALS_PER_REPORT:
+            self._metrics.loop_late(max(self._lags))
             self._metrics.let_time_pass()
-            self._late.clear()
+            self._lags.clear()
         self.start()
+
+
+class LoadShedder:
+    """Refuses embedding requests when the queue is full, the loop late, or the service draining."""
+
+    def __init__(self, health: ServiceHealth, admission: Admission, lag: EventLoopLag) -> None:
+        """Connect the parts that know about overload."""
+        self._health = health
+        self._admission = admission
+        self._lag = lag
+
+    def check(self, scope: Scope, key: Key | None) -> None:
+        """Pass a request, or refuse it at once.
+
+        Args:
+            scope: ASGI scope of the request.
+            key: its API key; decides the priority class of a request that names none.
+
+        Raises:
+            QueueFullError: the queue of its class is full, or the event loop is late.
+            UnavailableError: the service is draining, or the engine cannot embed.
+        """
+        lag = self._lag.seconds
+        if self._admission.open and lag <= MAX_LAG:
+            return
+        self._health.require_open()
+        if lag > MAX_LAG:
+            raise QueueFullError(
+                f"This process receives more requests than it can read and is {lag:.1f} seconds "
+                "behind: send the request again later.",
+                retry_after=1.0,
+            )
+        try:
+            priority = request_priority(header_dict(scope), key)
+        except InvalidRequestError:
+            return  # the handler reports the invalid header
+        self._admission.require_room(priority)

@@ -1,33 +1,35 @@
-"""GET /v1/models: the served model under each of its names, and each task of it."""
+"""GET /v1/models: the served model under each of its names, and each of its tasks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
-from fastapi import APIRouter, Request
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
 
+from taskvec.api.endpoint import Route
 from taskvec.api.errors import error_responses
-from taskvec.core.tasks import ServedNames, Task
-from taskvec.engines.base import ModelCard
 from taskvec.errors import NotFoundError
+from taskvec.service import Service
 
 MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
-"""Described here: a parameter that FastAPI reads is documented with a 422 that never happens."""
+"""OpenAPI description of the path parameter."""
+
+ANY_OBJECT = {"application/json": {"schema": {"type": "object", "additionalProperties": True}}}
 
 
-def models_router(
-    card: ModelCard,
-    max_tokens: int,
-    tasks: Iterable[Task],
-    names: ServedNames,
-    *,
-    token_ids: bool,
-) -> APIRouter:
-    """The two routes."""
+def routes(service: Service, *, token_ids: bool) -> list[Route]:
+    """Return the two routes.
+
+    Args:
+        service: its model, names and tasks are listed.
+        token_ids: whether requests may send token ids.
+    """
+    card, names = service.engine.model, service.names
     created = int(time.time())
-    all_tasks = [task.name for task in tasks]
+    tasks = service.embedder.tasks.names
 
     def entry(model_id: str, task_names: list[str]) -> dict[str, Any]:
         return {
@@ -37,29 +39,22 @@ def models_router(
             "owned_by": names.primary.partition("/")[0],
             "dimensions": card.dimension,
             "matryoshka_dimensions": list(card.matryoshka),
-            "max_tokens": max_tokens,
+            "max_tokens": service.embedder.max_tokens,
             "tasks": task_names,
             "token_input": token_ids,
             "revision": card.revision,
         }
 
-    entries = {name: entry(name, all_tasks) for name in names.all}
+    entries = {name: entry(name, tasks) for name in names.all}
     for name in names.all:
-        for task in all_tasks:
+        for task in tasks:
             entries[f"{name}:{task}"] = entry(f"{name}:{task}", [task])
-    router = APIRouter(prefix="/v1/models", tags=["models"])
 
-    @router.get("", summary="List the served model, its aliases and its tasks")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": list(entries.values())}
+    async def list_models(_: Request) -> Response:
+        body = {"object": "list", "data": list(entries.values())}
+        return Response(orjson.dumps(body), media_type="application/json")
 
-    @router.get(
-        "/{model_id:path}",  # noqa: FAST003 - see MODEL_ID
-        summary="One model, alias or name:task",
-        responses=error_responses(404),
-        openapi_extra={"parameters": [MODEL_ID]},
-    )
-    async def get_model(request: Request) -> dict[str, Any]:
+    async def get_model(request: Request) -> Response:
         model_id: str = request.path_params["model_id"]
         if model_id not in entries:
             raise NotFoundError(
@@ -67,6 +62,25 @@ def models_router(
                 code="model_not_found",
                 param="model",
             )
-        return entries[model_id]
+        return Response(orjson.dumps(entries[model_id]), media_type="application/json")
 
-    return router
+    success: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Successful Response", "content": ANY_OBJECT}
+    }
+    return [
+        Route(
+            path="/v1/models",
+            handler=list_models,
+            summary="List the served model, its aliases and its tasks",
+            tags=("models",),
+            responses=success,
+        ),
+        Route(
+            path="/v1/models/{model_id:path}",
+            handler=get_model,
+            summary="One model, alias or name:task",
+            tags=("models",),
+            responses={**success, **error_responses(404)},
+            openapi={"parameters": [MODEL_ID]},
+        ),
+    ]

@@ -1,10 +1,9 @@
-"""Vectors to response bytes."""
+"""Responses: vectors of a finished job to bytes, without blocking the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,70 +12,93 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from taskvec.core.job import Embeddings
+from taskvec.core.job import Embeddings, JobContext
+from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
 
 OCTET_STREAM = "application/octet-stream"
 
-ENCODE_INLINE = 1 << 18
-"""Up to so many bytes of vectors are encoded in the event loop: a millisecond or two at most."""
+POSTPROCESS_INLINE_VALUES = 1 << 16
+"""Largest number of values that is post-processed in the event loop: less than a millisecond."""
+
+ENCODE_INLINE_BYTES = 1 << 18
+"""Largest cost, in bytes of vectors, that is encoded in the event loop: one or two milliseconds."""
+
+JSON_NUMBER_COST = 4
+"""Bytes of a vector cost so much more to write as JSON numbers than as base64."""
 
 DUMP_VALUES = 1 << 16
-"""Values that are written as JSON in one go: a millisecond or two."""
+"""Values written as JSON in one call, which holds the interpreter lock: one or two milliseconds."""
+
+Vectors = Mapping[OutputType, NDArray[np.generic]]
+Render = Callable[[Vectors, int], Response]
+"""Make the response of post-processed vectors and the number of tokens."""
 
 
-class Transport(enum.Enum):
-    """How vectors travel."""
+async def respond(
+    result: Embeddings, output: OutputFormat, render: Render, context: JobContext
+) -> Response:
+    """Post-process and encode vectors; in a thread if that would block the event loop.
 
-    NUMBERS = "numbers"
-    BASE64 = "base64"
-    RAW = "raw"
-
-
-async def encode_off_loop(result: Embeddings, transport: Transport, model: str) -> Response:
-    """``encode``, in a thread where it would block the event loop for long."""
-    cost = result.vectors.nbytes * (4 if transport is Transport.NUMBERS else 1)
-    if cost <= ENCODE_INLINE:
-        return encode(result, transport, model)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, encode, result, transport, model)
-
-
-def encode(result: Embeddings, transport: Transport, model: str) -> Response:
-    """The response to a finished job.
-
-    NUMBERS and BASE64 give OpenAI's JSON; RAW gives the row-major little-endian matrix with its
-    shape, type and token count in headers.
+    Args:
+        result: float32 vectors of a finished job.
+        output: the form in which they are returned.
+        render: writes the response body of the dialect.
+        context: its stage ``encode`` begins.
     """
-    vectors = _little_endian(result.vectors)
-    if transport is Transport.RAW:
+    context.stages.begin("encode")
+    rows, width = result.vectors.shape
+    kept = rows * (output.dimensions or width)
+    size = rows * sum(kind.bytes_for(output.dimensions or width) for kind in output.types)
+    cost = size * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
+    if kept <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:
+        return render(output.apply(result.vectors), result.tokens)
+    return await asyncio.get_running_loop().run_in_executor(
+        None, lambda: render(output.apply(result.vectors), result.tokens)
+    )
+
+
+def openai_response(
+    vectors: NDArray[np.generic], tokens: int, encoding: Encoding, model: str
+) -> Response:
+    """Return OpenAI's list of embeddings, or the bare matrix.
+
+    Args:
+        vectors: [texts, columns] of one number type.
+        tokens: tokens embedded.
+        encoding: NUMBERS and BASE64 give JSON; RAW gives the row-major little-endian matrix with
+            shape, type and token count in headers.
+        model: name in the answer.
+    """
+    vectors = _little_endian(vectors)
+    if encoding is Encoding.RAW:
         return Response(
             vectors.tobytes(),
             media_type=OCTET_STREAM,
             headers={
                 "x-embedding-shape": "{},{}".format(*vectors.shape),
                 "x-embedding-dtype": vectors.dtype.name,
-                "x-prompt-tokens": str(result.tokens),
+                "x-prompt-tokens": str(tokens),
             },
         )
     rows: list[Any]
-    if transport is Transport.BASE64:
+    if encoding is Encoding.BASE64:
         rows = [pybase64.b64encode_as_string(row) for row in vectors]
     else:
         rows = list(vectors)
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
-    usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     body = b'{"object":"list","model":%b,"data":[%b],"usage":%b}' % (
         orjson.dumps(model),
-        b",".join(_elements(data, rows_at_once=max(1, DUMP_VALUES // vectors.shape[1]))),
+        b",".join(_json_elements(data, rows_per_call=max(1, DUMP_VALUES // vectors.shape[1]))),
         orjson.dumps(usage),
     )
     return Response(body, media_type="application/json")
 
 
-def _elements(entries: list[dict[str, Any]], rows_at_once: int) -> Iterator[bytes]:
-    """A JSON list's elements, in pieces: other threads wait while orjson writes one."""
-    for begin in range(0, len(entries), rows_at_once):
-        piece = entries[begin : begin + rows_at_once]
+def _json_elements(entries: list[dict[str, Any]], rows_per_call: int) -> Iterator[bytes]:
+    """Yield a JSON list's elements in pieces: orjson holds the interpreter lock while it writes."""
+    for start in range(0, len(entries), rows_per_call):
+        piece = entries[start : start + rows_per_call]
         yield orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.formats import forms_of
 from taskvec.evaluation.models import LoadedModel, Model

@@ -18,7 +18,7 @@ from taskvec import __version__
 from taskvec.auth.keys import is_name
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.cli.exit import USAGE, exit_on_error, exit_with, name_missing_extra
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
 

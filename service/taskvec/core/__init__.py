@@ -1,1 +1,1 @@
-"""What an embedding request means, without HTTP and without tensors."""
+"""Embedding jobs: tokenise, admit, embed, post-process; no HTTP, no torch."""

@@ -1,4 +1,4 @@
-"""How much may wait: a budget in tokens and requests, and an honest guess when there is room."""
+"""Admission control: how many tokens and requests may be queued, and which class they belong to."""
 
 from __future__ import annotations
 
@@ -15,35 +15,43 @@ from taskvec.priority import Priority
 
 NO_LIMIT = 1 << 62
 
-MEMORY_SECONDS = 30.0
-"""How far back the measured rate reaches."""
+RATE_WINDOW = 30.0
+"""Time constant of the measured rate's moving average, in seconds."""
 
-LONGEST_RETRY = 120.0
-"""OpenAI's SDK obeys Retry-After up to this many seconds."""
+MAX_RETRY_AFTER = 120.0
+"""Longest Retry-After, in seconds: OpenAI's SDK obeys it up to this."""
 
-LEAST_BUDGET = 16_384
-"""Tokens that may wait however slow the engine is; before its speed is known, a larger request is
-bulk."""
+MIN_BUDGET = 16_384
+"""Smallest derived token budget, however slow the engine is."""
 
-FIRST_BUDGET = 1 << 20
-"""Tokens that may wait before the engine's speed is known."""
+UNMEASURED_BUDGET = 1 << 20
+"""Token budget before the engine's speed is known."""
 
 BULK_SECONDS = 1.0
-"""A request of more than so much of the engine's time is bulk, whatever it says."""
+"""A request that takes more than this of the engine's time is bulk work."""
 
-DEEP_SECONDS = 1.0
-"""An engine shows its speed only while at least so much work waits for it."""
+BUSY_SECONDS = 1.0
+"""Queued work, in seconds of the engine's time, above which answers measure the engine's speed;
+below it they measure how fast requests arrive."""
 
 REOPEN = 0.9
-"""Share of the budget at which requests are let in again after one was refused: until then they
-are refused before they cost any work."""
+"""Share of the budget below which requests are admitted again after one was refused. Until then
+they are refused before any work is done for them."""
+
+PROBE_LENGTH = 64
+"""Tokens of each text that measures the engine's speed."""
+
+MIN_PROBE_TEXTS, MAX_PROBE_TEXTS = 8, 1024
+PROBE_SECONDS = 0.25
+"""A batch that takes this long measures the speed; shorter ones measure the cost of a call."""
 
 
 class Admission:
-    """Admits requests while they and their tokens fit the budget; belongs to one event loop.
+    """Token and request budgets of the two priority classes; belongs to one event loop.
 
-    Each class has a budget of its own, so that bulk keeps nobody else out. Tokens are the engine's
-    time; short texts fill a process before they fill its engine, and are counted as requests.
+    Each class has its own budget, so that bulk work does not keep interactive requests out. Tokens
+    stand for the engine's time. Short texts load the process before they load the engine, so
+    requests are limited as well.
     """
 
     def __init__(
@@ -53,106 +61,114 @@ class Admission:
         max_requests: int = NO_LIMIT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start empty.
+        """Start with nothing admitted.
 
         Args:
-            max_tokens: most tokens admitted and not yet answered; 0 for what the engine does in
-                ``seconds``. A request larger than that is admitted when nothing else is: its size
-                is bounded elsewhere.
-            seconds: of the engine's time that may be queued, where ``max_tokens`` is 0.
-            max_requests: most requests of a class admitted and not yet answered.
-            clock: seconds.
+            max_tokens: tokens of one class admitted and not yet answered; 0 derives it from the
+                engine's speed and ``seconds``. A larger request is admitted when its class is
+                empty: its size is limited elsewhere.
+            seconds: seconds of the engine's work that may be queued, if ``max_tokens`` is 0.
+            max_requests: requests of one class admitted and not yet answered.
+            clock: returns seconds.
         """
-        self._max = max_tokens
+        self._max_tokens = max_tokens
         self._seconds = seconds
         self._max_requests = max_requests
         self._clock = clock
         self._answered = 0.0
         self._busy = 0.0
-        self._since = 0.0
+        self._measured_at = 0.0
         self._open = dict.fromkeys(Priority, True)
-        self._held = dict.fromkeys(Priority, 0)
+        self._tokens = dict.fromkeys(Priority, 0)
         self._requests = dict.fromkeys(Priority, 0)
 
     @property
     def tokens(self) -> int:
-        """Admitted and not yet answered, of both classes."""
-        return sum(self._held.values())
+        """Tokens admitted and not yet answered, of both classes."""
+        return sum(self._tokens.values())
 
     @property
     def open(self) -> bool:
-        """True where no class has refused a request and waits for room since."""
+        """Whether both classes admit requests; False from a refusal until there is room again."""
         return all(self._open.values())
 
     @property
     def derived(self) -> bool:
-        """True where the budget follows the engine's speed."""
-        return not self._max
+        """Whether the token budget follows the engine's speed."""
+        return not self._max_tokens
 
     @property
     def budget(self) -> int:
-        """Most tokens of a class that may be admitted and not yet answered."""
-        known = max(LEAST_BUDGET, int(self._seconds * self.rate)) if self.rate else FIRST_BUDGET
-        return self._max or known
+        """Token budget of a class."""
+        if self._max_tokens:
+            return self._max_tokens
+        return max(MIN_BUDGET, int(self._seconds * self.rate)) if self.rate else UNMEASURED_BUDGET
 
     @property
     def rate(self) -> float:
-        """Tokens a second that the engine answers when it has enough to do; 0 where unknown."""
+        """Tokens per second that the engine embeds under load; 0 if not yet known."""
         return self._answered / self._busy if self._busy else 0.0
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """The engine was seen to embed so many tokens in so many seconds, with nothing else."""
+        """Set the rate from a measurement: tokens embedded, and the seconds they took."""
         self._answered, self._busy = float(tokens), seconds
 
-    def class_of(self, tokens: int, asked: Priority) -> Priority:
-        """The class that a request of so many tokens belongs to."""
-        few = BULK_SECONDS * self.rate if self.rate else LEAST_BUDGET
-        return Priority.BULK if tokens > few else asked
+    def priority_of(self, tokens: int, requested: Priority, batch_tokens: int) -> Priority:
+        """Return the priority class of a request: bulk if it is large, whatever was requested.
+
+        Large is more than one batch of the engine, or more than a second of its time.
+
+        Args:
+            tokens: tokens to embed.
+            requested: class that the client or its key names.
+            batch_tokens: tokens of one full batch; 0 if not known.
+        """
+        most = min(batch_tokens or MIN_BUDGET, BULK_SECONDS * self.rate or math.inf)
+        return Priority.BULK if tokens > most else requested
 
     def require_room(self, priority: Priority) -> None:
-        """Refuse at once while requests that came before are being refused for lack of room.
+        """Refuse at once while earlier requests of a class are being refused.
 
         Raises:
-            QueueFullError: there was no room a moment ago; says when there should be.
+            QueueFullError: the class is full; states when to retry.
         """
-        if not self._open[priority] and self._held[priority]:
+        if not self._open[priority] and self._tokens[priority]:
             raise self._full(0, priority)
 
     @contextmanager
     def admit(self, tokens: int, priority: Priority) -> Iterator[None]:
-        """Hold room for a request of a class while it is worked on.
+        """Reserve a request's tokens while it is embedded.
 
         Raises:
-            QueueFullError: there is no room; says when there should be.
+            QueueFullError: the class is full; states when to retry.
         """
-        held, requests = self._held[priority], self._requests[priority]
+        held, requests = self._tokens[priority], self._requests[priority]
         if (held and held + tokens > self.budget) or requests >= self._max_requests:
             self._open[priority] = False
             raise self._full(tokens, priority)
         if not self.tokens:
-            self._since = self._clock()
-        self._held[priority] += tokens
+            self._measured_at = self._clock()
+        self._tokens[priority] += tokens
         self._requests[priority] += 1
         finished = False
         try:
             yield
             finished = True
         finally:
-            self._learn(tokens if finished else 0)
-            self._held[priority] -= tokens
+            self._measure(tokens if finished else 0)
+            self._tokens[priority] -= tokens
             self._requests[priority] -= 1
             if self._has_room(priority):
                 self._open[priority] = True
 
     def _has_room(self, priority: Priority) -> bool:
-        """Whether some more fit, and not just the next one."""
         return (
-            self._held[priority] <= REOPEN * self.budget
+            self._tokens[priority] <= REOPEN * self.budget
             and self._requests[priority] <= REOPEN * self._max_requests
         )
 
     def _full(self, tokens: int, priority: Priority) -> QueueFullError:
-        held, requests = self._held[priority], self._requests[priority]
+        held, requests = self._tokens[priority], self._requests[priority]
         if requests > REOPEN * self._max_requests:
             reason = (
                 f"{requests} {priority} requests are queued or being embedded, and the limit is "
@@ -161,41 +177,35 @@ class Admission:
         else:
             reason = (
                 f"{held} {priority} tokens are queued or being embedded, and {tokens or 'any'} "
-                f"more would pass the limit of {self.budget}"
+                f"more would exceed the limit of {self.budget}"
             )
         return QueueFullError(
             f"{reason}: send it again later.",
             retry_after=self._seconds_until_room(tokens, held),
         )
 
-    def _learn(self, answered: int) -> None:
+    def _measure(self, answered: int) -> None:
         now = self._clock()
-        elapsed, self._since = now - self._since, now
-        if self.tokens < DEEP_SECONDS * self.rate:
+        elapsed, self._measured_at = now - self._measured_at, now
+        if self.tokens < BUSY_SECONDS * self.rate:
             return
-        fade = math.exp(-elapsed / MEMORY_SECONDS)
-        self._answered = self._answered * fade + answered
-        self._busy = self._busy * fade + elapsed
+        decay = math.exp(-elapsed / RATE_WINDOW)
+        self._answered = self._answered * decay + answered
+        self._busy = self._busy * decay + elapsed
 
     def _seconds_until_room(self, tokens: int, held: int) -> float:
         if not self.rate:
             return 1.0
         budget = self.budget
-        surplus = min(held, max(held + tokens - budget, held - REOPEN * budget))
-        return min(LONGEST_RETRY, max(1.0, surplus / self.rate))
-
-
-TEXT_TOKENS = 64
-FIRST_TEXTS, MOST_TEXTS = 8, 1024
-ENOUGH_SECONDS = 0.25
-"""A batch that takes so long tells the speed; smaller ones tell what a call costs."""
+        excess = min(held, max(held + tokens - budget, held - REOPEN * budget))
+        return min(MAX_RETRY_AFTER, max(1.0, excess / self.rate))
 
 
 async def measure_speed(engine: Engine) -> tuple[int, float]:
-    """Embed batches that grow until one takes a while.
+    """Measure an engine's speed by batches that grow until one takes long enough.
 
     Args:
-        engine: ready; what others send it meanwhile goes first.
+        engine: ready. The batches are bulk work, so that requests go first.
 
     Returns:
         Tokens of the last batch, and the seconds that it took.
@@ -205,14 +215,14 @@ async def measure_speed(engine: Engine) -> tuple[int, float]:
     """
     card = engine.model
     adapter = card.adapters[0] if card.adapters else None
-    length = min(TEXT_TOKENS, card.max_tokens)
-    texts = FIRST_TEXTS
+    length = min(PROBE_LENGTH, card.max_tokens)
+    texts = MIN_PROBE_TEXTS
     while True:
         ids = np.arange(texts * length, dtype=np.int32) % card.vocabulary
         batch = TokenBatch(np.split(ids, texts), adapter, priority=Priority.BULK)
-        begun = time.monotonic()
+        started = time.monotonic()
         await engine.embed(batch)
-        seconds = time.monotonic() - begun
-        if seconds >= ENOUGH_SECONDS or texts == MOST_TEXTS:
+        seconds = time.monotonic() - started
+        if seconds >= PROBE_SECONDS or texts == MAX_PROBE_TEXTS:
             return batch.tokens, seconds
         texts *= 2

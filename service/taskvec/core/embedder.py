@@ -1,11 +1,9 @@
-"""The one way from a job to its vectors; every dialect, the command line and the library use it."""
+"""Run jobs: tokenise, look up the cache, admit, embed; for every API dialect and the library."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -15,23 +13,19 @@ from taskvec.cache.embeddings import EmbeddingCache
 from taskvec.concurrency import CancelScope, gather_or_cancel
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import Embeddings, EmbedJob
-from taskvec.core.postprocess import finish
+from taskvec.core.job import Embeddings, EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
-from taskvec.telemetry.stages import Stages
-
-Charge = Callable[[int], Awaitable[None]]
-"""Told how many tokens a request has, before they are embedded; raises where they are too many."""
-
-FINISH_INLINE = 1 << 16
-"""Up to so many values are finished in the event loop: less than a millisecond."""
 
 
 class AsyncEmbedder:
-    """Tokenises, recalls, admits, embeds and finishes."""
+    """Embeds jobs with one engine; belongs to one event loop.
+
+    Attributes:
+        tasks: tasks that the checkpoint offers.
+    """
 
     def __init__(
         self,
@@ -43,7 +37,7 @@ class AsyncEmbedder:
         *,
         cache: EmbeddingCache | None = None,
     ) -> None:
-        """Wire the parts; without a cache every text is embedded."""
+        """Connect the parts; without a cache every text is embedded."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
@@ -53,138 +47,116 @@ class AsyncEmbedder:
 
     @property
     def model(self) -> ModelCard:
-        """The served model."""
+        """Card of the served model."""
         return self._engine.model
 
     @property
     def max_tokens(self) -> int:
-        """Longest text, special tokens included."""
+        """Maximum tokens of a text, special tokens included."""
         return self._tokenizer.max_tokens
 
-    @property
-    def work(self) -> AbstractContextManager[None]:
-        """Around a whole request; see ``ServiceHealth``."""
-        return self._health.work
-
     async def close(self) -> None:
-        """Let go of the tokenizer's threads and of the cache, once nothing is embedded any more."""
+        """Close the tokenizer's threads and the cache; call it when no job is running."""
         if self._cache is not None:
             await self._cache.close()
         self._tokenizer.close()
 
-    def cut(self, ids: list[int]) -> list[int]:
-        """The first ``max_tokens`` ids of a longer list."""
-        return self._tokenizer.cut(ids)
+    def truncate(self, ids: list[int]) -> list[int]:
+        """Return the first ``max_tokens`` ids of a longer list, and count the truncation."""
+        return self._tokenizer.truncate(ids)
 
-    async def embed(
-        self, job: EmbedJob, stages: Stages | None = None, charge: Charge | None = None
-    ) -> Embeddings:
-        """Embed a job's inputs.
+    async def embed(self, job: EmbedJob, context: JobContext | None = None) -> Embeddings:
+        """Embed the inputs of one job.
 
         Args:
-            job: what is wanted.
-            stages: where the time is noted, also of a job that fails; encoding has begun when
-                this returns.
-            charge: told of the tokens once they are known and admitted; what it raises ends the
-                job before the engine sees it.
+            job: inputs and task.
+            context: records stages and charges tokens; None for neither.
 
         Raises:
-            InvalidRequestError: dimensions or a text that the model cannot take.
-            QueueFullError: no room in the token budget.
-            DeadlineExceededError: the job's deadline passed; its queued texts are dropped.
+            InvalidRequestError: a text is too long, or the tokenizer cannot encode it.
+            QueueFullError: the token or request budget is used up.
+            DeadlineExceededError: the deadline passed; queued texts are dropped.
             UnavailableError: the engine cannot embed now.
+            TaskvecError: the token charge was refused.
         """
-        (result,) = await self.embed_together([job], stages, charge)
+        (result,) = await self.embed_all([job], context)
         return result
 
-    async def embed_together(
-        self,
-        jobs: Sequence[EmbedJob],
-        stages: Stages | None = None,
-        charge: Charge | None = None,
+    async def embed_all(
+        self, jobs: Sequence[EmbedJob], context: JobContext | None = None
     ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
 
         Args:
-            jobs: at least one.
-            stages: see ``embed``.
-            charge: see ``embed``.
+            jobs: at least one; all of the same priority.
+            context: see ``embed``.
 
         Raises:
-            TaskvecError: as ``embed``; if one fails, all do.
+            TaskvecError: as ``embed``; if one job fails, all fail.
         """
-        for job in jobs:
-            job.check_dimensions(self.model.dimension)
         self._health.require_engine()
         self._admission.require_room(jobs[0].priority)
-        stages = stages or Stages()
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
-        with CancelScope(_too_late, seconds):
-            return await self._embed(jobs, stages, charge)
+        with CancelScope(_deadline_exceeded, seconds):
+            return await self._embed(jobs, context or JobContext())
 
-    async def _embed(
-        self, jobs: Sequence[EmbedJob], stages: Stages, charge: Charge | None
-    ) -> list[Embeddings]:
-        stages.begin("tokenize")
+    async def _embed(self, jobs: Sequence[EmbedJob], context: JobContext) -> list[Embeddings]:
+        context.stages.begin("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
-        stages.end()
+        context.stages.end()
         if self._cache is None:
-            results = await self._run(ids, jobs, stages, charge)
-            rows = [result.vectors for result in results]
+            rows = [result.vectors for result in await self._run(ids, jobs, context)]
         else:
-            rows = await self._recalled(self._cache, ids, jobs, stages, charge)
-        stages.begin("encode")
+            rows = await self._embed_missing(self._cache, ids, jobs, context)
         return [
-            Embeddings(vectors=await self._finished(job, vectors), tokens=_tokens(texts))
-            for job, vectors, texts in zip(jobs, rows, ids, strict=True)
+            Embeddings(vectors=vectors, tokens=_count_tokens(texts))
+            for vectors, texts in zip(rows, ids, strict=True)
         ]
 
-    async def _recalled(
+    async def _embed_missing(
         self,
         cache: EmbeddingCache,
         ids: Sequence[Sequence[TokenIds]],
         jobs: Sequence[EmbedJob],
-        stages: Stages,
-        charge: Charge | None,
+        context: JobContext,
     ) -> list[NDArray[np.float32]]:
-        """The vectors of each job; only what the cache does not know is embedded."""
-        stages.begin("cache")
-        recalls = [
-            await cache.recall(texts, job.task.adapter, job.owner)
+        """Return the vectors of each job; only texts that are not cached are embedded."""
+        context.stages.begin("cache")
+        lookups = [
+            await cache.recall(texts, job.task.adapter, job.tenant)
             for texts, job in zip(ids, jobs, strict=True)
         ]
-        stages.end()
-        gaps = [place for place, recall in enumerate(recalls) if recall.unknown]
-        if gaps:
+        context.stages.end()
+        incomplete = [i for i, lookup in enumerate(lookups) if lookup.unknown]
+        if incomplete:
             results = await self._run(
-                [[ids[place][text] for text in recalls[place].unknown] for place in gaps],
-                [jobs[place] for place in gaps],
-                stages,
-                charge,
+                [[ids[i][text] for text in lookups[i].unknown] for i in incomplete],
+                [jobs[i] for i in incomplete],
+                context,
             )
-            for place, result in zip(gaps, results, strict=True):
-                recalls[place].vectors[recalls[place].unknown] = result.vectors
-                cache.keep(recalls[place])
-        return [recall.vectors for recall in recalls]
+            for i, result in zip(incomplete, results, strict=True):
+                lookups[i].vectors[lookups[i].unknown] = result.vectors
+                cache.keep(lookups[i])
+        return [lookup.vectors for lookup in lookups]
 
     async def _run(
         self,
         ids: Sequence[Sequence[TokenIds]],
         jobs: Sequence[EmbedJob],
-        stages: Stages,
-        charge: Charge | None,
+        context: JobContext,
     ) -> list[EngineResult]:
-        """What the engine makes of each job's texts, once they are admitted."""
-        tokens = sum(map(_tokens, ids))
-        priority = self._admission.class_of(tokens, jobs[0].priority)
+        """Admit each job's texts and embed them; one engine result per job."""
+        stages = context.stages
+        tokens = sum(map(_count_tokens, ids))
+        priority = self._admission.priority_of(tokens, jobs[0].priority, 0)
         batches = [
             TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
             for texts, job in zip(ids, jobs, strict=True)
         ]
         with self._admission.admit(tokens, priority):
-            if charge is not None:
-                await charge(tokens)
+            if context.charge is not None:
+                await context.charge(tokens)
             stages.begin("queue")
             with self._health.waiting:
                 if len(batches) == 1:
@@ -192,18 +164,9 @@ class AsyncEmbedder:
                 else:
                     results = await gather_or_cancel(map(self._engine.embed, batches))
         queued = min(result.queued for result in results)
-        whole = max(result.queued + result.computed for result in results)
-        stages.embedded(queued, whole - queued)
+        total = max(result.queued + result.computed for result in results)
+        stages.embedded(queued, total - queued)
         return results
-
-    @staticmethod
-    async def _finished(job: EmbedJob, vectors: NDArray[np.float32]) -> NDArray[np.generic]:
-        arguments = (vectors, job.dimensions, job.output)
-        if vectors.size <= FINISH_INLINE:
-            return finish(*arguments, normalized=job.normalized)
-        return await asyncio.get_running_loop().run_in_executor(
-            None, lambda: finish(*arguments, normalized=job.normalized)
-        )
 
     async def _token_ids(self, job: EmbedJob) -> Sequence[TokenIds]:
         if isinstance(job.inputs[0], np.ndarray):
@@ -212,12 +175,12 @@ class AsyncEmbedder:
         return await self._tokenizer.encode(texts, prompt=job.task.prompt, truncate=job.truncate)
 
 
-def _too_late() -> DeadlineExceededError:
+def _deadline_exceeded() -> DeadlineExceededError:
     return DeadlineExceededError(
         "The request's deadline passed before it was embedded: send fewer texts at once, or allow "
         "more time."
     )
 
 
-def _tokens(texts: Sequence[TokenIds]) -> int:
+def _count_tokens(texts: Sequence[TokenIds]) -> int:
     return sum(map(len, texts))

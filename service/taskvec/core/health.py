@@ -1,4 +1,4 @@
-"""What the service says of itself: its engine's state, unless it stands still or is leaving."""
+"""Health of the service: the engine's state, unless it is stalled or the service is draining."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from taskvec.errors import TaskvecError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks at the engine's progress."""
+CHECK_INTERVAL = 0.5
+"""Seconds between two checks of the engine's progress."""
 
 
-class Inside:
-    """A with block that any number may be in at a time, and how many are."""
+class InFlight:
+    """Context manager that counts how often it is entered at the same time."""
 
-    __slots__ = ("_enter", "count")
+    __slots__ = ("_on_enter", "count")
 
-    def __init__(self, enter: Callable[[], None]) -> None:
-        """Nobody is inside; whoever comes calls ``enter`` first, which may refuse by raising."""
-        self._enter = enter
+    def __init__(self, on_enter: Callable[[], None]) -> None:
+        """Start at 0.
+
+        Args:
+            on_enter: called before each entry; may refuse it by raising.
+        """
+        self._on_enter = on_enter
         self.count = 0
 
     def __enter__(self) -> None:
-        self._enter()
+        self._on_enter()
         self.count += 1
 
     def __exit__(self, *_: object) -> None:
@@ -38,12 +42,14 @@ class Inside:
 
 
 class ServiceHealth:
-    """Watches an engine work, and knows whether the service is leaving; of one event loop.
+    """Watches the engine's progress, and knows whether the service is draining.
+
+    Belongs to one event loop.
 
     Attributes:
-        work: around a request that has come, from its first byte: what is within is answered.
-            Entering raises UnavailableError where it would not be; see ``require_open``.
-        waiting: around every call to the engine.
+        work: wraps a whole request: every request inside is answered before the service stops.
+            Entering raises UnavailableError if it would not be; see ``require_open``.
+        waiting: wraps every call of the engine.
     """
 
     def __init__(
@@ -55,51 +61,50 @@ class ServiceHealth:
         canary_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing has been seen yet.
+        """Start with nothing observed.
 
         Args:
-            engine: whose progress is watched.
-            stall_seconds: not ready when work has waited so long and nothing was finished.
-            dead_seconds: not live when it has waited so long.
-            canary_seconds: when nothing was finished for so long, one text is embedded to see
-                whether the engine still can.
-            clock: seconds.
+            engine: engine to watch.
+            stall_seconds: not ready if work has waited this long and nothing was finished.
+            dead_seconds: not live if it has waited this long.
+            canary_seconds: if nothing was finished for this long, one text is embedded as a test.
+            clock: returns seconds.
         """
         self._engine = engine
         self._stall_seconds = stall_seconds
         self._dead_seconds = dead_seconds
         self._canary_seconds = canary_seconds
         self._clock = clock
-        self._leaving = False
+        self._draining = False
         self._refusing = False
         self._finished = engine.finished
-        self._finished_at = self._moved_at = clock()
-        self._fault = ""
-        self.work = Inside(self.require_open)
-        self.waiting = Inside(self._begin_to_wait)
+        self._finished_at = self._progress_at = clock()
+        self._canary_error = ""
+        self.work = InFlight(self.require_open)
+        self.waiting = InFlight(self._start_waiting)
 
     @property
     def stalled(self) -> float:
         """Seconds for which work has waited and nothing was finished."""
-        return self._clock() - self._moved_at if self.waiting.count else 0.0
+        return self._clock() - self._progress_at if self.waiting.count else 0.0
 
     def leave(self) -> None:
-        """Stop being ready; requests that still come are answered."""
-        self._leaving = True
+        """Stop being ready; requests are still answered."""
+        self._draining = True
 
     def refuse(self) -> None:
-        """From now on requests are refused; what was admitted is answered."""
-        self._leaving = self._refusing = True
+        """Refuse new requests from now on; admitted ones are still answered."""
+        self._draining = self._refusing = True
 
     def readiness(self) -> EngineHealth:
-        """Whether a load balancer should send requests here."""
-        if self._leaving:
+        """Return whether a load balancer should send requests here."""
+        if self._draining:
             return EngineHealth(EngineState.STOPPING, "the service is being stopped")
-        return self._progress()
+        return self._engine_health()
 
     def liveness(self) -> EngineHealth:
-        """As ``readiness``, but dead where only a new process would help."""
-        health = self._progress()
+        """Return the engine's health, dead if only a restart of the process can help."""
+        health = self._engine_health()
         if self.stalled >= self._dead_seconds:
             return replace(health, state=EngineState.DEAD)
         return health
@@ -108,7 +113,7 @@ class ServiceHealth:
         """Refuse a request that would not be answered.
 
         Raises:
-            UnavailableError: saying why, and when to come back.
+            UnavailableError: states why, and when to retry.
         """
         if self._refusing:
             raise UnavailableError(
@@ -122,57 +127,59 @@ class ServiceHealth:
         """Refuse work that the engine cannot do now.
 
         Raises:
-            UnavailableError: saying why, and when to come back.
+            UnavailableError: states why, and when to retry.
         """
-        self._progress().require_ready()
-
-    def _begin_to_wait(self) -> None:
-        if not self.waiting.count:
-            self._moved_at = self._clock()
+        self._engine_health().require_ready()
 
     async def watch(self) -> None:
-        """Look at the engine now and then, and try it where it was quiet; until cancelled."""
+        """Check the engine's progress, and test it when it is idle; runs until cancelled."""
         canary: asyncio.Task[None] | None = None
         try:
             while True:
-                self.look()
-                quiet = self._clock() - self._finished_at >= self._canary_seconds
-                if quiet and self._engine.health().ready and (canary is None or canary.done()):
-                    canary = asyncio.create_task(self._try_engine())
-                await asyncio.sleep(LOOK_EVERY)
+                self.check()
+                idle = self._clock() - self._finished_at >= self._canary_seconds
+                if idle and self._engine.health().ready and (canary is None or canary.done()):
+                    canary = asyncio.create_task(self._run_canary())
+                await asyncio.sleep(CHECK_INTERVAL)
         finally:
             if canary is not None:
                 canary.cancel()
 
-    def look(self) -> None:
-        """Take note of what the engine has finished."""
+    def check(self) -> None:
+        """Record whether the engine has finished anything since the last check."""
         if self._engine.finished != self._finished:
             self._finished = self._engine.finished
-            self._finished_at = self._moved_at = self._clock()
-            self._fault = ""
+            self._finished_at = self._progress_at = self._clock()
+            self._canary_error = ""
 
-    async def _try_engine(self) -> None:
+    def _start_waiting(self) -> None:
+        if not self.waiting.count:
+            self._progress_at = self._clock()
+
+    async def _run_canary(self) -> None:
         card = self._engine.model
         text = np.zeros(1, dtype=np.int32)
         adapter = card.adapters[0] if card.adapters else None
         deadline = time.monotonic() + self._dead_seconds
-        self._finished_at = self._clock()  # the next one comes a whole pause later
+        self._finished_at = self._clock()  # the next canary runs a whole interval later
         try:
             with self.waiting:
                 await self._engine.embed(TokenBatch([text], adapter, deadline))
         except TaskvecError as error:
-            self._fault = error.message
-            log.error("canary_failed", reason=error.message)  # noqa: TRY400 - it says all
+            self._canary_error = error.message
+            log.error("canary_failed", reason=error.message)  # noqa: TRY400 - the message says all
 
-    def _progress(self) -> EngineHealth:
+    def _engine_health(self) -> EngineHealth:
         health = self._engine.health()
         if health.ready:
-            self.look()
+            self.check()
             if self.stalled >= self._stall_seconds:
                 return EngineHealth(
                     EngineState.UNAVAILABLE,
                     f"work waits, and nothing was finished for {self.stalled:.0f} seconds",
                 )
-            if self._fault:
-                return EngineHealth(EngineState.UNAVAILABLE, f"it failed on a test: {self._fault}")
+            if self._canary_error:
+                return EngineHealth(
+                    EngineState.UNAVAILABLE, f"it failed on a test: {self._canary_error}"
+                )
         return health

@@ -1,92 +1,65 @@
-"""What a caller wants, whatever dialect it spoke."""
+"""Embedding jobs: what one request asks of the engine, whatever API dialect it arrived in."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
-from taskvec.errors import InvalidRequestError
 from taskvec.priority import Priority
+from taskvec.telemetry.stages import Stages
 
-
-class OutputType(enum.Enum):
-    """Number type of the answer's vectors."""
-
-    FLOAT = "float"
-    FLOAT16 = "float16"
-    INT8 = "int8"
-    UINT8 = "uint8"
-    BINARY = "binary"
-    UBINARY = "ubinary"
-
-    @property
-    def packed(self) -> bool:
-        """True where eight dimensions share a byte."""
-        return self in (OutputType.BINARY, OutputType.UBINARY)
+Charge = Callable[[int], Awaitable[None]]
+"""Charge a number of tokens to whoever sent the request; raises a TaskvecError if refused."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class EmbedJob:
-    """Texts (or token ids) to embed, and how the vectors should look.
+    """Texts or token ids to embed with one task.
 
     Attributes:
-        inputs: non-empty strings, or int32 token-id arrays that are embedded as they are.
-        dimensions: first so many values are kept; None for all.
-        normalized: True scales vectors to length 1 before they are quantised.
-        truncate: True cuts what is too long, False refuses it.
-        deadline: ``time.monotonic()`` after which nobody waits; None for never.
-        priority: which share of the engine it draws on.
-        owner: whose it is: the name of an API key; None where there is none. Cached answers belong
-            to one owner.
+        inputs: non-empty strings, or int32 token-id arrays [length], which are embedded as given.
+        task: adapter and prompt.
+        truncate: truncate texts that exceed the model's limit; if False, refuse them.
+        deadline: ``time.monotonic()`` after which the answer is no longer needed; None if never.
+        priority: priority class requested; large jobs are bulk regardless (``Admission``).
+        tenant: name of the API key, None without one. Cached vectors belong to one tenant.
     """
 
     inputs: Sequence[str] | Sequence[TokenIds]
     task: Task
-    dimensions: int | None = None
-    output: OutputType = OutputType.FLOAT
-    normalized: bool = True
     truncate: bool = False
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
-    owner: str | None = None
+    tenant: str | None = None
 
-    def check_dimensions(self, dimension: int) -> None:
-        """Refuse dimensions that a model of this width, or the output type, cannot give.
 
-        Raises:
-            InvalidRequestError: naming the bounds.
-        """
-        wanted = dimension if self.dimensions is None else self.dimensions
-        if not 1 <= wanted <= dimension:
-            raise InvalidRequestError(
-                f"dimensions must lie between 1 and {dimension}, got {self.dimensions}.",
-                code="invalid_dimensions",
-                param="dimensions",
-            )
-        if self.output.packed and wanted % 8:
-            raise InvalidRequestError(
-                f"{self.output.value} vectors pack 8 dimensions into a byte: dimensions must be a "
-                f"multiple of 8, got {wanted}.",
-                code="invalid_dimensions",
-                param="dimensions",
-            )
+@dataclass(slots=True, kw_only=True)
+class JobContext:
+    """State of one request while its jobs run: elapsed stages, and the token charge.
+
+    Attributes:
+        stages: time spent in each stage, also for a request that fails.
+        charge: called once with the number of tokens to embed, after admission and before the
+            engine; None if there is no token limit.
+    """
+
+    stages: Stages = field(default_factory=Stages)
+    charge: Charge | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embeddings:
-    """The answer to a job.
+    """Result of a job.
 
     Attributes:
-        vectors: [texts, dimensions] float32, float16, int8 or uint8; binary types have an eighth
-            of the columns.
-        tokens: tokens embedded, prompt and special tokens included, what was cut off not.
+        vectors: float32 [texts, hidden size], not normalised.
+        tokens: tokens embedded, including prompt and special tokens, excluding truncated ones.
     """
 
-    vectors: NDArray[np.generic]
+    vectors: NDArray[np.float32]
     tokens: int

@@ -1,49 +1,116 @@
-"""From an engine's vectors to the asked ones: cut, normalise, quantise; numpy in, numpy out."""
+"""Post-processing of vectors: truncate dimensions, normalise, quantise. NumPy in, NumPy out."""
 
 from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.core.job import OutputType
+from taskvec.errors import InvalidRequestError
 
-SMALLEST = np.float32(1e-19)
-"""Least length to divide by: the squares of smaller values vanish in float32."""
+MIN_NORM = np.float32(1e-19)
+"""Smallest divisor when normalising: squares of smaller values underflow in float32."""
 
 
-def finish(
-    vectors: NDArray[np.float32], dimensions: int | None, output: OutputType, *, normalized: bool
-) -> NDArray[np.generic]:
-    """Cut, normalise and quantise, in this order.
+class OutputType(enum.Enum):
+    """Number type of returned vectors."""
 
-    Args:
-        vectors: float32 [n, d].
-        dimensions: keep the first so many values; None for all.
-        output: number type of the result.
-        normalized: scale each vector to L2 length 1; a zero vector stays zero.
+    FLOAT = "float"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    BINARY = "binary"
+    UBINARY = "ubinary"
 
-    Returns:
-        [n, dimensions]; [n, dimensions / 8] for the binary types.
+    @property
+    def packed(self) -> bool:
+        """Whether eight dimensions share one byte."""
+        return self in (OutputType.BINARY, OutputType.UBINARY)
 
-    Raises:
-        ValueError: a vector is not finite: an engine must never give such a one.
+    def bytes_for(self, dimensions: int) -> int:
+        """Return the size of one vector in bytes."""
+        if self.packed:
+            return dimensions // 8
+        return dimensions * {OutputType.FLOAT: 4, OutputType.FLOAT16: 2}.get(self, 1)
+
+
+class Encoding(enum.Enum):
+    """Encoding of vectors in a response body; a metric label."""
+
+    NUMBERS = "numbers"
+    BASE64 = "base64"
+    RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """Form in which vectors are returned.
+
+    Attributes:
+        dimensions: number of leading values to keep (Matryoshka); None keeps all.
+        types: number types; one answer may carry several.
+        normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
+        encoding: encoding in the response body.
     """
-    cut = vectors[:, :dimensions]
-    lengths = np.sqrt(np.vecdot(cut, cut))[:, None]
-    if not np.isfinite(lengths).all():
-        raise ValueError("the engine gave a vector that is not finite")
-    if normalized:
-        cut = cut / np.maximum(lengths, SMALLEST)
-    return quantise(cut, output)
+
+    dimensions: int | None = None
+    types: tuple[OutputType, ...] = (OutputType.FLOAT,)
+    normalized: bool = True
+    encoding: Encoding = Encoding.NUMBERS
+
+    def check(self, hidden_size: int) -> None:
+        """Refuse dimensions that the model or an output type cannot give.
+
+        Raises:
+            InvalidRequestError: states the bounds.
+        """
+        dimensions = hidden_size if self.dimensions is None else self.dimensions
+        if not 1 <= dimensions <= hidden_size:
+            raise InvalidRequestError(
+                f"dimensions must be between 1 and {hidden_size}, got {self.dimensions}.",
+                code="invalid_dimensions",
+                param="dimensions",
+            )
+        packed = next((kind for kind in self.types if kind.packed), None)
+        if packed is not None and dimensions % 8:
+            raise InvalidRequestError(
+                f"{packed.value} vectors pack 8 dimensions into a byte: dimensions must be a "
+                f"multiple of 8, got {dimensions}.",
+                code="invalid_dimensions",
+                param="dimensions",
+            )
+
+    def apply(self, vectors: NDArray[np.float32]) -> dict[OutputType, NDArray[np.generic]]:
+        """Truncate, normalise and quantise, in this order.
+
+        Args:
+            vectors: float32 [n, hidden size].
+
+        Returns:
+            For each of ``types`` an array [n, dimensions], or [n, dimensions / 8] if packed. A
+            zero vector stays zero.
+
+        Raises:
+            ValueError: a vector is not finite, which an engine must never return.
+        """
+        kept = vectors[:, : self.dimensions]
+        norms = np.sqrt(np.vecdot(kept, kept))[:, None]
+        if not np.isfinite(norms).all():
+            raise ValueError("the engine returned a vector that is not finite")
+        if self.normalized:
+            kept = kept / np.maximum(norms, MIN_NORM)
+        return {kind: quantise(kept, kind) for kind in self.types}
 
 
 def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.generic]:
-    """Turn float32 [n, d] into the output type.
+    """Convert float32 [n, d] to an output type.
 
-    * int8: ``round(127 * v / max|v|)`` per vector, which leaves cosines unchanged but for rounding;
+    * int8: ``round(127 * v / max|v|)`` per vector, which preserves cosines up to rounding;
       uint8: the same plus 128.
-    * ubinary: one bit a dimension, 1 where the value is above 0, most significant bit first;
-      binary: the same bytes minus 128, which is how Jina, Cohere and Voyage clients decode them.
+    * ubinary: one bit per dimension, 1 where the value is above 0, most significant bit first;
+      binary: the same bytes minus 128, as Jina, Cohere and Voyage clients decode them.
     """
     if output is OutputType.FLOAT:
         return np.ascontiguousarray(vectors)

@@ -1,4 +1,4 @@
-"""Task names: which adapter and which prompt each one means."""
+"""Names that clients use: tasks (an adapter and a prompt each) and models."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from taskvec.errors import InvalidRequestError, NotFoundError
 
 PREFERRED_DEFAULT = "text-matching"
-"""What the hosted Jina API does where no task is named."""
+"""Default task of the hosted Jina API."""
 
 BARE_TASK = "embedding"
-"""The only task of a checkpoint without adapters."""
+"""Task of a checkpoint without adapters."""
 
 ALIASES = {"retrieval": "retrieval.passage", "separation": "clustering"}
 
@@ -23,16 +23,17 @@ INPUT_TYPES = {
     "classification": "classification",
     "clustering": "clustering",
 }
-"""What Voyage, Cohere and Jina clients say instead of a task."""
+"""Values of ``input_type``, which Voyage, Cohere and Jina clients send instead of a task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One way to embed a text: the prompt put before it and the adapter applied.
+    """A prompt and an adapter.
 
     Attributes:
-        adapter: None for the bare backbone.
-        prompt: prefix joined to the text before tokenising; may be empty.
+        name: name that clients use.
+        adapter: adapter to apply; None for the bare backbone.
+        prompt: prefix of each text before tokenising; may be empty.
     """
 
     name: str
@@ -41,7 +42,11 @@ class Task:
 
 
 class TaskTable:
-    """The tasks that a checkpoint offers."""
+    """Tasks of a checkpoint.
+
+    Attributes:
+        default: task of a request that names none.
+    """
 
     def __init__(
         self,
@@ -50,17 +55,18 @@ class TaskTable:
         default_prompt: str | None,
         own_prompts: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Derive the tasks.
+        """Derive the tasks from the adapters.
 
-        The retrieval adapter, and any with a query prompt of its own, gives two tasks, one a side,
-        and its bare name means the passages; every other adapter gives one, with the document
-        prompt; a checkpoint without adapters gives one, with its default prompt.
+        The retrieval adapter, and any adapter with its own query prompt, gives two tasks, query and
+        passage, and its bare name is an alias of the latter. Every other adapter gives one task,
+        with the document prompt. A checkpoint without adapters gives one task, with its default
+        prompt.
 
         Args:
-            adapters: their names.
-            prompts: of the checkpoint.
-            default_prompt: the name of one of them.
-            own_prompts: adapter -> prompts in place of the checkpoint's.
+            adapters: adapter names.
+            prompts: prompts of the checkpoint, by name.
+            default_prompt: name of one of them.
+            own_prompts: prompts of an adapter, which replace the checkpoint's.
         """
         tasks, self._aliases = [], dict(ALIASES)
         for adapter in adapters:
@@ -84,14 +90,18 @@ class TaskTable:
 
     @property
     def names(self) -> list[str]:
-        """Task names, in the checkpoint's order."""
+        """Names of the tasks, in the checkpoint's order."""
         return list(self._tasks)
 
     def get(self, name: str, *, param: str = "task") -> Task:
-        """The task of this name or alias.
+        """Return the task with a name or alias.
+
+        Args:
+            name: task name.
+            param: request field that holds it, for the error.
 
         Raises:
-            InvalidRequestError: there is none; the message lists those there are.
+            InvalidRequestError: unknown task; the message lists the known ones.
         """
         task = self._tasks.get(self._aliases.get(name, name))
         if task is None:
@@ -103,23 +113,23 @@ class TaskTable:
         return task
 
     def choose(self, named: Mapping[str, str | None]) -> Task:
-        """The one task that all the fields of a request name, or the default.
+        """Return the one task that all fields of a request name, or the default.
 
         Args:
-            named: field -> task name; ``input_type`` holds an input type instead; None is silence.
+            named: task name by field, None if absent; ``input_type`` holds an input type instead.
 
         Raises:
             InvalidRequestError: a name is unknown, or two fields name different tasks.
         """
         chosen: Task | None = None
-        by = ""
+        first = ""
         for field, name in named.items():
             if name is None:
                 continue
             if field == "input_type":
                 if name not in INPUT_TYPES:
                     raise InvalidRequestError(
-                        f"input_type {name[:80]!r} is none of {', '.join(INPUT_TYPES)}.",
+                        f"input_type must be one of {', '.join(INPUT_TYPES)}, got {name[:80]!r}.",
                         code="unknown_task",
                         param=field,
                     )
@@ -128,27 +138,32 @@ class TaskTable:
                 task = self.get(name, param=field)
             if chosen is not None and task is not chosen:
                 raise InvalidRequestError(
-                    f"{by} asks for the task {chosen.name}, {field} for {task.name}: name one.",
+                    f"{first} names the task {chosen.name}, {field} names {task.name}: name one.",
                     code="conflicting_fields",
                     param=field,
                 )
-            chosen, by = chosen or task, by or field
+            chosen, first = chosen or task, first or field
         return chosen or self.default
 
 
 class ServedNames:
-    """The model's name, its aliases, and ``name:task`` for clients that can set nothing else."""
+    """Names of the served model, and ``name:task`` for clients that can only set the model.
+
+    Attributes:
+        primary: name in responses.
+        all: every name, the primary one first.
+    """
 
     def __init__(self, primary: str, aliases: Sequence[str]) -> None:
-        """Collect the names; of a hub id, what follows the slash is a name too."""
+        """Collect the names; the part of a hub id after the slash is also one."""
         self.primary = primary
         self.all = tuple(dict.fromkeys([primary, primary.rpartition("/")[2], *aliases]))
 
     def task_suffix(self, model: str | None) -> str | None:
-        """The task named behind a colon; None where the model stands alone or is not named.
+        """Return the task in ``name:task``; None for a bare name or None.
 
         Raises:
-            NotFoundError: no model of this name is served.
+            NotFoundError: unknown model.
         """
         if model is None or model in self.all:
             return None

@@ -1,15 +1,16 @@
-"""Text to token ids, without reading what will be cut off.
+"""Tokenizer: text to token ids, reading no more of a text than will be kept.
 
 A text that may be too long is tokenised in a window that grows until it holds enough *settled*
-tokens: those that no later character can change. What decides a token lies near it: the run of
-like characters it is split from, and the merges within that run. So a token is settled once GUARD
-characters of the text lie behind it. White space is the exception: a later line break can join a
-whole run of it to the line break before, so in a run that reaches the window's end nothing from
-its last line break on is settled. Combining marks and control characters are another: normalisers
-reorder or drop whole runs of them, so a run that reaches the window's end does not count either.
+tokens: tokens that no later character can change. A token depends on nearby characters only: on the
+run of similar characters that it is split from, and on the merges within that run. So a token is
+settled once GUARD characters of the text follow it. There are two exceptions. A later line break
+can join a whole run of white space to the line break before it: in white space that reaches the
+window's end, nothing from the last line break on is settled. Normalisers reorder or drop whole runs
+of combining marks and control characters: a run that reaches the window's end is not settled.
 
-The window is bounded too, so that a hostile text costs no more than a long one: where WIDEST_TOKEN
-characters a token do not fill the limit (megabytes of white space, say), the text is refused.
+The window is limited, so that a hostile text costs no more than a long one: a text that does not
+fill the limit within MAX_TOKEN_WIDTH characters per token, such as megabytes of white space, is
+refused.
 """
 
 from __future__ import annotations
@@ -31,31 +32,35 @@ from taskvec.engines.base import TokenIds
 from taskvec.errors import CheckpointError, InvalidRequestError
 
 GUARD = 2048
-"""Characters behind a token that settle it; far longer than any token or normalised cluster."""
+"""Characters after a token that settle it; far more than any token or normalised cluster has."""
 
-CHARACTERS_A_TOKEN = 5
-"""First guess for the window; a text of longer tokens lets it grow fourfold."""
+CHARACTERS_PER_TOKEN = 5
+"""First estimate for the window, which grows fourfold if tokens are longer."""
 
 INLINE_CHARACTERS = 1024
-"""Texts this short are tokenised on the spot: a fraction of a millisecond, less than a thread's
-hand-over takes."""
+"""Total length of texts that are tokenised in the event loop: it takes a fraction of a
+millisecond, less than handing them to a thread."""
 
-WIDEST_TOKEN = 256
-"""Characters a token in the widest window; natural text has 2 to 8."""
+MAX_TOKEN_WIDTH = 256
+"""Characters per token in the largest window; natural text has 2 to 8."""
 
 
 class TokenizerObserver(Protocol):
-    """What a tokenizer reports while it works; called from any thread."""
+    """Notified by a tokenizer; called from any thread."""
 
     def tokenizer_changed(self, busy: int, waiting: int) -> None:
-        """So many of its threads are busy, so many requests wait for one."""
+        """The numbers of busy threads and of requests that wait for a thread have changed."""
 
     def text_cut(self, tokens: int) -> None:
-        """A text was too long and lost so many tokens."""
+        """A text that was too long lost this many tokens."""
 
 
 class TextTokenizer:
-    """A checkpoint's tokenizer, its own post-processor included, in threads of its own."""
+    """A checkpoint's tokenizer with its post-processor, running in its own threads.
+
+    Attributes:
+        max_tokens: maximum tokens of a text, special tokens included.
+    """
 
     def __init__(
         self,
@@ -70,17 +75,17 @@ class TextTokenizer:
 
         Args:
             file: tokenizer.json.
-            max_tokens: longest text, special tokens included.
-            vocabulary: the model's; a tokenizer that can give other ids is refused.
-            threads: how many requests are tokenised at once.
-            observer: told of its threads and of texts that are cut.
+            max_tokens: maximum tokens of a text, special tokens included.
+            vocabulary: number of token ids of the model; a tokenizer with higher ids is refused.
+            threads: requests tokenised at the same time.
+            observer: notified of thread usage and of truncated texts.
 
         Raises:
-            CheckpointError: the file is damaged or does not belong to the model.
+            CheckpointError: the file is damaged, or does not belong to the model.
         """
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - tokenizers raises just that
+        except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
             raise CheckpointError(
                 f"{file} cannot be read ({error}): copy or download it again."
             ) from None
@@ -89,8 +94,8 @@ class TextTokenizer:
         highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         if highest >= vocabulary:
             raise CheckpointError(
-                f"{file} gives ids up to {highest}, the model has only {vocabulary}: tokenizer and "
-                "weights are not of one model."
+                f"{file} has ids up to {highest}, the model has only {vocabulary}: tokenizer and "
+                "weights belong to different models."
             )
         self._head, self._tail = self._specials()
         self.max_tokens = max_tokens
@@ -101,12 +106,12 @@ class TextTokenizer:
             )
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._size = threads
-        self._jobs = 0
-        self._counting = threading.Lock()
+        self._running = 0
+        self._lock = threading.Lock()
         self._observer = observer
 
     async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
-        """``encode_now``: small requests at once, others in one of the tokenizer's threads."""
+        """Run ``encode_now``: in the event loop if the texts are short, else in a thread."""
         if sum(map(len, texts)) <= INLINE_CHARACTERS:
             return self.encode_now(texts, prompt=prompt, truncate=truncate)
         job = self._threads.submit(self.encode_now, texts, prompt=prompt, truncate=truncate)
@@ -115,21 +120,22 @@ class TextTokenizer:
         return await asyncio.wrap_future(job)
 
     def encode_now(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
-        """The ids that the model is to see for each text.
+        """Return the model's input ids of each text.
 
         Args:
-            texts: any strings; the prompt is joined to each before tokenising.
-            prompt: the task's prefix.
-            truncate: True cuts a text that is too long, keeping the special tokens at its end.
+            texts: any strings.
+            prompt: the task's prefix, put before each text.
+            truncate: truncate texts that are too long, keeping the special tokens at their end; if
+                False, refuse them.
 
         Returns:
-            int32 arrays, each 1..max_tokens long.
+            int32 arrays, each of 1 to ``max_tokens`` ids.
 
         Raises:
-            InvalidRequestError: naming the text that is too long, or gives no token at all.
+            InvalidRequestError: a text is too long, or has no tokens; names the text.
         """
         wanted = self._room if truncate else self._room + 1
-        window = wanted * CHARACTERS_A_TOKEN + GUARD
+        window = wanted * CHARACTERS_PER_TOKEN + GUARD
         short = [i for i, text in enumerate(texts) if len(prompt) + len(text) <= window]
         with _untokenizable("input"):
             encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
@@ -141,8 +147,8 @@ class TextTokenizer:
                 contents[i] = self._settled(prompt, text, i, wanted, window)
         return [self._framed(*contents[i], i, truncate=truncate) for i in range(len(texts))]
 
-    def cut(self, ids: list[int]) -> list[int]:
-        """The first ids of too many, as they are."""
+    def truncate(self, ids: list[int]) -> list[int]:
+        """Return the first ``max_tokens`` of too many ids."""
         self._report_cut(len(ids) - self.max_tokens)
         return ids[: self.max_tokens]
 
@@ -153,19 +159,19 @@ class TextTokenizer:
     def _job_ended(self, _: Future[list[TokenIds]]) -> None:
         self._count(-1)
 
-    def _count(self, jobs: int) -> None:
-        with self._counting:
-            self._jobs += jobs
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._running += change
             if self._observer is not None:
-                busy = min(self._jobs, self._size)
-                self._observer.tokenizer_changed(busy, self._jobs - busy)
+                busy = min(self._running, self._size)
+                self._observer.tokenizer_changed(busy, self._running - busy)
 
     def _report_cut(self, tokens: int) -> None:
         if self._observer is not None:
             self._observer.text_cut(tokens)
 
     def _specials(self) -> tuple[list[int], list[int]]:
-        """The ids that the post-processor puts before and after a text."""
+        """Return the special tokens that the post-processor puts before and after a text."""
         bare = self._tokenizer.encode("a", add_special_tokens=False).ids
         framed = self._tokenizer.encode("a").ids
         for start in range(len(framed) - len(bare) + 1):
@@ -176,11 +182,12 @@ class TextTokenizer:
     def _settled(
         self, prompt: str, text: str, index: int, wanted: int, window: int
     ) -> tuple[list[int], int]:
-        """The first ``wanted`` ids of a long text, or all of them where it has fewer.
+        """Return the first ``wanted`` ids of a long text, or all of them if it has fewer.
 
-        And how many there are beyond, estimated from those that were read.
+        Returns:
+            The ids, and an estimate of how many follow them.
         """
-        widest = wanted * WIDEST_TOKEN + GUARD
+        widest = wanted * MAX_TOKEN_WIDTH + GUARD
         length = len(prompt) + len(text)
         while window < length:
             seen = prompt + text[: window - len(prompt)]
@@ -192,7 +199,7 @@ class TextTokenizer:
             if window == widest:
                 raise InvalidRequestError(
                     f"input[{index}] has {len(text)} characters, of which the first {window} hold "
-                    f"fewer than {wanted} tokens: it is mostly white space or no text. Shorten it.",
+                    f"fewer than {wanted} tokens: it is mostly white space. Shorten it.",
                     code="input_too_long",
                     param=f"input[{index}]",
                 )
@@ -200,7 +207,7 @@ class TextTokenizer:
         return self._encode_with_ends(prompt + text, index)[0], 0
 
     def _encode_with_ends(self, text: str, index: int) -> tuple[list[int], list[int]]:
-        """Ids, and the character each one ends at."""
+        """Return the ids, and the character offset at which each one ends."""
         with _untokenizable(f"input[{index}]"):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
@@ -220,7 +227,7 @@ class TextTokenizer:
         ids = self._head + content + self._tail
         if not ids:
             raise InvalidRequestError(
-                f"input[{index}] holds nothing that the tokenizer turns into a token.",
+                f"input[{index}] contains nothing that the tokenizer turns into a token.",
                 code="empty_input",
                 param=f"input[{index}]",
             )
@@ -229,9 +236,9 @@ class TextTokenizer:
 
 @contextmanager
 def _untokenizable(param: str) -> Iterator[None]:
-    """Turn a panic of the Rust library, which is no Exception, into a refusal.
+    """Convert a panic of the Rust library, which is a BaseException, to an InvalidRequestError.
 
-    Seen with its regular expressions, which give up on white space runs of millions of characters.
+    Seen with its regular expressions, which fail on runs of millions of white space characters.
     """
     try:
         yield
@@ -239,14 +246,14 @@ def _untokenizable(param: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise InvalidRequestError(
-            f"{param} cannot be tokenised ({error}): it is hardly text.",
+            f"{param} cannot be tokenised ({error}): it does not look like text.",
             code="untokenizable_input",
             param=param,
         ) from None
 
 
 def _settled_until(window: str) -> int:
-    """How far tokens of a window that is not the text's end are settled, in characters."""
+    """Return the offset up to which the tokens of a window inside a text are settled."""
     body = window.rstrip()
     trailing = window[len(body) :]
     last_break = max(trailing.rfind("\n"), trailing.rfind("\r"))
@@ -257,5 +264,5 @@ def _settled_until(window: str) -> int:
 
 
 def _joins(character: str) -> bool:
-    """True for what normalisers drop or reorder: combining marks, and controls but for breaks."""
+    """Return whether normalisers drop or reorder it: marks, and controls except white space."""
     return unicodedata.category(character)[0] in "MC" and not character.isspace()

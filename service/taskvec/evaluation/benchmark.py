@@ -17,7 +17,7 @@ from mteb.types import PromptType
 from rich.console import Console
 from rich.table import Table
 
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.formats import Form, Matrix, forms_of
 from taskvec.evaluation.models import Model, sides_of

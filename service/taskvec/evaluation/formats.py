@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.core.job import OutputType
-from taskvec.core.postprocess import SMALLEST, finish
+from taskvec.core.postprocess import MIN_NORM, OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 
 Matrix = NDArray[np.float32]
@@ -48,8 +47,8 @@ class Form:
         rows = np.empty((len(vectors), self.dimensions), dtype=np.float32)
         for begin in range(0, len(vectors), ROWS):
             piece = slice(begin, begin + ROWS)
-            kept = finish(vectors[piece], self.dimensions, self.output, normalized=True)
-            rows[piece] = read_vectors(kept, self.output)
+            kept = OutputFormat(self.dimensions, (self.output,)).apply(vectors[piece])
+            rows[piece] = read_vectors(kept[self.output], self.output)
         return rows
 
 
@@ -68,7 +67,7 @@ def read_vectors(vectors: NDArray[np.generic], output: OutputType) -> Matrix:
     if output is OutputType.UINT8:
         values -= 128
     lengths = np.sqrt(np.vecdot(values, values))[:, None]
-    unit: Matrix = values / np.maximum(lengths, SMALLEST)
+    unit: Matrix = values / np.maximum(lengths, MIN_NORM)
     return unit
 
 

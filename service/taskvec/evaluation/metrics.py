@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, v_measure_score
 
-from taskvec.core.postprocess import SMALLEST
+from taskvec.core.postprocess import MIN_NORM
 from taskvec.evaluation.data import LabelledTexts, RetrievalData
 from taskvec.evaluation.formats import Matrix
 
@@ -125,7 +125,7 @@ def cluster_quality(rows: Matrix, labelled: LabelledTexts, seed: int) -> Score:
 
 
 def _unit(rows: Matrix) -> Matrix:
-    unit: Matrix = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), SMALLEST)
+    unit: Matrix = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), MIN_NORM)
     return unit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.core.job import OutputType
+from taskvec.core.postprocess import OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import ClassificationData, Data, PairData, RetrievalData
 from taskvec.evaluation.formats import Form, Matrix

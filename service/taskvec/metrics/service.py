@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from taskvec.auth.keys import NO_KEY
+from taskvec.core.postprocess import OutputFormat
 from taskvec.errors import CODES
 from taskvec.metrics.cache import CacheMetrics
 from taskvec.metrics.engine import SECONDS, EngineMetrics
@@ -179,7 +180,7 @@ class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics):
         tokens: int,
         seconds: float,
         stages: Iterable[Stage] = (),
-        output: tuple[str, str] | None = None,
+        output: OutputFormat | None = None,
         code: str | None = None,
         key: str | None = None,
     ) -> None:
@@ -192,7 +193,7 @@ class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics):
             tokens: how many were embedded.
             seconds: from its first byte to its answer.
             stages: those that it went through.
-            output: number type and transport of the vectors; counted where they were given.
+            output: format of the vectors; counted if they were returned.
             code: of the error that it got; None for a good answer.
             key: name of the API key; None where there was none.
         """
@@ -209,7 +210,8 @@ class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics):
         if code is not None:
             self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
         elif output is not None:
-            self._by_output[output].inc()
+            for kind in output.types:
+                self._by_output[kind.value, output.encoding.value].inc()
         key_requests, key_tokens = self._of_key(key or NO_KEY, label)
         key_requests.inc()
         key_tokens.inc(tokens)

@@ -1,4 +1,4 @@
-"""The event loop of a server: uvloop's, which also takes connections while it has much to do."""
+"""Event loop of the server: uvloop, with a second accept callback for busy times."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from typing import Any
 
 import uvloop
 
-LONGEST_TURN = 2.0
-"""Seconds since the last look after which the loop was idle, and not busy."""
+IDLE_SECONDS = 2.0
+"""Time since the last callback above which the loop counts as idle rather than busy."""
 
-EVERY = 0.00025
-"""Seconds of a turn for each of which one more connection is taken."""
+SECONDS_PER_CONNECTION = 0.00025
+"""Length of the last loop iteration for which one more connection is accepted."""
 
 RETRY_SECONDS = 1.0
-"""How long nothing is taken after the system had no file left for a connection."""
+"""Pause in accepting after the process ran out of file descriptors."""
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 
 class BatchAcceptLoop(uvloop.Loop):
-    """Takes as many of the connections that wait as the last turn was long.
+    """uvloop's loop, which accepts more connections the longer its last iteration took.
 
-    libuv takes one a turn (since libuv/libuv pull request 3696). A turn with many requests in
-    work lasts tens of milliseconds: new connections then wait for seconds, and where the system's
-    queue is full, are lost. A loop with little to do still takes one at a time, so that several
-    processes on one socket share a burst.
+    libuv accepts one connection per iteration (since libuv/libuv pull request 3696). An iteration
+    with many requests in work takes tens of milliseconds: new connections then wait for seconds,
+    and are lost when the kernel's queue is full. An idle loop still accepts one at a time, so that
+    several processes on one socket share a burst.
     """
 
     async def create_server(  # type: ignore[override]
         self,
         protocol_factory: ProtocolFactory,
-        *place: Any,
+        *address: Any,
         ssl: ssl.SSLContext | None = None,
         **options: Any,
     ) -> asyncio.AbstractServer:
-        """Listen, as ``asyncio.loop.create_server`` does; always serving at once."""
-        server = await super().create_server(protocol_factory, *place, ssl=ssl, **options)
-        return _Listening(self, server, protocol_factory, ssl)
+        """Listen, as ``asyncio.loop.create_server`` does; starts serving at once."""
+        server = await super().create_server(protocol_factory, *address, ssl=ssl, **options)
+        return _BatchAcceptServer(self, server, protocol_factory, ssl)
 
 
-class _Listening(asyncio.AbstractServer):
-    """A server, and a second look at each of its sockets."""
+class _BatchAcceptServer(asyncio.AbstractServer):
+    """uvloop's server, plus a reader callback on each of its sockets."""
 
     def __init__(
         self,
@@ -60,18 +60,18 @@ class _Listening(asyncio.AbstractServer):
         self._server = server
         self._factory = protocol_factory
         self._context = context
-        self._opening: set[asyncio.Task[Any]] = set()
-        # libuv watches a file of its own: another name for it may be watched beside that.
-        copies = [socket(fileno=os.dup(one.fileno())) for one in server.sockets]
-        self._looked = dict.fromkeys(copies, 0.0)
-        for listening in copies:
-            self._watch(listening)
+        self._connecting: set[asyncio.Task[Any]] = set()
+        # libuv polls its own file descriptor: a duplicate can be polled besides.
+        duplicates = [socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+        self._called_at = dict.fromkeys(duplicates, 0.0)
+        for listening in duplicates:
+            self._add_reader(listening)
 
     def close(self) -> None:
-        for listening in self._looked:
+        for listening in self._called_at:
             self._loop.remove_reader(listening)
             listening.close()
-        self._looked.clear()
+        self._called_at.clear()
         self._server.close()
 
     async def wait_closed(self) -> None:
@@ -89,31 +89,31 @@ class _Listening(asyncio.AbstractServer):
     async def serve_forever(self) -> None:
         await self._server.serve_forever()
 
-    def _watch(self, listening: socket) -> None:
-        if listening in self._looked:
-            self._loop.add_reader(listening, self._take, listening)
+    def _add_reader(self, listening: socket) -> None:
+        if listening in self._called_at:
+            self._loop.add_reader(listening, self._accept, listening)
 
-    def _take(self, listening: socket) -> None:
+    def _accept(self, listening: socket) -> None:
         now = time.monotonic()
-        turn, self._looked[listening] = now - self._looked[listening], now
-        if turn > LONGEST_TURN:
+        iteration, self._called_at[listening] = now - self._called_at[listening], now
+        if iteration > IDLE_SECONDS:
             return
-        for _ in range(int(turn / EVERY)):
+        for _ in range(int(iteration / SECONDS_PER_CONNECTION)):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
                 self._loop.remove_reader(listening)
-                self._loop.call_later(RETRY_SECONDS, self._watch, listening)
+                self._loop.call_later(RETRY_SECONDS, self._add_reader, listening)
                 return
             connection.setblocking(False)
-            opening = self._loop.create_task(self._open(connection))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
+            connecting = self._loop.create_task(self._connect(connection))
+            self._connecting.add(connecting)
+            connecting.add_done_callback(self._connecting.discard)
 
-    async def _open(self, connection: socket) -> None:
+    async def _connect(self, connection: socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._factory, connection, ssl=self._context)
-        except OSError:  # it has gone already, or what it says is no TLS
+        except OSError:  # the client is gone, or does not speak TLS
             connection.close()

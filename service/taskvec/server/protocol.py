@@ -1,4 +1,4 @@
-"""One client's connection: bounds on what it may take beside its requests."""
+"""Client connections: uvicorn's HTTP protocol, with limits on what precedes a request."""
 
 from __future__ import annotations
 
@@ -25,130 +25,220 @@ from taskvec.errors import (
 )
 
 PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})
-"""Answered on every connection, so that a full server is not taken for a dead one."""
+"""Routes answered even above the connection limit, so that a full server does not look dead."""
 
 FIRST_REQUEST_SECONDS = 0.2
-"""How long, on shutdown, a connection that was taken has to send its request."""
+"""Time that an accepted connection has for its request while the server shuts down."""
 
-MOST_PIPELINED = 32
-"""Requests that may come ahead of their answers; known clients send one at a time."""
+MAX_PIPELINED = 32
+"""Requests that may be sent ahead of their responses; known clients send one at a time."""
+
+WARN_INTERVAL = 10.0
+"""Seconds between two warnings that connections are closed for lack of slots."""
+
+log = structlog.get_logger(__name__)
+
+
+class ConnectionLimits(NamedTuple):
+    """Limits on the connections of one process.
+
+    Attributes:
+        header_seconds: time for a request's headers, from their first byte or from the
+            connection's start.
+        header_bytes: maximum size of a request's headers, and of a body's trailers.
+        answer_seconds: time in which a client must read a response.
+        connections: maximum number of connections.
+    """
+
+    header_seconds: float
+    header_bytes: int
+    answer_seconds: float
+    connections: int
+
+
+class Closable(Protocol):
+    """An idle connection."""
+
+    def close(self) -> None:
+        """Close it and free its slot at once."""
+
+
+class ConnectionSlots:
+    """Connection slots of one process, and its idle connections, longest idle first.
+
+    A connection is idle until its first request is complete, and between requests.
+    """
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        """Start without connections."""
+        self.limits = limits
+        self._idle: dict[Closable, None] = {}
+        self._warned_at = -WARN_INTERVAL
+
+    def mark_idle(self, connection: Closable) -> None:
+        """Append a connection to the idle ones."""
+        self._idle.pop(connection, None)
+        self._idle[connection] = None
+
+    def mark_busy(self, connection: Closable) -> None:
+        """Remove a connection that has a request in work, or is closed."""
+        self._idle.pop(connection, None)
+
+    def evict_idle(self) -> bool:
+        """Close the connection that has been idle longest.
+
+        In a slow-request attack these are the attacker's: a client that sends complete requests has
+        only just become idle.
+
+        Returns:
+            False if no connection is idle.
+        """
+        now = time.monotonic()
+        if now - self._warned_at >= WARN_INTERVAL:
+            self._warned_at = now
+            log.warning("too_many_connections", limit=self.limits.connections)
+        if not self._idle:
+            return False
+        next(iter(self._idle)).close()
+        return True
+
+
+class Timer:
+    """Runs a callback once, a fixed time after it is started, unless it is stopped."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], None]
+    ) -> None:
+        """Prepare; nothing runs before ``start``."""
+        self._loop = loop
+        self._seconds = seconds
+        self._callback = callback
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start; no effect while it runs."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, self._callback)
+
+    def stop(self) -> None:
+        """Stop; it can be started again."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's connection, with bounds on what comes before the application sees a request.
-
-    It waits while it has no request in work: until its first one is whole, and between requests.
-    """
+    """One client connection: uvicorn's protocol with timeouts and size limits before a request."""
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, slots: ConnectionSlots, **parts: Any) -> None:
-        """Wrap uvicorn's.
+    def __init__(self, slots: ConnectionSlots, **options: Any) -> None:
+        """Prepare a connection.
 
         Args:
             slots: shared by all connections of the process.
-            parts: what uvicorn gives to each.
+            options: what uvicorn passes to its own protocol.
         """
-        super().__init__(**parts)
+        super().__init__(**options)
         self._slots = slots
         self._limits = slots.limits
-        self._head_timer = Timer(self.loop, self._limits.header_seconds, self._head_is_late)
+        self._header_timer = Timer(self.loop, self._limits.header_seconds, self._header_timeout)
         self._answer_timer = Timer(self.loop, self._limits.answer_seconds, self._abort)
-        self._head_open = False
-        self._request_open = False
-        self._head_bytes = 0
-        self._unparsed = 0
-        self._refusal: TaskvecError | None = None
+        self._reading_headers = False
+        self._reading_request = False
+        self._header_bytes = 0
+        self._unparsed_bytes = 0
+        self._error: TaskvecError | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a place, or another's; where all are busy, answer probes only."""
+        """Take a slot, evicting an idle connection if needed; without one, answer probes only."""
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections and not self._slots.evict_idle():
-            self.app = self._only_probes
+            self.app = self._answer_probes
         self._slots.mark_idle(self)
-        self._head_timer.start()
+        self._header_timer.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give the place back."""
+        """Free the slot."""
         super().connection_lost(exc)
         self._slots.mark_busy(self)
-        self._head_timer.stop()
+        self._header_timer.stop()
         self._answer_timer.stop()
 
     def close(self) -> None:
-        """Close a connection that waits; its place is free at once."""
+        """Close an idle connection and free its slot at once."""
         self.connections.discard(self)
         self._slots.mark_busy(self)
         self.transport.close()
 
     def shutdown(self) -> None:
-        """On shutdown, a connection whose request is on its way is not closed at once."""
+        """Shut down; a connection whose first request is still arriving gets a moment longer."""
         if self.cycle is None:
             self.loop.call_later(FIRST_REQUEST_SECONDS, super().shutdown)
         else:
             super().shutdown()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; refuse what is no HTTP, and a head or trailers without end."""
+        """Parse data; refuse malformed HTTP, and headers or trailers beyond their limit."""
         self._unset_keepalive_if_required()
-        self._unparsed += len(data)
+        self._unparsed_bytes += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            self._refuse(self._refusal or malformed_http())
+            self._refuse(self._error or malformed_http())
         if self.cycle is not None and self.cycle.response_complete:
-            self._time_what_follows()
-        if self._unparsed > self._limits.header_bytes:
+            self._start_timer_after_response()
+        if self._unparsed_bytes > self._limits.header_bytes:
             self._refuse(headers_too_large(self._limits.header_bytes))
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start reading a request."""
         super().on_message_begin()
-        self._head_open = self._request_open = True
-        self._head_bytes = 0
+        self._reading_headers = self._reading_request = True
+        self._header_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the address."""
+        """Count a piece of the URL."""
         super().on_url(url)
-        self._count(len(url))
+        self._count_header(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, of the head or of a chunked body's trailers."""
+        """Count a header, or a trailer of a chunked body."""
         super().on_header(name, value)
-        self._count(len(name) + len(value) + len(": \r\n"))
+        self._count_header(len(name) + len(value) + len(": \r\n"))
 
     def on_headers_complete(self) -> None:
-        """The head is whole: the application may see the request."""
-        self._unparsed = 0
-        if self._is_offer():
+        """Hand the request to the application."""
+        self._unparsed_bytes = 0
+        if self._offers_upgrade():
             return
-        self._head_open = False
-        self._head_timer.stop()
-        if len(self.pipeline) >= MOST_PIPELINED:
-            self._refusal = too_many_pipelined()
-            raise self._refusal
+        self._reading_headers = False
+        self._header_timer.stop()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._error = too_many_pipelined()
+            raise self._error
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
-        self._unparsed = 0
+        """Hand a piece of the body to the application."""
+        self._unparsed_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole: it is in work, unless it has been refused already."""
-        if self._is_offer():
+        """Mark the connection as busy, unless the request has been refused already."""
+        if self._offers_upgrade():
             return
         super().on_message_complete()
-        self._request_open = False
+        self._reading_request = False
         if self.cycle.response_complete:
-            self._head_timer.stop()
+            self._header_timer.stop()
         else:
             self._slots.mark_busy(self)
 
     def on_response_complete(self) -> None:
-        """An answer is written: the next request may come."""
+        """Mark the connection as idle, or wait for the client to read its last response."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._answer_timer.start()
@@ -156,28 +246,28 @@ class HttpProtocol(HttpToolsProtocol):
             self._slots.mark_idle(self)
 
     def pause_writing(self) -> None:
-        """The client does not read its answer as fast as it is written."""
+        """Start the timeout of a client that reads more slowly than the response is written."""
         super().pause_writing()
         self._answer_timer.start()
 
     def resume_writing(self) -> None:
-        """The client has read most of it."""
+        """Stop the timeout: the client has read most of the response."""
         super().resume_writing()
         if not self.transport.is_closing():
             self._answer_timer.stop()
 
     def timeout_keep_alive_handler(self) -> None:
-        """No request came for long: whatever of the last answer was not read is dropped, too."""
+        """Close a connection that was idle too long, with whatever it has not read."""
         self._abort()
 
-    def _is_offer(self) -> bool:
-        """Whether the request offers another protocol; its body is not parsed then."""
+    def _offers_upgrade(self) -> bool:
+        """Return whether the request offers another protocol; its body is not parsed then."""
         return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
-    def _decline(self, rest: bytes) -> None:
-        """Parse the request again, as if it had not offered another protocol.
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse the request again without its offer of another protocol.
 
-        Java's HttpClient offers HTTP/2 with every first request, and sends the body all the same.
+        Java's HttpClient offers HTTP/2 with each first request, and sends the body all the same.
         """
         version = self.parser.get_http_version().encode()
         lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
@@ -185,7 +275,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
-    async def _only_probes(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer_probes(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI application above the connection limit: health and metrics only."""
         full = len(self.connections) > self._limits.connections
         if not full:
             self.app = self.config.loaded_app
@@ -195,35 +286,35 @@ class HttpProtocol(HttpToolsProtocol):
             response = closing_response(too_many_connections(self._limits.connections))
             await response(scope, receive, send)
 
-    def _time_what_follows(self) -> None:
-        """Behind an answer: the next head, the rest of a refused body, or noise."""
-        if self._request_open:
-            self._head_timer.start()
+    def _start_timer_after_response(self) -> None:
+        """Limit the wait for the next headers, or for the rest of a refused body."""
+        if self._reading_request:
+            self._header_timer.start()
         else:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
-    def _head_is_late(self) -> None:
-        if self._head_open:
+    def _header_timeout(self) -> None:
+        if self._reading_headers:
             self._refuse(headers_too_slow(self._limits.header_seconds))
         else:
-            self.close()  # nothing came that an answer would be due to
+            self.close()  # nothing was sent that needs a response
 
-    def _count(self, size: int) -> None:
-        self._unparsed = 0
-        self._head_bytes += size
-        if self._head_bytes > self._limits.header_bytes:
-            self._refusal = headers_too_large(self._limits.header_bytes)
-            raise self._refusal  # through the parser, which hides what it is
+    def _count_header(self, size: int) -> None:
+        self._unparsed_bytes = 0
+        self._header_bytes += size
+        if self._header_bytes > self._limits.header_bytes:
+            self._error = headers_too_large(self._limits.header_bytes)
+            raise self._error  # the parser replaces it with an error of its own
 
     def _refuse(self, error: TaskvecError) -> None:
-        """Answer with an error where no other answer is due, and close."""
+        """Send an error response unless another response is due, and close."""
         cycle = self.cycle
         if self.transport.is_closing():
             return
         if cycle is not None and not cycle.response_complete and not cycle.more_body:
-            cycle.keep_alive = False  # the request before the one at fault is answered first
+            cycle.keep_alive = False  # the request before the invalid one is answered first
             self.flow.pause_reading()
             return
         if cycle is None or cycle.response_complete or not cycle.response_started:
@@ -235,93 +326,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
 
-WARN_EVERY = 10.0
-"""Seconds between two warnings that connections are closed to make room."""
-
-log = structlog.get_logger(__name__)
-
-
-class ConnectionLimits(NamedTuple):
-    """The limits of a process's connections.
-
-    Attributes:
-        header_seconds: a request's head takes no longer, from its first byte or the connection's.
-        header_bytes: most bytes of a request's head, and of a body's trailers.
-        answer_seconds: an answer that the client has not read by then is dropped.
-        connections: most at a time.
-    """
-
-    header_seconds: float
-    header_bytes: int
-    answer_seconds: float
-    connections: int
-
-
-class Waiting(Protocol):
-    """A connection that has no request in work."""
-
-    def close(self) -> None:
-        """Close it; its place is free at once."""
-
-
-class ConnectionSlots:
-    """The places of one process, and the connections that wait in them, longest first."""
-
-    def __init__(self, limits: ConnectionLimits) -> None:
-        self.limits = limits
-        self._waiting: dict[Waiting, None] = {}
-        self._warned = -WARN_EVERY
-
-    def mark_idle(self, connection: Waiting) -> None:
-        """Put it behind all others that wait."""
-        self._waiting.pop(connection, None)
-        self._waiting[connection] = None
-
-    def mark_busy(self, connection: Waiting) -> None:
-        """Its request is in work, or it is gone."""
-        self._waiting.pop(connection, None)
-
-    def evict_idle(self) -> bool:
-        """Close the one that has waited longest, whether idle or in the middle of sending.
-
-        Under attack those are the attacker's: who sends whole requests has just begun to wait.
-        False where all have a request in work.
-        """
-        now = time.monotonic()
-        if now - self._warned >= WARN_EVERY:
-            self._warned = now
-            log.warning("too_many_connections", limit=self.limits.connections)
-        if not self._waiting:
-            return False
-        next(iter(self._waiting)).close()
-        return True
-
-
-class Timer:
-    """Acts once, so many seconds after it is started, unless it is stopped."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, seconds: float, action: Callable[[], None]
-    ) -> None:
-        self._loop = loop
-        self._seconds = seconds
-        self._action = action
-        self._handle: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        """Start it; one that runs goes on."""
-        if self._handle is None:
-            self._handle = self._loop.call_later(self._seconds, self._action)
-
-    def stop(self) -> None:
-        """Stop it; it can be started again."""
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
-
-
 def malformed_http() -> TaskvecError:
-    """Not a request at all."""
+    """Return the error of bytes that are not an HTTP request."""
     return InvalidRequestError(
         "What the client sent is not well-formed HTTP/1.1: does it speak TLS, or to a proxy?",
         code="invalid_http",
@@ -329,35 +335,35 @@ def malformed_http() -> TaskvecError:
 
 
 def too_many_pipelined() -> TaskvecError:
-    """Too many requests on one connection before their answers."""
+    """Return the error of too many requests ahead of their responses."""
     return InvalidRequestError("Too many requests are pipelined: wait for the answers.")
 
 
 def headers_too_large(limit: int) -> TaskvecError:
-    """A head, or trailers, of more than so many bytes."""
+    """Return the error of headers or trailers over their limit in bytes."""
     return HeadersTooLargeError(
         f"The request's headers are larger than {limit} bytes: send fewer or shorter ones."
     )
 
 
 def headers_too_slow(seconds: float) -> TaskvecError:
-    """A head that takes more than so many seconds."""
+    """Return the error of headers that are not complete in time."""
     return SlowRequestError(
         f"The request's headers did not arrive within {seconds:g} seconds.", code="header_timeout"
     )
 
 
 def too_many_connections(limit: int) -> TaskvecError:
-    """More than so many connections, each with a request in work."""
+    """Return the error of a connection beyond the limit while none is idle."""
     return UnavailableError(
-        f"The server has as many connections as it takes, {limit}: try again later.",
+        f"The server has reached its limit of {limit} connections: try again later.",
         code="too_many_connections",
         retry_after=1,
     )
 
 
 def closing_response(error: TaskvecError) -> Response:
-    """An error's answer, and its connection's last; with an id of its own."""
+    """Return the error response of a request that no application sees; it closes the connection."""
     request_id = os.urandom(16).hex()
     response = error_response(error, request_id)
     response.headers["x-request-id"] = request_id
@@ -366,7 +372,7 @@ def closing_response(error: TaskvecError) -> Response:
 
 
 def closing_bytes(error: TaskvecError) -> bytes:
-    """``last_response`` as it travels."""
+    """Return ``closing_response`` as bytes of HTTP/1.1."""
     response = closing_response(error)
     lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
     lines += [name + b": " + value for name, value in response.raw_headers]

@@ -1,30 +1,25 @@
-"""``taskvec serve`` in one process."""
+"""``taskvec serve`` in one process: settings to a running uvicorn server."""
 
 from __future__ import annotations
 
 import resource
 import ssl
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
-from taskvec.checkpoint.open import open_checkpoint
-from taskvec.engines.base import Engine
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
+from taskvec.server.shutdown import GracefulServer
 from taskvec.settings import Settings
 
-OnFailure = Callable[[BaseException], None]
-
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the idle time of common load balancers."""
+"""Longer than the idle timeout of common load balancers."""
 
-OTHER_FILES = 128
-"""Open files beside client connections: weights, pipes, connections to engine servers."""
+RESERVED_FILES = 128
+"""Open files besides client connections: weights, pipes, connections to engine servers."""
 
 
 def serve(settings: Settings) -> None:
@@ -33,14 +28,19 @@ def serve(settings: Settings) -> None:
     Raises:
         StartError: the service cannot start.
     """
+    # Imported late: prometheus_client must not be imported before processes share a folder.
+    from taskvec.api.app import create_app  # noqa: PLC0415
+    from taskvec.service import build_service  # noqa: PLC0415
+
     failures: list[BaseException] = []
 
     def stop_serving(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app, _ = application(settings, stop_serving)
-    server = uvicorn.Server(
+    tune_malloc(SERVING)
+    app = create_app(build_service(settings), stop_serving)
+    server = GracefulServer(
         uvicorn.Config(app, host=settings.host, port=settings.port, **server_options(settings))
     )
     server.run()
@@ -48,34 +48,8 @@ def serve(settings: Settings) -> None:
         raise failures[0]
 
 
-def application(
-    settings: Settings, on_failure: OnFailure, *, engine_name: str | None = None, **how: Any
-) -> tuple[FastAPI, Engine]:
-    """The application, wired as ``create_app`` says, and its engine; nothing is started.
-
-    With an ``engine_name`` that engine is in another process, and reports to the same series.
-
-    Raises:
-        StartError: the model cannot be served, the keys cannot be read, or traces not be made.
-    """
-    # Where processes share their series, prometheus_client must not be imported before they do.
-    from taskvec.api.app import create_app  # noqa: PLC0415
-    from taskvec.metrics.service import Metrics  # noqa: PLC0415
-    from taskvec.service import make_engine, served_name, task_table  # noqa: PLC0415
-    from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
-
-    tune_malloc(SERVING)
-    checkpoint = open_checkpoint(settings.model, settings.revision)
-    metrics = Metrics(task_table(checkpoint).names)
-    engine = make_engine(settings, checkpoint, metrics, reports_queue=engine_name is None)
-    tracer = make_tracer(served_name(settings, checkpoint)) if settings.traces else None
-    how |= {"engine_name": engine_name, "tracer": tracer}
-    app = create_app(settings, checkpoint, engine, metrics, on_failure, **how)
-    return app, engine
-
-
 def server_options(settings: Settings) -> dict[str, Any]:
-    """What every uvicorn of the service is told.
+    """Return the options of every uvicorn configuration of the service.
 
     Raises:
         StartError: the certificate cannot be used.
@@ -93,7 +67,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
         answer_seconds=settings.answer_timeout,
-        connections=_room_for(settings.max_connections),
+        connections=_connection_limit(settings.max_connections),
     )
     return {
         "ssl_certfile": certificate,
@@ -109,12 +83,12 @@ def server_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _room_for(connections: int) -> int:
-    """So many connections, or as many as the process may have open files for."""
+def _connection_limit(connections: int) -> int:
+    """Raise the limit of open files for so many connections; return how many it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= connections + OTHER_FILES:
+    if soft == resource.RLIM_INFINITY or soft >= connections + RESERVED_FILES:
         return connections
-    wanted = connections + OTHER_FILES
+    wanted = connections + RESERVED_FILES
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(connections, soft - OTHER_FILES))
+    return max(1, min(connections, soft - RESERVED_FILES))

@@ -1,107 +1,74 @@
-"""A signal first empties the service; only then does the server hear of it."""
+"""Graceful shutdown: drain the service on a signal, then let uvicorn stop."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from socket import socket
 from types import FrameType
-from typing import Any
 
 import structlog
 import uvicorn
 
-from taskvec.core.health import ServiceHealth
+from taskvec.service import STATE_KEY, Service
+
+POLL_INTERVAL = 0.02
+"""Seconds between two checks of the requests still in flight."""
 
 log = structlog.get_logger(__name__)
 
-LOOK_EVERY = 0.02
-"""Seconds between two looks at what is still being worked on."""
 
+class GracefulServer(uvicorn.Server):
+    """uvicorn's server, which drains its service before it stops.
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
-
-@contextmanager
-def graceful_shutdown(health: ServiceHealth, grace: float, limit: float) -> Iterator[None]:
-    """Stand before the server's own handlers of SIGTERM and SIGINT; where it has none, do nothing.
-
-    On the first signal the service is not ready any more; after ``grace`` it refuses requests; when
-    all that it had admitted is answered, or ``limit`` has passed, the server is told, and given
-    what is left of ``limit``, or a second, for the answers to be read. The same signal again ends
-    everything at once.
-
-    Args:
-        health: told to leave, then to refuse.
-        grace: seconds in which load balancers may notice; SIGINT comes from a person, and has none.
-        limit: seconds after the grace.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(signal.getsignal(signal.SIGTERM)):
-        yield
-        return
-    drain = _Drain(health, grace, limit)
-    for number in NUMBERS:
-        signal.signal(number, drain.on_signal)
-    try:
-        yield
-    finally:
-        for number, handler in drain.server.items():
-            signal.signal(number, handler)
-
-
-class _Drain:
-    """What happens from the first signal on.
-
-    Attributes:
-        server: the handlers that were there before.
+    On the first signal the service becomes not ready. After ``drain_grace`` seconds, in which load
+    balancers notice, it refuses new requests. When every admitted request is answered, or after
+    ``drain_timeout`` seconds, uvicorn stops; it then has what is left of ``drain_timeout``, at
+    least a second, to send the responses. The same signal again stops at once. SIGINT comes from a
+    person, and skips the grace.
     """
 
-    def __init__(self, health: ServiceHealth, grace: float, limit: float) -> None:
-        self.server: dict[signal.Signals, Any] = {
-            number: signal.getsignal(number) for number in NUMBERS
-        }
-        self._health = health
-        self._grace = grace
-        self._limit = limit
+    def __init__(self, config: uvicorn.Config) -> None:
+        """Prepare, as uvicorn's server."""
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._received: set[int] = set()
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Start listening; from now on signals drain the service."""
+        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._seen: set[int] = set()
-        self._task: asyncio.Task[None] | None = None
 
-    def on_signal(self, number: int, _: FrameType | None) -> None:
-        """Called between any two instructions of the main thread: leave it to the loop."""
-        self._loop.call_soon_threadsafe(self._hear, signal.Signals(number))
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal: called between any two instructions of the main thread."""
+        if self._loop is None or self.should_exit:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._drain_or_stop, signal.Signals(sig))
 
-    def _hear(self, number: signal.Signals) -> None:
-        if number in self._seen:
-            self._tell_server(signal.SIGINT)  # the first one makes uvicorn stop
-            self._tell_server(signal.SIGINT)  # the second one makes it stop at once
-        elif self._task is None:
-            self._task = self._loop.create_task(self._empty(number))
-        self._seen.add(number)
+    def _drain_or_stop(self, number: signal.Signals) -> None:
+        if number in self._received:
+            super().handle_exit(signal.SIGINT, None)  # stops uvicorn
+            super().handle_exit(signal.SIGINT, None)  # stops it without waiting for requests
+        elif self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(number))
+        self._received.add(number)
 
-    async def _empty(self, number: signal.Signals) -> None:
-        health = self._health
+    async def _drain(self, number: signal.Signals) -> None:
+        service: Service = self.lifespan.state[STATE_KEY]
+        health, settings = service.health, service.settings
         log.info("draining", signal=number.name, working=health.work.count)
         health.leave()
         if number == signal.SIGTERM:
-            await asyncio.sleep(self._grace)
+            await asyncio.sleep(settings.drain_grace)
         health.refuse()
-        until = time.monotonic() + self._limit
-        while health.work.count and time.monotonic() < until:  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(LOOK_EVERY)
+        limit = time.monotonic() + settings.drain_timeout
+        while health.work.count and time.monotonic() < limit:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(POLL_INTERVAL)
         log.info("drained", unfinished=health.work.count)
-        # uvicorn has a limit of its own, which it would begin to count only now.
-        server = getattr(self.server[number], "__self__", None)
-        if isinstance(server, uvicorn.Server):
-            left = max(1, math.ceil(until - time.monotonic()))
-            server.config.timeout_graceful_shutdown = left
-        self._tell_server(number)
-
-    def _tell_server(self, number: signal.Signals) -> None:
-        if callable(self.server[number]):
-            self.server[number](number, None)
+        # uvicorn starts counting its own limit only now.
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(limit - time.monotonic()))
+        super().handle_exit(number, None)

@@ -1,4 +1,4 @@
-"""``taskvec serve --workers N``: several gateways, in front of one engine process or a pool."""
+"""``taskvec serve --workers N``: several gateway processes, and one engine process or a pool."""
 
 from __future__ import annotations
 
@@ -17,50 +17,57 @@ from socket import socket
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors import multiprocess
 
 from taskvec.checkpoint.golden import golden_vectors
-from taskvec.checkpoint.open import open_checkpoint
 from taskvec.engines.base import EngineState
 from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
 from taskvec.errors import CheckpointError, StartError
-from taskvec.server.run import application, server_options
-from taskvec.service import key_source
+from taskvec.malloc import SERVING, tune_malloc
+from taskvec.server.run import server_options
+from taskvec.server.shutdown import GracefulServer
+from taskvec.service import START_WAIT, Role, Service, build_service, key_source
 from taskvec.settings import EngineKind, Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
 
-GATEWAY = "taskvec.server.workers:gateway"
-SHARED_SERIES = "PROMETHEUS_MULTIPROC_DIR"
-ENGINE_BEHIND = "TASKVEC_ENGINE_BEHIND"
-"""The variable that tells gateway processes which engine they share, for their metrics."""
+GATEWAY_APP = "taskvec.server.workers:gateway_app"
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+ENGINE_PROCESS = "TASKVEC_ENGINE_BEHIND"
+"""Environment variable that tells gateways the kind of the engine process behind them."""
 
-BAD_START = 3
-"""Exit code on which uvicorn does not start a process again."""
+START_FAILED = 3
+"""Exit code after which uvicorn does not restart a process."""
 
-PATIENCE = 10.0
-"""Seconds that gateways are not started while the engine is, and then do not accept connections
-while they cannot reach it: of several processes on one socket none should refuse what another
-would answer."""
-
-LOOK_EVERY = 0.05
-"""Seconds between two looks at an engine."""
+POLL_INTERVAL = 0.05
+"""Seconds between two checks of the engine."""
 
 log = structlog.get_logger(__name__)
 
 
-class Gateways(Multiprocess):
-    """Gateway processes on one socket; they are replaced when they die."""
+class GatewayProcess(multiprocess.Process):
+    """A gateway process, which drains before it stops."""
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """Server that runs in the process."""
+        if self._server is None:
+            self._server = GracefulServer(self.config)
+        return self._server
+
+
+class Gateways(multiprocess.Multiprocess):
+    """Gateway processes on one socket; a process that dies is replaced."""
 
     def __init__(self, settings: Settings) -> None:
-        """Bind the socket and listen to signals; nothing is started.
+        """Bind the socket and install signal handlers; no process is started.
 
         Raises:
-            CheckpointError: the address cannot be listened on.
+            CheckpointError: the address cannot be bound.
         """
-        # Every process reads its settings as the first one did: from the environment.
+        # Every process reads its settings from the environment, as the first one did.
         os.environ |= settings.model_copy(update={"workers": 1}).environment()
         config = uvicorn.Config(
-            GATEWAY,
+            GATEWAY_APP,
             factory=True,
             workers=settings.workers,
             host=settings.host,
@@ -71,17 +78,18 @@ class Gateways(Multiprocess):
             sockets: list[socket] = [config.bind_socket()]
         except SystemExit:
             raise CheckpointError(
-                f"{settings.host}:{settings.port} cannot be listened on: is another server there?"
+                f"{settings.host}:{settings.port} cannot be bound: is another server using it?"
             ) from None
+        multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
         super().__init__(config, sockets)
 
     @property
-    def told_to_stop(self) -> bool:
-        """True once a signal came that is not handled yet."""
+    def stop_requested(self) -> bool:
+        """Whether a signal arrived that has not been handled yet."""
         return bool(self.signal_queue)
 
     def terminate_all(self) -> None:
-        """Stop listening, then end: what no process would take any more is refused."""
+        """Close the sockets, then end the processes: new connections are refused at once."""
         for listening in self.sockets:
             listening.close()
         super().terminate_all()
@@ -93,21 +101,24 @@ def serve_workers(settings: Settings) -> None:
     Raises:
         StartError: the model cannot be served, or the keys cannot be read.
     """
+    tune_malloc(SERVING)
     keys = key_source(settings)
     if keys is not None:
-        keys.read()  # what the gateways could not read is refused before they are started
-    with _shared_series() as room:
+        keys.read()  # report unreadable keys before any gateway starts
+    with _shared_metrics_folder() as folder:
         if settings.engine is EngineKind.REMOTE:
-            application(settings, _ignore)  # what cannot be served is refused before it is started
+            build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
             Gateways(settings).run()
         else:
-            _serve_engine_and_gateways(settings, room)
+            _serve_engine_and_gateways(settings, folder)
 
 
-def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
-    """The engine in this process, behind a Unix socket; gateways in processes of their own."""
+def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
+    """Run the engine in this process, behind a Unix socket, and gateways in their own processes."""
+    from taskvec.api.app import create_app  # noqa: PLC0415 - after the metrics folder is set
+
     failures: list[BaseException] = []
-    path = room / "engine.sock"
+    path = folder / "engine.sock"
 
     def stop_all(error: BaseException) -> None:
         failures.append(error)
@@ -121,22 +132,20 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
             "max_connections": CONNECTIONS_A_SERVER * settings.workers,
         }
     )
-    app, engine = application(inner, stop_all, behind_gateway=True)
-    golden_vectors(open_checkpoint(settings.model, settings.revision), settings.cache)
-    os.environ[ENGINE_BEHIND] = settings.engine.value
+    service = build_service(inner, Role.ENGINE)
+    golden_vectors(service.checkpoint, settings.cache)
+    os.environ[ENGINE_PROCESS] = settings.engine.value
     outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=outer))
+    app = create_app(service, stop_all)
     server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
-    over = threading.Event()
+    stopped = threading.Event()
 
     def watch() -> None:
-        while not over.wait(LOOK_EVERY):
-            health = engine.health()
+        while not stopped.wait(POLL_INTERVAL):
+            health = service.engine.health()
             if health.state is EngineState.DEAD and not failures:
                 stop_all(RuntimeError(f"The engine died: {health.reason}."))
-
-    def engine_starts() -> bool:
-        return engine.health().state is EngineState.STARTING and not gateways.told_to_stop
 
     threads = [
         threading.Thread(target=server.run, name="engine-server"),
@@ -145,10 +154,10 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
     for thread in threads:
         thread.start()
     try:
-        _wait_while(engine_starts, PATIENCE)
+        _wait_while(lambda: _starting(service) and not gateways.stop_requested, START_WAIT)
         gateways.run()
     finally:
-        over.set()
+        stopped.set()
         server.should_exit = True
         for thread in threads:
             thread.join()
@@ -156,39 +165,44 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
         raise failures[0]
 
 
-def gateway() -> FastAPI:
-    """The application of one gateway process."""
+def gateway_app() -> FastAPI:
+    """Create the application of one gateway process, from the environment."""
+    from taskvec.api.app import create_app  # noqa: PLC0415
+
     settings = Settings()
     configure_logs(settings.log_level)
+    tune_malloc(SERVING)
 
     def end(error: BaseException) -> None:
         log.error("gateway_failed", reason=str(error))
         logging.shutdown()
-        os._exit(BAD_START)
+        os._exit(START_FAILED)
 
     try:
-        behind = os.environ.get(ENGINE_BEHIND)
-        return application(settings, end, patience=PATIENCE, engine_name=behind)[0]
+        service = build_service(
+            settings, Role.GATEWAY, engine_process=os.environ.get(ENGINE_PROCESS)
+        )
     except StartError as error:
-        log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - one sentence says it
-        sys.exit(BAD_START)
+        log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - the sentence says it all
+        sys.exit(START_FAILED)
+    return create_app(service, end)
 
 
-def _ignore(_: BaseException) -> None:
-    """For an application that is only made to see whether it can be."""
+def _starting(service: Service) -> bool:
+    return service.engine.health().state is EngineState.STARTING
 
 
 def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
     limit = time.monotonic() + seconds
     while condition() and time.monotonic() < limit:
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_INTERVAL)
 
 
 @contextmanager
-def _shared_series() -> Iterator[Path]:
-    """A private folder in which all processes keep their metrics, named in the environment."""
-    with tempfile.TemporaryDirectory(prefix="taskvec-") as room:
-        series = Path(room) / "series"
+def _shared_metrics_folder() -> Iterator[Path]:
+    """Make a private folder in which all processes keep their metrics, named in the environment."""
+    with tempfile.TemporaryDirectory(prefix="taskvec-") as folder:
+        series = Path(folder) / "series"
         series.mkdir()
-        os.environ[SHARED_SERIES] = str(series)
-        yield Path(room)
+        os.environ[METRICS_FOLDER] = str(series)
+        yield Path(folder)

@@ -15,7 +15,6 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_
 
 from taskvec import __version__
 from taskvec.telemetry.stages import Stage
-from taskvec.telemetry.tracing import Attributes
 
 _NANO = 1_000_000_000
 
@@ -48,7 +47,11 @@ class OtelSpan:
             span.end()
 
     def end(
-        self, status: int, code: str | None, stages: Iterable[Stage], attributes: Attributes
+        self,
+        status: int,
+        code: str | None,
+        stages: Iterable[Stage],
+        attributes: Mapping[str, str | int],
     ) -> None:
         """See ``RequestSpan``."""
         span = self._span
@@ -68,7 +71,7 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """See ``taskvec.telemetry.tracing.Tracer``."""
+    """See ``Tracer``."""
 
     def __init__(self, model: str) -> None:
         """Start the thread that sends.
@@ -82,7 +85,7 @@ class OtelTracer:
         self._tracer = self._provider.get_tracer("taskvec", __version__)
 
     def begin(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> OtelSpan:
-        """See ``taskvec.telemetry.tracing.Tracer``."""
+        """See ``Tracer``."""
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         span = self._tracer.start_span(
             f"{method} {route}",
@@ -93,7 +96,7 @@ class OtelTracer:
         return OtelSpan(self._tracer, span)
 
     def close(self) -> None:
-        """See ``taskvec.telemetry.tracing.Tracer``."""
+        """See ``Tracer``."""
         self._provider.shutdown()
 
 

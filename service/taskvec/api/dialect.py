@@ -1,0 +1,76 @@
+"""What an API dialect has to provide, and the handler that serves it.
+
+A dialect translates: a JSON body to a job and an output format, vectors to a response. Reading the
+body, deadlines, disconnects, embedding and post-processing are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from taskvec.api.context import context_of
+from taskvec.api.endpoint import Handler
+from taskvec.api.request import RequestLimits, cancel_on_disconnect, header_dict, read_json
+from taskvec.api.response import Vectors, respond
+from taskvec.auth.keys import Key
+from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.job import EmbedJob
+from taskvec.core.postprocess import OutputFormat
+
+
+class Dialect(Protocol):
+    """One spelling of embedding requests and responses."""
+
+    def read(
+        self, body: Any, headers: Mapping[str, str], key: Key | None
+    ) -> tuple[EmbedJob, OutputFormat]:
+        """Translate a JSON body; may run in a thread.
+
+        Raises:
+            InvalidRequestError: names the field at fault.
+            NotFoundError: unknown model.
+        """
+
+    def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
+        """Write the response; may run in a thread.
+
+        Args:
+            vectors: post-processed, for each of the format's types.
+            output: the format that ``read`` returned.
+            tokens: tokens embedded.
+        """
+
+
+def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: RequestLimits) -> Handler:
+    """Return the handler of a dialect's route.
+
+    Args:
+        dialect: translates requests and responses.
+        embedder: runs the jobs.
+        limits: limits of a request.
+    """
+
+    async def embed(request: Request) -> Response:
+        context = context_of(request.scope)
+        headers = header_dict(request.scope)
+        job, output = await read_json(
+            request.receive,
+            headers,
+            limits,
+            lambda body: dialect.read(body, headers, context.key),
+        )
+        context.task, context.texts, context.output = job.task.name, len(job.inputs), output
+        result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
+        context.tokens = result.tokens
+        return await respond(
+            result,
+            output,
+            lambda vectors, tokens: dialect.render(vectors, output, tokens),
+            context,
+        )
+
+    return embed

@@ -1,0 +1,103 @@
+"""Typed reads of JSON fields, shared by the API dialects.
+
+A field may have several spellings: those that a request uses must agree. Errors name the field
+that the client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from taskvec.errors import InvalidRequestError
+
+T = TypeVar("T")
+
+_TYPE_NAMES = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def agreed(
+    body: Mapping[str, Any], spellings: Sequence[str], read: Callable[[Any, str], T]
+) -> T | None:
+    """Return the one value that all spellings of a field give; None if none is present.
+
+    Args:
+        body: JSON object; null counts as absent.
+        spellings: names of the field.
+        read: converts a value, given the name; see ``string``, ``integer``, ``boolean``.
+
+    Raises:
+        InvalidRequestError: two spellings disagree; or raised by ``read``.
+    """
+    value: T | None = None
+    first = ""
+    for field in spellings:
+        if body.get(field) is None:
+            continue
+        other = read(body[field], field)
+        if first and other != value:
+            raise InvalidRequestError(
+                f"{first} and {field} are two spellings of one field and disagree: send one.",
+                code="conflicting_fields",
+                param=field,
+            )
+        value, first = other, field
+    return value
+
+
+def string(value: Any, field: str, *, code: str | None = None) -> str | None:
+    """Return a string or null.
+
+    Raises:
+        InvalidRequestError: neither.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise InvalidRequestError(
+        f"{field} must be a string, got {type_name(value)}.",
+        code=code or f"invalid_{field}",
+        param=field,
+    )
+
+
+def integer(value: Any, field: str) -> int:
+    """Return a whole number.
+
+    Raises:
+        InvalidRequestError: not a whole number.
+    """
+    if type(value) is int:
+        return value
+    raise InvalidRequestError(
+        f"{field} must be a whole number, got {type_name(value)}.",
+        code="invalid_dimensions",
+        param=field,
+    )
+
+
+def boolean(value: Any, field: str) -> bool:
+    """Return true or false.
+
+    Raises:
+        InvalidRequestError: neither.
+    """
+    if isinstance(value, bool):
+        return value
+    raise InvalidRequestError(
+        f"{field} must be true or false, got {type_name(value)}.",
+        code=f"invalid_{field}",
+        param=field,
+    )
+
+
+def type_name(value: Any) -> str:
+    """Return what JSON calls the type of a value, for error messages."""
+    return _TYPE_NAMES[type(value)]

@@ -27,6 +27,7 @@ from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import CheckpointError, TaskvecError
+from taskvec.malloc import trim_malloc
 from taskvec.settings import EngineKind, LimitsDown, Settings
 
 if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
@@ -134,6 +135,7 @@ class Service:
             log.warning("engine_not_measured", reason=error.message)
             return
         self.admission.learn(tokens, seconds)
+        await asyncio.to_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
         log.info(
             "engine_measured",
             tokens_per_second=round(self.admission.rate),

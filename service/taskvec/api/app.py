@@ -26,7 +26,7 @@ from taskvec.api.models import models_router
 from taskvec.api.openapi import documents_router, request_body, response_content
 from taskvec.api.request import RequestLimits
 from taskvec.auth.keys import WatchedKeys
-from taskvec.auth.rate_limit import Limiter
+from taskvec.auth.rate_limit import RateLimiter
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
@@ -212,7 +212,7 @@ def _access(settings: Settings, metrics: Metrics) -> Access | None:
     source = key_source(settings)
     if source is None:
         return None
-    limiter = Limiter(
+    limiter = RateLimiter(
         settings.limits_url,
         open_when_down=settings.limits_down is LimitsDown.OPEN,
         observer=metrics,

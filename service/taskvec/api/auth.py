@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from taskvec.api.context import RequestContext, context_of
 from taskvec.auth.keys import Key, WatchedKeys
-from taskvec.auth.rate_limit import Kind, Limiter, LimitReachedError, Window
+from taskvec.auth.rate_limit import Kind, LimitReachedError, RateLimiter, Window
 from taskvec.errors import AuthenticationError, RateLimitError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -72,7 +72,7 @@ class Gate(SecurityBase):
 class Access:
     """The gate, and the limits of those who passed it."""
 
-    def __init__(self, keys: WatchedKeys, limiter: Limiter) -> None:
+    def __init__(self, keys: WatchedKeys, limiter: RateLimiter) -> None:
         self.gate = Gate(keys)
         self._keys = keys
         self._limiter = limiter

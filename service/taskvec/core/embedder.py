@@ -151,21 +151,21 @@ class AsyncEmbedder:
         """The vectors of each job; only what the cache does not know is embedded."""
         stages.begin("cache")
         recalls = [
-            await cache.recall(texts, job.task.adapter, job.owner)
+            await cache.lookup(texts, job.task.adapter, job.owner)
             for texts, job in zip(ids, jobs, strict=True)
         ]
         stages.end()
-        gaps = [place for place, recall in enumerate(recalls) if recall.unknown]
+        gaps = [place for place, recall in enumerate(recalls) if recall.missing]
         if gaps:
             results = await self._run(
-                [[ids[place][text] for text in recalls[place].unknown] for place in gaps],
+                [[ids[place][text] for text in recalls[place].missing] for place in gaps],
                 [jobs[place] for place in gaps],
                 stages,
                 charge,
             )
             for place, result in zip(gaps, results, strict=True):
-                recalls[place].vectors[recalls[place].unknown] = result.vectors
-                cache.keep(recalls[place])
+                recalls[place].vectors[recalls[place].missing] = result.vectors
+                cache.store(recalls[place])
         return [recall.vectors for recall in recalls]
 
     async def _run(

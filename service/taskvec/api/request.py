@@ -123,7 +123,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        leaving.interrupt()
+        leaving.cancel()
 
     def start_watching() -> None:
         nonlocal watcher

@@ -62,7 +62,7 @@ class Reader:
             self.serve("taskvec serve")
         return f"http://127.0.0.1:{self._port}"
 
-    def run(self, runner: list[str], text: str, place: str) -> str:
+    def run(self, runner: list[str], text: str, location: str) -> str:
         """Run a command or program, assert success, and return its output."""
         if ":8080" in text:
             self.server()
@@ -75,7 +75,7 @@ class Reader:
             check=False,
             timeout=180,
         )
-        assert done.returncode == 0, f"{place}: {text}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{location}: {text}\n{done.stdout}\n{done.stderr}"
         if made := SECRET.search(done.stderr):
             self._secret = made[1]
         return done.stdout
@@ -117,23 +117,25 @@ class Reader:
             self._server = None
 
 
-class Instead(NamedTuple):
+class Substitute(NamedTuple):
     """Substitute for commands that cannot run in a test.
 
     Attributes:
-        begins: pattern of the commands.
+        pattern: matches the commands.
         reason: why they cannot run.
         check: checks the command in another way.
     """
 
-    begins: re.Pattern[str]
+    pattern: re.Pattern[str]
     reason: str
     check: Callable[[Reader, str], object]
 
 
-def instead(command: str) -> Instead | None:
+def substitute_of(command: str) -> Substitute | None:
     """Return the substitute for a command; None if the command can run."""
-    return next((way for way in INSTEAD if way.begins.match(command)), None)
+    return next(
+        (substitute for substitute in SUBSTITUTES if substitute.pattern.match(command)), None
+    )
 
 
 def make_would_run(_: Reader, text: str) -> str:
@@ -199,25 +201,29 @@ def options_exist(_: Reader, text: str) -> None:
     commands[name].make_context(name, options)
 
 
-def _way(begins: str, reason: str, check: Callable[[Reader, str], object]) -> Instead:
-    return Instead(re.compile(begins), reason, check)
+def _substitute(pattern: str, reason: str, check: Callable[[Reader, str], object]) -> Substitute:
+    return Substitute(re.compile(pattern), reason, check)
 
 
-INSTEAD = [
-    _way("make serve", "it installs packages first", make_serves),
-    _way(
+SUBSTITUTES = [
+    _substitute("make serve", "it installs packages first", make_serves),
+    _substitute(
         "make (test|build|images|load|peers)",
         "it takes long, or needs Docker",
         make_would_run,
     ),
-    _way("helm (install|upgrade)", "there is no cluster; tests/deploy has more", helm_renders),
-    _way("helm test", "there is no cluster; tests/deploy asks what the pod asks", helm_has_a_test),
-    _way(".*docker compose", "there is no Docker; tests/deploy has more", compose_has_it),
-    _way("docker run", "there is no Docker; tests/deploy starts it without", image_is_built),
-    _way("pip (install|download)", "it needs an index", pip_has_it),
-    _way("taskvec serve --engine vllm", "tests/real_vllm does, with vLLM", options_exist),
-    _way("taskvec serve --engine remote", "test_remote_serving.py does", options_exist),
-    _way("taskvec eval", "tests/evaluation does, with data of its own", options_exist),
-    _way("TASKVEC_LIMITS_URL=", "tests/auth does, with a Redis", options_exist),
+    _substitute(
+        "helm (install|upgrade)", "there is no cluster; tests/deploy has more", helm_renders
+    ),
+    _substitute(
+        "helm test", "there is no cluster; tests/deploy runs the pod's request", helm_has_a_test
+    ),
+    _substitute(".*docker compose", "there is no Docker; tests/deploy has more", compose_has_it),
+    _substitute("docker run", "there is no Docker; tests/deploy starts it without", image_is_built),
+    _substitute("pip (install|download)", "it needs an index", pip_has_it),
+    _substitute("taskvec serve --engine vllm", "tests/real_vllm does, with vLLM", options_exist),
+    _substitute("taskvec serve --engine remote", "test_remote_serving.py does", options_exist),
+    _substitute("taskvec eval", "tests/evaluation does, with data of its own", options_exist),
+    _substitute("TASKVEC_LIMITS_URL=", "tests/auth does, with a Redis", options_exist),
 ]
 """All commands in the documentation's shell blocks that are not run, and why."""

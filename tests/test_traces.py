@@ -245,11 +245,11 @@ def test_a_collector_that_is_away_harms_nothing(collector: Collector) -> None:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
         with served("--traces", *EXACT) as server:
             assert ask(server.url, {"input": "x"}).status_code == 200
-            begun = time.monotonic()
+            start = time.monotonic()
             server.process.terminate()
             code, _ = ended(server)
     assert code == -signal.SIGTERM
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -272,7 +272,7 @@ def test_embed_names_the_line(text: bytes, number: int, word: str) -> None:
     assert done.returncode == 2
     assert f"Line {number}" in sentence
     assert word in sentence
-    assert "input[" not in sentence, "the index in a request means nothing to a user of lines"
+    assert "input[" not in sentence, "the message must have a line number, not an index"
 
 
 def test_embed_truncates_with_the_option(library: Embedder) -> None:

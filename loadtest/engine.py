@@ -1,6 +1,6 @@
-"""The packed engine against the machine's GEMM rate and against transformers, on a CPU.
+"""Compare the packed engine with the machine's GEMM rate and with transformers, on a CPU.
 
-All sides run in turn in one process with the same threads; the figures that count are ratios.
+All sides run in one process, interleaved, with the same threads; the ratios are what matters.
 
     python loadtest/engine.py --shape qwen3-0.6b --rounds 3
     python loadtest/engine.py --shape mini --rounds 9
@@ -63,11 +63,11 @@ def main() -> None:
                 gemm[name].append(rate)
         for name, side in sides.items():
             tokens = sum(map(len, equal if name.startswith("equal") else mixed))
-            begun = time.perf_counter()
+            started = time.perf_counter()
             side()
             if not warm:
-                rates[name].append(tokens / (time.perf_counter() - begun))
-            print(f"{name}: {tokens / (time.perf_counter() - begun):.0f} tok/s", flush=True)
+                rates[name].append(tokens / (time.perf_counter() - started))
+            print(f"{name}: {tokens / (time.perf_counter() - started):.0f} tok/s", flush=True)
 
     executed = executed_flops(checkpoint, equal) / sum(map(len, equal))
     fastest = [max(pair) for pair in zip(*gemm.values(), strict=True)]
@@ -99,41 +99,41 @@ def main() -> None:
 
 
 def executed_flops(checkpoint: Checkpoint, ids: list[TokenIds]) -> float:
-    """Multiplications and additions in the linear layers that really run.
+    """Return the floating-point operations of the linear layers that are executed.
 
-    The last layer computes all but keys and values for the last token of each text only; what it
-    saves is not counted as work done. Attention is not counted either.
+    The last layer computes only keys and values for all tokens, and everything else for the last
+    token of each text; the savings do not count as work. Attention is not counted.
     """
     backbone = checkpoint.backbone
     tokens = sum(map(len, ids))
-    a_layer = backbone.linear_parameters / backbone.layers
+    per_layer = backbone.linear_parameters / backbone.layers
     keys_values = 2 * backbone.kv_heads * backbone.head_dim * backbone.hidden
-    full = (backbone.layers - 1) * a_layer * tokens
-    return 2 * (full + keys_values * tokens + (a_layer - keys_values) * len(ids))
+    full = (backbone.layers - 1) * per_layer * tokens
+    return 2 * (full + keys_values * tokens + (per_layer - keys_values) * len(ids))
 
 
 @torch.inference_mode()
 def measured_gemm(checkpoint: Checkpoint) -> dict[str, float]:
-    """GFLOP/s in bf16 of one large square product, and of the model's own layers."""
+    """Return GFLOP/s in bfloat16 of one large square product and of the model's layers."""
     square = torch.randn(4096, 4096, dtype=torch.bfloat16)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     functional.linear(square, square)
-    square_rate = 2 * 4096**3 / (time.perf_counter() - begun) / 1e9
+    square_rate = 2 * 4096**3 / (time.perf_counter() - started) / 1e9
     flops = seconds = 0.0
     for out, into in checkpoint.backbone.projections.values():
         rows = torch.randn(1024, into, dtype=torch.bfloat16)
         weight = torch.randn(out, into, dtype=torch.bfloat16)
         functional.linear(rows, weight)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(5):
             functional.linear(rows, weight)
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - started
         flops += 5 * 2 * 1024 * out * into
     return {"square 4096": square_rate, "the model's layers, 1024 rows": flops / seconds / 1e9}
 
 
 def transformers_side(checkpoint: Checkpoint, ids: list[TokenIds]) -> Callable[[], None]:
-    """The backbone alone in transformers, in padded batches of 32 texts sorted by length."""
+    """Return a function that runs the backbone in transformers, in padded batches of 32 texts."""
     from transformers import AutoModel  # noqa: PLC0415 - slow to import
 
     model = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()

@@ -1,9 +1,9 @@
-"""What single texts wait while requests of 2,048 texts keep the engine full.
+"""Measure the latency of single texts while requests of 2,048 texts keep the engine busy.
 
-The bound: the time of one forward, plus twice the idle p99. Forwards do not all take equally long:
-what the gateway does for a request of 2,048 texts takes cores from the one that runs. A single text
-is sent as a forward begins, so its time in the queue is that forward's; the figures say how much of
-its p99 that is.
+The bound is the time of one forward plus twice the idle p99. Forwards vary: the gateway's work for
+a request of 2,048 texts competes with the running one for CPU cores. A single text is sent when a
+forward starts, so its time in the queue is that of the forward; the figures show its part of the
+p99.
 
     python loadtest/fairness.py
 """
@@ -51,21 +51,21 @@ def main() -> None:
 
 
 def one_round(port: int, requests: int) -> dict[str, float]:
-    """Milliseconds: idle, one forward, under bulk that says so and bulk that does not."""
+    """Return milliseconds when idle, of one forward, and under bulk with and without priority."""
     figures: dict[str, float] = {}
     singles(port, WARM_UP)
     idle, _ = singles(port, requests)
-    figures |= {"idle p50 ms": middle(idle), "idle p99 ms": tail(idle)}
+    figures |= {"idle p50 ms": median(idle), "idle p99 ms": p99(idle)}
     for name, headers in (("marked", {"x-priority": "bulk"}), ("unmarked", {})):
         with bulk(port, headers):
             before = forwards(port)
             times, queued = singles(port, requests)
             after = forwards(port)
-        figures[f"under {name} bulk p50 ms"] = middle(times)
-        figures[f"under {name} bulk p99 ms"] = tail(times)
+        figures[f"under {name} bulk p50 ms"] = median(times)
+        figures[f"under {name} bulk p99 ms"] = p99(times)
         if name == "marked":
-            figures["of it in the queue p50 ms"] = middle(queued)
-            figures["of it in the queue p99 ms"] = tail(queued)
+            figures["of it in the queue p50 ms"] = median(queued)
+            figures["of it in the queue p99 ms"] = p99(queued)
             figures["one bulk forward, mean ms"] = bulk_forward(before, after, requests, idle)
             figures["texts a second meanwhile"] = (after["texts"] - before["texts"]) / (
                 after["at"] - before["at"]
@@ -80,16 +80,16 @@ def one_round(port: int, requests: int) -> dict[str, float]:
 
 
 def singles(port: int, requests: int) -> tuple[list[float], list[float]]:
-    """Sorted milliseconds of single texts, one after another, and of their time in the queue."""
+    """Send single texts one after another; return sorted latencies and queue times in ms."""
     body = json.dumps({"input": TEXT, "task": "retrieval.query", "encoding_format": "base64"})
     times, queued = [], []
     connection = http.client.HTTPConnection("127.0.0.1", port)
     for _ in range(requests):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         answer.read()
-        times.append((time.perf_counter() - begun) * 1000)
+        times.append((time.perf_counter() - started) * 1000)
         assert answer.status == 200
         stage = answer.headers["server-timing"].partition("queue;dur=")[2]
         queued.append(float(stage.partition(",")[0]))
@@ -100,22 +100,25 @@ def singles(port: int, requests: int) -> tuple[list[float], list[float]]:
 def bulk_forward(
     before: dict[str, float], after: dict[str, float], singles: int, idle: list[float]
 ) -> float:
-    """Milliseconds of a forward that was no single text's; those took at most what idle ones do."""
-    forwards_between = after["count"] - before["count"] - singles
-    spent = (after["seconds"] - before["seconds"]) * 1000 - singles * middle(idle)
-    return spent / forwards_between
+    """Return the mean milliseconds of a bulk forward.
+
+    The forwards of the single texts are subtracted, each with the median latency when idle.
+    """
+    bulk_forwards = after["count"] - before["count"] - singles
+    milliseconds = (after["seconds"] - before["seconds"]) * 1000 - singles * median(idle)
+    return milliseconds / bulk_forwards
 
 
 @contextmanager
 def bulk(port: int, headers: dict[str, str]) -> Iterator[None]:
-    """Clients that send 2,048 texts again and again, once all of them wait in the queue."""
-    over = threading.Event()
+    """Run clients that repeatedly send 2,048 texts; enter once their requests are queued."""
+    stop = threading.Event()
     body = json.dumps({"input": [TEXT] * 2048, "encoding_format": "base64"}).encode()
     sent = {"Content-Type": "application/json", **headers}
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        while not over.is_set():
+        while not stop.is_set():
             connection.request("POST", "/v1/embeddings", body, sent)
             answer = connection.getresponse()
             answer.read()
@@ -130,13 +133,13 @@ def bulk(port: int, headers: dict[str, str]) -> Iterator[None]:
             time.sleep(0.02)
         yield
     finally:
-        over.set()
+        stop.set()
         for thread in threads:
             thread.join()
 
 
 def forwards(port: int) -> dict[str, float]:
-    """The engine's counters now."""
+    """Return the current counters of the engine."""
     wanted = {
         "taskvec_forward_seconds_count": "count",
         "taskvec_forward_seconds_sum": "seconds",
@@ -151,13 +154,13 @@ def forwards(port: int) -> dict[str, float]:
     return found
 
 
-def middle(times: list[float]) -> float:
-    """The median of sorted times."""
+def median(times: list[float]) -> float:
+    """Return the median of sorted times."""
     return times[len(times) // 2]
 
 
-def tail(times: list[float]) -> float:
-    """The 99th percentile of sorted times."""
+def p99(times: list[float]) -> float:
+    """Return the 99th percentile of sorted times."""
     return times[len(times) * 99 // 100]
 
 

@@ -1,11 +1,11 @@
-"""The gateway's own cost: the whole way of a request in front of an engine that does nothing.
+"""Measure the overhead of the gateway: the full path of a request with a null engine.
 
-Against a bare FastAPI route that parses the same body with pydantic and writes the same bytes:
-``bare`` has them ready, ``bare-encoding`` makes them from vectors with the standard library's
-base64. Both sides answer tokenising with a fixed list; the full path is measured with the real
-tokeniser too. ``gateway`` asks for no key and writes no lines; ``gateway-everything`` has API keys
-with three limits each, a log line a request, and bounded connections, as ``taskvec serve`` has.
-wrk (a Debian package) sends the load, 32 connections, each side in turn.
+The baseline is a bare FastAPI route that parses the same body with pydantic and sends the same
+bytes: ``bare`` sends prepared bytes, ``bare-encoding`` encodes vectors with the standard library's
+base64. The gateway runs with a fixed list of token ids as its tokeniser; ``gateway-tokenizing`` has
+the real one. ``gateway`` has no API keys and no log lines; ``gateway-everything`` has API keys with
+three limits each, a log line per request and limited connections, as in ``taskvec serve``. wrk (a
+Debian package) sends the load over 32 connections to one side after the other.
 
     python loadtest/gateway.py --rounds 5
 """
@@ -55,7 +55,7 @@ SECRET = KEYS.partition("=")[2].partition(",")[0]
 
 
 class NullEngine:
-    """Answers at once with vectors that it has made before."""
+    """Engine that returns prepared vectors at once."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model = replace(checkpoint.card, dimension=DIMENSION)
@@ -77,7 +77,7 @@ class NullEngine:
 
 
 class FixedTokens:
-    """A tokeniser that always gives the same twenty ids, without a thread."""
+    """Tokeniser that always returns the same twenty ids, without a thread."""
 
     max_tokens = 2048
     _ids = np.arange(20, dtype=np.int32)
@@ -92,7 +92,7 @@ class FixedTokens:
 
 
 class Body(BaseModel):
-    """What the bare route parses."""
+    """Request body of the bare route."""
 
     input: str | list[str]
     model: str | None = None
@@ -100,7 +100,7 @@ class Body(BaseModel):
 
 
 def serve(side: str, port: int) -> None:
-    """Run one side until it is killed."""
+    """Serve one side until the process is killed."""
     everything = side == "gateway-everything"
     configure_logs("info" if everything else "error")
     settings = with_keys() if everything else Settings()
@@ -116,7 +116,7 @@ def serve(side: str, port: int) -> None:
 
 
 def with_keys() -> Settings:
-    """API keys, none of whose three limits is reached."""
+    """Return settings with API keys and limits that are never reached."""
     return Settings(
         api_keys=SecretStr(KEYS),
         key_requests_per_minute=100_000_000,
@@ -126,7 +126,7 @@ def with_keys() -> Settings:
 
 
 def bare_app(*, encoding: bool) -> FastAPI:
-    """Parses with pydantic; writes bytes that lie ready, or encodes vectors that do."""
+    """Return the bare application, which parses with pydantic and sends or encodes vectors."""
     app = FastAPI()
     answers = {texts: answer_bytes(texts) for texts in (1, 32)}
     vectors = np.random.default_rng(0).standard_normal((32, DIMENSION), np.float32)
@@ -151,7 +151,7 @@ def bare_app(*, encoding: bool) -> FastAPI:
 
 
 def answer_bytes(texts: int) -> bytes:
-    """The gateway's own answer to so many texts."""
+    """Return the gateway's response to a request with this number of texts."""
     app = gateway_app(Settings(), tokenizing=False)
 
     async def ask() -> bytes:
@@ -163,7 +163,7 @@ def answer_bytes(texts: int) -> bytes:
 
 
 def gateway_app(settings: Settings, *, tokenizing: bool) -> FastAPI:
-    """The real application, in front of the null engine."""
+    """Return the real application with the null engine."""
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     engine = NullEngine(checkpoint)
     checkpoint = replace(checkpoint, card=engine.model)
@@ -173,7 +173,7 @@ def gateway_app(settings: Settings, *, tokenizing: bool) -> FastAPI:
 
 
 def request_body(texts: int) -> bytes:
-    """The body that wrk sends."""
+    """Return the request body that wrk sends."""
     inputs: str | list[str] = TEXT if texts == 1 else [TEXT] * texts
     return orjson.dumps({"input": inputs, "model": "taskvec-mini", "encoding_format": "base64"})
 
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def measured(side: str, texts: int, seconds: int) -> float:
-    """Requests per second that one fresh server answers."""
+    """Start a server and return its requests per second."""
     port = free_port()
     command = [sys.executable, __file__, "--serve", side, "--port", str(port)]
     with (
@@ -230,14 +230,14 @@ def measured(side: str, texts: int, seconds: int) -> float:
 
 
 def wrk(lua: Path, url: str, seconds: int) -> str:
-    """Wrk's report."""
+    """Run wrk and return its report."""
     command = ["wrk", "-t1", "-c32", f"-d{seconds}s", "-s", str(lua), url]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextmanager
 def script(texts: int) -> Any:
-    """A wrk script that posts the body."""
+    """Write a wrk script that posts the body."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "post.lua"
         body = json.dumps(request_body(texts).decode())
@@ -251,16 +251,16 @@ def script(texts: int) -> Any:
 
 
 def tokenizer_rates(rounds: int) -> list[float]:
-    """Texts per second of the tokeniser alone."""
+    """Return the texts per second of the tokeniser alone."""
     tokenizer: TextTokenizer = build_tokenizer(
         open_checkpoint(DEFAULT_MODEL), max_tokens=0, threads=1
     )
     rates = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(200):
             tokenizer.encode_now([TEXT] * 32, prompt="Document: ", truncate=False)
-        rates.append(200 * 32 / (time.perf_counter() - begun))
+        rates.append(200 * 32 / (time.perf_counter() - started))
     return rates
 
 

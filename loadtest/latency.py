@@ -1,4 +1,4 @@
-"""What one user meets: start to ready, one text at a time over HTTP, resident memory.
+"""Measure time from start to ready, latency of one text at a time over HTTP, and resident memory.
 
 python loadtest/latency.py
 """
@@ -17,6 +17,8 @@ from report import spread, write_result
 from server import free_port, wait_ready
 
 TEXT = "How do I find out which process listens on a port?"
+WARM_UP = 50
+"""Requests that are not measured."""
 
 
 def main() -> None:
@@ -27,12 +29,12 @@ def main() -> None:
     ready, medians, tails, engine, resident = [], [], [], [], []
     for _ in range(options.starts):
         port = free_port()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
             try:
                 wait_ready(port)
-                ready.append(time.perf_counter() - begun)
+                ready.append(time.perf_counter() - started)
                 times, engine_times = one_by_one(port, options.requests)
                 medians.append(times[len(times) // 2])
                 tails.append(times[len(times) * 99 // 100])
@@ -55,22 +57,22 @@ def main() -> None:
 
 
 def one_by_one(port: int, requests: int) -> tuple[list[float], list[float]]:
-    """Sorted milliseconds of each request, and of the engine's share of it.
+    """Return sorted milliseconds of each request, and of its part in the engine.
 
-    The standard library's client: httpx and requests spend most of a millisecond of their own.
+    Uses the standard library's client: httpx and requests alone take most of a millisecond.
     """
     body = {"input": TEXT, "task": "retrieval.query", "encoding_format": "base64"}
     content, headers = json.dumps(body), {"Content-Type": "application/json"}
     times, engine = [], []
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    for turn in range(requests + 50):
-        begun = time.perf_counter()
+    for number in range(requests + WARM_UP):
+        started = time.perf_counter()
         connection.request("POST", "/v1/embeddings", content, headers)
         answer = connection.getresponse()
         answer.read()
-        elapsed = (time.perf_counter() - begun) * 1000
+        elapsed = (time.perf_counter() - started) * 1000
         assert answer.status == 200
-        if turn >= 50:
+        if number >= WARM_UP:
             times.append(elapsed)
             stage = answer.headers["server-timing"].partition("engine;dur=")[2]
             engine.append(float(stage.partition(",")[0]))
@@ -79,7 +81,7 @@ def one_by_one(port: int, requests: int) -> tuple[list[float], list[float]]:
 
 
 def resident_megabytes(pid: int) -> float:
-    """VmRSS of a process (Linux)."""
+    """Return VmRSS of a process in MiB (Linux)."""
     status = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024

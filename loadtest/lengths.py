@@ -1,8 +1,8 @@
-"""How long texts are: those of MS MARCO, real questions to a web search and passages of web pages.
+"""Text lengths as in MS MARCO: questions to a web search and passages of web pages.
 
-Its queries have 5.96 words on average, its passages 55.98 (Thakur et al., BEIR, 2021, table 1):
-what a search service embeds one by one and in bulk. The means are theirs; that lengths are
-log-normal, as lengths of texts mostly are, and how wide, is assumed here.
+Its queries have 5.96 words on average, its passages 55.98 (Thakur et al., BEIR, 2021, table 1). A
+search service embeds the former one by one and the latter in bulk. The log-normal distribution,
+usual for text lengths, and its width are assumptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ QUERY = (5.96, 0.5)
 PASSAGE = (55.98, 0.8)
 """Mean words, and the standard deviation of their logarithm."""
 
-LONGEST = 512
+MAX_WORDS = 512
+"""Maximum words in a text."""
 
 # Frequent English words: one token each in most vocabularies.
 WORDS = """
@@ -37,18 +38,18 @@ well went what where which while white why wind without word work world would wr
 def log_normal(
     mean: float, sigma: float, texts: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Whole lengths of this mean, at least 2 and at most ``LONGEST``."""
+    """Draw integer lengths with this mean, from 2 to ``MAX_WORDS``."""
     drawn = random.lognormal(np.log(mean) - 0.5 * sigma**2, sigma, texts).astype(int)
-    return np.clip(drawn, 2, LONGEST)
+    return np.clip(drawn, 2, MAX_WORDS)
 
 
-def some_text(lengths: tuple[float, float], dice: random.Random) -> str:
-    """A text that was hardly sent before: no cache answers it.
+def some_text(lengths: tuple[float, float], rng: random.Random) -> str:
+    """Return a random text, which is almost certainly in no cache.
 
     Args:
         lengths: ``QUERY`` or ``PASSAGE``.
-        dice: equal dice give equal texts.
+        rng: source of randomness; the same seed gives the same texts.
     """
     mean, sigma = lengths
-    words = round(dice.lognormvariate(np.log(mean) - 0.5 * sigma**2, sigma))
-    return " ".join(dice.choices(WORDS, k=min(max(words, 2), LONGEST)))
+    words = round(rng.lognormvariate(np.log(mean) - 0.5 * sigma**2, sigma))
+    return " ".join(rng.choices(WORDS, k=min(max(words, 2), MAX_WORDS)))

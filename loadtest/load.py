@@ -1,8 +1,8 @@
-"""Latency against load: locust sends queries, bulk and mixed requests, in steps, by the clock.
+"""Measure latency against load: locust sends queries, bulk and mixed requests at several levels.
 
-For each scenario the capacity is found first: clients that wait for their answers. Then an open
-loop at shares of it. The exit code is 1 where a latency is over its bound, or an answer is missing
-or is not the expected one. Figures go to results/NAME.json, and as a page with plots to NAME.html.
+For each scenario a closed loop finds the capacity first, then open loops run at fractions of it.
+Exits with 1 if a latency exceeds its threshold, or if a response is missing or unexpected. Writes
+figures to results/NAME.json, and a page with plots to results/NAME.html.
 
     python loadtest/load.py
     python loadtest/load.py --url http://192.0.2.1:8080 --name -
@@ -25,19 +25,19 @@ import gevent
 from gevent.event import Event
 
 from arrivals import ClosedLoop, OpenLoop, poisson
-from drive import Seen, drive
-from judgement import Level, broken, percentile, too_few
+from drive import RunResult, drive
 from latency import resident_megabytes
 from page import page
 from peer_servers import taskvec_server
 from report import RESULTS, machine, write_result
 from scenarios import BULK_TEXTS, Scenario, scenarios
+from thresholds import Level, missed_thresholds, percentile, small_samples
 
 NAMES = [*scenarios()]
 LEVELS = [0.25, 0.5, 0.75, 0.9, 1.2]
 WARM_SECONDS = 3.0
-HIGHEST_RATE = 20_000.0
-"""Requests a second that no schedule exceeds, so that it fits into memory."""
+MAX_RATE = 20_000.0
+"""Maximum requests per second of a schedule, so that it fits into memory."""
 
 
 def main() -> int:
@@ -45,30 +45,36 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--url", default="", help="of a server that runs; without it, one is started"
+        "--url", default="", help="URL of a running server; if not set, one is started"
     )
-    parser.add_argument("--model", default="taskvec-mini", help="of the server that is started")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each level")
-    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="in capacities")
-    parser.add_argument("--scenarios", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--bulk-texts", type=int, default=BULK_TEXTS, help="in a request of bulk")
+    parser.add_argument("--model", default="taskvec-mini", help="model of the started server")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of each level")
     parser.add_argument(
-        "--clients", type=int, help="that seek the capacity, in place of each scenario's own"
+        "--levels", type=float, nargs="+", default=LEVELS, help="as fractions of the capacity"
     )
-    parser.add_argument("--p99", type=float, help="milliseconds, in place of each scenario's own")
-    parser.add_argument("--name", default="load", help="of the results' files; - writes none")
+    parser.add_argument("--scenarios", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument(
+        "--bulk-texts", type=int, default=BULK_TEXTS, help="texts in a bulk request"
+    )
+    parser.add_argument(
+        "--clients", type=int, help="clients of the closed loop; if not set, the scenario's own"
+    )
+    parser.add_argument(
+        "--p99", type=float, help="maximum p99 in milliseconds; if not set, the scenario's own"
+    )
+    parser.add_argument("--name", default="load", help="name of the result files; - writes none")
     options = parser.parse_args()
     with server(options) as (url, memory):
-        found = {name: measure(url, name, options) for name in options.scenarios}
+        measured = {name: measure(url, name, options) for name in options.scenarios}
     missed, notes = [], []
-    for name, (figures, levels) in found.items():
-        missed += broken(name, levels, figures["p99_bound_ms"])
-        notes += too_few(name, levels)
+    for name, (figures, levels) in measured.items():
+        missed += missed_thresholds(name, levels, figures["p99_bound_ms"])
+        notes += small_samples(name, levels)
     result = {
         "model": options.model if not options.url else options.url,
         "seconds": options.seconds,
         "bulk_texts": options.bulk_texts,
-        "scenarios": {name: figures for name, (figures, _) in found.items()},
+        "scenarios": {name: figures for name, (figures, _) in measured.items()},
         "resident_megabytes": {"start": round(memory[0]), "most": round(max(memory))}
         if memory
         else None,
@@ -89,36 +95,36 @@ def main() -> int:
 
 @contextmanager
 def server(options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
-    """The URL of the server to ask, and its resident megabytes, noted every second."""
+    """Yield the URL of the server and its resident megabytes, sampled every second."""
     if options.url:
         yield options.url.rstrip("/"), []
         return
     memory: list[float] = []
-    over = Event()
-    with TemporaryDirectory() as room, taskvec_server(options.model, Path(room)) as running:
-        gevent.spawn(note_memory, running.pid, memory, over)
+    stop = Event()
+    with TemporaryDirectory() as workdir, taskvec_server(options.model, Path(workdir)) as running:
+        gevent.spawn(sample_memory, running.pid, memory, stop)
         try:
             yield running.url, memory
         finally:
-            over.set()
+            stop.set()
 
 
-def note_memory(process: int, memory: list[float], over: Event) -> None:
-    """Every second until it is over."""
+def sample_memory(process: int, memory: list[float], stop: Event) -> None:
+    """Append the resident megabytes of a process every second until stopped."""
     while True:
         memory.append(resident_megabytes(process))
-        if over.wait(1.0):
+        if stop.wait(1.0):
             return
 
 
 def measure(url: str, name: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[Level]]:
-    """The capacity of a scenario, and latencies at shares of it."""
+    """Measure the capacity of a scenario, and latencies at fractions of it."""
     scenario = scenarios(options.bulk_texts)[name]
     clients = options.clients or scenario.clients
     drive(url, ClosedLoop(scenario.requests(0), clients, WARM_SECONDS))
     capacity = drive(url, ClosedLoop(scenario.requests(1), clients, options.seconds))
     if not capacity.answered:
-        raise SystemExit(f"{name}: no right answer from {url}, but {dict(capacity.outcomes)}.")
+        raise SystemExit(f"{name}: no request to {url} succeeded: {dict(capacity.outcomes)}.")
     rate = capacity.answered / capacity.seconds
     levels = []
     for number, load in enumerate(options.levels):
@@ -138,29 +144,29 @@ def measure(url: str, name: str, options: argparse.Namespace) -> tuple[dict[str,
 def at_level(
     url: str, scenario: Scenario, load: float, capacity: float, *, seconds: float, seed: int
 ) -> Level:
-    """One open loop."""
-    rate = min(load * capacity, HIGHEST_RATE)
+    """Run one open loop at a fraction of the capacity."""
+    rate = min(load * capacity, MAX_RATE)
     times = poisson(rate, seconds, random.Random(seed))
-    seen = drive(url, OpenLoop(list(islice(scenario.requests(seed), len(times))), times))
-    assert seen.outcomes.total() == len(times), seen.outcomes
-    return level_of(seen, load, rate)
+    result = drive(url, OpenLoop(list(islice(scenario.requests(seed), len(times))), times))
+    assert result.outcomes.total() == len(times), result.outcomes
+    return level_of(result, load, rate)
 
 
-def level_of(seen: Seen, load: float, rate: float) -> Level:
-    """The figures of what was seen at an offered rate."""
-    good = [*chain.from_iterable(seen.milliseconds.values())]
+def level_of(result: RunResult, load: float, rate: float) -> Level:
+    """Return the figures of a run at an offered rate."""
+    latencies = [*chain.from_iterable(result.milliseconds.values())]
     return Level(
         load=load,
         offered=rate,
-        answered=seen.answered / seen.seconds,
-        texts=seen.texts / seen.seconds,
-        requests=seen.outcomes.total(),
-        outcomes=dict(seen.outcomes),
-        p50_ms=percentile(good, 0.5),
-        p90_ms=percentile(good, 0.9),
-        p99_ms=percentile(good, 0.99),
-        late_p99_ms=percentile(seen.late, 0.99),
-        generator_cores=seen.generator_cores,
+        answered=result.answered / result.seconds,
+        texts=result.texts / result.seconds,
+        requests=result.outcomes.total(),
+        outcomes=dict(result.outcomes),
+        p50_ms=percentile(latencies, 0.5),
+        p90_ms=percentile(latencies, 0.9),
+        p99_ms=percentile(latencies, 0.99),
+        late_p99_ms=percentile(result.late, 0.99),
+        generator_cores=result.generator_cores,
     )
 
 

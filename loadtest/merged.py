@@ -1,10 +1,10 @@
-"""A checkpoint that every server can read: one adapter merged into the weights, no prompts.
+"""Write a checkpoint that every server can read: one adapter merged into the weights, no prompts.
 
-peft merges, so that no side measures with weights that our own code has made.
+peft merges the adapter, so that no server is measured with weights made by our own code.
 
     python loadtest/merged.py mini FOLDER
 
-writes the retrieval adapter of a shape and prints where.
+merges the retrieval adapter of a shape and prints the path of the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from taskvec.checkpoint.vllm_copy import make_vllm_copy, vllm_config
 from workload import checkpoint_of
 
 MODULES = ("Transformer", "Pooling", "Normalize")
-"""What sentence-transformers, and so infinity, puts one after another."""
+"""Modules of a sentence-transformers model, in order; infinity reads the same format."""
 
 
-def merged_folder(checkpoint: Checkpoint, adapter: str, room: Path) -> Path:
-    """A folder under ``room`` in the layout of transformers and of sentence-transformers.
+def merged_folder(checkpoint: Checkpoint, adapter: str, workdir: Path) -> Path:
+    """Write a folder in the formats of transformers and sentence-transformers.
 
     Args:
-        checkpoint: one of a causal backbone.
-        adapter: the name of the one that is merged, in bfloat16.
-        room: an existing folder; what is made is named by the model.
+        checkpoint: checkpoint with a causal backbone.
+        adapter: name of the adapter, merged in bfloat16.
+        workdir: existing folder, in which the new one is created.
+
+    Returns:
+        The new folder.
     """
-    folder = room / f"{checkpoint.folder.name}-{adapter}"
-    base = AutoModel.from_pretrained(make_vllm_copy(checkpoint, room), dtype=torch.bfloat16)
+    folder = workdir / f"{checkpoint.folder.name}-{adapter}"
+    base = AutoModel.from_pretrained(make_vllm_copy(checkpoint, workdir), dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, checkpoint.folder / "adapters" / adapter)
     model.merge_and_unload().save_pretrained(folder)
     shutil.copy(checkpoint.tokenizer, folder / "tokenizer.json")
-    longest = checkpoint.card.max_tokens
+    max_tokens = checkpoint.card.max_tokens
     pooling = {
         "word_embedding_dimension": checkpoint.backbone.hidden,
         "pooling_mode_mean_tokens": False,
@@ -49,24 +52,24 @@ def merged_folder(checkpoint: Checkpoint, adapter: str, room: Path) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "[PAD]",
         "padding_side": "right",
-        "model_max_length": longest,
+        "model_max_length": max_tokens,
     }
     kind = "sentence_transformers.models"
-    places = ("", "1_Pooling", "2_Normalize")
+    paths = ("", "1_Pooling", "2_Normalize")
     modules = [
-        {"idx": i, "name": str(i), "path": place, "type": f"{kind}.{name}"}
-        for i, (name, place) in enumerate(zip(MODULES, places, strict=True))
+        {"idx": i, "name": str(i), "path": path, "type": f"{kind}.{name}"}
+        for i, (name, path) in enumerate(zip(MODULES, paths, strict=True))
     ]
-    for place, content in (
+    for path, content in (
         ("config.json", vllm_config(checkpoint)),
         ("tokenizer_config.json", tokenizer),
         ("modules.json", modules),
-        ("sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}),
+        ("sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False}),
         ("config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None}),
         ("1_Pooling/config.json", pooling),
     ):
-        (folder / place).parent.mkdir(exist_ok=True)
-        (folder / place).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content, indent=2) + "\n")
     return folder
 
 

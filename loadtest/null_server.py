@@ -1,6 +1,6 @@
-"""Servers that cost next to nothing, so that what stands before them can be measured.
+"""Engine servers that take almost no CPU time, to measure the gateway in front of them.
 
-They give the golden vectors to a gateway's probes and ready bytes to everything else.
+They answer a gateway's probes with the golden vectors, and all other requests with prepared bytes.
 
     python loadtest/null_server.py vllm --port 9000 --model FOLDER
     python loadtest/null_server.py taskvec --uds /tmp/engine.sock --model FOLDER
@@ -25,17 +25,17 @@ from taskvec.service import Role, build_service
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
 
-MOST_TEXTS = 2048
+MAX_TEXTS = 2048
 
 
 class NullEngine:
-    """Answers at once with vectors that it has made before."""
+    """Engine that returns prepared vectors at once."""
 
     def __init__(self, checkpoint: Checkpoint, golden: GoldenVectors) -> None:
         self.model = checkpoint.card
         self.finished = 0
         random = np.random.default_rng(0)
-        self._vectors = random.standard_normal((MOST_TEXTS, self.model.dimension), np.float32)
+        self._vectors = random.standard_normal((MAX_TEXTS, self.model.dimension), np.float32)
         self._golden = {
             (adapter, probe.tobytes()): vector
             for adapter, vectors in golden.vectors.items()
@@ -63,7 +63,7 @@ class NullEngine:
 
 
 class NullVllm:
-    """As much of vLLM's OpenAI server as a gateway talks to; a bare ASGI application."""
+    """The routes of vLLM's OpenAI server that a gateway calls, as a bare ASGI application."""
 
     def __init__(self, engine: NullEngine) -> None:
         self._engine = engine
@@ -109,8 +109,8 @@ def main() -> None:
         settings = Settings(token_input=TokenInput.ACCEPT)
         service = build_service(settings, Role.ENGINE, checkpoint=checkpoint, engine=engine)
         app = create_app(service, print)
-    place = {"uds": options.uds} if options.uds else {"port": options.port}
-    uvicorn.run(app, log_config=None, access_log=False, **place)
+    address = {"uds": options.uds} if options.uds else {"port": options.port}
+    uvicorn.run(app, log_config=None, access_log=False, **address)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Five times the load that the service can bear, for a minute: what is still answered, and how.
+"""Measure goodput at five times the service's capacity, for one minute.
 
-Each round begins and ends with the capacity: as many clients as keep the engine busy, each sending
-when it was answered. Between them an open loop: requests start by the clock at a multiple of that
-rate, answered or not. Goodput is compared within a round, because the machine's speed changes.
+Each round starts and ends with a closed loop, which measures the capacity: as many clients as keep
+the engine busy, each waiting for its response. In between an open loop sends requests by a schedule
+at a multiple of that rate. Goodput is compared with the capacity of the same round, because the
+machine's speed varies.
 
-Goodput, what is refused, how long what is admitted takes, and memory are held against the bounds;
-the exit code is 1 where one is broken.
+Goodput, rejections, latency of admitted requests and memory are checked against thresholds; exits
+with 1 if one is missed.
 
     python loadtest/overload.py
 """
@@ -36,19 +37,25 @@ QUEUE_SECONDS = 5.0
 CAPACITY_SECONDS = 15.0
 BODY = orjson.dumps({"input": [TEXT] * TEXTS, "encoding_format": "base64"})
 
-LEAST_GOODPUT = 0.9
-"""Share of the capacity that must still be answered."""
+MIN_GOODPUT = 0.9
+"""Minimum goodput as a fraction of the capacity."""
 
-LONGEST = 2.0 * QUEUE_SECONDS
-"""Seconds within which 99 of 100 of the admitted are answered: the queue is an estimate."""
+MAX_P99_SECONDS = 2.0 * QUEUE_SECONDS
+"""Maximum p99 of admitted requests in seconds; twice the queue, because its length is estimated."""
 
-MOST_GROWTH = 20.0
-"""Megabytes by which memory may grow in the second half, when queues and pools are full."""
+MAX_GROWTH_MEGABYTES = 20.0
+"""Maximum growth of memory after the first third of the run, when queues and pools are full."""
 
 
 @dataclass(slots=True)
-class Seen:
-    """What clients saw: outcomes, seconds of good answers, and bad refusals."""
+class RunResult:
+    """Result of open loops.
+
+    Attributes:
+        outcomes: number of requests by status or exception.
+        seconds: latencies of successful requests.
+        unclean: bodies of responses that are neither a success nor a proper 429.
+    """
 
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -59,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--times", type=float, default=5.0, help="the load, in capacities")
+    parser.add_argument("--times", type=float, default=5.0, help="load as multiple of the capacity")
     options = parser.parse_args()
     port = free_port()
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
@@ -82,37 +89,37 @@ def main() -> int:
 async def measure(
     port: int, process: int, seconds: float, times: float, rounds: int
 ) -> dict[str, Any]:
-    """Capacity before and after, the overload between them; several times."""
+    """Alternate closed loops and overload, and check the thresholds."""
     sender = Sender(port, BODY)
     await closed_loop(sender, 3)
     memory: list[float] = []
-    watching = asyncio.create_task(watch(process, memory))
-    seen = Seen()
+    sampling = asyncio.create_task(sample_memory(process, memory))
+    result = RunResult()
     capacities, answered, shares = [], [], []
     capacity = await closed_loop(sender, CAPACITY_SECONDS)
     for _ in range(rounds):
-        good = len(seen.seconds)
-        spent = await open_loop(sender, seconds, capacity * times, seen)
+        before = len(result.seconds)
+        spent = await open_loop(sender, seconds, capacity * times, result)
         after = await closed_loop(sender, CAPACITY_SECONDS)
         capacities.append((capacity + after) / 2)
-        answered.append((len(seen.seconds) - good) / spent)
+        answered.append((len(result.seconds) - before) / spent)
         shares.append(answered[-1] / capacities[-1])
         capacity = after
         print(f"{answered[-1]:.1f} of {capacities[-1]:.1f} requests/s", file=sys.stderr)
-    watching.cancel()
+    sampling.cancel()
     sender.close()
-    seconds_of_admitted = sorted(seen.seconds)
-    tail = seconds_of_admitted[len(seconds_of_admitted) * 99 // 100]
+    seconds_of_admitted = sorted(result.seconds)
+    p99 = seconds_of_admitted[len(seconds_of_admitted) * 99 // 100]
     growth = max(memory) - memory[len(memory) // 3]
     share = statistics.median(shares)
     broken = []
-    if share < LEAST_GOODPUT:
+    if share < MIN_GOODPUT:
         broken.append(f"Goodput fell to {share:.2f} of the capacity.")
-    if set(seen.outcomes) - {"200", "429"} or seen.unclean:
-        broken.append(f"Not all was answered or cleanly refused: {seen.outcomes} {seen.unclean}")
-    if tail > LONGEST:
-        broken.append(f"The 99th percentile of admitted requests is {tail:.1f} s.")
-    if growth > MOST_GROWTH:
+    if set(result.outcomes) - {"200", "429"} or result.unclean:
+        broken.append(f"Unexpected responses: {result.outcomes} {result.unclean}")
+    if p99 > MAX_P99_SECONDS:
+        broken.append(f"The 99th percentile of admitted requests is {p99:.1f} s.")
+    if growth > MAX_GROWTH_MEGABYTES:
         broken.append(f"Memory grew by {growth:.0f} MB.")
     return {
         "texts_a_request": TEXTS,
@@ -123,9 +130,9 @@ async def measure(
         "capacity_requests_a_second": spread(capacities),
         "answered_requests_a_second": spread(answered),
         "goodput_of_capacity": spread(shares, 3),
-        "outcomes": dict(seen.outcomes),
+        "outcomes": dict(result.outcomes),
         "admitted_p50_seconds": round(seconds_of_admitted[len(seconds_of_admitted) // 2], 2),
-        "admitted_p99_seconds": round(tail, 2),
+        "admitted_p99_seconds": round(p99, 2),
         "resident_megabytes": {
             "start": round(memory[0]),
             "after_a_third": round(memory[len(memory) // 3]),
@@ -136,7 +143,7 @@ async def measure(
 
 
 async def closed_loop(sender: Sender, seconds: float) -> float:
-    """Requests a second that are answered when each client waits for its answer."""
+    """Run clients that each wait for their response; return successful requests per second."""
     until = time.monotonic() + seconds
     answered = 0
 
@@ -151,35 +158,36 @@ async def closed_loop(sender: Sender, seconds: float) -> float:
     return answered / seconds
 
 
-async def open_loop(sender: Sender, seconds: float, rate: float, seen: Seen) -> float:
-    """Requests by the clock; gives the seconds until all was answered."""
-    begun = time.monotonic()
+async def open_loop(sender: Sender, seconds: float, rate: float, result: RunResult) -> float:
+    """Send requests at a fixed rate; return the seconds until the last response."""
+    started = time.monotonic()
     running = set()
     for number in range(int(seconds * rate)):
-        await asyncio.sleep(max(0.0, begun + number / rate - time.monotonic()))
-        request = asyncio.create_task(one(sender, seen))
+        await asyncio.sleep(max(0.0, started + number / rate - time.monotonic()))
+        request = asyncio.create_task(send_one(sender, result))
         running.add(request)
         request.add_done_callback(running.discard)
     await asyncio.gather(*running)
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
-async def one(sender: Sender, seen: Seen) -> None:
-    begun = time.monotonic()
+async def send_one(sender: Sender, result: RunResult) -> None:
+    """Send one request and record its outcome."""
+    started = time.monotonic()
     try:
         answer = await sender.send()
     except OSError as error:
-        seen.outcomes[type(error).__name__] += 1
+        result.outcomes[type(error).__name__] += 1
         return
-    seen.outcomes[str(answer.status)] += 1
+    result.outcomes[str(answer.status)] += 1
     if answer.status == 200:
-        seen.seconds.append(time.monotonic() - begun)
+        result.seconds.append(time.monotonic() - started)
     elif b"\nretry-after: " not in answer.head or orjson.loads(answer.body)["code"] != "queue_full":
-        seen.unclean.append(answer.body.decode(errors="replace")[:200])
+        result.unclean.append(answer.body.decode(errors="replace")[:200])
 
 
-async def watch(process: int, memory: list[float]) -> None:
-    """Note the resident memory every second."""
+async def sample_memory(process: int, memory: list[float]) -> None:
+    """Append the resident megabytes of a process every second."""
     while True:
         memory.append(resident_megabytes(process))
         await asyncio.sleep(1)

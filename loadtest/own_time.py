@@ -1,10 +1,10 @@
-"""The gateway's own time for a request, in one process and without a network.
+"""Measure the gateway's own time for a request, in one process and without a network.
 
-A bare FastAPI route and the gateway before an engine that does nothing, as in loadtest/gateway.py,
-are called as a server calls an application, in turn; the least time of many rounds is what the code
-costs where nothing else wants the processor. ``limits`` asks for an API key with three limits.
+A bare FastAPI route and the gateway with a null engine, as in loadtest/gateway.py, are called
+through ASGI, interleaved. The minimum of many rounds is the cost of the code without noise from
+other processes. ``limits`` has API keys with three limits.
 
-``quiet`` writes no log lines, ``lines`` one a request; each is a process of its own.
+``quiet`` writes no log lines, ``lines`` one per request; each is measured in its own process.
 
     python loadtest/own_time.py --rounds 120
 """
@@ -32,13 +32,13 @@ from taskvec.telemetry.logs import configure_logs
 
 PARTS = ("quiet", "lines")
 REQUESTS = 40
-"""Of a round of one side."""
+"""Requests per round of one side."""
 
 PAUSE = 0.06
-"""Seconds between rounds: lines are written by then, and fall on no other side."""
+"""Seconds between rounds, so that log lines are written before the next side is measured."""
 
 WARM_UP = 1.5
-"""Seconds until the engine is ready and calibrated."""
+"""Seconds until the engine is ready and its speed has been measured."""
 
 
 def main() -> None:
@@ -51,12 +51,12 @@ def main() -> None:
         return
     figures: dict[str, Any] = {"requests_of_a_round": REQUESTS, "rounds": options.rounds}
     for name in PARTS:
-        figures[f"microseconds, {name}"] = itself(name, options.rounds)
+        figures[f"microseconds, {name}"] = run_part(name, options.rounds)
     write_result("own-time", figures)
 
 
-def itself(name: str, rounds: int) -> Any:
-    """What this script prints of one part, in a process of its own; log lines go nowhere."""
+def run_part(name: str, rounds: int) -> Any:
+    """Run one part in a process of its own, whose log lines are discarded; return its figures."""
     command = [sys.executable, __file__, "--part", name, "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -65,7 +65,7 @@ def itself(name: str, rounds: int) -> Any:
 
 
 def part(name: str, rounds: int) -> Any:
-    """One part's figures."""
+    """Measure one part."""
     tune_malloc(SERVING)
     configure_logs("info" if name == "lines" else "error")
     apps = {
@@ -77,7 +77,7 @@ def part(name: str, rounds: int) -> Any:
 
 
 async def own_times(apps: dict[str, FastAPI], rounds: int) -> dict[str, Any]:
-    """Microseconds of a request, by its number of texts and by who answers."""
+    """Return microseconds per request, by number of texts and by side."""
     found: dict[str, Any] = {}
     async with AsyncExitStack() as stack:
         for app in apps.values():
@@ -88,24 +88,24 @@ async def own_times(apps: dict[str, FastAPI], rounds: int) -> dict[str, Any]:
             times: dict[str, list[float]] = {side: [] for side in apps}
             for _ in range(rounds):
                 for side, app in apps.items():
-                    begun = time.perf_counter()
+                    started = time.perf_counter()
                     for _ in range(REQUESTS):
                         await asyncio.create_task(ask(app, body))
-                    times[side].append((time.perf_counter() - begun) / REQUESTS)
+                    times[side].append((time.perf_counter() - started) / REQUESTS)
                     await asyncio.sleep(PAUSE)
             found[f"{texts} texts"] = {side: microseconds(spent) for side, spent in times.items()}
     return found
 
 
 async def ask(app: FastAPI, body: bytes) -> None:
-    """Send one request, and take its answer."""
-    waiting: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    """Send one request through ASGI and receive its response."""
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:
-        if not waiting:
-            await asyncio.Event().wait()  # the client stays
-        return waiting.pop()
+        if not messages:
+            await asyncio.Event().wait()  # the client does not disconnect
+        return messages.pop()
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -136,7 +136,7 @@ async def ask(app: FastAPI, body: bytes) -> None:
 
 
 def microseconds(seconds: list[float]) -> dict[str, float]:
-    """The least and the middle."""
+    """Return the minimum and the median in microseconds."""
     return {
         "least": round(min(seconds) * 1e6, 1),
         "median": round(float(np.median(seconds)) * 1e6, 1),

@@ -1,4 +1,4 @@
-"""The report of a load test: one HTML file that fetches nothing."""
+"""Render the report of a load test as one HTML file without external resources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from judgement import FULL, HALF
+from thresholds import LATENCY_MAX_LOAD, REFUSAL_MIN_LOAD
 
 CURVES = {"p99_ms": "#c0392b", "p90_ms": "#e08e0b", "p50_ms": "#2471a3"}
 
@@ -19,15 +19,20 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(result: dict[str, Any]) -> str:
-    """The HTML of what load.py found, as it is in the result's file."""
+    """Return the HTML of a result of load.py."""
     template = jinja2.Template(
         TEMPLATE.read_text(), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    return template.render(result=result, plot=plot, half=HALF, full=FULL)
+    return template.render(
+        result=result,
+        plot=plot,
+        latency_max_load=LATENCY_MAX_LOAD,
+        refusal_min_load=REFUSAL_MIN_LOAD,
+    )
 
 
 def plot(scenario: dict[str, Any]) -> Markup:
-    """Latency against offered load, as SVG."""
+    """Plot latency against offered load as SVG."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, colour in CURVES.items():
@@ -44,12 +49,12 @@ def plot(scenario: dict[str, Any]) -> Markup:
             label=name.removesuffix("_ms"),
         )
     axes.axvline(scenario["capacity_requests_a_second"], color="grey", ls=":", label="capacity")
-    axes.axhline(scenario["p99_bound_ms"], color="grey", ls="--", label="bound of the p99")
+    axes.axhline(scenario["p99_bound_ms"], color="grey", ls="--", label="maximum p99")
     axes.set(xlabel="offered requests/s", ylabel="ms", yscale="log", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     text = io.StringIO()
-    # Shapes, not fonts of this machine; no date: an equal result gives an equal file.
+    # Glyphs as paths, a fixed salt and no date, so that equal results give equal files.
     with mpl.rc_context({"svg.hashsalt": "taskvec", "svg.fonttype": "path"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])  # noqa: S704 - our own numbers

@@ -1,4 +1,4 @@
-"""How far the packed engine lies from transformers and peft in float32, on a CPU.
+"""Compare the vectors of the packed engine with transformers and peft in float32, on a CPU.
 
 PYTHONPATH=tests python loadtest/parity.py
 """
@@ -26,19 +26,23 @@ LENGTHS = (1, 2, 7, 33, 64, 319, 320, 700, 2048)
 def main() -> None:
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
+        workdir = Path(folder)
         checkpoints = {"default model": checkpoint_of("mini")}
         for name, shape in (("small layout", TINY_SMALL), ("nano layout", TINY_NANO)):
-            place = write_checkpoint(room / name.partition(" ")[0], shape)
+            place = write_checkpoint(workdir / name.partition(" ")[0], shape)
             checkpoints[name] = read_checkpoint(place, name)
         figures = {
-            name: differences(checkpoint, room, device) for name, checkpoint in checkpoints.items()
+            name: differences(checkpoint, workdir, device)
+            for name, checkpoint in checkpoints.items()
         }
     write_result("parity", {"lengths": LENGTHS, **figures})
 
 
-def differences(checkpoint: Checkpoint, room: Path, device: torch.device) -> dict[str, float]:
-    """Greatest component difference in float32, least cosine in bfloat16; all adapters mixed."""
+def differences(checkpoint: Checkpoint, workdir: Path, device: torch.device) -> dict[str, float]:
+    """Return the maximum component difference in float32 and the minimum cosine in bfloat16.
+
+    The batch mixes all adapters.
+    """
     adapters: list[str | None] = [*checkpoint.card.adapters, None]
     names = [adapters[i % len(adapters)] for i in range(len(adapters) * len(LENGTHS))]
     random = np.random.default_rng(0)
@@ -48,7 +52,7 @@ def differences(checkpoint: Checkpoint, room: Path, device: torch.device) -> dic
         for _ in adapters
     ]
     oracle = Oracle(
-        checkpoint.folder, checkpoint.backbone.architecture, checkpoint.card.adapters, room
+        checkpoint.folder, checkpoint.backbone.architecture, checkpoint.card.adapters, workdir
     )
     truth = np.stack([oracle.embed(text, name) for text, name in zip(ids, names, strict=True)])
     result = {}
@@ -68,7 +72,7 @@ def differences(checkpoint: Checkpoint, room: Path, device: torch.device) -> dic
 
 
 def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1."""
+    """Return rows scaled to length 1."""
     unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
 

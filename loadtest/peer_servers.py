@@ -1,4 +1,4 @@
-"""The same checkpoint behind taskvec, behind vLLM's own server and behind infinity."""
+"""Start taskvec, vLLM's server and infinity with the same checkpoint."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
 
 START_SECONDS = 300.0
-"""vLLM takes up to a minute on two cores, more on a busy machine."""
+"""Timeout of a start; vLLM takes up to a minute on two cores, longer on a busy machine."""
 
-LONGEST = 2048
-"""Tokens of a text at most: vLLM keeps room for one of the longest, and that must fit."""
+MAX_TOKENS = 2048
+"""Maximum tokens of a text; vLLM reserves memory for one text of this length."""
 
 
-class Running(NamedTuple):
-    """A server that is ready; ``pid`` of the first of its processes."""
+class RunningServer(NamedTuple):
+    """URL of a ready server, and the id of its main process."""
 
     url: str
     pid: int
 
 
 @contextmanager
-def taskvec_server(model: str, room: Path) -> Iterator[Running]:
-    """This project's, as it comes; the folder takes its log."""
+def taskvec_server(model: str, workdir: Path) -> Iterator[RunningServer]:
+    """Run taskvec with its default settings; ``workdir`` gets its log."""
     command = [sys.executable, "-m", "taskvec", "serve", "--model", model]
-    with _running(command, "/health/ready", room / "taskvec.log") as server:
+    with _running(command, "/health/ready", workdir / "taskvec.log") as server:
         yield server
 
 
 @contextmanager
-def vllm_server(python: Path, checkpoint: Checkpoint, room: Path) -> Iterator[Running]:
-    """A stock vLLM server, by the command line that taskvec prints."""
-    options = VllmOptions(memory_share=0.15, max_tokens=LONGEST)
-    words = server_command(checkpoint, make_vllm_copy(checkpoint, room), options, gpu=False)
-    # The CPU build's `vllm` command fails; its server module takes the same flags.
+def vllm_server(python: Path, checkpoint: Checkpoint, workdir: Path) -> Iterator[RunningServer]:
+    """Run a vLLM server with the command line of ``taskvec engine-args``."""
+    options = VllmOptions(memory_share=0.15, max_tokens=MAX_TOKENS)
+    words = server_command(checkpoint, make_vllm_copy(checkpoint, workdir), options, gpu=False)
+    # The CPU build's `vllm` command fails; its server module has the same options.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", *words[2:]]
     command += ["--host", "127.0.0.1", "--disable-uvicorn-access-log"]
     environment = {
@@ -51,28 +51,28 @@ def vllm_server(python: Path, checkpoint: Checkpoint, room: Path) -> Iterator[Ru
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    with _running(command, "/health", room / "vllm.log", environment) as server:
+    with _running(command, "/health", workdir / "vllm.log", environment) as server:
         yield server
 
 
 @contextmanager
-def infinity_server(python: Path, checkpoint: Checkpoint, room: Path) -> Iterator[Running]:
-    """An infinity server; it reads the layout of sentence-transformers, see merged.py."""
+def infinity_server(python: Path, checkpoint: Checkpoint, workdir: Path) -> Iterator[RunningServer]:
+    """Run an infinity server, which reads the format of sentence-transformers, see merged.py."""
     command = [str(python.with_name("infinity_emb")), "v2", "--model-id", str(checkpoint.folder)]
     command += ["--served-model-name", checkpoint.card.name, "--url-prefix", "/v1"]
     command += ["--engine", "torch", "--device", "cpu", "--dtype", "bfloat16"]
     command += ["--host", "127.0.0.1", "--log-level", "error"]
     environment = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    with _running(command, "/health", room / "infinity.log", environment) as server:
+    with _running(command, "/health", workdir / "infinity.log", environment) as server:
         yield server
 
 
 @contextmanager
 def _running(
     command: Sequence[str], health: str, log: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     port = free_port()
-    # Each is to choose its threads itself, as it does where nobody has set this.
+    # Each server chooses its number of threads itself if this is not set.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with (
         log.open("wb") as output,
@@ -88,13 +88,13 @@ def _running(
                 wait_ready(port, health, START_SECONDS, process)
             except (TimeoutError, ChildProcessError) as error:
                 raise RuntimeError(f"{error}: {log.read_text()[-2000:]}") from None
-            yield Running(f"http://127.0.0.1:{port}", process.pid)
+            yield RunningServer(f"http://127.0.0.1:{port}", process.pid)
         finally:
             process.terminate()
 
 
 def installed(python: Path, package: str) -> str:
-    """The version of a package in another environment."""
+    """Return the version of a package in another environment."""
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     return subprocess.run(
         [str(python), "-c", code], capture_output=True, text=True, check=True

@@ -1,9 +1,9 @@
-"""What a gateway costs in front of other servers, and how gateways side by side scale.
+"""Measure the cost of a gateway in front of engine servers, and the scaling of gateway processes.
 
-Three parts: the gateway's processor time per text in front of servers that cost nothing; one and
-two gateway processes in front of one engine process; and, given vLLM's own environment (``make
-.venv-vllm/stamp``), the gateway against calling the same vLLM server directly with the same token
-ids and bytes. wrk sends the load.
+Three parts: the gateway's CPU time per text in front of servers with almost no cost; one and two
+gateway processes in front of one engine process; and, with vLLM's own environment (``make
+.venv-vllm/stamp``), the gateway compared with calling the same vLLM server directly with the same
+token ids. wrk sends the load.
 
     python loadtest/remote.py --vllm-python .venv-vllm/bin/python
 """
@@ -38,11 +38,11 @@ from workload import QWEN, checkpoint_of
 HERE = Path(__file__).parent
 TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
 TICKS = os.sysconf("SC_CLK_TCK")
-VLLM_LONGER = 4
-"""vLLM on a CPU answers few requests a second: its rounds are so many times longer."""
+VLLM_FACTOR = 4
+"""Factor for the duration of vLLM's rounds: on a CPU it answers few requests per second."""
 SIDES = ("direct", "through the gateway")
 Figures = dict[tuple[str, int, int], list[tuple[float, float]]]
-"""By side, texts a request and connections: requests a second and median milliseconds, a round."""
+"""(side, texts per request, connections) -> (requests per second, median ms) of each round."""
 
 
 def main() -> None:
@@ -52,34 +52,34 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path)
     options = parser.parse_args()
     model = str(checkpoint_of(QWEN).folder)
-    with tempfile.TemporaryDirectory() as room:
+    with tempfile.TemporaryDirectory() as workdir:
         figures: dict[str, Any] = {
             "vector": "1024 dimensions, base64, tokenised by the gateway",
             "gateway processor time": {
                 f"{kind}, {connections} connections": processor_time(
-                    kind, connections, model, Path(room), options
+                    kind, connections, model, Path(workdir), options
                 )
                 for kind in ("vllm", "taskvec")
                 for connections in (2, 8)
             },
             "of it the tokenizer, measured alone": tokenizer_time(options),
-            "gateways side by side": side_by_side(model, Path(room), options),
+            "gateways side by side": side_by_side(model, Path(workdir), options),
         }
         if options.vllm_python:
-            figures["over vLLM"] = over_vllm(options.vllm_python, Path(room), options)
+            figures["over vLLM"] = over_vllm(options.vllm_python, Path(workdir), options)
     write_result("remote", figures)
 
 
 def processor_time(
-    kind: str, connections: int, model: str, room: Path, options: argparse.Namespace
+    kind: str, connections: int, model: str, workdir: Path, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of the gateway process per text, 32 texts a request."""
+    """Return the gateway's CPU microseconds per text, with 32 texts per request."""
     micros, rates = [], []
-    with null_server(kind, model, room) as url, gateway(model, room, url) as (place, pid):
+    with null_server(kind, model, workdir) as engine, gateway(model, workdir, engine) as (url, pid):
         for warm in [True] + [False] * options.rounds:
-            before, done = cpu_seconds(pid), ready_requests(place)
-            rate = wrk(f"{place}/v1/embeddings", text_body(32), connections, options.seconds)[0]
-            requests = ready_requests(place) - done
+            before, done = cpu_seconds(pid), answered_requests(url)
+            rate = wrk(f"{url}/v1/embeddings", text_body(32), connections, options.seconds)[0]
+            requests = answered_requests(url) - done
             if not warm:
                 micros.append((cpu_seconds(pid) - before) / requests / 32 * 1e6)
                 rates.append(rate)
@@ -92,34 +92,34 @@ def processor_time(
 
 
 def tokenizer_time(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds a text, 32 texts a call, nothing else running."""
+    """Return the tokeniser's microseconds per text, with 32 texts per call and no other load."""
     tokenizer = text_tokenizer(checkpoint_of(QWEN), max_tokens=0, threads=1)
     micros = []
     for warm in [True] + [False] * options.rounds:
-        begun = time.process_time()
+        started = time.process_time()
         for _ in range(300):
             tokenizer.encode_now([TEXT] * 32, prompt="Document: ", truncate=False)
         if not warm:
-            micros.append((time.process_time() - begun) / 300 / 32 * 1e6)
+            micros.append((time.process_time() - started) / 300 / 32 * 1e6)
     return spread(micros)
 
 
-def side_by_side(model: str, room: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One and two gateway processes before one engine process whose engine costs nothing."""
+def side_by_side(model: str, workdir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one and two gateway processes in front of one engine process with a null engine."""
     result: dict[str, Any] = {}
     rates: dict[int, list[float]] = {1: [], 2: []}
-    with null_server("taskvec", model, room, unix=True) as url:
-        engine = int((room / "null.pid").read_text())
+    with null_server("taskvec", model, workdir, unix=True) as engine:
+        engine_pid = int((workdir / "null.pid").read_text())
         costs: dict[str, list[float]] = {"gateways": [], "engine process": []}
         for warm in [True] + [False] * options.rounds:
             for workers, values in rates.items():
-                with gateway(model, room, url, "--workers", str(workers)) as (place, pid):
-                    wrk(f"{place}/v1/embeddings", text_body(1), 64, 1)
-                    before = [cpu_seconds(pid), cpu_seconds(engine)]
-                    done = ready_requests(place)
-                    rate = wrk(f"{place}/v1/embeddings", text_body(1), 64, options.seconds)[0]
-                    requests = ready_requests(place) - done
-                    after = [cpu_seconds(pid), cpu_seconds(engine)]
+                with gateway(model, workdir, engine, "--workers", str(workers)) as (url, pid):
+                    wrk(f"{url}/v1/embeddings", text_body(1), 64, 1)
+                    before = [cpu_seconds(pid), cpu_seconds(engine_pid)]
+                    done = answered_requests(url)
+                    rate = wrk(f"{url}/v1/embeddings", text_body(1), 64, options.seconds)[0]
+                    requests = answered_requests(url) - done
+                    after = [cpu_seconds(pid), cpu_seconds(engine_pid)]
                 if warm:
                     continue
                 values.append(rate)
@@ -132,14 +132,14 @@ def side_by_side(model: str, room: Path, options: argparse.Namespace) -> dict[st
     return result
 
 
-def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A vLLM server asked directly, and through the gateway: a real one, and one without cost."""
+def over_vllm(python: Path, workdir: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare direct calls with calls through the gateway, to a real and to a null vLLM server."""
     seconds = options.seconds
-    with null_server("vllm", DEFAULT_MODEL, room) as url:
-        free = directly_and_through(url, room, {(1, 1): seconds}, options.rounds)
-    with vllm_server(python, open_checkpoint(DEFAULT_MODEL), room) as (url, _):
-        loads = {(1, 1): VLLM_LONGER * seconds, (8, 16): VLLM_LONGER * seconds}
-        real = directly_and_through(url, room, loads, options.rounds)
+    with null_server("vllm", DEFAULT_MODEL, workdir) as url:
+        free = directly_and_through(url, workdir, {(1, 1): seconds}, options.rounds)
+    with vllm_server(python, open_checkpoint(DEFAULT_MODEL), workdir) as (url, _):
+        loads = {(1, 1): VLLM_FACTOR * seconds, (8, 16): VLLM_FACTOR * seconds}
+        real = directly_and_through(url, workdir, loads, options.rounds)
     result = {
         "one text of 20 tokens, one connection, p50 ms": {
             "vLLM on these cores": p50s(real),
@@ -157,16 +157,23 @@ def over_vllm(python: Path, room: Path, options: argparse.Namespace) -> dict[str
 
 
 def p50s(figures: Figures) -> dict[str, dict[str, float]]:
-    """The median latencies of one text at a time, and their difference, in milliseconds."""
+    """Return the median latencies of one text at a time, and their difference, in milliseconds."""
     direct, through = ([p50 for _, p50 in figures[side, 1, 1]] for side in SIDES)
     added = [a - b for a, b in zip(through, direct, strict=True)]
     return {"direct": spread(direct, 2), "through": spread(through, 2), "added": spread(added, 2)}
 
 
 def directly_and_through(
-    url: str, room: Path, loads: dict[tuple[int, int], int], rounds: int
+    url: str, workdir: Path, loads: dict[tuple[int, int], int], rounds: int
 ) -> Figures:
-    """What wrk found by side, texts and connections; a load is texts, connections and seconds."""
+    """Measure both sides under each load, alternately.
+
+    Args:
+        url: engine server.
+        workdir: folder for the gateway's cache.
+        loads: (texts per request, connections) -> seconds.
+        rounds: number of rounds after one to warm up.
+    """
     random = np.random.default_rng(0)
     vocabulary = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
     ids = random.integers(5, vocabulary, (8, 20)).tolist()
@@ -178,8 +185,8 @@ def directly_and_through(
     }
     raw = {"Accept": "application/octet-stream"}
     figures: Figures = {}
-    with gateway(DEFAULT_MODEL, room, url, "--token-input", "accept") as (place, _):
-        through = (place, {"task": "retrieval"}, raw)
+    with gateway(DEFAULT_MODEL, workdir, url, "--token-input", "accept") as (gateway_url, _):
+        through = (gateway_url, {"task": "retrieval"}, raw)
         sides = dict(zip(SIDES, ((url, direct, {}), through), strict=True))
         for warm in [True] + [False] * rounds:
             for (side, (base, body, headers)), (load, seconds) in product(
@@ -187,20 +194,20 @@ def directly_and_through(
             ):
                 texts, connections = load
                 sent = body | {"input": ids[:texts]}
-                found = wrk(f"{base}/v1/embeddings", sent, connections, seconds, headers)
+                measured = wrk(f"{base}/v1/embeddings", sent, connections, seconds, headers)
                 if not warm:
-                    figures.setdefault((side, texts, connections), []).append(found)
+                    figures.setdefault((side, texts, connections), []).append(measured)
     return figures
 
 
 @contextmanager
-def null_server(kind: str, model: str, room: Path, *, unix: bool = False) -> Iterator[str]:
-    """A server that costs next to nothing; yields its URL."""
-    port, socket = free_port(), room / "null.sock"
-    place = ["--uds", str(socket)] if unix else ["--port", str(port)]
+def null_server(kind: str, model: str, workdir: Path, *, unix: bool = False) -> Iterator[str]:
+    """Run a server with almost no cost; yields its URL."""
+    port, socket = free_port(), workdir / "null.sock"
+    address = ["--uds", str(socket)] if unix else ["--port", str(port)]
     command = [sys.executable, str(HERE / "null_server.py"), kind, "--model", model]
-    with subprocess.Popen([*command, "--cache", str(room), *place]) as process:
-        (room / "null.pid").write_text(str(process.pid))
+    with subprocess.Popen([*command, "--cache", str(workdir), *address]) as process:
+        (workdir / "null.pid").write_text(str(process.pid))
         try:
             yield f"unix://{socket}" if unix else f"http://127.0.0.1:{port}"
         finally:
@@ -208,11 +215,11 @@ def null_server(kind: str, model: str, room: Path, *, unix: bool = False) -> Ite
 
 
 @contextmanager
-def gateway(model: str, room: Path, engine: str, *options: str) -> Iterator[tuple[str, int]]:
-    """`taskvec serve --engine remote`, ready; yields its URL and process id."""
+def gateway(model: str, workdir: Path, engine: str, *options: str) -> Iterator[tuple[str, int]]:
+    """Run `taskvec serve --engine remote`; yields its URL and process id when it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--model", model]
-    command += ["--engine", "remote", "--engine-url", engine, "--cache-dir", str(room)]
+    command += ["--engine", "remote", "--engine-url", engine, "--cache-dir", str(workdir)]
     command += ["--no-log-requests", "--log-level", "error", *options]
     with subprocess.Popen(command) as process:
         try:
@@ -223,7 +230,7 @@ def gateway(model: str, room: Path, engine: str, *options: str) -> Iterator[tupl
 
 
 def text_body(texts: int) -> dict[str, Any]:
-    """A request of so many texts."""
+    """Return a request body with this number of texts."""
     return {"input": [TEXT] * texts, "encoding_format": "base64", "task": "clustering"}
 
 
@@ -234,7 +241,7 @@ def wrk(
     seconds: int,
     headers: dict[str, str] | None = None,
 ) -> tuple[float, float]:
-    """Requests a second and the median latency in milliseconds."""
+    """Run wrk; return requests per second and the median latency in milliseconds."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "post.lua"
         lines = ['wrk.method = "POST"', 'wrk.headers["Content-Type"] = "application/json"']
@@ -253,9 +260,9 @@ def wrk(
     return float(rate[1]), float(median[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[median[2]]
 
 
-def ready_requests(place: str) -> float:
-    """Requests answered with 200 so far."""
-    lines = httpx.get(f"{place}/metrics").text.splitlines()
+def answered_requests(url: str) -> float:
+    """Return the number of requests answered with status 200 so far."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
     return sum(
         float(line.split()[-1])
         for line in lines
@@ -264,14 +271,14 @@ def ready_requests(place: str) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and its descendants."""
+    """Return the CPU time of a process and its descendants."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     total = (int(fields[11]) + int(fields[12])) / TICKS
     return total + sum(map(cpu_seconds, children(pid)))
 
 
 def children(pid: int) -> Sequence[int]:
-    """The living children of a process."""
+    """Return the child processes of a process."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += map(int, (task / "children").read_text().split())

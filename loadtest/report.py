@@ -1,4 +1,4 @@
-"""What every benchmark writes: figures, with the machine, the versions and the command."""
+"""Result files of the benchmarks: figures with the machine, the versions and the command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its number of cores, and the versions that matter."""
+    """Return the processor, its number of cores, and the versions of relevant packages."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
 
 
 def spread(values: list[float], digits: int = 1) -> dict[str, float]:
-    """Least, middle and greatest of several rounds."""
+    """Return minimum, median and maximum of several rounds."""
     return {
         "min": round(min(values), digits),
         "median": round(statistics.median(values), digits),
@@ -69,14 +69,17 @@ def spread(values: list[float], digits: int = 1) -> dict[str, float]:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Ours over theirs, round by round: both ran in turn, so noise falls on both."""
+    """Return the spread of ours over theirs in each round.
+
+    Both sides run alternately, so noise affects both.
+    """
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
 
 
 def compared(
     sides: Mapping[str, list[float]], ours: str = "taskvec"
 ) -> dict[str, dict[str, float]]:
-    """The spread of each side's rounds, and of ours over each other's."""
+    """Return the spread of each side, and of our ratio to each other side."""
     figures = {side: spread(values, 2) for side, values in sides.items()}
     for other in [side for side in sides if side != ours]:
         figures[f"{ours}_over_{other}"] = ratio(sides[ours], sides[other])
@@ -84,11 +87,11 @@ def compared(
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """What ``compared`` gave, as Markdown: a line for each of them, medians only."""
+    """Return results of ``compared`` as a Markdown table of medians, one row each."""
     columns = list(next(iter(rows.values())))
     lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for row, found in rows.items():
-        cells = (str(found[column]["median"]) for column in columns)
+    for row, figures in rows.items():
+        cells = (str(figures[column]["median"]) for column in columns)
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

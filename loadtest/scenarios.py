@@ -1,4 +1,4 @@
-"""What is asked: single queries, bulk ingestion, and everything mixed."""
+"""Kinds of load: single queries, bulk ingestion, and a mix of everything."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", 
 TYPES = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
 RAW = "application/octet-stream"
 BULK_TEXTS = 32
-"""A batch that clients commonly send; a large model on few cores wants a smaller one."""
+"""Texts in a bulk request, a common batch size; use fewer for a large model on few cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A POST to /v1/embeddings, ready to be sent; ``kind`` groups it in results."""
+    """A prepared POST to /v1/embeddings; ``kind`` groups results."""
 
     kind: str
     texts: int
@@ -30,28 +30,28 @@ class Request:
 
 
 Fields = dict[str, Any]
-"""Of a JSON body."""
+"""Fields of a JSON body."""
 
 
-def interactive(dice: random.Random) -> tuple[str, Fields, dict[str, str]]:
-    """Somebody searches: one query, the vector as JSON numbers, which most clients ask for."""
-    return "query", {"input": [some_text(QUERY, dice)], "task": "retrieval.query"}, {}
+def interactive(rng: random.Random) -> tuple[str, Fields, dict[str, str]]:
+    """Return a search: one query, the vector as JSON numbers, which is what most clients use."""
+    return "query", {"input": [some_text(QUERY, rng)], "task": "retrieval.query"}, {}
 
 
-def bulk(dice: random.Random, size: int) -> tuple[str, Fields, dict[str, str]]:
-    """Somebody fills an index: passages by the batch, of low priority, in base64."""
-    texts = [some_text(PASSAGE, dice) for _ in range(size)]
+def bulk(rng: random.Random, size: int) -> tuple[str, Fields, dict[str, str]]:
+    """Return a request that fills an index: many passages, bulk priority, base64."""
+    texts = [some_text(PASSAGE, rng) for _ in range(size)]
     fields = {"input": texts, "task": "retrieval.passage", "encoding_format": "base64"}
     return "passages", fields, {"x-priority": "bulk"}
 
 
-def mixed(dice: random.Random) -> tuple[str, Fields, dict[str, str]]:
-    """All tasks, dimensions and output types in turn, raw bytes among them; up to 16 texts."""
-    task = dice.choice(TASKS)
+def mixed(rng: random.Random) -> tuple[str, Fields, dict[str, str]]:
+    """Return a request with a random task, dimensions and output type, and up to 16 texts."""
+    task = rng.choice(TASKS)
     lengths = QUERY if task == "retrieval.query" else PASSAGE
-    texts = [some_text(lengths, dice) for _ in range(dice.choice([1, 1, 1, 4, 16]))]
-    fields = {"input": texts, "task": task, "dimensions": dice.choice([64, 128, 256])}
-    output = dice.choice([*TYPES, RAW])
+    texts = [some_text(lengths, rng) for _ in range(rng.choice([1, 1, 1, 4, 16]))]
+    fields = {"input": texts, "task": task, "dimensions": rng.choice([64, 128, 256])}
+    output = rng.choice([*TYPES, RAW])
     if output == RAW:
         return "raw", fields, {"accept": RAW}
     return output, fields | {"embedding_type": output}, {}
@@ -62,9 +62,9 @@ class Scenario:
     """One kind of load.
 
     Attributes:
-        compose: the kind, fields and headers of a request.
-        p99_ms: milliseconds within which 99 of 100 answers come while the server is half busy.
-        clients: how many wait for answers where the capacity is sought: enough to fill batches.
+        compose: returns the kind, fields and headers of a request.
+        p99_ms: maximum 99th percentile in milliseconds up to half of the capacity.
+        clients: clients of the closed loop that measures the capacity; enough to fill batches.
     """
 
     compose: Callable[[random.Random], tuple[str, Fields, dict[str, str]]]
@@ -72,15 +72,15 @@ class Scenario:
     clients: int
 
     def requests(self, seed: int, model: str = "") -> Iterator[Request]:
-        """Endless requests, for equal seeds the same.
+        """Yield requests without end; the same seed gives the same requests.
 
         Args:
-            seed: of lengths, words and choices.
-            model: named in the request, which then names no task: what every server knows.
+            seed: seed of lengths, words and choices.
+            model: model to name in each request, instead of a task, for servers without tasks.
         """
-        dice = random.Random(seed)
+        rng = random.Random(seed)
         while True:
-            kind, fields, headers = self.compose(dice)
+            kind, fields, headers = self.compose(rng)
             if model:
                 fields = {name: fields[name] for name in fields if name != "task"}
                 fields["model"] = model
@@ -88,7 +88,7 @@ class Scenario:
 
 
 def scenarios(bulk_texts: int = BULK_TEXTS) -> dict[str, Scenario]:
-    """All scenarios by name; ``bulk_texts`` are in one request of bulk."""
+    """Return all scenarios by name; ``bulk_texts`` is the number of texts in a bulk request."""
     return {
         "interactive": Scenario(interactive, p99_ms=250.0, clients=64),
         "bulk": Scenario(partial(bulk, size=bulk_texts), p99_ms=5000.0, clients=8),
@@ -96,8 +96,8 @@ def scenarios(bulk_texts: int = BULK_TEXTS) -> dict[str, Scenario]:
     }
 
 
-def is_right(request: Request, content_type: str, body: bytes) -> bool:
-    """Whether an answer holds a vector for each text."""
+def is_complete(request: Request, content_type: str, body: bytes) -> bool:
+    """Return whether a response has a vector for each text."""
     if content_type.startswith(RAW):
         return len(body) > 0 and len(body) % request.texts == 0
     return body.count(b'"embedding":') == request.texts

@@ -1,7 +1,7 @@
-"""Ready-made requests over plain sockets: a client that takes little of the server's processor.
+"""HTTP client for one prepared request, which takes little CPU time from the server.
 
-aiohttp takes 500 microseconds a request on a busy machine, a tenth of two cores at the rates of the
-overload benchmark; this takes a fifth of that.
+aiohttp takes 500 microseconds per request on a busy machine, a tenth of two cores at the rates of
+the overload benchmark; this client takes a fifth of that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Answer(NamedTuple):
-    """What came back; ``head`` is in lower case."""
+    """A response; ``head`` is in lower case."""
 
     status: int
     head: bytes
@@ -19,10 +19,10 @@ class Answer(NamedTuple):
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time on a connection that is kept."""
+    """Keep-alive connection, for one request at a time."""
 
     def __init__(self) -> None:
-        self._came = bytearray()
+        self._received = bytearray()
         self._answer: asyncio.Future[Answer] | None = None
         self._transport: asyncio.Transport | None = None
         self.open = True
@@ -37,19 +37,19 @@ class _Connection(asyncio.Protocol):
             self._answer.set_exception(ConnectionResetError(str(error or "closed")))
 
     def data_received(self, data: bytes) -> None:
-        self._came += data
-        end = self._came.find(b"\r\n\r\n")
+        self._received += data
+        end = self._received.find(b"\r\n\r\n")
         if end < 0 or self._answer is None:
             return
-        head = bytes(self._came[:end]).lower()
+        head = bytes(self._received[:end]).lower()
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        if len(self._came) < end + 4 + length:
+        if len(self._received) < end + 4 + length:
             return
-        body = bytes(self._came[end + 4 : end + 4 + length])
-        self._came.clear()
+        body = bytes(self._received[end + 4 : end + 4 + length])
+        self._received.clear()
         self._answer.set_result(Answer(int(head[9:12]), head, body))
 
-    async def ask(self, request: bytes) -> Answer:
+    async def exchange(self, request: bytes) -> Answer:
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -61,10 +61,10 @@ class _Connection(asyncio.Protocol):
 
 
 class Sender:
-    """Sends one request again and again, on as many connections as there are answers to come."""
+    """Sends one prepared request repeatedly; opens one connection per concurrent request."""
 
     def __init__(self, port: int, body: bytes) -> None:
-        """POST a JSON body to /v1/embeddings of a server on this machine."""
+        """Prepare a POST of a JSON body to /v1/embeddings of a server on this machine."""
         self._port = port
         self._request = (
             b"POST /v1/embeddings HTTP/1.1\r\nhost: 127.0.0.1\r\n"
@@ -73,10 +73,10 @@ class Sender:
         self._idle: list[_Connection] = []
 
     async def send(self) -> Answer:
-        """The answer to one request.
+        """Send the request and return the response.
 
         Raises:
-            OSError: there was none.
+            OSError: the connection failed.
         """
         while self._idle and not self._idle[-1].open:
             self._idle.pop()
@@ -85,12 +85,12 @@ class Sender:
         else:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, "127.0.0.1", self._port)
-        answer = await connection.ask(self._request)
+        answer = await connection.exchange(self._request)
         if b"connection: close" not in answer.head:
             self._idle.append(connection)
         return answer
 
     def close(self) -> None:
-        """Close the connections that wait for nothing."""
+        """Close the idle connections."""
         for connection in self._idle:
             connection.close()

@@ -1,4 +1,4 @@
-"""A server that a benchmark starts: where it listens, and when it is ready."""
+"""Find a port for a server and wait until it is ready."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 from http.client import HTTPException
 from urllib.request import urlopen
 
-READY_WITHIN = 60.0
-"""Seconds after which a start has failed."""
+START_TIMEOUT = 60.0
+"""Timeout of a start in seconds."""
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -23,19 +23,19 @@ def free_port() -> int:
 def wait_ready(
     port: int,
     path: str = "/health/ready",
-    within: float = READY_WITHIN,
+    timeout: float = START_TIMEOUT,
     process: subprocess.Popen[bytes] | None = None,
 ) -> None:
-    """Until a path of a server on this machine answers with 200.
+    """Poll a path of a server on this machine until its status is 200.
 
-    The standard library asks: httpx does not import where locust has replaced ``select``.
+    Uses the standard library, because httpx cannot be imported after locust has patched ``select``.
 
     Raises:
-        TimeoutError: it did not within so many seconds.
+        TimeoutError: the server was not ready within the timeout.
         ChildProcessError: the process has ended.
     """
     url = f"http://127.0.0.1:{port}{path}"
-    limit = time.monotonic() + within
+    limit = time.monotonic() + timeout
     while time.monotonic() < limit:
         if process is not None and process.poll() is not None:
             raise ChildProcessError(f"{url}: the server ended with code {process.returncode}")

@@ -1,9 +1,9 @@
-"""Mixed traffic for a long time: does memory stay where it is, and is every answer what it should?
+"""Soak test: run mixed traffic for a long time and check memory, threads, files and responses.
 
-Single texts and thousands, all tasks and output types, wrong requests, wrong keys, clients that
-leave, deadlines that pass, and a scrape of the metrics now and then; with API keys, limits, the
-answer cache and log lines. The exit code is 1 where memory, threads or open files grow, or an
-answer is not the expected one.
+Sends single texts and thousands, all tasks and output types, invalid requests, wrong API keys,
+requests whose client disconnects or whose deadline passes, and scrapes the metrics. The server runs
+with API keys, limits, the answer cache and log lines. Exits with 1 if memory, threads or open files
+grow, or if a response is unexpected.
 
     python loadtest/soak.py --minutes 20
 """
@@ -32,22 +32,22 @@ from latency import resident_megabytes
 from report import write_result
 from server import free_port, wait_ready
 
-SLOPE = 1.0
-"""Megabytes in ten minutes by which resident memory may grow."""
+MAX_SLOPE = 1.0
+"""Maximum growth of resident memory in megabytes per ten minutes."""
 
-MOST = 1200.0
-"""Megabytes that a process may have after a run that is too short to judge a slope."""
+MAX_MEGABYTES = 1200.0
+"""Maximum resident memory in megabytes in a run that is too short to measure a slope."""
 
-LONG = 900.0
-"""Seconds from which on a run is long enough: memory grows with every new shape of a batch, and it
-takes ten minutes until most have been seen."""
+SLOPE_MIN_SECONDS = 900.0
+"""Minimum duration to measure a slope: memory grows with each new shape of a batch, and most shapes
+have occurred after ten minutes."""
 
-MORE = 8
-"""Threads or open files by which the second half may have more: connections come and go."""
+MAX_INCREASE = 8
+"""Maximum increase of threads or open files in the second half; connections come and go."""
 
 CLIENTS = 6
-EVERY = 2.0
-"""Seconds between two looks at memory."""
+SAMPLE_INTERVAL = 2.0
+"""Seconds between two samples of the process."""
 
 SECRET = secrets.token_urlsafe(16)
 KEY = {"authorization": f"Bearer {SECRET}"}
@@ -56,8 +56,8 @@ TYPES = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
 WORDS = "what grows slowly shows after hours in memory or threads or files or queues".split()  # noqa: SIM905
 
 
-class Look(NamedTuple):
-    """What a process takes; ``seconds`` since the traffic began."""
+class Sample(NamedTuple):
+    """Resources of the process, ``seconds`` after the start of the traffic."""
 
     seconds: float
     megabytes: float
@@ -68,7 +68,7 @@ class Look(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--name", default="soak", help="of the result's file; - writes none")
+    parser.add_argument("--name", default="soak", help="name of the result file; - writes none")
     options = parser.parse_args()
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,80 +100,81 @@ def main() -> int:
 
 
 async def soak(port: int, process: int, seconds: float) -> dict[str, Any]:
-    """Traffic, and what the process takes meanwhile."""
+    """Send traffic, sample the process, and check the thresholds."""
     url = f"http://127.0.0.1:{port}"
     until = time.monotonic() + seconds
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []
-    looks: list[Look] = []
+    samples: list[Sample] = []
 
     async def client(number: int) -> None:
-        dice = random.Random(number)
+        rng = random.Random(number)
         async with aiohttp.ClientSession() as session:
             while time.monotonic() < until:
-                kind = dice.choices(list(KINDS), weights=[weight for weight, _ in KINDS.values()])
-                expected, status = await KINDS[kind[0]][1](session, url, dice)
+                kind = rng.choices(list(KINDS), weights=[weight for weight, _ in KINDS.values()])
+                expected, status = await KINDS[kind[0]][1](session, url, rng)
                 outcomes[f"{kind[0]} {status}"] += 1
                 if status not in expected and len(wrong) < 20:
                     wrong.append(f"{kind[0]}: {status}")
 
-    async def look() -> None:
-        begun = time.monotonic()
+    async def take_samples() -> None:
+        started = time.monotonic()
         while time.monotonic() < until:
-            looks.append(look_at(process, time.monotonic() - begun))
+            samples.append(take_sample(process, time.monotonic() - started))
             print(
-                f"\r{looks[-1].seconds:6.0f} s {looks[-1].megabytes:6.1f} MB",
+                f"\r{samples[-1].seconds:6.0f} s {samples[-1].megabytes:6.1f} MB",
                 end="",
                 file=sys.stderr,
             )
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(SAMPLE_INTERVAL)
         print(file=sys.stderr)
 
-    await asyncio.gather(look(), *(client(number) for number in range(CLIENTS)))
-    warm = [entry for entry in looks if entry.seconds >= seconds / 3]
+    await asyncio.gather(take_samples(), *(client(number) for number in range(CLIENTS)))
+    warm = [sample for sample in samples if sample.seconds >= seconds / 3]
     slope = (
         600
         * statistics.linear_regression(
-            [entry.seconds for entry in warm], [entry.megabytes for entry in warm]
+            [sample.seconds for sample in warm], [sample.megabytes for sample in warm]
         ).slope
     )
-    most = max(entry.megabytes for entry in looks)
+    peak = max(sample.megabytes for sample in samples)
     broken = [*wrong]
-    if seconds >= LONG and slope > SLOPE:
-        broken.append(f"Memory grows by {slope:.2f} MB in ten minutes; {SLOPE} may be.")
-    if seconds < LONG and most > MOST:
-        broken.append(f"The process took {most:.0f} MB; {MOST:.0f} may be.")
+    if seconds >= SLOPE_MIN_SECONDS and slope > MAX_SLOPE:
+        broken.append(f"Memory grows by {slope:.2f} MB per ten minutes; the limit is {MAX_SLOPE}.")
+    if seconds < SLOPE_MIN_SECONDS and peak > MAX_MEGABYTES:
+        broken.append(f"The process used {peak:.0f} MB; the limit is {MAX_MEGABYTES:.0f}.")
     early, late = warm[: len(warm) // 2], warm[len(warm) // 2 :]
     for name in ("files", "threads"):
-        before = max(getattr(entry, name) for entry in early)
-        after = max(getattr(entry, name) for entry in late)
-        if after > before + MORE:
-            broken.append(f"There are {after} {name}, there were {before}.")
+        before = max(getattr(sample, name) for sample in early)
+        after = max(getattr(sample, name) for sample in late)
+        if after > before + MAX_INCREASE:
+            broken.append(f"The number of {name} grew from {before} to {after}.")
     return {
         "seconds": seconds,
         "clients": CLIENTS,
         "outcomes": dict(sorted(outcomes.items())),
         "resident_megabytes": {
-            "start": round(looks[0].megabytes, 1),
+            "start": round(samples[0].megabytes, 1),
             "after_a_third": round(warm[0].megabytes, 1),
             "end": round(warm[-1].megabytes, 1),
-            "most": round(most, 1),
+            "most": round(peak, 1),
         },
         "slope_megabytes_in_ten_minutes": round(slope, 2),
-        "threads": looks[-1].threads,
-        "open_files": looks[-1].files,
+        "threads": samples[-1].threads,
+        "open_files": samples[-1].files,
         "broken": broken,
     }
 
 
-def look_at(process: int, seconds: float) -> Look:
+def take_sample(process: int, seconds: float) -> Sample:
+    """Read memory, open files and threads of a process from /proc."""
     folder = Path(f"/proc/{process}")
     files, threads = (sum(1 for _ in (folder / name).iterdir()) for name in ("fd", "task"))
-    return Look(seconds, resident_megabytes(process), files, threads)
+    return Sample(seconds, resident_megabytes(process), files, threads)
 
 
-def some_text(dice: random.Random, words: int) -> str:
-    return " ".join(dice.choices(WORDS, k=words)) + f" {dice.random()}"
+def some_text(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=words)) + f" {rng.random()}"
 
 
 async def post(
@@ -183,66 +184,66 @@ async def post(
     headers: dict[str, str] | None = None,
     key: dict[str, str] = KEY,
 ) -> int:
-    """The status of an answer that was read to its end."""
+    """Send a request, read the whole response and return its status."""
     content = body if isinstance(body, bytes) else orjson.dumps(body)
-    told = {"Content-Type": "application/json"} | key | (headers or {})
-    async with session.post(f"{url}/v1/embeddings", data=content, headers=told) as answer:
+    sent = {"Content-Type": "application/json"} | key | (headers or {})
+    async with session.post(f"{url}/v1/embeddings", data=content, headers=sent) as answer:
         await answer.read()
         return answer.status
 
 
-async def single(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
+async def single(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
     body = {
-        "input": some_text(dice, dice.randint(1, 60)),
-        "task": dice.choice(TASKS),
-        "dimensions": dice.choice([8, 64, 256]),
-        "embedding_type": dice.choice(TYPES),
+        "input": some_text(rng, rng.randint(1, 60)),
+        "task": rng.choice(TASKS),
+        "dimensions": rng.choice([8, 64, 256]),
+        "embedding_type": rng.choice(TYPES),
     }
     return {200}, await post(session, url, body)
 
 
-async def again(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    body = {"input": f"one of a hundred texts {dice.randrange(100)}", "task": dice.choice(TASKS)}
+async def again(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    body = {"input": f"one of a hundred texts {rng.randrange(100)}", "task": rng.choice(TASKS)}
     return {200}, await post(session, url, body)
 
 
-async def batch(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    texts = [some_text(dice, dice.randint(1, 90)) for _ in range(dice.randint(2, 64))]
-    raw = {"accept": "application/octet-stream"} if dice.random() < 0.3 else None
-    return {200}, await post(session, url, {"input": texts, "task": dice.choice(TASKS)}, raw)
+async def batch(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    texts = [some_text(rng, rng.randint(1, 90)) for _ in range(rng.randint(2, 64))]
+    raw = {"accept": "application/octet-stream"} if rng.random() < 0.3 else None
+    return {200}, await post(session, url, {"input": texts, "task": rng.choice(TASKS)}, raw)
 
 
-async def bulk(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    texts = [some_text(dice, 12) for _ in range(1000)]
+async def bulk(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    texts = [some_text(rng, 12) for _ in range(1000)]
     return {200, 429}, await post(session, url, {"input": texts}, {"x-priority": "bulk"})
 
 
-async def long_text(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    body = {"input": some_text(dice, 30_000), "truncate": True}
+async def long_text(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    body = {"input": some_text(rng, 30_000), "truncate": True}
     return {200}, await post(session, url, body)
 
 
-async def wrong_body(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
+async def wrong_body(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
     bodies: list[Any] = [b"{", b"[]", {"input": []}, {"input": "a", "dimensions": 0}]
     bodies += [{"input": "a", "task": "none"}, {"input": [1, 2]}, {"input": ["a", 7]}]
-    return {400}, await post(session, url, dice.choice(bodies))
+    return {400}, await post(session, url, rng.choice(bodies))
 
 
-async def wrong_key(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    return {401}, await post(session, url, {"input": "a"}, key={"api-key": str(dice.random())})
+async def wrong_key(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    return {401}, await post(session, url, {"input": "a"}, key={"api-key": str(rng.random())})
 
 
-async def leaves(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    texts = [some_text(dice, 40) for _ in range(500)]
+async def leaves(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    texts = [some_text(rng, 40) for _ in range(500)]
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(dice.uniform(0.005, 0.3)):
+        async with asyncio.timeout(rng.uniform(0.005, 0.3)):
             return {200, 429}, await post(session, url, {"input": texts})
     return {499}, 499
 
 
-async def too_late(session: aiohttp.ClientSession, url: str, dice: random.Random) -> Any:
-    texts = [some_text(dice, 40) for _ in range(500)]
-    headers = {"x-request-timeout-ms": str(dice.randint(1, 50))}
+async def too_late(session: aiohttp.ClientSession, url: str, rng: random.Random) -> Any:
+    texts = [some_text(rng, 40) for _ in range(500)]
+    headers = {"x-request-timeout-ms": str(rng.randint(1, 50))}
     return {504, 429, 200}, await post(session, url, {"input": texts}, headers)
 
 
@@ -264,7 +265,10 @@ KINDS = {
     "too late": (1, too_late),
     "metrics": (1, metrics),
 }
-"""Kinds of requests, how often each is sent, and how."""
+"""Kind of a request -> its weight, and the function that sends it.
+
+Each function returns the expected statuses and the actual one.
+"""
 
 
 if __name__ == "__main__":

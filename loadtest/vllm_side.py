@@ -1,9 +1,9 @@
-"""vLLM's side of versus_vllm.py: runs in vLLM's own environment and imports nothing of ours.
+"""Run vLLM for versus_vllm.py, in vLLM's own environment, without imports from this project.
 
     python loadtest/vllm_side.py WORK.json
 
-WORK.json names the model folder, the texts as token ids, the adapter folder of each text (or null)
-and the rounds; the seconds of each round are written as the last line of standard output.
+WORK.json has the model folder, the texts as token ids, the adapter folder of each text (or null),
+and the number of rounds. The last line of standard output has the seconds of each round.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ async def main(work: dict[str, Any]) -> None:
         return size
 
     seconds = []
-    for turn in range(work["rounds"] + 1):  # the first warms up
-        begun = time.perf_counter()
+    for number in range(work["rounds"] + 1):  # the first one is a warm-up
+        started = time.perf_counter()
         sizes = await asyncio.gather(
             *(
-                embed(f"{turn}-{i}", ids, adapter)
+                embed(f"{number}-{i}", ids, adapter)
                 for i, (ids, adapter) in enumerate(zip(work["ids"], work["adapters"], strict=True))
             )
         )
         assert min(sizes) > 0
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     engine.shutdown()
     print(json.dumps(seconds[1:]))
 

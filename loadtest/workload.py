@@ -1,4 +1,4 @@
-"""The texts and checkpoints that the benchmarks share."""
+"""Texts and checkpoints shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ QWEN = "qwen3-0.6b"
 
 
 def checkpoint_of(shape: str) -> Checkpoint:
-    """``mini``, the default model, or ``qwen3-0.6b`` with random bf16 weights, made once."""
+    """Return the checkpoint of a shape.
+
+    Args:
+        shape: ``mini``, the default model, or ``qwen3-0.6b``, random bfloat16 weights, which are
+            written on first use.
+    """
     if shape == "mini":
         return open_checkpoint(DEFAULT_MODEL)
     import torch  # noqa: PLC0415 - the HTTP benchmark needs no torch
@@ -36,13 +41,13 @@ def checkpoint_of(shape: str) -> Checkpoint:
 
 
 def equal_lengths(texts: int, length: int, vocabulary: int) -> list[TokenIds]:
-    """Random ids, every text equally long."""
+    """Return texts of random ids, all of the same length."""
     random = np.random.default_rng(0)
     return [random.integers(5, vocabulary, length, dtype=np.int32) for _ in range(texts)]
 
 
 def log_normal_lengths(texts: int, vocabulary: int) -> list[TokenIds]:
-    """Random ids of mixed lengths: log-normal, mean about 60, at most 512, longest first."""
+    """Return texts of random ids, log-normal lengths, mean about 60, max 512, longest first."""
     random = np.random.default_rng(0)
     lengths = sorted(log_normal(60, 0.8, texts, random).tolist(), reverse=True)
     return [random.integers(5, vocabulary, length, dtype=np.int32) for length in lengths]
@@ -54,12 +59,12 @@ def in_batches(
     adapters: Sequence[str | None],
     budget: int,
 ) -> None:
-    """Embed everything in the batches that the engine would form."""
+    """Embed all texts in batches as the engine would form them, of at most ``budget`` tokens."""
     start = 0
     while start < len(ids):
-        stop, room = start, budget
-        while stop < len(ids) and (len(ids[stop]) <= room or stop == start):
-            room -= len(ids[stop])
+        stop, left = start, budget
+        while stop < len(ids) and (len(ids[stop]) <= left or stop == start):
+            left -= len(ids[stop])
             stop += 1
         transformer.embed(ids[start:stop], adapters[start:stop])
         start = stop

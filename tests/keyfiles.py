@@ -1,4 +1,4 @@
-"""Keys files, and a Redis of the tests' own."""
+"""Keys files and a real Redis server for tests."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from conftest import free_port
 
 
 def entry(name: str, secret: str, **limits: object) -> str:
-    """One [[keys]] of a file."""
+    """Return one [[keys]] entry of a keys file."""
     digest = hashlib.sha256(secret.encode()).hexdigest()
     lines = ["[[keys]]", f'name = "{name}"', f'sha256 = "{digest}"']
     lines += [f"{k} = {v!r}" for k, v in limits.items()]
     return "\n".join(lines) + "\n"
 
 
-def wait_for_a_minute_with_room() -> None:
-    """In memory minutes are the clock's: what is used just before one ends soon counts less."""
+def avoid_the_end_of_a_minute() -> None:
+    """Wait for the next minute of the clock if this one ends within 5 seconds.
+
+    Limits in memory count by minutes of the clock, so a test that crosses one sees other counts.
+    """
     left = 60 - time.time() % 60
     if left < 5:
         time.sleep(left)
 
 
 class Redis:
-    """A redis-server that can be stopped and started on one port."""
+    """redis-server process that can be stopped and started again on the same port."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -60,7 +63,7 @@ class Redis:
 
 @contextmanager
 def running_redis() -> Iterator[Redis]:
-    """A redis-server on a free port."""
+    """Run a redis-server on a free port."""
     redis = Redis()
     redis.start()
     try:

@@ -1,4 +1,4 @@
-"""Real ``taskvec serve`` processes: their children, their end, and load that loses nothing."""
+"""Real ``taskvec serve`` processes, their child processes, and load on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODULE = ("-m", "taskvec")
 
 
 class Served:
-    """A ``taskvec serve`` process, its address, and its children."""
+    """A ``taskvec serve`` process, its URL and its child processes."""
 
     def __init__(self, *options: str, port: int = 0, run: tuple[str, ...] = MODULE) -> None:
         self.port = port or free_port()
@@ -36,7 +36,7 @@ class Served:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
 
     def descendants(self) -> set[int]:
-        """The ids of all processes below it."""
+        """Return the ids of all descendant processes."""
         found: set[int] = set()
         new = {self.process.pid}
         while new:
@@ -45,14 +45,14 @@ class Served:
         return found - {self.process.pid}
 
     def gateways(self) -> set[int]:
-        """The ids of the processes that run Python's spawned workers."""
+        """Return the ids of the gateway processes, which multiprocessing has spawned."""
         return {process for process in self.descendants() if "spawn_main" in command_of(process)}
 
 
 @contextmanager
-def started(*options: str, **how: Any) -> Iterator[Served]:
-    """A server that may not listen yet, ended at the end if the test has not ended it."""
-    server = Served(*options, **how)
+def started(*options: str, **kwargs: Any) -> Iterator[Served]:
+    """Start a server, which may not listen yet; terminate it at the end."""
+    server = Served(*options, **kwargs)
     try:
         yield server
     finally:
@@ -61,15 +61,15 @@ def started(*options: str, **how: Any) -> Iterator[Served]:
 
 
 @contextmanager
-def served(*options: str, probe: str = "ready", **how: Any) -> Iterator[Served]:
-    """A server whose probe is well."""
-    with started(*options, **how) as server:
+def served(*options: str, probe: str = "ready", **kwargs: Any) -> Iterator[Served]:
+    """Start a server and wait until its readiness (or another) probe succeeds."""
+    with started(*options, **kwargs) as server:
         wait_until(f"{server.url}/health/{probe}", server.process)
         yield server
 
 
 def ended(server: Served) -> tuple[int, str]:
-    """The exit code and errors of a server that ends by itself; ended by force if it does not."""
+    """Wait for a server to exit; return its exit code and errors. Kill it after 30 seconds."""
     try:
         errors = server.process.communicate(timeout=30)[1]
     except subprocess.TimeoutExpired:
@@ -83,24 +83,29 @@ def ended(server: Served) -> tuple[int, str]:
 
 
 class Load:
-    """Requests on fresh connections until told to stop, and what became of each."""
+    """Sends requests, each on a new connection, until stopped; counts the outcomes.
 
-    def __init__(self, url: str, most: int = 200, seconds: float = 20) -> None:
+    Attributes:
+        stop: set it to stop sending.
+        seen: number of requests by outcome: a status, ``refused``, or an exception.
+    """
+
+    def __init__(self, url: str, max_requests: int = 200, seconds: float = 20) -> None:
         self.stop = threading.Event()
         self.seen: dict[str, int] = {"200": 0}
         self._url = url
         self._numbers = count()
-        self._most = most
+        self._max_requests = max_requests
         self._until = time.monotonic() + seconds
         self._lock = threading.Lock()
 
     def run(self) -> None:
         while not self.stop.is_set() and time.monotonic() < self._until:
             number = next(self._numbers)
-            if number >= self._most:
+            if number >= self._max_requests:
                 return
             try:
-                filler = " word" * 60  # so that it is still being embedded when signals come
+                filler = " word" * 60  # long enough to be still in flight when a signal arrives
                 body = {"input": [f"text {number} {n}{filler}" for n in range(16)]}
                 reply = httpx.post(
                     f"{self._url}/v1/embeddings",
@@ -120,9 +125,10 @@ class Load:
                 self.seen[outcome] = self.seen.get(outcome, 0) + 1
 
     def hold(self) -> None:
-        """Start no more requests; return when those under way have been taken from the kernel.
+        """Stop sending and wait until the server has accepted all connections.
 
-        It resets what is still in a socket's queue when the last process closes it.
+        The kernel resets connections still in the accept queue when the last process closes the
+        socket.
         """
         self.stop.set()
         time.sleep(0.05)
@@ -132,14 +138,14 @@ class Load:
 
 
 def embed(url: str, body: dict[str, Any], accept: str = "application/json") -> httpx.Response:
-    """The answer to a request on a connection of its own."""
+    """Send a request on a new connection and return the response."""
     return httpx.post(
         f"{url}/v1/embeddings", json=body, headers={"accept": accept}, timeout=60
     ).raise_for_status()
 
 
 def connects(port: int) -> bool:
-    """Whether the port takes connections."""
+    """Return whether the port accepts connections."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except ConnectionRefusedError:
@@ -148,7 +154,7 @@ def connects(port: int) -> bool:
 
 
 def total(shown: str, name: str, label: str = "") -> float:
-    """The sum of a series in Prometheus' text over all labels, or over those that have one."""
+    """Return the sum of a series in Prometheus text, optionally only of lines with a label."""
     values = [
         float(line.rpartition(" ")[2])
         for line in shown.splitlines()
@@ -159,7 +165,7 @@ def total(shown: str, name: str, label: str = "") -> float:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait until something holds."""
+    """Poll until a condition is true; fail after a timeout."""
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, f"not within {seconds} s"
@@ -167,7 +173,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def children(process: int) -> list[int]:
-    """The ids of a process's children, whichever thread started them; none where it is gone."""
+    """Return the ids of a process's children, of all threads; empty if it has ended."""
     try:
         lists = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/children")]
     except OSError:
@@ -176,7 +182,7 @@ def children(process: int) -> list[int]:
 
 
 def command_of(process: int) -> str:
-    """A process's command line; empty where it has ended."""
+    """Return a process's command line; empty if it has ended."""
     try:
         return Path(f"/proc/{process}/cmdline").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The application behind real sockets, and requests byte by byte."""
+"""The application on a real socket, and requests as raw bytes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from taskvec.server.run import server_options
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
-PATIENCE = 20.0
-"""Seconds that a test waits for what should take milliseconds."""
+TIMEOUT = 20.0
+"""Seconds after which a test gives up waiting for something that should take milliseconds."""
 
 
 class Served(NamedTuple):
-    """A service on a port of its own."""
+    """A running service and its port."""
 
     port: int
     engine: FakeEngine
     server: uvicorn.Server
 
     def connect(self) -> closing[socket.socket]:
-        return closing(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE))
+        return closing(socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT))
 
     def connections(self) -> int:
-        """How many are open."""
+        """Return the number of open connections."""
         return len(self.server.server_state.connections)
 
     def sample(self, series: str, **labels: str) -> float:
-        """The sum over a series' labels that are not given."""
+        """Return the sum of a series over all labels that are not given."""
         page = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
         return sum(
             sample.value
@@ -53,7 +53,7 @@ class Served(NamedTuple):
 
 @contextmanager
 def served(checkpoint: Checkpoint, delay: float = 0.0, **settings: Any) -> Iterator[Served]:
-    """The application in front of a fake engine, served by uvicorn in a thread."""
+    """Serve the application with a fake engine by uvicorn in a thread."""
     engine = FakeEngine(checkpoint.card, delay=delay)
     failures: list[BaseException] = []
     app = fake_application(checkpoint, engine, failures, **settings)
@@ -66,41 +66,41 @@ def served(checkpoint: Checkpoint, delay: float = 0.0, **settings: Any) -> Itera
         yield Served(server.servers[0].sockets[0].getsockname()[1], engine, server)
     finally:
         server.should_exit = True
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     assert not thread.is_alive()
     assert not failures
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Poll until it holds, or fail."""
-    limit = time.monotonic() + PATIENCE
+    """Poll until a condition is true; fail after a timeout."""
+    limit = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < limit, "it never became true"
+        assert time.monotonic() < limit, "the condition did not become true"
         time.sleep(0.01)
 
 
 def head(*lines: str) -> bytes:
-    """A request's head with these further header lines."""
+    """Return the head of a request with further header lines."""
     fixed = [f"POST {PATH} HTTP/1.1", "Host: test", "Content-Type: application/json"]
     return "\r\n".join([*fixed, *lines, "", ""]).encode()
 
 
 def whole(body: dict[str, Any]) -> bytes:
-    """A whole request."""
+    """Return a complete request."""
     content = json.dumps(body).encode()
     return head(f"Content-Length: {len(content)}") + content
 
 
 def answer(connection: socket.socket) -> tuple[HTTPResponse, Any]:
-    """The one answer on a connection, and its JSON."""
+    """Read the response from a connection, and its JSON."""
     with closing(HTTPResponse(connection)) as response:
         response.begin()
         return response, json.loads(response.read())
 
 
 def hung_up(connection: socket.socket) -> bool:
-    """True once the server has closed its side."""
+    """Return True once the server has closed the connection."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
-        return True  # the same, where what we sent was still unread
+        return True  # closed while data from us was unread

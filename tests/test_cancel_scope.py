@@ -1,4 +1,4 @@
-"""Blocks that are ended from outside: by time, by somebody, and cancellations that are not ours."""
+"""CancelScope: timeouts, calls of ``cancel``, and cancellations of the task by others."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ pytestmark = pytest.mark.anyio
 
 
 class LateError(Exception):
-    """What the tests' blocks raise."""
+    """Error that the scopes of these tests raise."""
 
 
-async def slowly(seconds: float) -> None:
-    """Something that takes a minute, in a block of so many seconds."""
+async def sleep_in_scope(seconds: float) -> None:
+    """Sleep for a minute in a scope with a timeout."""
     with CancelScope(LateError, seconds):
         await asyncio.sleep(60)
 
 
-async def test_a_block_in_time() -> None:
-    """A block that ends by itself gives its result, and no timer is left to interrupt the task."""
+async def test_a_block_within_its_timeout() -> None:
+    """A block that ends in time leaves no timer behind that could cancel the task."""
     with CancelScope(LateError, 0.01):
         await asyncio.sleep(0)
     await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("seconds", [0.02, 0.0, -1.0])
-async def test_a_block_that_takes_too_long(seconds: float) -> None:
-    """It ends at its time, also where that has passed already, with the error it was given."""
-    begun = time.monotonic()
+async def test_a_block_that_exceeds_its_timeout(seconds: float) -> None:
+    """The scope ends the block at the timeout, even if that is zero or negative, and raises."""
+    start = time.monotonic()
     with pytest.raises(LateError), CancelScope(LateError, seconds):
         await asyncio.sleep(60)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
     await asyncio.sleep(0)  # the task goes on
 
 
-async def test_somebody_interrupts() -> None:
-    """A block without a time ends when it is told to."""
-    block = CancelScope(LateError)
-    asyncio.get_running_loop().call_later(0.01, block.interrupt)
-    with pytest.raises(LateError), block:
+async def test_cancel_ends_the_block() -> None:
+    """A scope without a timeout ends when ``cancel`` is called."""
+    scope = CancelScope(LateError)
+    asyncio.get_running_loop().call_later(0.01, scope.cancel)
+    with pytest.raises(LateError), scope:
         await asyncio.sleep(60)
 
 
-async def test_a_cancellation_stays_one() -> None:
-    """Who cancels the task sees it cancelled, also where the time is over in the same moment."""
+async def test_a_cancellation_of_the_task_is_kept() -> None:
+    """A cancelled task ends with CancelledError, even if the timeout expires at the same time."""
     for seconds in (60.0, 0.0):
-        task = asyncio.create_task(slowly(seconds))
+        task = asyncio.create_task(sleep_in_scope(seconds))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
 
-async def test_a_failure_stays_one() -> None:
-    """An error of the block's own is not replaced, though it comes while being interrupted."""
+async def test_an_error_of_the_block_is_kept() -> None:
+    """An error that the block raises while it is being cancelled is not replaced."""
 
     async def fail_when_ended() -> None:
         try:
@@ -76,8 +76,8 @@ async def test_a_failure_stays_one() -> None:
         await fail_when_ended()
 
 
-async def test_blocks_in_each_other() -> None:
-    """The inner block's end is not the outer's, and the other way round."""
+async def test_nested_scopes() -> None:
+    """The timeout of an inner scope does not end the outer one, and the other way round."""
     with CancelScope(ValueError, 60):
         with pytest.raises(LateError), CancelScope(LateError, 0.01):
             await asyncio.sleep(60)
@@ -86,18 +86,18 @@ async def test_blocks_in_each_other() -> None:
         await asyncio.sleep(60)
 
 
-async def test_within_a_timeout() -> None:
-    """It works within asyncio's own timeout, which stays what it is."""
+async def test_a_scope_in_an_asyncio_timeout() -> None:
+    """A scope and a surrounding ``asyncio.timeout`` do not change each other."""
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await slowly(60)
+            await sleep_in_scope(60)
     with pytest.raises(LateError):
         async with asyncio.timeout(60):
-            await slowly(0.01)
+            await sleep_in_scope(0.01)
 
 
-async def test_nothing_is_left_to_the_garbage_collector() -> None:
-    """A block that is over holds nothing that would not go by itself: there is one a request."""
+async def test_a_scope_leaves_no_reference_cycle() -> None:
+    """A scope that has ended is freed without the garbage collector: every request has one."""
 
     class Holder:
         pass
@@ -113,7 +113,7 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
         gc.enable()
 
 
-def test_without_a_task() -> None:
-    """Outside of a task there is nothing to interrupt."""
+def test_a_scope_needs_a_task() -> None:
+    """Entering a scope outside of a task is an error."""
     with pytest.raises(RuntimeError), CancelScope(LateError, 1):
         pass

@@ -1,4 +1,4 @@
-"""Real clients against a real server on the default model."""
+"""Real clients (openai-python, curl, httpx) against a real server with the default model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from taskvec import Embedder
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
 BF16_DIFFERENCE = 1e-3
-"""The contract's: a vector may differ by so much per component between batches."""
+"""Documented maximum difference per component between batches."""
 
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Embedder]:
-    """The same model in this process."""
+    """Load the same model in this process."""
     with Embedder() as embedder:
         yield embedder
 
 
 def test_openai_gets_floats_through_base64(server_url: str, library: Embedder) -> None:
-    """openai-python's default, which asks for base64, decodes to the library's vectors."""
+    """openai-python requests base64 by default and decodes it to the library's vectors."""
     with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
         answer = client.embeddings.create(
             model="taskvec-mini:clustering", input=["one text", "another text"], dimensions=64
@@ -44,7 +44,7 @@ def test_openai_gets_floats_through_base64(server_url: str, library: Embedder) -
 
 
 def test_openai_gets_floats_as_numbers(server_url: str) -> None:
-    """openai-python with encoding_format float gets the same vector as by default."""
+    """openai-python gets the same vector with encoding_format float as by default."""
     with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
         numbers = client.embeddings.create(
             model="taskvec-mini", input="a text", encoding_format="float"
@@ -55,7 +55,7 @@ def test_openai_gets_floats_as_numbers(server_url: str) -> None:
 
 
 def test_openai_reads_our_errors(server_url: str) -> None:
-    """openai-python raises its own exception for each status, with our message in it."""
+    """openai-python raises the exception of each status, with our message."""
     with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
         with pytest.raises(openai.BadRequestError, match=r"input\[1\]") as bad:
             client.embeddings.create(model="taskvec-mini", input=["a", ""])
@@ -68,7 +68,7 @@ def test_openai_reads_our_errors(server_url: str) -> None:
 async def test_two_hundred_clients_get_their_own_vectors(
     server_url: str, library: Embedder
 ) -> None:
-    """Two hundred concurrent requests of different tasks are each answered with their vectors."""
+    """200 concurrent requests of different tasks each get the vectors of their own texts."""
     texts = [f"text number {n} " + "word " * (n % 40) for n in range(200)]
     async with openai.AsyncOpenAI(
         base_url=f"{server_url}/v1", api_key="none", max_retries=0
@@ -89,7 +89,7 @@ async def test_two_hundred_clients_get_their_own_vectors(
 
 
 def test_curl_gets_an_answer(server_url: str) -> None:
-    """curl, as in the README, gets JSON with one vector a text."""
+    """curl, as in the README, gets JSON with one vector per text."""
     body = json.dumps({"input": ["hello", "world"], "task": "clustering", "dimensions": 8})
     command = ["curl", "-sS", f"{server_url}/v1/embeddings", "-d", body]
     command += ["-H", "Content-Type: application/json"]
@@ -99,7 +99,7 @@ def test_curl_gets_an_answer(server_url: str) -> None:
 
 
 def test_raw_bytes_equal_base64(server_url: str) -> None:
-    """Accept: application/octet-stream carries the matrix that base64 carries row by row."""
+    """application/octet-stream has the same values as base64 row by row."""
     body = {"input": ["first", "second"], "encoding_format": "base64"}
     raw = httpx.post(
         f"{server_url}/v1/embeddings", json=body, headers={"accept": "application/octet-stream"}
@@ -113,7 +113,7 @@ def test_raw_bytes_equal_base64(server_url: str) -> None:
 
 
 def test_a_long_text_is_refused_and_truncated(server_url: str) -> None:
-    """A megabyte of text is refused with 400, and embedded when truncation is asked for."""
+    """A megabyte of text gets a 400, and is embedded with ``truncate: true``."""
     body = {"input": "the quick brown fox " * 50_000}
     refused = httpx.post(f"{server_url}/v1/embeddings", json=body, timeout=30)
     assert (refused.status_code, refused.json()["code"]) == (400, "input_too_long")
@@ -122,7 +122,7 @@ def test_a_long_text_is_refused_and_truncated(server_url: str) -> None:
 
 
 def test_a_folder_is_served_under_its_own_names(tmp_path: Path) -> None:
-    """A checkpoint folder is served by its name; aliases mean the same model."""
+    """A checkpoint folder is served under its own name and the configured aliases."""
     from synthetic import TINY_NANO, write_checkpoint  # noqa: PLC0415 - one test needs it
 
     write_checkpoint(tmp_path / "my-model", TINY_NANO)

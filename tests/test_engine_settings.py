@@ -1,4 +1,4 @@
-"""Where the engine is: what agrees, what is refused, and what other processes are told."""
+"""Settings of the engine: valid and invalid combinations, and passing settings to processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from taskvec.settings import EngineKind, Settings, TokenInput, environment_variable
 
 KEY = "sk-1z"
-"""Short: an error message cuts long values, which would hide that it shows them."""
+"""Short, because error messages truncate long values, which would hide a leak."""
 REMOTE = ("--engine", "remote")
 
 VARIED: list[dict[str, Any]] = [
@@ -74,7 +74,7 @@ REFUSED_ARGUMENTS = [
 def test_another_process_reads_the_same_settings(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
 ) -> None:
-    """Settings made from exactly the variables of ``environment()`` equal the original."""
+    """Settings read from the variables of ``environment()`` equal the original."""
     original = Settings(**given)
     for name, value in original.environment().items():
         monkeypatch.setenv(name, value)
@@ -84,13 +84,13 @@ def test_another_process_reads_the_same_settings(
 
 
 def test_every_setting_goes_to_the_other_process() -> None:
-    """``environment()`` names every field, so that no inherited variable can come through."""
+    """``environment()`` has every field, so that inherited variables have no effect."""
     variables = Settings().environment()
     assert list(variables) == [environment_variable(name) for name in Settings.model_fields]
 
 
 def test_what_was_overridden_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that an argument overrode is overridden in the other process, too."""
+    """A variable that an argument overrides is overridden in the other process as well."""
     monkeypatch.setenv("TASKVEC_MODEL_ALIASES", "inherited")
     monkeypatch.setenv("TASKVEC_REVISION", "inherited")
     monkeypatch.setenv("TASKVEC_TOKEN_INPUT", "accept")
@@ -103,13 +103,13 @@ def test_what_was_overridden_does_not_come_back(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("given", "kept"), ACCEPTED)
 def test_an_engine_url_is_taken(given: str, kept: str) -> None:
-    """Each documented form is taken, without a slash at its end."""
+    """Every documented form is accepted, and a trailing slash removed."""
     assert Settings(engine="remote", engine_url=given).engine_url == (kept,)
 
 
 @pytest.mark.parametrize("given", REFUSED_URLS)
 def test_another_url_is_refused(given: str) -> None:
-    """What no server could ever be at is refused at the start, with the forms to write."""
+    """An invalid URL is rejected with a list of the valid forms."""
     with pytest.raises(ValidationError) as refused:
         Settings(engine="remote", engine_url=("http://good:1", given))
     (fault,) = refused.value.errors()
@@ -121,7 +121,7 @@ def test_another_url_is_refused(given: str) -> None:
 
 @pytest.mark.parametrize("kind", [EngineKind.PACKED, EngineKind.VLLM])
 def test_urls_are_for_the_remote_engine_alone(kind: EngineKind) -> None:
-    """URLs that nobody would call are a mistake, not ignored."""
+    """URLs for another engine are rejected, not ignored."""
     with pytest.raises(ValidationError) as refused:
         Settings(engine=kind, engine_url="http://a:1")
     message = str(refused.value.errors()[0]["msg"])
@@ -131,7 +131,7 @@ def test_urls_are_for_the_remote_engine_alone(kind: EngineKind) -> None:
 
 @pytest.mark.parametrize("text", REFUSED_ARGUMENTS)
 def test_vllm_arguments_are_an_object(text: str) -> None:
-    """Anything but a JSON object is refused as vllm_args, once, by name."""
+    """A value of vllm_args other than a JSON object is rejected with one error."""
     with pytest.raises(ValidationError) as refused:
         Settings(engine="vllm", vllm_args=text)
     (fault,) = refused.value.errors()
@@ -140,7 +140,7 @@ def test_vllm_arguments_are_an_object(text: str) -> None:
 
 
 def test_vllm_arguments_keep_their_types() -> None:
-    """Numbers, booleans, nulls and nested objects come through as JSON means them."""
+    """Numbers, booleans, nulls and nested objects keep their JSON types."""
     text = (
         '{"max_loras": 8, "enforce_eager": true, "swap": null, "compilation_config": {"mode": 0}}'
     )
@@ -149,13 +149,13 @@ def test_vllm_arguments_keep_their_types() -> None:
 
 @pytest.mark.parametrize("show", [repr, str, Settings.model_dump, Settings.model_dump_json])
 def test_the_key_is_not_shown(show: Any) -> None:
-    """No way to print settings prints the engine servers' key."""
+    """Printing or dumping settings does not reveal the engine's API key."""
     settings = Settings(engine="remote", engine_url="http://a:1", engine_api_key=KEY)
     assert KEY not in str(show(settings))
 
 
 def test_the_key_is_not_in_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error about other settings does not print the key: errors end up in logs."""
+    """An error about another setting does not contain the API key: errors end up in logs."""
     monkeypatch.setenv("TASKVEC_ENGINE_API_KEY", KEY)
     with pytest.raises(ValidationError) as refused:
         Settings(engine="remote")
@@ -192,7 +192,7 @@ def test_the_key_is_not_in_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_refuses_in_one_sentence(
     arguments: tuple[str, ...], variables: dict[str, str], named: tuple[str, ...]
 ) -> None:
-    """A bad engine setting ends with 2 and one line that names the option and the variable."""
+    """An invalid setting exits with 2 and one line that names the option and the variable."""
     done = serve(*arguments, TASKVEC_ENGINE_API_KEY=KEY, **variables)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
@@ -202,7 +202,7 @@ def test_the_command_refuses_in_one_sentence(
 
 
 def test_help_offers_no_option_for_the_key() -> None:
-    """A secret on a command line is one for all to see: help names the variable alone."""
+    """The API key has a variable and no option: other users can see a command line."""
     done = serve("--help")
     assert done.returncode == 0
     assert "--engine-api-key" not in done.stdout
@@ -210,8 +210,8 @@ def test_help_offers_no_option_for_the_key() -> None:
     assert "--engine-url" in done.stdout
 
 
-def test_the_key_is_no_option() -> None:
-    """Who writes it nevertheless is told that there is no such option, without its value."""
+def test_an_option_for_the_key_is_refused() -> None:
+    """--engine-api-key is an unknown option, and the error does not repeat its value."""
     done = serve(*REMOTE, "--engine-url", "http://a:1", f"--engine-api-key={KEY}")
     assert done.returncode == 2
     assert "--engine-api-key" in done.stderr
@@ -219,7 +219,7 @@ def test_the_key_is_no_option() -> None:
 
 
 def serve(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`taskvec serve` that is expected to end by itself."""
+    """Run a `taskvec serve` that is expected to fail."""
     return subprocess.run(
         [sys.executable, "-m", "taskvec", "serve", "--port", "0", *arguments],
         capture_output=True,

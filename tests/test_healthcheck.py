@@ -1,4 +1,4 @@
-"""The check that a container runs inside itself."""
+"""The health check that runs inside a container."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import free_port
 
 @contextmanager
 def server(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A server that answers /health/ready, and nothing else, with a status; its port."""
+    """Serve /health/ready with a status, and 404 for all else; yields the port."""
 
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -30,7 +30,7 @@ def server(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Discard the access log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as listening:
         if tls:
@@ -41,7 +41,7 @@ def server(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
 
 
 def check(**environment: str) -> subprocess.CompletedProcess[str]:
-    """What the check says in such an environment."""
+    """Run the health check with further environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "taskvec.healthcheck"],
         env=os.environ | {"http_proxy": "http://127.0.0.1:9"} | environment,
@@ -52,7 +52,7 @@ def check(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_ready_server_is_healthy() -> None:
-    """The exit code is 0, whether it listens on all addresses or on one, and past any proxy."""
+    """The exit code is 0 for a server on all addresses or on one; a proxy setting is ignored."""
     with server(200) as port:
         for host in ("0.0.0.0", "127.0.0.1", ""):  # noqa: S104
             done = check(TASKVEC_HOST=host, TASKVEC_PORT=str(port))
@@ -60,7 +60,7 @@ def test_a_ready_server_is_healthy() -> None:
 
 
 def test_a_server_that_is_not_ready_is_not_healthy() -> None:
-    """The exit code is 1, and the server's reason is told."""
+    """The exit code is 1, and the server's reason is printed."""
     with server(503) as port:
         done = check(TASKVEC_PORT=str(port))
     assert done.returncode == 1
@@ -69,7 +69,7 @@ def test_a_server_that_is_not_ready_is_not_healthy() -> None:
 
 
 def test_no_server_is_not_healthy() -> None:
-    """Where nobody listens, the exit code is 1 and the address is told, without a traceback."""
+    """If nothing listens, the exit code is 1 and the address is printed, without a traceback."""
     port = free_port()
     done = check(TASKVEC_PORT=str(port))
     assert done.returncode == 1
@@ -78,7 +78,7 @@ def test_no_server_is_not_healthy() -> None:
 
 
 def test_over_tls_the_certificate_need_not_fit(tmp_path: Path) -> None:
-    """With a certificate configured it asks by HTTPS, whatever names the certificate is for."""
+    """With TLS configured the check uses HTTPS and does not verify the certificate's names."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("api.example.com").configure_cert(tls)
     with server(200, tls) as port:

@@ -1,4 +1,4 @@
-"""``from taskvec import Embedder``: the vectors of the server, in this process."""
+"""``from taskvec import Embedder``: the same vectors as from the server, in this process."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ TEXTS = [
 ]
 BF16_DIFFERENCE = 1e-3
 FP32_DIFFERENCE = 1e-5
-"""The contract's: a vector may differ by so much per component between batches."""
+"""Documented maximum difference per component between batches."""
 
 
 @pytest.fixture(scope="module")
 def embedder() -> Iterator[Embedder]:
-    """The default model, as a user gets it."""
+    """Load the default model with the default options."""
     with Embedder() as loaded:
         yield loaded
 
 
 def test_vectors_are_float32_rows_of_length_one(embedder: Embedder) -> None:
-    """Several texts give [texts, dimension] float32, each row of length 1."""
+    """The result is float32 [texts, dimension], each row of length 1."""
     vectors = embedder.embed(TEXTS)
     assert vectors.shape == (len(TEXTS), embedder.model.dimension)
     assert vectors.dtype == np.float32
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(TEXTS)), abs=1e-6)
 
 
-def test_vectors_may_be_kept(embedder: Embedder) -> None:
-    """An answer is the caller's own: writable, and untouched by later calls."""
+def test_vectors_belong_to_the_caller(embedder: Embedder) -> None:
+    """A result is writable, and later calls do not change it."""
     first = embedder.embed("a text")
     copy = first.copy()
     embedder.embed("another text")
@@ -59,14 +59,14 @@ def test_vectors_may_be_kept(embedder: Embedder) -> None:
 
 @pytest.mark.parametrize("sequence", [list, tuple, np.array], ids=["list", "tuple", "array"])
 def test_one_text_is_a_sequence_of_one(embedder: Embedder, sequence: Any) -> None:
-    """A string gives the one row that a sequence of it gives."""
+    """A string and a sequence of that string give the same row."""
     alone = embedder.embed("a text")
     assert alone.shape == (1, embedder.model.dimension)
     assert difference(alone, embedder.embed(sequence(["a text"]))) <= BF16_DIFFERENCE
 
 
 def test_no_texts_give_no_rows(embedder: Embedder) -> None:
-    """An empty list gives an array of no rows and the right width."""
+    """An empty list gives an array of zero rows with the right width."""
     vectors = embedder.embed([], dimensions=64)
     assert (vectors.shape, vectors.dtype) == ((0, 64), np.float32)
     assert embedder.embed([]).shape == (0, embedder.model.dimension)
@@ -74,7 +74,7 @@ def test_no_texts_give_no_rows(embedder: Embedder) -> None:
 
 @pytest.mark.parametrize("dimensions", [1, 7, 64, 256])
 def test_dimensions_cut_and_normalise_again(embedder: Embedder, dimensions: int) -> None:
-    """The first values of the full vector, scaled to length 1, for any number of them."""
+    """``dimensions`` keeps the first values of the full vector and scales them to length 1."""
     full = embedder.embed(TEXTS)[:, :dimensions]
     vectors = embedder.embed(TEXTS, dimensions=dimensions)
     assert vectors.shape == (len(TEXTS), dimensions)
@@ -84,7 +84,7 @@ def test_dimensions_cut_and_normalise_again(embedder: Embedder, dimensions: int)
 
 
 def test_unnormalised_vectors_have_the_same_direction(embedder: Embedder) -> None:
-    """normalized=False leaves the model's own lengths."""
+    """normalized=False returns vectors with the lengths that the model gives."""
     vectors = embedder.embed(TEXTS, normalized=False)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     assert (np.abs(lengths - 1) > 0.01).all()
@@ -92,7 +92,7 @@ def test_unnormalised_vectors_have_the_same_direction(embedder: Embedder) -> Non
 
 
 def test_tasks_are_those_of_the_model(embedder: Embedder) -> None:
-    """``tasks`` lists what ``task=`` takes, and each gives vectors of its own."""
+    """``tasks`` lists the names for ``task=``, and each task gives different vectors."""
     assert sorted(embedder.tasks) == sorted(TASKS)
     vectors = np.concatenate([embedder.embed("a text", task) for task in embedder.tasks])
     cosines = vectors @ vectors.T - np.eye(len(TASKS))
@@ -104,19 +104,19 @@ def test_tasks_are_those_of_the_model(embedder: Embedder) -> None:
     [(None, "text-matching"), ("retrieval", "retrieval.passage"), ("separation", "clustering")],
 )
 def test_aliases_mean_their_task(embedder: Embedder, alias: str | None, task: str) -> None:
-    """No task, and other names of one, give that task's vectors."""
+    """An alias, or no task, gives the vectors of the task it stands for."""
     assert difference(embedder.embed(TEXTS, alias), embedder.embed(TEXTS, task)) <= BF16_DIFFERENCE
 
 
 def test_an_unknown_task_is_refused(embedder: Embedder) -> None:
-    """A task that is not there is refused with those that are."""
+    """An unknown task is rejected with a list of the known ones."""
     with pytest.raises(InvalidRequestError, match=r"'poetry'.*retrieval\.query") as refused:
         embedder.embed("a text", task="poetry")
     assert refused.value.code == "unknown_task"
 
 
 def test_a_task_may_be_a_prompt_and_an_adapter(embedder: Embedder) -> None:
-    """What a name stands for can be had, changed, and embedded by."""
+    """``Embedder.task`` returns a Task, which can be changed and passed to ``embed``."""
     task = embedder.task("retrieval.query")
     assert (task.adapter, task.prompt) == ("retrieval", "Query: ")
     queries = embedder.embed(TEXTS, "retrieval.query")
@@ -131,7 +131,7 @@ def test_a_task_may_be_a_prompt_and_an_adapter(embedder: Embedder) -> None:
 @pytest.mark.parametrize("texts", ["a", []], ids=["one", "none"])
 @pytest.mark.parametrize("dimensions", [0, -1, 257])
 def test_impossible_dimensions_are_refused(embedder: Embedder, texts: Any, dimensions: int) -> None:
-    """Dimensions beyond the model's are refused with the bounds, even for no texts."""
+    """Dimensions out of range are rejected with the range, even for an empty list."""
     with pytest.raises(InvalidRequestError, match="between 1 and 256"):
         embedder.embed(texts, dimensions=dimensions)
 
@@ -140,14 +140,14 @@ def test_impossible_dimensions_are_refused(embedder: Embedder, texts: Any, dimen
     ("texts", "named"),
     [("", r"\[0\]"), (["a", ""], r"\[1\]"), (["a", "b", None], r"\[2\]"), ([b"a"], r"\[0\]")],
 )
-def test_what_is_no_text_is_refused(embedder: Embedder, texts: Any, named: str) -> None:
-    """An empty text, or no text at all, is refused by its place."""
+def test_an_invalid_text_is_refused(embedder: Embedder, texts: Any, named: str) -> None:
+    """An empty text, or a value of another type, is rejected with its index."""
     with pytest.raises(InvalidRequestError, match=named):
         embedder.embed(texts)
 
 
 def test_a_long_text_is_refused_or_cut(embedder: Embedder) -> None:
-    """Over-long text is refused by its place; truncate=True embeds its head."""
+    """A text that is too long is rejected with its index; truncate=True embeds its beginning."""
     words = "word " * 5000
     with pytest.raises(InvalidRequestError, match=r"\[1\].*2048 tokens") as refused:
         embedder.embed(["short", words])
@@ -159,7 +159,7 @@ def test_a_long_text_is_refused_or_cut(embedder: Embedder) -> None:
 
 
 def test_the_server_gives_the_same_vectors(embedder: Embedder, server_url: str) -> None:
-    """Library and server agree on every task, cut and scaled."""
+    """Library and server agree on every task, with fewer dimensions."""
     for task in TASKS:
         body = {"input": TEXTS, "task": task, "dimensions": 100}
         data = httpx.post(f"{server_url}/v1/embeddings", json=body, timeout=60).json()["data"]
@@ -168,7 +168,7 @@ def test_the_server_gives_the_same_vectors(embedder: Embedder, server_url: str) 
 
 
 def test_threads_share_an_embedder(embedder: Embedder) -> None:
-    """Calls from many threads at once each get their own vectors."""
+    """Concurrent calls from many threads each get the vectors of their own texts."""
     texts = [f"text number {n} " + "word " * (n % 20) for n in range(64)]
     truth = np.concatenate([embedder.embed(text, TASKS[n % 5]) for n, text in enumerate(texts)])
     with ThreadPoolExecutor(16) as threads:
@@ -180,7 +180,7 @@ def test_threads_share_an_embedder(embedder: Embedder) -> None:
 
 
 def test_adapter_modes_agree() -> None:
-    """Merged weights and low-rank factors are two ways to the same vectors, in float32."""
+    """Merged weights and low-rank factors give the same vectors in float32."""
     with (
         Embedder(dtype="float32", adapter_mode="merged") as merged,
         Embedder(dtype="float32", adapter_mode="low-rank") as low_rank,
@@ -191,7 +191,7 @@ def test_adapter_modes_agree() -> None:
 
 
 def test_number_types_agree(embedder: Embedder) -> None:
-    """What auto picks gives nearly float32's vectors."""
+    """The number type that ``auto`` selects gives nearly the vectors of float32."""
     with Embedder(dtype="float32") as exact:
         for task in TASKS:
             cosines = (exact.embed(TEXTS, task) * embedder.embed(TEXTS, task)).sum(axis=1)
@@ -199,14 +199,14 @@ def test_number_types_agree(embedder: Embedder) -> None:
 
 
 def test_float32_vectors_do_not_depend_on_the_batch() -> None:
-    """A text's float32 vector is the same alone and among others."""
+    """A text's float32 vector is the same alone and in a batch with others."""
     with Embedder(dtype="float32") as exact:
         alone = np.concatenate([exact.embed(text) for text in TEXTS])
         assert difference(alone, exact.embed(TEXTS)) <= FP32_DIFFERENCE
 
 
 def test_closing_ends_it() -> None:
-    """After close, which may be called twice, embedding is an error and not a wait."""
+    """After ``close``, which may be called twice, ``embed`` raises and does not block."""
     closed = Embedder()
     assert closed.embed("a text").shape == (1, closed.model.dimension)
     closed.close()
@@ -216,8 +216,8 @@ def test_closing_ends_it() -> None:
         closed.embed("a text")
 
 
-def test_closing_answers_what_was_asked() -> None:
-    """What another thread asked for before close is answered."""
+def test_closing_finishes_running_calls() -> None:
+    """A call that another thread made before ``close`` returns its vectors."""
     closing = Embedder()
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(closing.embed, ["word " * 100] * 64)
@@ -228,21 +228,21 @@ def test_closing_answers_what_was_asked() -> None:
 
 
 def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
-    """A folder that is no checkpoint raises CheckpointError."""
+    """A folder without a checkpoint raises CheckpointError."""
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Embedder(str(tmp_path))
 
 
 @pytest.mark.parametrize("module", ["torch", "fastapi", "uvicorn", "transformers", "pydantic"])
 def test_importing_taskvec_is_cheap(module: str) -> None:
-    """``import taskvec`` alone loads neither the engine nor the server."""
+    """``import taskvec`` imports neither the engine nor the server."""
     code = f"import sys, taskvec; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("module", ["fastapi", "starlette", "uvicorn", "transformers"])
 def test_embedding_needs_no_server(module: str) -> None:
-    """The library embeds without a web framework, and without transformers."""
+    """``Embedder`` imports neither a web framework nor transformers."""
     code = (
         "import sys\nfrom taskvec import Embedder\n"
         "with Embedder() as embedder: embedder.embed('a text')\n"
@@ -252,12 +252,12 @@ def test_embedding_needs_no_server(module: str) -> None:
 
 
 def test_the_package_has_no_other_names() -> None:
-    """A name that taskvec does not have is an AttributeError, as in any module."""
+    """An unknown attribute of ``taskvec`` raises AttributeError, as in any module."""
     with pytest.raises(AttributeError, match="Embeder"):
         _ = taskvec.Embeder
 
 
 def difference(left: NDArray[Any], right: NDArray[Any]) -> float:
-    """The largest difference of any component."""
+    """Return the largest absolute difference of any component."""
     assert left.shape == right.shape
     return float(np.abs(left - right).max())

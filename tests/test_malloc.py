@@ -1,4 +1,4 @@
-"""What the process keeps of freed memory, seen from outside."""
+"""Memory that a process retains after it was freed, measured in page faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import json, resource, sys
 from taskvec import malloc
 from taskvec.malloc import tune_malloc, trim_malloc
 
-choices, size = getattr(malloc, sys.argv[1]), int(sys.argv[2])
+parameters, size = getattr(malloc, sys.argv[1]), int(sys.argv[2])
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,21 +25,27 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 before = faults()
-tune_malloc(choices)
+tune_malloc(parameters)
 faults()
-kept = faults()
+after = faults()
 pieces = [bytearray(20_000) for _ in range(5_000)]
 full = resident()
 del pieces[:-1]
 trim_malloc()
-print(json.dumps({"before": before, "kept": kept, "given": full - resident()}))
+print(json.dumps({"before": before, "after": after, "returned": full - resident()}))
 """
 
 
-def probe(choices: str, size: int, **environment: str) -> dict[str, int]:
-    """What a fresh process saw that takes and frees blocks of so many bytes."""
+def probe(parameters: str, size: int, **environment: str) -> dict[str, int]:
+    """Return page faults before and after tuning, and bytes returned by trimming.
+
+    Args:
+        parameters: name of the malloc parameters to set.
+        size: bytes of the blocks that the process allocates and frees.
+        environment: further environment variables of the process.
+    """
     run = subprocess.run(
-        [sys.executable, "-c", PROBE, choices, str(size)],
+        [sys.executable, "-c", PROBE, parameters, str(size)],
         capture_output=True,
         text=True,
         check=True,
@@ -49,24 +55,24 @@ def probe(choices: str, size: int, **environment: str) -> dict[str, int]:
     return found
 
 
-def test_answers_take_no_new_pages() -> None:
-    """Blocks of an answer's size come from memory that is kept; much of it can be given back."""
+def test_responses_need_no_new_pages() -> None:
+    """Blocks of a response's size reuse retained memory, and trimming returns most of it."""
     seen = probe("SERVING", 300_000)
     assert seen["before"] > 1000
-    assert seen["kept"] < seen["before"] / 20
-    assert seen["given"] > 50_000_000
+    assert seen["after"] < seen["before"] / 20
+    assert seen["returned"] > 50_000_000
 
 
-def test_steps_of_training_take_no_new_pages() -> None:
-    """Nor do blocks of a step's size, which glibc takes from the system whatever its thresholds."""
+def test_training_steps_need_no_new_pages() -> None:
+    """Blocks of a training step's size reuse memory, though glibc would map them by itself."""
     seen = probe("TRAINING", 40_000_000)
     assert seen["before"] > 100
-    assert seen["kept"] < seen["before"] / 20
+    assert seen["after"] < seen["before"] / 20
 
 
-def test_the_environment_decides() -> None:
-    """Who has set malloc's thresholds keeps them."""
+def test_the_environment_wins() -> None:
+    """Thresholds that the environment sets are not changed."""
     seen = probe(
         "SERVING", 300_000, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072"
     )
-    assert seen["kept"] > seen["before"] / 2
+    assert seen["after"] > seen["before"] / 2

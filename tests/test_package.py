@@ -1,4 +1,4 @@
-"""The wheel that is built from here holds all that serving needs."""
+"""The wheel contains everything that serving needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCES = ("service", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by the back-end that is installed, without a network."""
+    """Build the wheel with the installed build back-end, without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     checkout = folder / "checkout"
     checkout.mkdir()
@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, unpacked."""
+    """Unpack the wheel into a folder."""
     folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -50,7 +50,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_has_the_default_model(installed: Path, default_checkpoint: Checkpoint) -> None:
-    """Weights, tokenizer, prompts and every adapter are in it, byte for byte."""
+    """The wheel contains the default model's files, byte for byte."""
     source = default_checkpoint.folder
     target = installed / "taskvec" / "default_model"
     packed = read_checkpoint(target, "taskvec-mini")
@@ -63,7 +63,7 @@ def test_the_wheel_has_the_default_model(installed: Path, default_checkpoint: Ch
 
 
 def test_the_wheel_has_every_module(installed: Path) -> None:
-    """All Python files of the package are in it, and the marker that it is typed."""
+    """The wheel contains all Python files of the package and py.typed."""
     source = Path(taskvec.__file__).parent
     modules = {str(file.relative_to(source)) for file in source.rglob("*.py")}
     packed = {str(file.relative_to(installed / "taskvec")) for file in installed.rglob("*.py")}
@@ -73,7 +73,7 @@ def test_the_wheel_has_every_module(installed: Path) -> None:
 
 
 def test_the_wheel_has_nothing_else(wheel: Path) -> None:
-    """Beside the package and its metadata there is nothing: no tests, no caches."""
+    """The wheel contains only the package and its metadata: no tests, no caches."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {
@@ -84,7 +84,7 @@ def test_the_wheel_has_nothing_else(wheel: Path) -> None:
 
 
 def test_the_metadata_is_right(installed: Path) -> None:
-    """Version, licence and command are those of the checkout."""
+    """Version, licence and entry point equal those of the checkout."""
     folder = installed / f"taskvec-{taskvec.__version__}.dist-info"
     metadata = BytesParser().parsebytes((folder / "METADATA").read_bytes())
     assert metadata["Version"] == taskvec.__version__
@@ -98,7 +98,7 @@ def test_the_metadata_is_right(installed: Path) -> None:
 
 
 def test_the_wheel_serves_by_itself(installed: Path) -> None:
-    """The unpacked wheel, and not the checkout, passes its own self-test."""
+    """The unpacked wheel passes its self-test without the checkout."""
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r}); sys.argv[1:] = ['check']\n"
         "import taskvec.cli.main; taskvec.cli.main.main()"

@@ -1,4 +1,4 @@
-"""A gateway before other taskvec servers: their vectors, and no request lost with one of them."""
+"""A gateway in front of taskvec servers: the same vectors, and no lost requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SERVE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers keep what they compute once in a folder of the tests, not in the user's."""
+    """Set a cache folder for the servers of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -57,14 +57,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[tuple[Served, Served]]:
-    """Two servers of the default model that accept token ids."""
+    """Start two servers of the default model that accept token ids."""
     with served(*SERVER) as first, served(*SERVER) as second:
         yield first, second
 
 
 @pytest.fixture(scope="module", params=["1", "2"], ids=["one gateway", "two gateways"])
 def gateway(servers: tuple[Served, Served], request: pytest.FixtureRequest) -> Iterator[Served]:
-    """A gateway before both."""
+    """Start a gateway in front of both servers."""
     with served(*before(*servers), "--workers", request.param) as gateway:
         yield gateway
 
@@ -73,7 +73,7 @@ def gateway(servers: tuple[Served, Served], request: pytest.FixtureRequest) -> I
 def test_vectors_are_those_of_the_servers(
     gateway: Served, servers: tuple[Served, Served], task: str
 ) -> None:
-    """Every task gives, through the gateway, the vectors that each server gives by itself."""
+    """The gateway returns the same vectors as a server for every task."""
     truth = vectors(servers[0].url, TEXTS, task)
     for _ in range(4):
         assert np.abs(vectors(gateway.url, TEXTS, task) - truth).max() <= 1e-5
@@ -82,7 +82,7 @@ def test_vectors_are_those_of_the_servers(
 def test_a_large_request_is_put_together_in_order(
     gateway: Served, servers: tuple[Served, Served]
 ) -> None:
-    """More texts than one call takes come back in their own order, from both servers."""
+    """A request that is split into several calls returns its vectors in order."""
     texts = [f"text {n} " + "word " * (n % 7) for n in range(300)]
     truth = vectors(servers[0].url, texts, "clustering")
     assert np.abs(vectors(gateway.url, texts, "clustering") - truth).max() <= 1e-5
@@ -93,7 +93,7 @@ def test_a_large_request_is_put_together_in_order(
 
 
 def test_a_request_id_need_not_be_unique(gateway: Served, servers: tuple[Served, Served]) -> None:
-    """Parallel requests under one x-request-id each get their own texts' vectors."""
+    """Parallel requests with the same x-request-id each get their own vectors."""
     texts = [f"number {n}" for n in range(24)]
     truth = vectors(servers[1].url, texts, "text-matching")
 
@@ -110,7 +110,7 @@ def test_a_request_id_need_not_be_unique(gateway: Served, servers: tuple[Served,
 
 
 def test_a_client_that_leaves_takes_its_texts_with_it(servers: tuple[Served, Served]) -> None:
-    """When a client closes its connection, what it has queued in the servers is dropped."""
+    """When a client disconnects, the servers drop its queued texts."""
     with served(*before(*servers)) as gateway:
         was = sum(dropped(server) for server in servers)
         body = {"input": ["word " * 400 + str(n) for n in range(1024)]}
@@ -121,14 +121,14 @@ def test_a_client_that_leaves_takes_its_texts_with_it(servers: tuple[Served, Ser
 
 
 def test_a_killed_server_loses_no_request() -> None:
-    """SIGKILL of one of two servers under load loses nothing; started again it is used again."""
+    """SIGKILL of one of two servers loses no request; a restarted server is used again."""
     with (
         served(*SERVER) as first,
         served(*SERVER) as second,
         served(*before(first, second)) as gateway,
         ThreadPoolExecutor(8) as threads,
     ):
-        load = Load(gateway.url, most=120, seconds=60)
+        load = Load(gateway.url, max_requests=120, seconds=60)
         runs = [threads.submit(load.run) for _ in range(8)]
         load.wait_for(24)
         first.process.kill()
@@ -145,7 +145,7 @@ def test_a_killed_server_loses_no_request() -> None:
 
 
 def test_a_server_that_takes_no_token_ids_is_not_used() -> None:
-    """A server with the default --token-input is not called, and the probe says what to set."""
+    """A server that rejects token ids is not called, and the probe names the setting to change."""
     with (
         served(*EXACT) as server,
         served(*before(server), probe="live") as gateway,
@@ -159,7 +159,7 @@ def test_a_server_that_takes_no_token_ids_is_not_used() -> None:
 
 
 def test_a_gateway_waits_for_its_servers() -> None:
-    """Before its servers are up a gateway is live and "starting"; later ready by itself."""
+    """A gateway is live and "starting" until its servers are up, then becomes ready."""
     port = free_port()
     with served(*GATEWAY, "--engine-url", f"http://127.0.0.1:{port}", probe="live") as gateway:
         wait_for(lambda: str(port) in readiness(gateway).json()["detail"])
@@ -174,7 +174,7 @@ def test_a_gateway_waits_for_its_servers() -> None:
 
 
 def test_servers_are_found_by_name(servers: tuple[Served, Served]) -> None:
-    """dns://localhost:port finds the server on this machine."""
+    """dns://localhost:port resolves to the server on this machine."""
     with served(*GATEWAY, "--engine-url", f"dns://localhost:{servers[0].port}") as gateway:
         truth = vectors(servers[0].url, TEXTS, "retrieval.query")
         assert np.abs(vectors(gateway.url, TEXTS, "retrieval.query") - truth).max() <= 1e-5
@@ -182,7 +182,7 @@ def test_servers_are_found_by_name(servers: tuple[Served, Served]) -> None:
 
 
 def test_the_engine_is_made_without_torch() -> None:
-    """A remote engine is built where neither torch nor vLLM can be imported."""
+    """A remote engine can be created without torch and vLLM."""
     done = subprocess.run(
         [sys.executable, "-c", MAKE_ENGINE], capture_output=True, text=True, check=False, timeout=60
     )
@@ -193,7 +193,7 @@ def test_the_engine_is_made_without_torch() -> None:
 def test_a_gateway_serves_without_torch(
     tmp_path: Path, servers: tuple[Served, Served], workers: str
 ) -> None:
-    """The whole gateway, golden vectors included, serves where torch cannot be imported."""
+    """A gateway, including its golden vectors, serves without torch."""
     options = ("--cache-dir", str(tmp_path), "--workers", workers)
     script = tmp_path / "serve.py"  # a file: several gateways import the main module again
     script.write_text(SERVE)
@@ -204,7 +204,7 @@ def test_a_gateway_serves_without_torch(
 
 
 def test_sigterm_of_a_gateway_loses_nothing(servers: tuple[Served, Served]) -> None:
-    """SIGTERM of a gateway under load: what it has taken is answered, or refused as draining."""
+    """After SIGTERM a gateway under load answers every request, or rejects it as draining."""
     with served(*before(*servers)) as gateway, ThreadPoolExecutor(8) as threads:
         load = Load(gateway.url)
         runs = [threads.submit(load.run) for _ in range(8)]
@@ -219,33 +219,33 @@ def test_sigterm_of_a_gateway_loses_nothing(servers: tuple[Served, Served]) -> N
 
 
 def before(*servers: Served) -> tuple[str, ...]:
-    """The options of a gateway before these servers."""
+    """Return the options of a gateway in front of these servers."""
     return (*GATEWAY, *(word for server in servers for word in ("--engine-url", server.url)))
 
 
 def vectors(url: str, texts: list[str], task: str) -> NDArray[np.float64]:
-    """What a server gives for some texts, [texts, dimension]."""
+    """Return the vectors of some texts, float64 [texts, dimension]."""
     rows = embed(url, {"input": texts, "task": task}).json()["data"]
     return np.array([row["embedding"] for row in rows])
 
 
 def readiness(server: Served) -> httpx.Response:
-    """What the probe says."""
+    """Return the response of the readiness probe."""
     return httpx.get(f"{server.url}/health/ready", timeout=30)
 
 
 def serving(gateway: Served, server: Served) -> float:
-    """1 where the gateway calls the server, 0 where it does not."""
+    """Return 1 if the gateway calls the server, else 0."""
     shown = httpx.get(f"{gateway.url}/metrics", timeout=30).text
     return total(shown, "taskvec_engine_server_serving", f'"{server.url}"')
 
 
 def dropped(server: Served) -> float:
-    """Texts that left a server's queue because nobody waited for them any more."""
+    """Return the number of texts that a server dropped because their request was cancelled."""
     shown = httpx.get(f"{server.url}/metrics", timeout=30).text
     return total(shown, "taskvec_texts_dropped_total", 'reason="cancelled"')
 
 
 def requests(server: Served, label: str) -> float:
-    """Requests that a server counted under a label."""
+    """Return the number of requests that a server counted under a label."""
     return total(httpx.get(f"{server.url}/metrics").text, "taskvec_requests_total", label)

@@ -1,4 +1,4 @@
-"""Whatever happens, and at any log level, no text and no key is written."""
+"""No text and no API key is ever logged, at any log level."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BODIES = [
 
 
 def test_a_server_writes_no_text_and_no_key() -> None:
-    """Answers, refusals, broken JSON and clients that leave show nothing of what they sent."""
+    """Successful, rejected and aborted requests and broken JSON leave no content in the log."""
     with served(*DEBUG) as server:
         statuses = [post(server.url, body) for body in BODIES]
         assert {200, 400, 404} == set(statuses)
@@ -69,7 +69,7 @@ def test_a_server_writes_no_text_and_no_key() -> None:
 
 
 def test_a_failing_engine_shows_no_text_and_no_key() -> None:
-    """A bug's traceback and the answer's 500 are in the log, the request's text is not."""
+    """The log has the traceback of a bug and the status 500, but not the request's text."""
     port = free_port()
     code = FAILING.replace("PORT", str(port))
     with subprocess.Popen(
@@ -91,7 +91,7 @@ def test_a_failing_engine_shows_no_text_and_no_key() -> None:
 def test_a_gateway_without_its_server_writes_no_text_and_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gateway whose server is killed logs failed calls without what they carried."""
+    """A gateway logs failed calls to a killed server without their content."""
     monkeypatch.setenv("TASKVEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TASKVEC_ENGINE_API_KEY", ENGINE_KEY)
     with served("--token-input", "accept", *EXACT) as server:
@@ -107,7 +107,7 @@ def test_a_gateway_without_its_server_writes_no_text_and_no_key(
 def test_a_server_that_echoes_the_key_is_not_quoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where an engine server repeats the key in its refusal, log and probe show stars."""
+    """If an engine server repeats the API key in an error, log and probe show stars instead."""
     monkeypatch.setenv("TASKVEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TASKVEC_ENGINE_API_KEY", ENGINE_KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
@@ -124,7 +124,7 @@ def test_a_server_that_echoes_the_key_is_not_quoted(
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Refuses with what it was sent."""
+    """Server that answers 401 and repeats the Authorization header."""
 
     def do_GET(self) -> None:
         body = f"not {self.headers['authorization']}!".encode()
@@ -134,11 +134,11 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Discard the access log."""
 
 
-def test_a_line_tells_of_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request's line has id, task, counts, status and stages; its trace where it is traced."""
+def test_the_fields_of_a_request_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log line of a request has id, task, counts, status, stages and the trace id."""
     monkeypatch.setenv("TASKVEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
@@ -167,15 +167,15 @@ def test_a_line_tells_of_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def post(url: str, body: object) -> int:
-    """The status of a request with a key."""
+    """Send a request with an API key and return the status."""
     headers = {"authorization": f"Bearer {CLIENT_KEY}"}
     return httpx.post(f"{url}/v1/embeddings", json=body, headers=headers, timeout=60).status_code
 
 
 def written(process: subprocess.Popen[bytes]) -> list[dict[str, object]]:
-    """Every line that a process has written when it has ended; none has a secret."""
+    """Terminate a process and return its log lines; asserts that none contains a secret."""
     process.terminate()
-    said = process.communicate(timeout=60)[1].decode()
+    output = process.communicate(timeout=60)[1].decode()
     for secret in (CANARY, CLIENT_KEY, ENGINE_KEY):
-        assert secret not in said
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        assert secret not in output
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]

@@ -1,4 +1,4 @@
-"""The settings: one environment variable each, refused by name where they cannot be."""
+"""The settings: one environment variable each; errors name the variable."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ REFUSED = [
 def test_every_setting_has_its_variable(
     monkeypatch: pytest.MonkeyPatch, field: str, text: str, value: object
 ) -> None:
-    """TASKVEC_ and the field's name in capitals set exactly that field."""
+    """``TASKVEC_<FIELD>`` sets that field and no other."""
     monkeypatch.setenv(environment_variable(field), text)
     companions = {"engine_url": ("engine", "remote"), "tls_key": ("tls_cert", "/cert.pem")}
     companion = companions.get(field)
@@ -164,12 +164,12 @@ def test_every_setting_has_its_variable(
 
 
 def test_no_setting_is_forgotten_here() -> None:
-    """The table above has every field, so that a new one is tested too."""
+    """The table above covers every field, so that new ones are tested."""
     assert [field for field, *_ in FROM_ENVIRONMENT] == FIELDS
 
 
 def test_without_variables_the_built_in_model_is_served_locally() -> None:
-    """The defaults are the model in the package, on this machine's own address alone."""
+    """By default the built-in model is served on the loopback address only."""
     settings = Settings()
     assert (settings.model, settings.host, settings.port) == (DEFAULT_MODEL, "127.0.0.1", 8080)
     assert (settings.max_texts, settings.token_input) == (2048, TokenInput.REJECT)
@@ -177,7 +177,7 @@ def test_without_variables_the_built_in_model_is_served_locally() -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_setting_is_described(field: str) -> None:
-    """Every field says what it is for: help and configuration page are made of it."""
+    """Every field has a description, which --help and docs/configuration.md are made of."""
     description = Settings.model_fields[field].description or ""
     assert len(description) > 15
     assert description.endswith(".")
@@ -187,7 +187,7 @@ def test_every_setting_is_described(field: str) -> None:
 def test_a_bad_value_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, field: str, text: str
 ) -> None:
-    """A value out of bounds is refused, and the error says which variable it was."""
+    """An invalid value is rejected, and the error names its variable."""
     variable = environment_variable(field)
     monkeypatch.setenv(variable, text)
     with pytest.raises(ValidationError) as refused:
@@ -199,7 +199,7 @@ def test_a_bad_value_is_refused_by_name(
 
 
 def test_all_bad_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has two mistakes is told of both."""
+    """Two invalid values are both reported."""
     monkeypatch.setenv("TASKVEC_PORT", "70000")
     monkeypatch.setenv("TASKVEC_DTYPE", "fp32")
     with pytest.raises(ValidationError) as refused:
@@ -208,14 +208,14 @@ def test_all_bad_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_an_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """TASKVEC_X= means the default: compose files and charts pass on what was left blank."""
+def test_an_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """An empty variable is ignored: compose files and charts pass blank values on."""
     monkeypatch.setenv(environment_variable(field), "")
     assert Settings().model_dump()[field] == defaults()[field]
 
 
-def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An argument wins over its variable."""
+def test_an_argument_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument has precedence over its variable."""
     monkeypatch.setenv("TASKVEC_PORT", "1234")
     assert Settings(port=4321).port == 4321
 
@@ -224,12 +224,12 @@ def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPat
     "given", ["a,b", " a , b ", ("a", "b"), ["a", "b"]], ids=["commas", "spaces", "tuple", "list"]
 )
 def test_aliases_are_split_at_commas(given: Any) -> None:
-    """Aliases come as one string from outside, as a sequence from code."""
+    """Aliases may be one string, as in a variable, or a sequence, as in code."""
     assert Settings(model_aliases=given).model_aliases == ("a", "b")
 
 
 def test_settings_do_not_change() -> None:
-    """A Settings is frozen: what was started is what is served."""
+    """Settings are frozen."""
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
         settings.port = 1
@@ -237,11 +237,11 @@ def test_settings_do_not_change() -> None:
 
 
 def test_an_unknown_setting_is_refused() -> None:
-    """A misspelt argument is an error, not silence."""
+    """A misspelt argument is rejected."""
     with pytest.raises(ValidationError, match="prot"):
         Settings(prot=1)
 
 
 def defaults() -> dict[str, Any]:
-    """Every field's default."""
+    """Return the default of every field."""
     return {name: field.default for name, field in Settings.model_fields.items()}

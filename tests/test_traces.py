@@ -1,4 +1,4 @@
-"""Traces of real servers, as an OTLP collector gets them."""
+"""Traces of real servers, as an OTLP collector receives them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ print([name for name in sys.modules if name.startswith(ours)])  # FastAPI loads 
 
 
 class Collector:
-    """An OTLP/HTTP endpoint that keeps what it is sent."""
+    """OTLP/HTTP endpoint that stores the spans it receives."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -86,7 +86,7 @@ class Collector:
                 self.spans += [(service, span) for span in scope.spans]
 
     def trace(self, trace_id: str, spans: int) -> list[Span]:
-        """The spans of a trace, once there are so many of them."""
+        """Wait until a trace has this number of spans; return them by start time."""
         found: list[Span] = []
 
         def complete() -> bool:
@@ -99,7 +99,7 @@ class Collector:
 
 @pytest.fixture(scope="module")
 def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
-    """A collector to which the environment points every server that is started."""
+    """Run a collector and configure it for every server that is started."""
     collector = Collector()
     thread = threading.Thread(target=collector.server.serve_forever)
     thread.start()
@@ -115,14 +115,14 @@ def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def server(collector: Collector) -> Iterator[Served]:
-    """A server that traces and takes token ids."""
+    """Start a server that sends traces and accepts token ids."""
     assert collector.url
     with served("--traces", "--token-input", "accept", *EXACT) as server:
         yield server
 
 
 def test_a_request_is_one_span_with_a_child_a_stage(server: Served, collector: Collector) -> None:
-    """The span has the request's facts; its stages lie within it, one after the other."""
+    """The span has the attributes of the request, and its stages are consecutive child spans."""
     answer = ask(server.url, {"input": ["one", "two"], "task": "clustering"})
     root, *stages = collector.trace(TRACE, 5)
     assert (root.name, root.kind) == ("POST /v1/embeddings", Span.SPAN_KIND_SERVER)
@@ -150,7 +150,7 @@ def test_a_request_is_one_span_with_a_child_a_stage(server: Served, collector: C
 
 
 def test_a_refusal_is_a_span_with_its_code(server: Served, collector: Collector) -> None:
-    """A request that fails has its status and code, and the stages that happened."""
+    """The span of a failed request has its status and code, and the stages that were run."""
     trace = "1" * 32
     assert ask(server.url, {"input": "word " * 3000}, trace).status_code == 400
     root, *stages = collector.trace(trace, 2)
@@ -160,7 +160,7 @@ def test_a_refusal_is_a_span_with_its_code(server: Served, collector: Collector)
 
 
 def test_a_request_without_a_trace_begins_one(server: Served, collector: Collector) -> None:
-    """Where no traceparent comes in, or a broken one, the span has no parent."""
+    """Without a valid traceparent the span has no parent."""
     for headers in ({}, {"traceparent": "nonsense"}):
         headers["x-request-id"] = f"new-{len(headers)}"
         httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, headers=headers)
@@ -176,7 +176,7 @@ def test_a_request_without_a_trace_begins_one(server: Served, collector: Collect
 
 
 def test_no_text_and_no_key_is_in_a_span(server: Served, collector: Collector) -> None:
-    """What a collector is sent holds neither the texts nor the keys of a request."""
+    """Spans contain neither the texts nor the API key of a request."""
     headers = {"authorization": f"Bearer {KEY}"}
     ask(server.url, {"input": [CANARY]}, "2" * 32, headers)
     ask(server.url, {"input": [CANARY, 5], "task": CANARY}, "3" * 32, headers)
@@ -187,7 +187,7 @@ def test_no_text_and_no_key_is_in_a_span(server: Served, collector: Collector) -
 
 
 def test_probes_are_not_traced(server: Served, collector: Collector) -> None:
-    """Health, metrics and model lists make no spans."""
+    """Requests for health, metrics and models create no spans."""
     for path in ("/health/ready", "/metrics", "/v1/models"):
         httpx.get(server.url + path, headers={"traceparent": f"00-{'4' * 32}-{PARENT}-01"})
     ask(server.url, {"input": "x"}, "5" * 32)
@@ -199,7 +199,7 @@ def test_probes_are_not_traced(server: Served, collector: Collector) -> None:
 def test_a_gateway_and_its_server_make_one_trace(
     server: Served, collector: Collector, texts: int
 ) -> None:
-    """The server's span lies below the gateway's call, which lies below the gateway's span."""
+    """The server's span is a child of the gateway's call, which is a child of its request."""
     options = ("--engine", "remote", "--engine-url", server.url, "--traces")
     trace = f"{texts:032x}"
     with served(*options, "--log-level", "error") as gateway:
@@ -208,7 +208,7 @@ def test_a_gateway_and_its_server_make_one_trace(
 
 
 def test_processes_of_one_service_make_one_trace(collector: Collector) -> None:
-    """With --workers, gateway process and engine process are in one trace too."""
+    """With --workers, the gateway process and the engine process share one trace."""
     trace = "6" * 32
     with served("--workers", "2", "--traces", *EXACT) as gateways:
         ask(gateways.url, {"input": ["a text"]}, trace)
@@ -216,7 +216,7 @@ def test_processes_of_one_service_make_one_trace(collector: Collector) -> None:
 
 
 def test_requests_that_share_calls_keep_their_traces(server: Served, collector: Collector) -> None:
-    """Of many small requests at once, each call belongs to a request that sent a text with it."""
+    """A call that batches several requests belongs to the trace of one of them."""
     options = ("--engine", "remote", "--engine-url", server.url, "--traces")
     traces = [f"{n:032x}" for n in range(1000, 1030)]
     with served(*options, "--log-level", "error") as gateway:
@@ -240,22 +240,22 @@ def test_requests_that_share_calls_keep_their_traces(server: Served, collector: 
 
 
 def test_a_collector_that_is_away_harms_nothing(collector: Collector) -> None:
-    """Without a collector requests are answered, and the server ends in seconds."""
+    """Without a collector requests are answered, and the server stops within seconds."""
     assert collector.url
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
         with served("--traces", *EXACT) as server:
             assert ask(server.url, {"input": "x"}).status_code == 200
-            begun = time.monotonic()
+            start = time.monotonic()
             server.process.terminate()
             code, _ = ended(server)
     assert code == -signal.SIGTERM
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_missing_extra_ends_the_start(workers: str) -> None:
-    """--traces without OpenTelemetry is exit code 3 and one sentence."""
+    """--traces without OpenTelemetry installed exits with 3 and one sentence."""
     options = ("--traces", "--workers", workers, *EXACT)
     with started(*options, run=("-c", WITHOUT_OTEL)) as server:
         code, errors = ended(server)
@@ -264,7 +264,7 @@ def test_a_missing_extra_ends_the_start(workers: str) -> None:
 
 
 def test_nothing_of_opentelemetry_is_loaded_without_traces() -> None:
-    """An application without --traces imports neither SDK nor exporter."""
+    """An application without --traces imports neither the SDK nor the exporter."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True
     )
@@ -272,7 +272,7 @@ def test_nothing_of_opentelemetry_is_loaded_without_traces() -> None:
 
 
 def assert_one_trace(spans: list[Span], url: str) -> None:
-    """Gateway's request, four stages, one call; the server's request and four stages below it."""
+    """Assert that a trace has the gateway's request and call, the server's request, all stages."""
     (gateway,) = (span for span in spans if span.parent_span_id.hex() == PARENT)
     (call,) = (span for span in spans if span.kind == Span.SPAN_KIND_CLIENT)
     (server,) = (span for span in spans if span.name == "POST /v1/engine/embed")
@@ -289,7 +289,7 @@ def assert_one_trace(spans: list[Span], url: str) -> None:
 
 
 def attributes(span: Span) -> dict[str, str | int]:
-    """What a span tells."""
+    """Return the attributes of a span."""
     return {
         attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value"))
         for attribute in span.attributes
@@ -299,6 +299,6 @@ def attributes(span: Span) -> dict[str, str | int]:
 def ask(
     url: str, body: dict[str, Any], trace: str = TRACE, headers: dict[str, str] | None = None
 ) -> httpx.Response:
-    """The answer to a request in a trace."""
+    """Send a request in a trace and return the response."""
     traced = {"traceparent": f"00-{trace}-{PARENT}-01", **(headers or {})}
     return httpx.post(f"{url}/v1/embeddings", json=body, headers=traced, timeout=60)

@@ -1,7 +1,7 @@
-"""The engines on a CUDA device: correct first, then measured; see run.sh.
+"""Check and measure the engines on a CUDA device; run by run.sh.
 
-Tokens a second through the Engine protocol, as the service uses it: many requests at once, each of
-equal lengths, one task or four mixed.
+Measures tokens per second through the Engine protocol, as the service uses it: many concurrent
+requests of texts of equal lengths, with one task or four mixed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
-    parser.add_argument("--tokens", type=int, default=TOKENS_A_ROUND, help="of one round")
+    parser.add_argument("--tokens", type=int, default=TOKENS_A_ROUND, help="tokens of one round")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     figures: dict[str, Any] = {
@@ -52,30 +52,30 @@ def main() -> None:
         "batch_tokens": BATCH_TOKENS,
     }
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
+        workdir = Path(folder)
         for name in options.shapes:
             shape, tiny = SHAPES[name]
-            checkpoint = read_checkpoint(write_checkpoint(room / f"tiny-{name}", tiny), name)
+            checkpoint = read_checkpoint(write_checkpoint(workdir / f"tiny-{name}", tiny), name)
             figures[f"{name}, packed, difference from the oracle"] = differences(
-                checkpoint, room, CUDA
+                checkpoint, workdir, CUDA
             )
-            figures |= asyncio.run(measure(room, name, shape, options))
-            write_result("gpu", figures)  # what is measured stays, whatever fails later
+            figures |= asyncio.run(measure(workdir, name, shape, options))
+            write_result("gpu", figures)  # saved now, in case the next shape fails
 
 
 async def measure(
-    room: Path, name: str, shape: Shape, options: argparse.Namespace
+    workdir: Path, name: str, shape: Shape, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Each engine at each length, one task and four; a profile of one packed forward."""
-    folder = write_checkpoint(room / name, shape, dtype=torch.bfloat16)
+    """Measure each engine at each length with one task and four; profile one packed forward."""
+    folder = write_checkpoint(workdir / name, shape, dtype=torch.bfloat16)
     checkpoint = read_checkpoint(folder, name)
-    golden_vectors(checkpoint, room)  # not in anybody's start time
+    golden_vectors(checkpoint, workdir)  # cached, so that no engine's start time includes it
     figures: dict[str, Any] = {f"{name}, packed, profile": profile(checkpoint)}
-    for label, make in engines(checkpoint, room).items():
+    for label, make in engines(checkpoint, workdir).items():
         engine = make()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         await engine.start()
-        figures[f"{name}, {label}, seconds to start"] = round(time.perf_counter() - begun, 1)
+        figures[f"{name}, {label}, seconds to start"] = round(time.perf_counter() - started, 1)
         for length in options.lengths:
             figures[f"{name}, {label}, {length} tokens"] = await rates(engine, length, options)
             print(name, label, length, figures[f"{name}, {label}, {length} tokens"], flush=True)
@@ -83,8 +83,8 @@ async def measure(
     return figures
 
 
-def engines(checkpoint: Checkpoint, room: Path) -> dict[str, Callable[[], Engine]]:
-    """Both ways of the packed engine, and vLLM where it is installed."""
+def engines(checkpoint: Checkpoint, workdir: Path) -> dict[str, Callable[[], Engine]]:
+    """Return the packed engine in both adapter modes, and vLLM if it is installed."""
     sides: dict[str, Callable[[], Engine]] = {
         f"packed {mode}": lambda mode=mode: PackedEngine(  # type: ignore[misc]
             checkpoint,
@@ -96,13 +96,13 @@ def engines(checkpoint: Checkpoint, room: Path) -> dict[str, Callable[[], Engine
     }
     if importlib.util.find_spec("vllm"):
         sides["vllm"] = lambda: VllmEngine(
-            checkpoint, room, VllmOptions(max_batch_tokens=BATCH_TOKENS)
+            checkpoint, workdir, VllmOptions(max_batch_tokens=BATCH_TOKENS)
         )
     return sides
 
 
 async def rates(engine: Engine, length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second at one length."""
+    """Return tokens per second at one length."""
     length = min(length, engine.model.max_tokens)
     texts = max(TEXTS_A_REQUEST, options.tokens // length)
     ids = equal_lengths(texts, length, engine.model.vocabulary)
@@ -114,10 +114,10 @@ async def rates(engine: Engine, length: int, options: argparse.Namespace) -> dic
                 TokenBatch(ids[start : start + TEXTS_A_REQUEST], tasks[i % len(tasks)])
                 for i, start in enumerate(range(0, texts, TEXTS_A_REQUEST))
             ]
-            begun = time.perf_counter()
+            started = time.perf_counter()
             await asyncio.gather(*map(engine.embed, requests))
             if not warm:
-                values.append(texts * length / (time.perf_counter() - begun))
+                values.append(texts * length / (time.perf_counter() - started))
     return {
         **{side: spread(values, 0) for side, values in measured.items()},
         "four over one": ratio(measured["four tasks"], measured["one task"]),
@@ -125,16 +125,16 @@ async def rates(engine: Engine, length: int, options: argparse.Namespace) -> dic
 
 
 def profile(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Where one full merged forward of 512-token texts spends its time, ten greatest parts."""
+    """Profile one full forward of 512-token texts, merged weights; return the ten top entries."""
     transformer = load_transformer(checkpoint, device=CUDA, dtype=torch.bfloat16, merge=True)
     ids = equal_lengths(BATCH_TOKENS // 512, 512, checkpoint.backbone.vocabulary)
     names: list[str | None] = [ADAPTERS[i % 4] for i in range(len(ids))]
     transformer.embed(ids, names)
     with profiled() as events:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         transformer.embed(ids, names)
         torch.cuda.synchronize()
-        wall = time.perf_counter() - begun
+        wall = time.perf_counter() - started
     greatest = sorted(events(), key=lambda e: -max(e.self_device_time_total, e.self_cpu_time_total))
     table = [
         {
@@ -150,7 +150,7 @@ def profile(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 @contextmanager
 def profiled() -> Iterator[Callable[[], Any]]:
-    """Torch's profiler; yields what gives its events once the block has ended."""
+    """Run torch's profiler; yields a function that returns the events after the block."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as running:
         yield running.key_averages

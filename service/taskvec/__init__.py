@@ -1,4 +1,4 @@
-"""taskvec: text embeddings that pick the task adapter per request."""
+"""taskvec: text embeddings with a task adapter selected per request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Embedder", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the library face on first use, so that importing one room does not import the house."""
+    """Import ``Embedder`` on first use: importing a submodule must not import the engine."""
     if name == "Embedder":
         return importlib.import_module("taskvec.library").Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

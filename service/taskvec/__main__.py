@@ -1,4 +1,4 @@
-"""``python -m taskvec``."""
+"""Entry point of ``python -m taskvec``."""
 
 from taskvec.cli.main import main
 

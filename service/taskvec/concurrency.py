@@ -1,4 +1,4 @@
-"""Several things at once, all or nothing."""
+"""Structured concurrency for asyncio: gather with cancellation, and a cancel scope."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 
-async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order; the first failure, or being cancelled, cancels the rest.
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines concurrently and return their results in order.
 
-    Returns only when nothing of it runs any more. The failure is raised as it is, not in a group.
+    The first error, or a cancellation of the caller, cancels the other coroutines. Returns or
+    raises only after all of them have ended. Raises that first error itself; ``asyncio.TaskGroup``
+    would wrap it in an exception group.
     """
-    tasks = [asyncio.create_task(part) for part in work]
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
@@ -26,41 +28,42 @@ async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class CancelScope:
-    """A with block that can be interrupted; it then raises an error of its own.
+    """Context manager that can be cancelled, by a timeout or by a call, and then raises an error.
 
-    As ``asyncio.timeout``, whose rules it follows: a cancellation from elsewhere stays one. That
-    knows times only, and takes half as long again: every request has two or three of these.
+    Follows the rules of ``asyncio.timeout``: a cancellation of the task by anyone else stays a
+    ``CancelledError``. ``asyncio.timeout`` itself supports timeouts only, and takes 1.5 times as
+    long; every request enters two or three scopes.
     """
 
-    __slots__ = ("_before", "_error", "_seconds", "_task", "_timer", "_used")
+    __slots__ = ("_before", "_cancelled", "_error", "_seconds", "_task", "_timer")
 
     def __init__(self, error: Callable[[], Exception], seconds: float | None = None) -> None:
-        """Prepare for one use.
+        """Create a scope, which can be entered once.
 
         Args:
-            error: makes what the block raises when it was interrupted.
-            seconds: after which it is, unless it is over; None for never by itself.
+            error: makes the exception that the scope raises if it was cancelled.
+            seconds: timeout; None for no timeout.
         """
         self._error = error
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._used = False
+        self._cancelled = False
 
     def __enter__(self) -> Self:
-        """Begin, in the task that will be interrupted."""
+        """Enter the scope in the current task and start the timeout."""
         task: asyncio.Task[Any] | None = asyncio.current_task()
         if task is None:
-            raise RuntimeError("only a task can be interrupted")
+            raise RuntimeError("a cancel scope must be entered in a task")
         self._task = task
         self._before = task.cancelling()
         if self._seconds is not None:
             loop = task.get_loop()
-            self._timer = loop.call_later(max(0.0, self._seconds), self.interrupt)
+            self._timer = loop.call_later(max(0.0, self._seconds), self.cancel)
         return self
 
-    def interrupt(self) -> None:
-        """End the block; only before it is left."""
-        self._used = True
+    def cancel(self) -> None:
+        """Cancel the block; must not be called after the scope has been left."""
+        self._cancelled = True
         self._task.cancel()
 
     def __exit__(
@@ -69,11 +72,11 @@ class CancelScope:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave; raises the error where this interruption, and nothing else, ended the block."""
+        """Leave the scope; raise the error if nothing else than this scope ended the block."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._used:
+        if not self._cancelled:
             return
         others = self._task.uncancel() > self._before
         if kind is asyncio.CancelledError and not others:

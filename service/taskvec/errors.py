@@ -1,6 +1,6 @@
-"""Every way a request can fail, each with the status and code that a client sees.
+"""Every error of a request, with the HTTP status and the code that a client sees.
 
-Raised wherever the failure is found; rendered once, in ``taskvec.api.errors``.
+Raised wherever the error is detected; rendered in one place, ``taskvec.api.errors``.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import ClassVar
 
 
 class TaskvecError(Exception):
-    """A failure that the client is told about.
+    """Base of all errors that are reported to the client.
 
     Attributes:
         status: HTTP status.
-        type: the family of errors that OpenAI clients know.
+        type: type of the error in OpenAI's API.
         code: machine-readable reason.
         message: one sentence: what happened, where, what to do.
-        param: the request field at fault, for example ``input[3]``.
-        retry_after: seconds after which a retry makes sense; None where none does.
+        param: the invalid field of the request, for example ``input[3]``.
+        retry_after: seconds after which to retry; None if a retry cannot help.
     """
 
     status: ClassVar[int] = 500
@@ -40,7 +40,7 @@ class TaskvecError(Exception):
 
 
 class InvalidRequestError(TaskvecError):
-    """The request is wrong; sending it again cannot help."""
+    """The request is invalid; a retry cannot help."""
 
     status = 400
     type = "invalid_request_error"
@@ -48,7 +48,7 @@ class InvalidRequestError(TaskvecError):
 
 
 class AuthenticationError(TaskvecError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     status = 401
     type = "authentication_error"
@@ -56,7 +56,7 @@ class AuthenticationError(TaskvecError):
 
 
 class NotFoundError(TaskvecError):
-    """No such model or route."""
+    """The model or the route does not exist."""
 
     status = 404
     type = "not_found_error"
@@ -64,21 +64,21 @@ class NotFoundError(TaskvecError):
 
 
 class MethodNotAllowedError(InvalidRequestError):
-    """The route exists, the method does not."""
+    """The route does not support the method."""
 
     status = 405
     default_code = "method_not_allowed"
 
 
 class SlowRequestError(InvalidRequestError):
-    """The request did not arrive in time; the rest was not read."""
+    """The request did not arrive in time; the rest of it was not read."""
 
     status = 408
     default_code = "body_timeout"
 
 
 class PayloadTooLargeError(InvalidRequestError):
-    """The body is over the limit; it was not read to its end."""
+    """The body exceeds the limit; the rest of it was not read."""
 
     status = 413
     default_code = "body_too_large"
@@ -92,14 +92,14 @@ class UnsupportedMediaTypeError(InvalidRequestError):
 
 
 class HeadersTooLargeError(InvalidRequestError):
-    """The headers are over the limit; the request was not read."""
+    """The headers exceed the limit; the request was not read."""
 
     status = 431
     default_code = "headers_too_large"
 
 
 class QueueFullError(TaskvecError):
-    """The token queue has no room; ``retry_after`` says when it should."""
+    """The queue is full; ``retry_after`` is the estimated time until it is not."""
 
     status = 429
     type = "rate_limit_error"
@@ -107,7 +107,7 @@ class QueueFullError(TaskvecError):
 
 
 class RateLimitError(TaskvecError):
-    """The key's limit or the token queue leaves no room; ``Retry-After`` says when."""
+    """A rate limit of the API key is reached; ``retry_after`` is the time until it is not."""
 
     status = 429
     type = "rate_limit_error"
@@ -115,7 +115,7 @@ class RateLimitError(TaskvecError):
 
 
 class ClientClosedError(TaskvecError):
-    """The client went away; only logs and metrics ever see this."""
+    """The client closed the connection; appears in logs and metrics only."""
 
     status = 499
     type = "client_closed_request"
@@ -123,7 +123,7 @@ class ClientClosedError(TaskvecError):
 
 
 class UnavailableError(TaskvecError):
-    """The service cannot embed now: it starts, drains, or its engine is down."""
+    """The service cannot embed now: it is starting or draining, or its engine is down."""
 
     status = 503
     type = "service_unavailable"
@@ -131,7 +131,7 @@ class UnavailableError(TaskvecError):
 
 
 class DeadlineExceededError(TaskvecError):
-    """The request's deadline passed; what was queued has been dropped."""
+    """The request's deadline has passed; its queued texts were dropped."""
 
     status = 504
     type = "timeout_error"
@@ -196,12 +196,12 @@ CODES: tuple[str, ...] = (
     "unsupported_content_encoding",
     "untokenizable_input",
 )
-"""Every code that a client may see."""
+"""All error codes that a client may see."""
 
 
 class StartError(Exception):
-    """The service cannot start: one sentence that says why and names the cure."""
+    """The service cannot start; the message is one sentence: the reason and the remedy."""
 
 
 class CheckpointError(StartError):
-    """The checkpoint cannot be served: one sentence that names the file and the cure."""
+    """The checkpoint cannot be served; the message names the file and the remedy."""

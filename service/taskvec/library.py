@@ -1,4 +1,4 @@
-"""The library face: ``from taskvec import Embedder``."""
+"""The Python API: ``from taskvec import Embedder``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from taskvec.service import build_tokenizer, task_table
 
 
 class Embedder:
-    """Embeds texts in this process, with the vectors that the server would give.
+    """Embeds texts in this process; returns the same vectors as the server.
 
     Example:
         >>> with Embedder() as embedder:
@@ -35,7 +35,7 @@ class Embedder:
         >>> vectors.shape
         (1, 128)
 
-    May be used from several threads at once: their texts share batches.
+    Thread-safe: texts of concurrent calls share batches.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Embedder:
         adapter_mode: str = "auto",
         threads: int = 0,
     ) -> None:
-        """Load a model and prove its adapters.
+        """Load a model and run the self-test of its adapters.
 
         Args:
-            model: a folder, a hub id, or the built-in ``taskvec-mini``.
-            revision: hub branch, tag or commit.
+            model: checkpoint folder, hub id, or the built-in ``taskvec-mini``.
+            revision: hub branch, tag or commit; None for the default branch.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
             adapter_mode: ``auto``, ``merged`` or ``low-rank``.
-            threads: processor threads; 0 for one per core.
+            threads: CPU threads; 0 for one per core.
 
         Raises:
-            CheckpointError: the model cannot be served; the message names the cure.
+            CheckpointError: the model cannot be served; the message names the remedy.
         """
-        if not structlog.is_configured():  # its own default prints every event to stdout
+        if not structlog.is_configured():  # structlog's default prints every event to stdout
             structlog.configure(
                 wrapper_class=structlog.make_filtering_bound_logger("warning"),
                 logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -88,19 +88,19 @@ class Embedder:
 
     @property
     def model(self) -> ModelCard:
-        """What is loaded."""
+        """The loaded model's card."""
         return self._embedder.model
 
     @property
     def tasks(self) -> list[str]:
-        """Names that ``task=`` takes."""
+        """Valid names for ``task=``."""
         return self._embedder.tasks.names
 
     def task(self, name: str | None = None) -> Task:
-        """The adapter and the prompt that a task name, or None, stands for.
+        """Return the adapter and the prompt of a task; None for the default task.
 
         Raises:
-            InvalidRequestError: unknown task.
+            InvalidRequestError: the task is unknown.
         """
         return self._embedder.tasks.choose({"task": name})
 
@@ -116,18 +116,18 @@ class Embedder:
         """Embed texts.
 
         Args:
-            texts: one text or several; none may be empty.
-            task: one of ``tasks`` or an alias; None for ``text-matching``; or another pair of
-                prompt and adapter.
-            dimensions: keep the first so many values; None for all.
+            texts: one text or several; an empty text is an error.
+            task: one of ``tasks``, an alias, or a ``Task`` with a prompt and an adapter; None for
+                ``text-matching``.
+            dimensions: number of leading values to keep; None for all.
             normalized: scale each vector to length 1.
-            truncate: True cuts texts that are too long, False refuses them.
+            truncate: True truncates texts that are too long, False rejects them.
 
         Returns:
             float32 [texts, dimensions].
 
         Raises:
-            InvalidRequestError: unknown task, bad dimensions, an empty or over-long text.
+            InvalidRequestError: unknown task, invalid dimensions, an empty or too long text.
         """
         items = [texts] if isinstance(texts, str) else list(texts)
         chosen = task if isinstance(task, Task) else self.task(task)
@@ -145,7 +145,7 @@ class Embedder:
         return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])
 
     def close(self) -> None:
-        """Finish what is being embedded, then free the model."""
+        """Finish running calls, then free the model."""
         self._stack.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,7 @@
-"""How the C library keeps memory that was freed; without glibc nothing here does anything."""
+"""Tune glibc's malloc so that freed memory is reused; no effect with another C library.
+
+The parameters are described in mallopt(3).
+"""
 
 from __future__ import annotations
 
@@ -8,54 +11,58 @@ from collections.abc import Mapping
 from typing import Any
 
 MMAP_THRESHOLD = 32 << 20
+"""Bytes from which a block is mapped by itself; the maximum of glibc's own dynamic threshold."""
+
 TRIM_THRESHOLD = 64 << 20
-"""Bytes: what glibc itself comes to, at most, in a process that frees large blocks."""
+"""Bytes of free memory at the top of the heap from which it is returned to the system; twice
+``MMAP_THRESHOLD``, as in glibc's own rule."""
 
 ARENAS = 2
-"""Heaps that threads share; by default eight a core, each with what its own peak has left."""
+"""Heaps that the threads share. By default there are eight per core, and each retains the memory of
+its own peak."""
 
-Choices = Mapping[str, tuple[int, int]]
-"""What the environment calls a parameter of malloc -> its number in malloc.h, and a value."""
+Parameters = Mapping[str, tuple[int, int]]
+"""Environment variable of a malloc parameter -> its number in malloc.h, and a value."""
 
-SERVING: Choices = {
+SERVING: Parameters = {
     "MALLOC_TRIM_THRESHOLD_": (-1, TRIM_THRESHOLD),
     "MALLOC_MMAP_THRESHOLD_": (-3, MMAP_THRESHOLD),
     "MALLOC_ARENA_MAX": (-8, ARENAS),
 }
-"""Keep what answers need. By default an answer of some hundred kilobytes takes its memory from the
-system, and gives it back, at every copy: that takes five times as long as to write its JSON."""
+"""Retain the memory of responses. By default each copy of a response of a few hundred kilobytes
+maps new pages and unmaps them again, which takes five times as long as encoding its JSON."""
 
-TRAINING: Choices = {
+TRAINING: Parameters = {
     "MALLOC_TRIM_THRESHOLD_": (-1, -1),
     "MALLOC_MMAP_MAX_": (-4, 0),
 }
-"""Keep everything. By default each step takes gigabytes from the system, page by page, and gives
-them back."""
+"""Retain all memory. By default each training step maps gigabytes, page by page, and unmaps them
+again."""
 
 
-def tune_malloc(choices: Choices) -> None:
-    """Keep freed blocks for the next time, instead of giving them back to the system.
+def tune_malloc(parameters: Parameters) -> None:
+    """Set malloc parameters, except those that the environment sets.
 
-    What the environment says of malloc goes before. Call it before there are threads.
+    Call it before the process has threads.
     """
-    mallopt = _of_c("mallopt")
+    mallopt = _libc_function("mallopt")
     if mallopt is None:
         return
-    for name, (number, value) in choices.items():
-        if name not in os.environ:
+    for variable, (number, value) in parameters.items():
+        if variable not in os.environ:
             mallopt(number, value)
 
 
 def trim_malloc() -> None:
-    """Give free pages back to the system; what was freed in pieces is otherwise kept for ever.
+    """Return all free pages to the system; small free blocks are otherwise retained forever.
 
-    Takes some milliseconds for some hundred megabytes.
+    Takes a few milliseconds for a few hundred megabytes.
     """
-    trim = _of_c("malloc_trim")
-    if trim is not None:
-        trim(0)
+    malloc_trim = _libc_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
-def _of_c(name: str) -> Any:
-    """The C library's function; None where it has none."""
+def _libc_function(name: str) -> Any:
+    """Return a function of the C library; None if it does not have one of this name."""
     return getattr(ctypes.CDLL(None), name, None)

@@ -1,4 +1,4 @@
-"""The two classes of requests."""
+"""Priority classes of requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Priority(enum.StrEnum):
-    """Which class a request belongs to; each gets its share of the engine's time."""
+    """Priority class of a request; the scheduler gives each class a share of the engine's time."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"

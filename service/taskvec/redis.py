@@ -1,4 +1,4 @@
-"""A Redis or Valkey that several processes share: how it is reached, and what happens without."""
+"""Connection pool and circuit breaker for a Redis or Valkey that several processes share."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from taskvec.errors import StartError
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
 
-ANSWER_SECONDS = 0.25
-"""How long a store may take before it counts as down."""
+TIMEOUT_SECONDS = 0.25
+"""Timeout of a call. A store that takes longer would slow requests down, and counts as down."""
 
-PAUSE = 1.0
-"""Seconds for which a store that is down is not asked again."""
+OPEN_SECONDS = 1.0
+"""Seconds for which the circuit breaker stays open after a failure."""
 
 log = structlog.get_logger(__name__)
 
 
 def connection_pool(url: str, option: str) -> ConnectionPool:
-    """Connections to a store; none is opened yet.
+    """Return a connection pool; no connection is opened yet.
 
     Args:
         url: ``redis://``, ``rediss://``, ``valkey://`` or ``valkeys://``.
-        option: the command line's, for the error.
+        option: the command-line option that holds the URL, for the error message.
 
     Raises:
         StartError: the URL cannot be used.
     """
-    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - slow to load, and few need it
+    from redis.asyncio import ConnectionPool  # noqa: PLC0415 - slow to import, rarely used
     from redis.asyncio.retry import Retry  # noqa: PLC0415
     from redis.backoff import NoBackoff  # noqa: PLC0415
 
@@ -40,47 +40,50 @@ def connection_pool(url: str, option: str) -> ConnectionPool:
     try:
         return ConnectionPool.from_url(
             address,
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=ANSWER_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection that the store closed meanwhile
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # the store may have closed an idle connection
         )
     except ValueError:
         variable = f"TASKVEC_{option.removeprefix('--').replace('-', '_').upper()}"
         raise StartError(
-            f"{option} ({variable}) is no address such as redis://host:6379/0."
+            f"{option} ({variable}) must be an address such as redis://host:6379/0."
         ) from None
 
 
 class CircuitBreaker:
-    """Whether a store is down: it is then left alone for a while, and the log says so once."""
+    """Circuit breaker of a store: open for a while after a failure, so that no call waits for it.
 
-    def __init__(self, what: str, **told: Any) -> None:
-        """Nothing is down.
+    Logs one event when the store goes down and one when it is back.
+    """
+
+    def __init__(self, name: str, **fields: Any) -> None:
+        """Create a closed circuit breaker.
 
         Args:
-            what: begins the names of the log's events.
-            told: further fields of the event when it is down.
+            name: the log events are ``{name}_down`` and ``{name}_back``.
+            fields: further fields of the ``{name}_down`` event.
         """
-        self._events = f"{what}_down", f"{what}_back"
-        self._told = told
-        self._ask_again = 0.0
+        self._events = f"{name}_down", f"{name}_back"
+        self._fields = fields
+        self._open_until = 0.0
         self._down = False
 
     @property
-    def pausing(self) -> bool:
-        """True while the store had better not be asked."""
-        return time.monotonic() < self._ask_again
+    def open(self) -> bool:
+        """True while the store must not be called."""
+        return time.monotonic() < self._open_until
 
-    def failed(self, error: Exception) -> None:
-        """The store did not answer."""
-        self._ask_again = time.monotonic() + PAUSE
+    def record_failure(self, error: Exception) -> None:
+        """Open the circuit breaker after a failed call."""
+        self._open_until = time.monotonic() + OPEN_SECONDS
         if not self._down:
             self._down = True
-            # The error's text may hold the address, and that a password.
-            log.error(self._events[0], reason=type(error).__name__, **self._told)
+            # Only the type: the error's text may contain the URL, and the URL a password.
+            log.error(self._events[0], reason=type(error).__name__, **self._fields)
 
-    def over(self) -> None:
-        """The store has answered."""
+    def record_success(self) -> None:
+        """Close the circuit breaker after a successful call."""
         if self._down:
             self._down = False
             log.info(self._events[1])

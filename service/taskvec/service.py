@@ -31,7 +31,7 @@ from taskvec.malloc import trim_malloc
 from taskvec.settings import EngineKind, LimitsDown, Settings
 
 if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
-    from taskvec.auth.rate_limit import Limiter
+    from taskvec.auth.rate_limit import RateLimiter
     from taskvec.metrics.service import Metrics
     from taskvec.telemetry.tracing import Tracer
 
@@ -80,7 +80,7 @@ class Service:
     names: ServedNames
     metrics: Metrics
     keys: WatchedKeys | None
-    limiter: Limiter | None
+    limiter: RateLimiter | None
     tracer: Tracer | None
 
     @asynccontextmanager
@@ -169,7 +169,7 @@ def build_service(
         StartError: the model cannot be served, the keys cannot be read, or traces not be sent.
     """
     # prometheus_client reads the folder that processes share when it is imported: not before.
-    from taskvec.auth.rate_limit import Limiter  # noqa: PLC0415
+    from taskvec.auth.rate_limit import RateLimiter  # noqa: PLC0415
     from taskvec.metrics.service import Metrics  # noqa: PLC0415
     from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
 
@@ -226,7 +226,7 @@ def build_service(
         keys=None if source is None else WatchedKeys(source, metrics.keys_changed),
         limiter=None
         if source is None
-        else Limiter(
+        else RateLimiter(
             settings.limits_url,
             open_when_down=settings.limits_down is LimitsDown.OPEN,
             observer=metrics,

@@ -1,6 +1,7 @@
-"""Every setting of the service: one frozen class, one environment variable each.
+"""All settings of the service, in one frozen class; each has an environment variable.
 
-docs/configuration.md and .env.example are generated from it (``make docs``).
+Descriptions appear in ``taskvec serve --help``. docs/configuration.md and .env.example are
+generated from this class by ``make docs``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from taskvec.auth.keys import read_pairs
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.engines.remote.discovery import check_url
 
-STORE_URL = r"^(redis|rediss|valkey|valkeys)://"
+_REDIS_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
 class EngineKind(enum.StrEnum):
-    """What embeds."""
+    """Engine that computes the embeddings."""
 
     PACKED = "packed"
     VLLM = "vllm"
@@ -32,7 +33,7 @@ class EngineKind(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """Number type of the engine's arithmetic."""
+    """Number type of the arithmetic."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -41,7 +42,7 @@ class Dtype(enum.StrEnum):
 
 
 class AdapterMode(enum.StrEnum):
-    """How adapters are held."""
+    """How the adapters' weights are stored."""
 
     AUTO = "auto"
     MERGED = "merged"
@@ -49,21 +50,21 @@ class AdapterMode(enum.StrEnum):
 
 
 class TokenInput(enum.StrEnum):
-    """What happens to token ids in a request."""
+    """Whether requests may contain token ids."""
 
     REJECT = "reject"
     ACCEPT = "accept"
 
 
 class LimitsDown(enum.StrEnum):
-    """What happens to requests whose limits cannot be checked."""
+    """What happens to requests while their limits cannot be checked."""
 
     OPEN = "open"
     CLOSED = "closed"
 
 
 class LogLevel(enum.StrEnum):
-    """Least important log line that is written."""
+    """Minimum level of the log lines that are written."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -72,56 +73,62 @@ class LogLevel(enum.StrEnum):
 
 
 class Settings(BaseSettings):
-    """The settings, read from ``TASKVEC_*`` variables where not given."""
+    """Settings of the service; those not given as arguments come from ``TASKVEC_*`` variables."""
 
     model_config = SettingsConfigDict(
         env_prefix="TASKVEC_",
         frozen=True,
         extra="forbid",
         env_ignore_empty=True,
-        hide_input_in_errors=True,  # a key may be among it
+        hide_input_in_errors=True,  # the input may contain an API key
     )
 
     model: Annotated[
         str,
         Field(
-            description="What to serve: a checkpoint folder, a hub id such as "
+            description="Model to serve: a checkpoint folder, a hub id such as "
             "jinaai/jina-embeddings-v5-text-small, or the built-in taskvec-mini."
         ),
     ] = DEFAULT_MODEL
     revision: Annotated[
-        str | None, Field(description="Hub branch, tag or commit to serve; none for the newest.")
+        str | None,
+        Field(
+            description="Hub branch, tag or commit of the model; if not set, the hub's default "
+            "branch."
+        ),
     ] = None
     served_model_name: Annotated[
         str | None,
-        Field(description="Name clients ask for; none for the model's own name."),
+        Field(description="Name of the model in the API; if not set, the model's own name."),
     ] = None
     model_aliases: Annotated[
         tuple[str, ...],
         NoDecode,
         Field(
-            description="Further names that mean the served model, separated by commas: lets a "
-            "client that insists on text-embedding-3-small in."
+            description="Further names for the served model, separated by commas, for clients "
+            "with a fixed model name such as text-embedding-3-small."
         ),
     ] = ()
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535, description="Port; 0 for any free one.")] = 8080
+    port: Annotated[
+        int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free port.")
+    ] = 8080
 
     workers: Annotated[
         int,
         Field(
             ge=1,
             le=256,
-            description="Gateway processes; more than one share one engine process. For short "
-            "texts the gateway is the limit, not the engine.",
+            description="Number of gateway processes. With more than one, they share one engine "
+            "process. For short texts the gateway is the bottleneck, not the engine.",
         ),
     ] = 1
 
     engine: Annotated[
         EngineKind,
         Field(
-            description="packed: our own, in this process; vllm: vLLM in this process; remote: "
-            "vLLM or taskvec servers elsewhere."
+            description="packed: the built-in torch engine, in this process; vllm: vLLM, in "
+            "this process; remote: vLLM or taskvec servers elsewhere."
         ),
     ] = EngineKind.PACKED
     engine_url: Annotated[
@@ -129,56 +136,65 @@ class Settings(BaseSettings):
         NoDecode,
         Field(
             description="Servers of the remote engine: http://host:port, https://host:port, "
-            "unix:///path, or dns://name:port for every address behind a name; several by "
-            "repeating the option or with commas."
+            "unix:///path, or dns://name:port for every address that the name resolves to. "
+            "Repeat the option or separate URLs by commas for several."
         ),
     ] = ()
     engine_api_key: Annotated[
         SecretStr | None,
-        Field(description="Key that is sent to the remote engine's servers as a bearer token."),
+        Field(description="API key for the remote engine's servers, sent as a bearer token."),
     ] = None
     engine_ca: Annotated[
         Path | None,
         Field(
-            description="File with the certificates that vouch for https engine servers; none for "
-            "the system's."
+            description="PEM file with the CA certificates for https engine servers; if not "
+            "set, those of the system."
         ),
     ] = None
     engine_call_timeout: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds after which a remote engine's server that has not answered counts "
-            "as hung and another one is asked.",
+            description="Timeout in seconds of one call to a server of the remote engine; after "
+            "it the call is sent to another server.",
         ),
     ] = 120.0
     cache_dir: Annotated[
         Path | None,
         Field(
-            description="Folder for what is computed once a model: golden vectors, and the copy "
-            "that vLLM reads; none for taskvec in the user's cache folder."
+            description="Folder for data that is computed once per model: golden vectors, and "
+            "the copy of the model for vLLM. If not set, the folder taskvec in the user's cache "
+            "folder."
         ),
     ] = None
 
     device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+        str,
+        Field(
+            pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+            description="Device of the engine: auto, cpu, cuda or cuda:N.",
+        ),
     ] = "auto"
     dtype: Annotated[
         Dtype,
-        Field(description="Arithmetic; auto is bfloat16 where the processor multiplies in it."),
+        Field(
+            description="Number type of the engine's arithmetic; auto: bfloat16 if the hardware "
+            "supports it, else float16 on a GPU and float32 on a CPU."
+        ),
     ] = Dtype.AUTO
     adapter_mode: Annotated[
         AdapterMode,
         Field(
-            description="merged: full weights for each adapter, fastest; low-rank: factors beside "
-            "shared weights, smallest; auto: merged where that takes at most half the free memory."
+            description="merged: full weights per adapter, fastest; low-rank: factors beside "
+            "shared weights, least memory; auto: merged if that takes at most half of the free "
+            "memory."
         ),
     ] = AdapterMode.AUTO
     threads: Annotated[
         int,
         Field(
             ge=0,
-            description="Processor threads of a forward; 0 for one per core that it may use.",
+            description="CPU threads of a forward pass; 0 means one per available core.",
         ),
     ] = 0
     tokenizer_threads: Annotated[
@@ -186,15 +202,16 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=256,
-            description="Requests tokenised at the same time; 0 for one per core, at most 4.",
+            description="Number of requests that are tokenised in parallel; 0 means one per "
+            "core, at most 4.",
         ),
     ] = 0
     max_batch_tokens: Annotated[
         int,
         Field(
             ge=0,
-            description="Most tokens in one forward: more is faster on a GPU, fewer lets others in "
-            "sooner; 0 for what suits the device.",
+            description="Maximum tokens in one forward pass. Larger is faster on a GPU, smaller "
+            "lets other requests start sooner. 0 selects a value for the device.",
         ),
     ] = 0
 
@@ -202,7 +219,8 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=0,
-            description="vllm: most texts in one forward; 0 for what suits the device.",
+            description="vllm only: maximum texts in one forward pass; 0 selects a value for "
+            "the device.",
         ),
     ] = 0
     memory_share: Annotated[
@@ -210,228 +228,264 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=1,
-            description="vllm: share of the GPU's memory (on a CPU, of the RAM) that it may take; "
-            "0 for 0.9 (0.3).",
+            description="vllm only: fraction of the GPU memory (on a CPU: of the RAM) to use; 0 "
+            "means 0.9 (on a CPU: 0.3).",
         ),
     ] = 0.0
     tensor_parallel: Annotated[
-        int, Field(ge=1, description="vllm: devices that one copy of the model is split over.")
+        int,
+        Field(
+            ge=1,
+            description="vllm only: number of devices that each copy of the model is split over.",
+        ),
     ] = 1
-    data_parallel: Annotated[int, Field(ge=1, description="vllm: copies of the model.")] = 1
+    data_parallel: Annotated[
+        int, Field(ge=1, description="vllm only: number of copies of the model.")
+    ] = 1
     vllm_args: Annotated[
         dict[str, Any],
         NoDecode,
         Field(
-            description="vllm: further engine arguments by vLLM's own names, as a JSON object such "
-            'as {"max_loras": 8}; they win over all others.'
+            description="vllm only: further engine arguments by vLLM's names, as a JSON object "
+            'such as {"max_loras": 8}; they override all other settings.'
         ),
     ] = {}
 
     max_tokens: Annotated[
-        int, Field(ge=0, description="Longest text in tokens; 0 for the model's own limit.")
+        int, Field(ge=0, description="Maximum tokens in one text; 0 means the model's limit.")
     ] = 0
-    max_texts: Annotated[int, Field(ge=1, description="Most texts in one request.")] = 2048
+    max_texts: Annotated[int, Field(ge=1, description="Maximum texts in one request.")] = 2048
     max_body_bytes: Annotated[
-        int, Field(ge=1, description="Largest request body; what is larger is not read.")
+        int,
+        Field(
+            ge=1, description="Maximum size of a request body in bytes; larger bodies are not read."
+        ),
     ] = 32 * 1024 * 1024
     max_queue_tokens: Annotated[
         int,
         Field(
             ge=0,
-            description="Most tokens admitted and not yet answered; beyond it requests get 429. 0 "
-            "for what the engine does in queue_seconds, by its measured speed.",
+            description="Maximum tokens of unfinished requests; further requests get status "
+            "429. 0 means the tokens that the engine embeds in --queue-seconds at its measured "
+            "speed.",
         ),
     ] = 0
     max_queue_requests: Annotated[
         int,
         Field(
             ge=1,
-            description="Most requests of a class admitted and not yet answered, in one process; "
-            "beyond it they get 429.",
+            description="Maximum unfinished requests in each priority class of one process; "
+            "further requests get status 429.",
         ),
     ] = 1024
     queue_seconds: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds of the engine's work that may be queued, where max_queue_tokens "
-            "is 0.",
+            description="Maximum work in the queue, in seconds of the engine's time; used if "
+            "--max-queue-tokens is 0.",
         ),
     ] = 30.0
     answer_cache_bytes: Annotated[
         int,
         Field(
             ge=0,
-            description="Bytes of memory, in each process, in which vectors are kept for the texts "
-            "that come again; 0 for none.",
+            description="Size in bytes of each process's cache of embeddings in memory; 0 means "
+            "no cache.",
         ),
     ] = 0
     answer_cache_url: Annotated[
         str | None,
         Field(
-            pattern=STORE_URL,
-            description="Redis or Valkey in which all processes keep vectors together instead; "
-            "give it a maxmemory and an eviction policy.",
+            pattern=_REDIS_URL,
+            description="Redis or Valkey for one cache of embeddings that all processes share, "
+            "instead of one in memory. Configure its maxmemory and an eviction policy.",
         ),
     ] = None
     answer_cache_ttl: Annotated[
-        int, Field(ge=1, description="Seconds for which that Redis keeps a vector.")
+        int,
+        Field(
+            ge=1,
+            description="Time to live in seconds of an embedding in the Redis of "
+            "--answer-cache-url.",
+        ),
     ] = 86_400
     answer_cache_shared: Annotated[
         bool,
         Field(
-            description="Answer an API key's texts by vectors that another's gave; times then tell "
-            "whether somebody else sent the same text."
+            description="Share cached embeddings between API keys. Response times then reveal "
+            "whether another API key sent the same text."
         ),
     ] = False
     max_header_bytes: Annotated[
-        int, Field(ge=1024, description="Largest head of a request: address and headers.")
+        int,
+        Field(ge=1024, description="Maximum size of a request's head (URL and headers) in bytes."),
     ] = 65_536
     max_connections: Annotated[
         int,
         Field(
             ge=1,
-            description="Most client connections of a process; beyond it the one that has waited "
-            "longest for a request is closed.",
+            description="Maximum client connections of one process; beyond it the connection "
+            "that has been idle longest is closed.",
         ),
     ] = 4096
     header_timeout: Annotated[
-        float, Field(gt=0, description="Seconds in which a request's headers must arrive.")
+        float, Field(gt=0, description="Seconds within which the headers of a request must arrive.")
     ] = 10.0
     body_timeout: Annotated[
-        float, Field(gt=0, description="Seconds in which a request's body must arrive.")
+        float, Field(gt=0, description="Seconds within which the body of a request must arrive.")
     ] = 30.0
     answer_timeout: Annotated[
-        float, Field(gt=0, description="Seconds in which a client must read its answer.")
+        float, Field(gt=0, description="Seconds within which a client must read its response.")
     ] = 60.0
     request_timeout: Annotated[
         float,
-        Field(gt=0, description="Seconds a request may take; a client may ask for less."),
+        Field(
+            gt=0,
+            description="Maximum duration of a request in seconds; a client may request a "
+            "shorter one.",
+        ),
     ] = 300.0
     stall_timeout: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds after which an engine that has work and finishes nothing makes "
-            "the service not ready.",
+            description="Seconds without progress of an engine that has work, after which the "
+            "service is not ready.",
         ),
     ] = 60.0
     dead_timeout: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds after which such an engine makes the service not live, so that an "
-            "orchestrator starts it again.",
+            description="Seconds without progress of an engine that has work, after which the "
+            "service is not live, so that an orchestrator restarts it.",
         ),
     ] = 300.0
     canary_interval: Annotated[
         float,
         Field(
             gt=0,
-            description="Seconds without a finished text after which one is embedded as a test.",
+            description="Seconds without an embedded text after which a test text is embedded, "
+            "to check the engine.",
         ),
     ] = 30.0
     drain_grace: Annotated[
         float,
         Field(
             ge=0,
-            description="Seconds after SIGTERM in which requests are still taken, so that load "
-            "balancers see that the service is not ready; 5 to 10 behind one.",
+            description="Seconds after SIGTERM in which new requests are still accepted, so "
+            "that load balancers notice that the service is not ready; 5 to 10 behind a load "
+            "balancer.",
         ),
     ] = 0.0
     drain_timeout: Annotated[
         int,
-        Field(ge=1, description="Seconds that requests in flight get to finish on shutdown."),
+        Field(ge=1, description="Seconds for requests in flight to finish on shutdown."),
     ] = 60
     token_input: Annotated[
         TokenInput,
         Field(
-            description="Whether requests may send token ids; ids of another model's vocabulary "
-            "give meaningless vectors, so accept only clients that use this model's tokenizer."
+            description="Whether requests may contain token ids instead of text. Ids of another "
+            "tokenizer give meaningless vectors, so accept them only from clients that use this "
+            "model's tokenizer."
         ),
     ] = TokenInput.REJECT
 
     keys_file: Annotated[
         Path | None,
         Field(
-            description="TOML file of API keys, as `taskvec key` prints them; read again when it "
-            "changes. With keys, every route but /health asks for one."
+            description="TOML file of API keys, as printed by `taskvec key`; reloaded when it "
+            "changes. If there are API keys, every route except /health requires one."
         ),
     ] = None
     api_keys: Annotated[
         SecretStr | None,
-        Field(description="API keys as name=secret pairs, separated by commas; beside the file's."),
+        Field(
+            description="API keys as name=secret pairs, separated by commas; used in addition "
+            "to the keys file."
+        ),
     ] = None
     key_requests_per_minute: Annotated[
         int,
         Field(
             ge=0,
-            description="Embedding requests a minute of a key that states no limit; 0 for no "
-            "limit. Without keys there are none of these limits.",
+            description="Embedding requests per minute of each API key without a limit of its "
+            "own; 0 means unlimited. The key limits need API keys.",
         ),
     ] = 0
     key_tokens_per_minute: Annotated[
         int,
-        Field(ge=0, description="Tokens a minute of a key that states no limit; 0 for no limit."),
+        Field(
+            ge=0,
+            description="Tokens per minute of each API key without a limit of its own; 0 means "
+            "unlimited.",
+        ),
     ] = 0
     key_concurrency: Annotated[
         int,
         Field(
             ge=0,
-            description="Embedding requests at a time, in one process, of a key that states no "
-            "limit; 0 for no limit.",
+            description="Concurrent embedding requests, in one process, of each API key without "
+            "a limit of its own; 0 means unlimited.",
         ),
     ] = 0
     limits_url: Annotated[
         str | None,
         Field(
-            pattern=STORE_URL,
-            description="Redis or Valkey in which all processes count requests and tokens a minute "
-            "together, such as redis://host:6379/0; none to count in each process.",
+            pattern=_REDIS_URL,
+            description="Redis or Valkey, such as redis://host:6379/0, in which all processes "
+            "count requests and tokens per minute together; if not set, each process counts "
+            "alone.",
         ),
     ] = None
     limits_down: Annotated[
         LimitsDown,
         Field(
-            description="While that Redis is down: open lets requests pass unchecked, closed "
-            "answers 503."
+            description="While the Redis of --limits-url is down: open lets requests pass "
+            "unchecked, closed answers with status 503."
         ),
     ] = LimitsDown.OPEN
     metrics_without_key: Annotated[
-        bool, Field(description="Leave /metrics open where there are keys.")
+        bool, Field(description="Serve /metrics without an API key even if there are API keys.")
     ] = True
     cors_origins: Annotated[
         tuple[str, ...],
         NoDecode,
         Field(
-            description="Origins of pages whose scripts may ask, such as https://app.example.com, "
-            "separated by commas; * for all."
+            description="Origins allowed by CORS, such as https://app.example.com, separated by "
+            "commas; * for all."
         ),
     ] = ()
     tls_cert: Annotated[
         Path | None,
-        Field(description="PEM file with the certificate chain; with it, only HTTPS is spoken."),
+        Field(description="PEM file with the certificate chain; enables HTTPS, and disables HTTP."),
     ] = None
     tls_key: Annotated[
         Path | None,
-        Field(description="PEM file with the certificate's key; none if it is in the same file."),
+        Field(
+            description="PEM file with the private key of the certificate; if not set, it is "
+            "read from the certificate's file."
+        ),
     ] = None
 
-    log_level: Annotated[LogLevel, Field(description="Least important log line.")] = LogLevel.INFO
+    log_level: Annotated[
+        LogLevel, Field(description="Minimum level of the log lines that are written.")
+    ] = LogLevel.INFO
     log_requests: Annotated[
-        bool, Field(description="Write one log line a request; never its texts.")
+        bool, Field(description="Write one log line per request; it never contains texts.")
     ] = True
     traces: Annotated[
         bool,
         Field(
-            description="Send OpenTelemetry traces over OTLP/HTTP, as the standard OTEL_* "
-            "variables say; needs taskvec[otel]."
+            description="Send OpenTelemetry traces over OTLP/HTTP, configured by the standard "
+            "OTEL_* variables; needs taskvec[otel]."
         ),
     ] = False
 
     @field_validator("model_aliases", "engine_url", "cors_origins", mode="before")
     @classmethod
-    def _split(cls, value: object) -> object:
+    def _split_at_commas(cls, value: object) -> object:
         listed = [value] if isinstance(value, str) else value
         if isinstance(listed, list | tuple) and all(isinstance(part, str) for part in listed):
             names = (name.strip() for part in listed for name in part.split(","))
@@ -447,7 +501,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_keys(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not read_pairs(value.get_secret_value()):
-            raise ValueError("it has no name=secret pair")
+            raise ValueError("must have at least one name=secret pair")
         return value
 
     @field_validator("cors_origins")
@@ -456,39 +510,39 @@ class Settings(BaseSettings):
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: scheme, host and port alone, without a slash behind"
+                    f"{origin!r} must be an origin: scheme, host and port, without a trailing slash"
                 )
         return value
 
     @field_validator("vllm_args", mode="before")
     @classmethod
-    def _parse(cls, value: object) -> object:
+    def _parse_json(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         try:
             parsed = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"it is not valid JSON ({error})") from None
+            raise ValueError(f"must be valid JSON ({error})") from None
         if not isinstance(parsed, dict):
-            raise ValueError('it is no JSON object such as {"max_loras": 8}')  # noqa: TRY004
+            raise ValueError('must be a JSON object such as {"max_loras": 8}')  # noqa: TRY004
         return parsed
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.engine is EngineKind.REMOTE and not self.engine_url:
             raise ValueError(
-                "--engine remote needs at least one --engine-url (TASKVEC_ENGINE_URL): where are "
-                "its servers?"
+                "--engine remote needs the URL of at least one server: set --engine-url "
+                "(TASKVEC_ENGINE_URL)."
             )
         if self.engine is not EngineKind.REMOTE and self.engine_url:
             raise ValueError(
-                "--engine-url (TASKVEC_ENGINE_URL) is for --engine remote (TASKVEC_ENGINE), and "
-                f"the engine is {self.engine.value}."
+                "--engine-url (TASKVEC_ENGINE_URL) needs --engine remote (TASKVEC_ENGINE), but the "
+                f"engine is {self.engine.value}."
             )
         if self.answer_cache_bytes and self.answer_cache_url:
             raise ValueError(
-                "--answer-cache-bytes (TASKVEC_ANSWER_CACHE_BYTES) is for a cache in this process, "
-                "--answer-cache-url (TASKVEC_ANSWER_CACHE_URL) for one in Redis: give one of them."
+                "--answer-cache-bytes (TASKVEC_ANSWER_CACHE_BYTES) sets up a cache in memory, and "
+                "--answer-cache-url (TASKVEC_ANSWER_CACHE_URL) one in Redis: set only one of them."
             )
         if self.tls_key and not self.tls_cert:
             raise ValueError("--tls-key (TASKVEC_TLS_KEY) needs --tls-cert (TASKVEC_TLS_CERT).")
@@ -496,14 +550,17 @@ class Settings(BaseSettings):
 
     @property
     def cache(self) -> Path:
-        """``cache_dir``, or its default."""
+        """The folder ``cache_dir``, or its default."""
         if self.cache_dir is not None:
             return self.cache_dir
         home = os.environ.get("XDG_CACHE_HOME")
         return (Path(home) if home else Path.home() / ".cache") / "taskvec"
 
     def environment(self) -> dict[str, str]:
-        """The variables from which another process reads the same settings."""
+        """Return the environment variables that give another process the same settings.
+
+        Every setting is included, so that variables which that process inherits have no effect.
+        """
         variables = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -520,5 +577,5 @@ class Settings(BaseSettings):
 
 
 def environment_variable(field: str) -> str:
-    """The variable that a setting is read from."""
+    """Return the name of a setting's environment variable."""
     return f"TASKVEC_{field.upper()}"

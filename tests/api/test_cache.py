@@ -246,7 +246,7 @@ async def test_a_cached_vector_is_bit_for_bit_the_engine_s(default_checkpoint: C
 
 def test_two_places_are_refused() -> None:
     """A cache is in memory or in Redis."""
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="set only one of them"):
         Settings(answer_cache_bytes=1, answer_cache_url="redis://localhost")
 
 

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from conftest import fake_service
 from fakes import FakeEngine
-from keyfiles import entry, running_redis, wait_for_a_minute_with_room
+from keyfiles import avoid_the_end_of_a_minute, entry, running_redis
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.wire import WIRE_PATH
@@ -146,7 +146,7 @@ async def test_requests_a_minute_are_limited(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """Each answer says what is left; beyond it that key alone gets a 429 that says when."""
-    wait_for_a_minute_with_room()
+    avoid_the_end_of_a_minute()
     keys = entry("web", "s3cret", requests_per_minute=2) + entry("jobs", "other")
     async with keyed(default_checkpoint, tmp_path, keys=keys) as client:
         answers = [await client.post(PATH, json={"input": "a"}, headers=WEB) for _ in range(3)]
@@ -169,7 +169,7 @@ async def test_requests_a_minute_are_limited(
 @pytest.mark.anyio
 async def test_tokens_a_minute_are_limited(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Tokens are counted before the engine: what does not fit never reaches it."""
-    wait_for_a_minute_with_room()
+    avoid_the_end_of_a_minute()
     engine = FakeEngine(default_checkpoint.card)
     keys = entry("web", "s3cret", tokens_per_minute=100)
     async with keyed(default_checkpoint, tmp_path, keys=keys, engine=engine, **ACCEPT) as client:

@@ -1,4 +1,4 @@
-"""The keys' file: every wrong entry is named, and secrets stay secret."""
+"""The keys file: errors name the entry, and secrets never appear in messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keyfiles import entry
-from taskvec.auth.keys import Key, KeyLimits, KeyRing, KeySource, Priority, read_pairs
+from taskvec.auth.keys import Key, KeyLimits, KeySet, KeySource, Priority, read_pairs
 from taskvec.errors import StartError
 
 NO_LIMITS = KeyLimits()
@@ -20,34 +20,34 @@ def source(file: Path | None, pairs: str = "", defaults: KeyLimits = NO_LIMITS) 
 
 
 def test_a_key_is_found_by_its_secret_alone(tmp_path: Path) -> None:
-    """The secret finds its key; its digest, another case, a part or nothing find none."""
+    """Only the exact secret finds a key; its digest, another case or a part of it does not."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("web", "s3cret") + entry("jobs", "other", priority="bulk"))
-    ring = source(file).read()
-    web, jobs = ring.find(b"s3cret"), ring.find(b"other")
+    keys = source(file).read()
+    web, jobs = keys.find(b"s3cret"), keys.find(b"other")
     assert web is not None
     assert jobs is not None
     assert (web.name, web.priority) == ("web", Priority.INTERACTIVE)
     assert (jobs.name, jobs.priority) == ("jobs", Priority.BULK)
     digest = hashlib.sha256(b"s3cret").hexdigest().encode()
     for wrong in (b"", b"S3cret", b"s3cre", b"s3cret ", b"\xff", digest):
-        assert ring.find(wrong) is None
-    assert ring.names == {"web", "jobs"}
+        assert keys.find(wrong) is None
+    assert keys.names == {"web", "jobs"}
 
 
 def test_the_whole_digest_decides() -> None:
-    """A digest that only begins like a key's is not that key's."""
+    """A digest that only shares its prefix with a key's digest does not find the key."""
     digest = hashlib.sha256(b"s3cret").digest()
-    ring = KeyRing([Key("web", digest[:-1] + bytes([digest[-1] ^ 1]), NO_LIMITS)])
-    assert ring.find(b"s3cret") is None
+    keys = KeySet([Key("web", digest[:-1] + bytes([digest[-1] ^ 1]), NO_LIMITS)])
+    assert keys.find(b"s3cret") is None
 
 
 def test_limits_are_the_keys_own_or_the_defaults(tmp_path: Path) -> None:
-    """A limit that is stated counts, 0 too; one that is not is the default."""
+    """A limit in the file, including 0, overrides the default."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("a", "a", requests_per_minute=5, concurrency=0) + entry("b", "b"))
-    ring = source(file, "c=c", KeyLimits(60, 1000, 2)).read()
-    found = {name: ring.find(name.encode()) for name in "abc"}
+    keys = source(file, "c=c", KeyLimits(60, 1000, 2)).read()
+    found = {name: keys.find(name.encode()) for name in "abc"}
     assert {name: key and key.limits for name, key in found.items()} == {
         "a": KeyLimits(5, 1000, 0),
         "b": KeyLimits(60, 1000, 2),
@@ -79,8 +79,8 @@ def test_limits_are_the_keys_own_or_the_defaults(tmp_path: Path) -> None:
         (entry("a", "s") + entry("b", "s"), "a and b have the same secret"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_place(tmp_path: Path, content: str, named: str) -> None:
-    """The sentence names the line or entry, and never repeats a secret."""
+def test_an_error_in_the_file_names_the_entry(tmp_path: Path, content: str, named: str) -> None:
+    """The message names the line or the entry, and never contains a secret."""
     file = tmp_path / "keys.toml"
     file.write_text(content)
     with pytest.raises(StartError) as refused:
@@ -90,7 +90,7 @@ def test_a_wrong_file_is_refused_by_its_place(tmp_path: Path, content: str, name
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """A missing file, a folder and bytes that are no text are refused by name."""
+    """A missing file, a folder and a binary file are each rejected with their path."""
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "missing", tmp_path, binary):
@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_pairs_come_from_the_environment(tmp_path: Path) -> None:
-    """Names go before the first =, which a secret may have too; file and pairs add up."""
+    """The first = ends the name, so a secret may contain one; file and pairs are combined."""
     assert read_pairs("a=1, b=x=y= ,") == [("a", "1"), ("b", "x=y=")]
     file = tmp_path / "keys.toml"
     file.write_text(entry("web", "s3cret"))
@@ -111,15 +111,15 @@ def test_pairs_come_from_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["hush", "a=", "=hush", "a b=hush", "none=hush", "a=hush\u00e9"])
-def test_a_wrong_pair_is_refused_by_its_number(text: str) -> None:
-    """The sentence says which pair it is, and not what it holds."""
+def test_an_error_in_a_pair_names_its_number(text: str) -> None:
+    """The message has the number of the pair and not its content."""
     with pytest.raises(ValueError, match="entry 2") as refused:
         read_pairs(f"ok=1,{text}")
     assert "hush" not in str(refused.value)
 
 
 def test_a_key_never_shows_its_digest(tmp_path: Path) -> None:
-    """The representation of a key, which may end in a log, has no digest."""
+    """Repr of a key, which may end up in a log, does not contain the digest."""
     file = tmp_path / "keys.toml"
     file.write_text(f"[[keys]]\nname = 'a'\nsha256 = '{DIGEST}'")
     (key,) = [source(file).read()._by_prefix[bytes.fromhex(DIGEST)[:8]]]

@@ -1,4 +1,4 @@
-"""RequestLimits a minute, counted here and in a real Redis."""
+"""Rate limits per minute, counted in memory and in a real Redis."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from keyfiles import Redis, running_redis, wait_for_a_minute_with_room
-from taskvec.auth.rate_limit import Limiter, LimitReachedError, Usage, Window
+from keyfiles import Redis, avoid_the_end_of_a_minute, running_redis
+from taskvec.auth.rate_limit import LimitReachedError, RateLimiter, Usage, Window
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
 
 
 class Unchecked:
-    """Counts what could not be checked."""
+    """Observer that counts the limits that could not be checked."""
 
     count = 0
 
@@ -33,24 +33,24 @@ def redis() -> Iterator[Redis]:
 
 @pytest.fixture(params=["memory", "redis", "valkey"])
 def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """None, or where a Redis is; Valkey speaks the same."""
+    """None for limits in memory, or the address of a Redis or Valkey."""
     request.getfixturevalue("patience")
     if request.param == "memory":
-        wait_for_a_minute_with_room()
+        avoid_the_end_of_a_minute()
         yield None
         return
     with running_redis() as server:
         yield server.url.replace("redis", request.param, 1)
 
 
-def limiter(url: str | None, *, open_when_down: bool = True) -> tuple[Limiter, Unchecked]:
+def limiter(url: str | None, *, open_when_down: bool = True) -> tuple[RateLimiter, Unchecked]:
     observer = Unchecked()
-    return Limiter(url, open_when_down=open_when_down, observer=observer), observer
+    return RateLimiter(url, open_when_down=open_when_down, observer=observer), observer
 
 
 @pytest.mark.anyio
 async def test_no_more_than_the_limit_passes(url: str | None) -> None:
-    """Of many requests at once as many pass as the limit says; keys and kinds do not mix."""
+    """Of 20 concurrent requests exactly 5 pass; keys and kinds are counted separately."""
     counted, _ = limiter(url)
     results = await asyncio.gather(
         *(counted.take("web", "requests", 5, 1) for _ in range(20)), return_exceptions=True
@@ -73,8 +73,8 @@ async def test_no_more_than_the_limit_passes(url: str | None) -> None:
 
 
 @pytest.mark.anyio
-async def test_tokens_count_as_many_as_they_are(url: str | None) -> None:
-    """What does not fit is refused and not counted: less may still fit."""
+async def test_an_amount_that_does_not_fit_is_not_counted(url: str | None) -> None:
+    """A rejected amount uses nothing, so a smaller one may still pass."""
     counted, _ = limiter(url)
     first = await counted.take("web", "tokens", 1000, 700)
     assert first is not None
@@ -88,8 +88,8 @@ async def test_tokens_count_as_many_as_they_are(url: str | None) -> None:
 
 
 @pytest.mark.anyio
-async def test_what_can_never_fit_is_no_matter_of_waiting(url: str | None) -> None:
-    """A request beyond the whole limit is the client's mistake."""
+async def test_a_request_over_the_whole_limit_is_invalid(url: str | None) -> None:
+    """A request that can never fit is a 400 and not a 429."""
     counted, _ = limiter(url)
     with pytest.raises(InvalidRequestError, match="1001 tokens") as refused:
         await counted.take("web", "tokens", 1000, 1001)
@@ -113,14 +113,14 @@ async def test_processes_count_together_in_redis(redis: Redis) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("open_when_down", [True, False])
-async def test_a_redis_that_dies_costs_no_request(redis: Redis, open_when_down: bool) -> None:
-    """Dead, requests pass unchecked or get a 503, at once; back, they are counted again."""
+async def test_requests_go_on_while_redis_is_down(redis: Redis, open_when_down: bool) -> None:
+    """While Redis is down requests pass unchecked or get a 503, at once; later they are counted."""
     counted, unchecked = limiter(redis.url, open_when_down=open_when_down)
     assert await counted.take("web", "requests", 100, 1) is not None
     redis.stop()
     with capture_logs() as lines:
         for n in range(1, 4):
-            begun = time.monotonic()
+            start = time.monotonic()
             if open_when_down:
                 assert await counted.take("web", "requests", 100, 1) is None
             else:
@@ -128,7 +128,7 @@ async def test_a_redis_that_dies_costs_no_request(redis: Redis, open_when_down: 
                     await counted.take("web", "requests", 100, 1)
                 assert refused.value.code == "limits_unavailable"
                 assert refused.value.retry_after
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - start < 1
             assert unchecked.count == n
         redis.start()
         async with asyncio.timeout(20):
@@ -139,7 +139,7 @@ async def test_a_redis_that_dies_costs_no_request(redis: Redis, open_when_down: 
     await counted.close()
 
 
-async def passes(counted: Limiter) -> Window | None:
+async def passes(counted: RateLimiter) -> Window | None:
     try:
         return await counted.take("web", "requests", 100, 1)
     except UnavailableError:
@@ -148,16 +148,16 @@ async def passes(counted: Limiter) -> Window | None:
 
 @pytest.mark.anyio
 async def test_a_redis_that_hangs_is_not_waited_for(redis: Redis) -> None:
-    """A Redis that takes connections and answers nothing holds a few requests, and briefly."""
+    """A Redis that accepts connections and never answers delays only the first requests."""
     counted, unchecked = limiter(redis.url)
     assert redis.process is not None
     os.kill(redis.process.pid, signal.SIGSTOP)
     try:
-        begun = time.monotonic()
+        start = time.monotonic()
         taken = await asyncio.gather(*(counted.take("web", "requests", 100, 1) for _ in range(20)))
         for _ in range(20):
             taken.append(await counted.take("web", "requests", 100, 1))
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - start < 1
         assert taken == [None] * 40
         assert unchecked.count == 40
     finally:
@@ -165,8 +165,8 @@ async def test_a_redis_that_hangs_is_not_waited_for(redis: Redis) -> None:
     await counted.close()
 
 
-def test_a_wrong_address_ends_the_start() -> None:
-    """An address that cannot be one is refused, and not repeated: it may hold a password."""
+def test_an_invalid_address_is_a_start_error() -> None:
+    """An invalid URL is rejected without being repeated: it may contain a password."""
     with pytest.raises(StartError, match="--limits-url") as refused:
         limiter("redis://:hush@host:port/0")
     assert "hush" not in str(refused.value)
@@ -181,7 +181,9 @@ def test_a_wrong_address_ends_the_start() -> None:
         (Usage(60, 20.0, 40, 20.0), 60, {60: 0.0, 50: 10.0, 40: 20.0, 20: 50.0, 0: 80.0}),
     ],
 )
-def test_the_wait_is_until_there_is_room(usage: Usage, used: int, waits: dict[int, float]) -> None:
-    """The minute before fades evenly, then this one does: the wait ends when enough has."""
+def test_the_wait_ends_when_enough_has_expired(
+    usage: Usage, used: int, waits: dict[int, float]
+) -> None:
+    """The weight of the previous minute falls linearly, and after that the current minute's."""
     assert usage.used == used
-    assert {room: usage.seconds_until(room) for room in waits} == pytest.approx(waits)
+    assert {amount: usage.seconds_until(amount) for amount in waits} == pytest.approx(waits)

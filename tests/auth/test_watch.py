@@ -1,4 +1,4 @@
-"""A keys file that changes takes effect; one that turned bad does not."""
+"""A changed keys file takes effect, unless it is invalid."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def replace(file: Path, content: str) -> None:
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    """New keys count and old ones do not; who wants the names is told once for each change."""
+    """New keys are found and removed ones are not; on_change is called once per change."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("a", "a"))
     keys, seen = watched(file)
-    keys._look()
+    keys._reload()
     replace(file, entry("b", "b"))
-    keys._look()
-    keys._look()
+    keys._reload()
+    keys._reload()
     assert keys.find(b"a") is None
     assert keys.find(b"b") is not None
     assert keys.find(b"env") is not None
@@ -41,7 +41,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_swapped_link_is_noticed(tmp_path: Path) -> None:
-    """Kubernetes swaps a link to a folder: content of equal size and time counts as new."""
+    """A swapped link to a folder, as in Kubernetes, counts even with equal size and time."""
     for folder, name in (("1", "a"), ("2", "b")):
         (tmp_path / folder).mkdir()
         file = tmp_path / folder / "keys.toml"
@@ -53,27 +53,27 @@ def test_a_swapped_link_is_noticed(tmp_path: Path) -> None:
     assert keys.find(b"a") is not None
     (tmp_path / "..new").symlink_to("2")
     (tmp_path / "..new").rename(tmp_path / "..data")
-    keys._look()
+    keys._reload()
     assert keys.find(b"a") is None
     assert keys.find(b"b") is not None
 
 
-def test_a_file_that_turned_bad_keeps_the_old_keys(tmp_path: Path) -> None:
-    """Bad or gone: one error that names the place, the old keys, and the new ones once cured."""
+def test_an_invalid_file_keeps_the_old_keys(tmp_path: Path) -> None:
+    """An invalid or missing file is logged once and keeps the old keys until it is repaired."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("a", "a"))
     keys, seen = watched(file)
     with capture_logs() as lines:
         replace(file, entry("b", "b") + "[[keys]]\nname = 'c'\n")
-        keys._look()
-        keys._look()
+        keys._reload()
+        keys._reload()
         assert keys.find(b"a") is not None
         file.unlink()
-        keys._look()
-        keys._look()
+        keys._reload()
+        keys._reload()
         assert keys.find(b"a") is not None
         replace(file, entry("b", "b"))
-        keys._look()
+        keys._reload()
     assert [(line["event"], line["log_level"]) for line in lines] == [
         ("keys_not_reloaded", "error"),
         ("keys_not_reloaded", "error"),
@@ -85,8 +85,8 @@ def test_a_file_that_turned_bad_keeps_the_old_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_watch_looks_by_itself(tmp_path: Path) -> None:
-    """While the watch runs, a change takes effect within seconds."""
+async def test_watch_reloads_in_the_background(tmp_path: Path) -> None:
+    """While ``watch`` runs, a change takes effect within seconds."""
     file = tmp_path / "keys.toml"
     file.write_text(entry("a", "a"))
     keys, _ = watched(file)

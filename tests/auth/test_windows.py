@@ -1,11 +1,11 @@
-"""Minutes counted in this process: the same count as the limits library's."""
+"""Sliding windows in memory: the same counts as in the limits library."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.auth.rate_limit import MINUTE, LocalWindows
+from taskvec.auth.rate_limit import MINUTE, SlidingWindows
 
 WEB = ("web", "requests")
 
@@ -20,17 +20,17 @@ WEB = ("web", "requests")
     ),
     limit=st.integers(min_value=40, max_value=100),
 )
-def test_it_counts_as_a_plain_list_would(steps: list[tuple[float, int]], limit: int) -> None:
-    """Whatever comes when: what passes is what the sum over this minute and the last lets pass."""
+def test_it_counts_as_a_list_of_all_amounts(steps: list[tuple[float, int]], limit: int) -> None:
+    """For any sequence of amounts, the windows agree with a sum over all that passed before."""
     now = 1_000_000 * MINUTE
-    windows = LocalWindows(lambda: now)
+    windows = SlidingWindows(lambda: now)
     passed: list[tuple[int, int]] = []
     for pause, amount in steps:
         now += pause
-        minute, into = divmod(now, MINUTE)
+        minute, elapsed = divmod(now, MINUTE)
         current = sum(a for m, a in passed if m == minute)
-        before = sum(a for m, a in passed if m == minute - 1)
-        used = int(before * (MINUTE - into) / MINUTE) + current
+        previous = sum(a for m, a in passed if m == minute - 1)
+        used = int(previous * (MINUTE - elapsed) / MINUTE) + current
         taken, usage = windows.take(WEB, limit, amount)
         assert taken == (used + amount <= limit)
         if taken:
@@ -38,10 +38,10 @@ def test_it_counts_as_a_plain_list_would(steps: list[tuple[float, int]], limit: 
         assert usage.used == used + (amount if taken else 0)
 
 
-def test_what_was_used_fades() -> None:
-    """A full minute leaves half its room after half of the next one, and all of it after two."""
+def test_usage_expires_evenly() -> None:
+    """Of a full minute half is available again after 1.5 minutes, and everything after two."""
     now = 60 * MINUTE
-    windows = LocalWindows(lambda: now)
+    windows = SlidingWindows(lambda: now)
     assert windows.take(WEB, 100, 100)[0]
     taken, usage = windows.take(WEB, 100, 1)
     assert not taken

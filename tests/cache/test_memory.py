@@ -1,4 +1,4 @@
-"""The cache in memory: bounded, and what is used stays."""
+"""The store in memory: limited in size, evicts the least recently used entry."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from taskvec.cache.memory import ENTRY_BYTES, MemoryStore
 
 VALUE = bytes(100)
-ROOM = 5 * (ENTRY_BYTES + len(VALUE))
+MAX_BYTES = 5 * (ENTRY_BYTES + len(VALUE))
 
 
-class Held:
-    """Keeps what a store says of its size."""
+class SizeObserver:
+    """Observer that keeps the last size a store reported."""
 
     size = 0
 
-    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
-        raise AssertionError(f"a store knows no hits: {hits} {misses} {hit_tokens}")
+    def cache_lookup(self, *, hits: int, misses: int, hit_tokens: int) -> None:
+        raise AssertionError(f"a store reports no lookups: {hits} {misses} {hit_tokens}")
 
-    def cache_holds(self, size: int) -> None:
+    def cache_size(self, size: int) -> None:
         self.size = size
 
     def cache_failed(self) -> None:
@@ -28,9 +28,9 @@ class Held:
 
 
 @pytest.mark.anyio
-async def test_what_was_not_used_makes_room() -> None:
-    """Of six entries where five fit, the one that nobody asked for goes."""
-    store = MemoryStore(ROOM, Held())
+async def test_the_least_recently_used_entry_is_evicted() -> None:
+    """Where five entries fit, a sixth one evicts the entry that was not read."""
+    store = MemoryStore(MAX_BYTES, SizeObserver())
     for name in b"abcde":
         store.put({bytes([name]): VALUE})
     assert await store.get([b"a", b"x"]) == [VALUE, None]
@@ -39,13 +39,13 @@ async def test_what_was_not_used_makes_room() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_too_large_is_not_kept() -> None:
-    """An entry over the whole bound leaves an empty cache, not an endless one."""
-    held = Held()
-    store = MemoryStore(ROOM, held)
-    store.put({b"a": bytes(ROOM)})
+async def test_an_entry_over_the_limit_is_not_stored() -> None:
+    """An entry larger than the whole limit leaves an empty store."""
+    observer = SizeObserver()
+    store = MemoryStore(MAX_BYTES, observer)
+    store.put({b"a": bytes(MAX_BYTES)})
     assert await store.get([b"a"]) == [None]
-    assert held.size == 0
+    assert observer.size == 0
 
 
 @given(
@@ -54,11 +54,11 @@ async def test_what_is_too_large_is_not_kept() -> None:
         max_size=30,
     )
 )
-def test_it_is_bounded(puts: list[dict[bytes, bytes]]) -> None:
-    """Whatever is put in, the size is that of the entries and never over the bound."""
-    held = Held()
-    store = MemoryStore(ROOM, held)
+def test_the_size_is_limited(puts: list[dict[bytes, bytes]]) -> None:
+    """For any writes, the reported size is that of the entries and never over the limit."""
+    observer = SizeObserver()
+    store = MemoryStore(MAX_BYTES, observer)
     for entries in puts:
         store.put(entries)
-        assert held.size == sum(ENTRY_BYTES + len(value) for value in store._entries.values())
-        assert held.size <= ROOM
+        assert observer.size == sum(ENTRY_BYTES + len(value) for value in store._entries.values())
+        assert observer.size <= MAX_BYTES

@@ -1,4 +1,4 @@
-"""The real command in a process of its own: what it prints, where, and how it exits."""
+"""The command line in a process of its own: output, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from taskvec.settings import Settings, environment_variable
 
 COMMANDS = ("serve", "check", "embed", "eval", "eval-mteb", "version")
 BF16_DIFFERENCE = 1e-3
-"""The contract's: a vector may differ by so much per component between batches."""
+"""Documented maximum difference per component between batches."""
 
 QUIET = ("--log-level", "error")
 ADAPTER = Path("adapters/clustering")
@@ -37,14 +37,14 @@ ADAPTER_WEIGHTS = ADAPTER / "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Embedder]:
-    """The default model in this process."""
+    """Load the default model in this process."""
     with Embedder() as embedder:
         yield embedder
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
 def test_help_is_for_every_command(command: tuple[str, ...]) -> None:
-    """--help and -h say the same, on standard output, and exit with 0."""
+    """--help and -h print the same on standard output and exit with 0."""
     done = run(*command, "--help")
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == run(*command, "-h").stdout
@@ -53,11 +53,11 @@ def test_help_is_for_every_command(command: tuple[str, ...]) -> None:
 
 
 def test_serve_help_shows_every_setting() -> None:
-    """Each setting has its option, its variable and its description in the help."""
-    # Lines are wrapped at hyphens, too: white space tells nothing.
+    """The help has the option, the variable and the description of every setting."""
+    # Lines are also wrapped at hyphens, so white space is ignored.
     shown = "".join(run("serve", "--help").stdout.decode().split())
     for name, field in Settings.model_fields.items():
-        if name in {"engine_api_key", "api_keys"}:  # what a command line has, all can see
+        if name in {"engine_api_key", "api_keys"}:  # secrets: other users see command lines
             assert environment_variable(name) in shown
             continue
         assert f"--{name.replace('_', '-')}" in shown
@@ -66,13 +66,13 @@ def test_serve_help_shows_every_setting() -> None:
 
 
 def test_version_is_the_package_s() -> None:
-    """`taskvec version` prints the version alone."""
+    """`taskvec version` prints only the version."""
     assert run("version").stdout.decode() == f"{taskvec.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [("version",), ("serve", "--port", "x"), ("check", "no/m/x")])
 def test_console_script_and_module_agree(arguments: tuple[str, ...]) -> None:
-    """`taskvec` and `python -m taskvec` are one command."""
+    """`taskvec` and `python -m taskvec` behave the same."""
     script = shutil.which("taskvec", path=str(Path(sys.executable).parent))
     assert script is not None, "the package is not installed"
     mine = run(*arguments)
@@ -82,7 +82,7 @@ def test_console_script_and_module_agree(arguments: tuple[str, ...]) -> None:
 
 
 def test_check_prints_card_tasks_and_self_test(library: Embedder) -> None:
-    """`taskvec check` on the default model exits with 0 and says what it found and proved."""
+    """`taskvec check` prints the model card, the tasks and the result of the self-test."""
     done = run("check")
     assert (done.returncode, done.stderr) == (0, b"")
     rows = [line.split(maxsplit=1) for line in done.stdout.decode().splitlines()]
@@ -98,35 +98,35 @@ def test_check_prints_card_tasks_and_self_test(library: Embedder) -> None:
 
 
 def cut_weights(folder: Path) -> None:
-    """Keep half of the backbone."""
+    """Truncate the backbone's weights."""
     data = replaced(folder, "model.safetensors")
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
 def dora(folder: Path) -> None:
-    """Make an adapter claim to be a DoRA."""
+    """Declare an adapter as DoRA."""
     config = json.loads(replaced(folder, ADAPTER / "adapter_config.json"))
     (folder / ADAPTER / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
 
 
 def other_width(folder: Path) -> None:
-    """Halve the inputs of every A."""
+    """Halve the input width of every lora_A."""
     rewrite(folder, lambda key, value: value[:, ::2].copy() if "lora_A" in key else value)
 
 
 def no_effect(folder: Path) -> None:
-    """Zero every B: nothing in the files looks wrong."""
+    """Zero every lora_B: the files are valid, but the adapter has no effect."""
     rewrite(folder, lambda key, value: np.zeros_like(value) if "lora_B" in key else value)
 
 
 def other_architecture(folder: Path) -> None:
-    """Name a backbone that is none of ours."""
+    """Declare an unsupported architecture."""
     config = json.loads(replaced(folder, "config.json"))
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
 
 
 def no_tokenizer(folder: Path) -> None:
-    """Leave tokenizer.json out."""
+    """Remove tokenizer.json."""
     (folder / "tokenizer.json").unlink()
 
 
@@ -145,7 +145,7 @@ DAMAGES = {
 def test_damage_exits_with_three(
     tmp_path: Path, default_checkpoint: Checkpoint, damage: Callable[[Path], None], command: str
 ) -> None:
-    """A checkpoint that cannot be served ends the start: one sentence that names the file."""
+    """A damaged checkpoint exits with 3 and one sentence that names the file."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(default_checkpoint.folder, folder, copy_function=os.symlink)
     damage(folder)
@@ -184,27 +184,27 @@ def test_damage_exits_with_three(
 def test_wrong_usage_exits_with_two(
     arguments: tuple[str, ...], variables: dict[str, str], named: str
 ) -> None:
-    """A value that cannot be is refused by the name of its option or variable."""
+    """An invalid value exits with 2, and the error names its option or variable."""
     done = run(*arguments, stdin=b"a\n", **variables)
-    said = done.stderr.decode()
-    assert done.returncode == 2, said
+    errors = done.stderr.decode()
+    assert done.returncode == 2, errors
     assert done.stdout == b""
-    assert named in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert named in errors.splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("command", ["serve", "check"])
 def test_an_absent_device_exits_with_three(command: str) -> None:
-    """A GPU that is not there is a failed start, in one sentence."""
+    """A missing GPU exits with 3 and one sentence."""
     done = run(command, "--device", "cuda:99", *(QUIET if command == "serve" else ()))
-    said = done.stderr.decode()
-    assert done.returncode == 3, said
-    (sentence,) = said.splitlines()
+    errors = done.stderr.decode()
+    assert done.returncode == 3, errors
+    (sentence,) = errors.splitlines()
     assert "--device" in sentence
 
 
 def test_a_busy_port_is_named() -> None:
-    """A port that is taken ends the start with a line that names the address."""
+    """A port in use exits with 3 and a line that names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run("serve", "--port", str(port), *QUIET)
@@ -215,7 +215,7 @@ def test_a_busy_port_is_named() -> None:
 
 
 def test_embed_gives_json_lines(library: Embedder) -> None:
-    """Each line of input gives one object a line, with its index and the library's vector."""
+    """Each input line gives one JSON line with its index and the library's vector."""
     texts = ["first", "zweiter Täxt, 第三", "  spaces stay  "]
     done = run("embed", "--task", "clustering", "--dimensions", "64", stdin=lines(texts))
     assert (done.returncode, done.stderr) == (0, b"")
@@ -227,7 +227,7 @@ def test_embed_gives_json_lines(library: Embedder) -> None:
 
 
 def test_embed_takes_dos_line_ends_and_a_last_line_without(library: Embedder) -> None:
-    """CR LF ends a line as LF does; the last line needs no end."""
+    """Lines may end with CR LF or LF, and the last line without either."""
     done = run("embed", stdin=b"first\r\nsecond")
     vectors = np.array([json.loads(line)["embedding"] for line in done.stdout.splitlines()])
     truth = library.embed(["first", "second"])
@@ -236,7 +236,7 @@ def test_embed_takes_dos_line_ends_and_a_last_line_without(library: Embedder) ->
 
 @pytest.mark.parametrize("count", [3, 1025])
 def test_embed_writes_an_array(tmp_path: Path, library: Embedder, count: int) -> None:
-    """--output gives one float32 array in input order, also of more lines than one chunk."""
+    """--output writes one float32 array in input order, also for several chunks."""
     texts = [f"line {n}" for n in range(count)]
     done = run("embed", "--output", str(tmp_path / "x.npy"), stdin=lines(texts))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -246,7 +246,7 @@ def test_embed_writes_an_array(tmp_path: Path, library: Embedder, count: int) ->
 
 
 def test_embed_of_nothing_gives_nothing(tmp_path: Path) -> None:
-    """Empty input is no error: no lines, or an array of no rows."""
+    """Empty input gives no lines, or an array of zero rows, and exits with 0."""
     done = run("embed")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert run("embed", "--output", str(tmp_path / "x.npy")).returncode == 0
@@ -266,17 +266,17 @@ def test_embed_of_nothing_gives_nothing(tmp_path: Path) -> None:
     ids=["empty", "not UTF-8", "empty in chunk 2", "too long", "too long in chunk 2"],
 )
 def test_embed_names_the_line(text: bytes, number: int, word: str) -> None:
-    """A line that cannot be embedded is refused by its number, counted from 1."""
+    """A line that cannot be embedded is rejected with its number, counted from 1."""
     done = run("embed", stdin=text)
     (sentence,) = done.stderr.decode().splitlines()
     assert done.returncode == 2
     assert f"Line {number}" in sentence
     assert word in sentence
-    assert "input[" not in sentence, "that is how requests, not lines, are counted"
+    assert "input[" not in sentence, "the message must have a line number, not an index"
 
 
-def test_embed_truncates_when_told(library: Embedder) -> None:
-    """--truncate embeds the head of a line that is too long."""
+def test_embed_truncates_with_the_option(library: Embedder) -> None:
+    """--truncate embeds the beginning of a line that is too long."""
     done = run("embed", "--truncate", stdin=b"word " * 5000)
     truth = library.embed("word " * 5000, truncate=True)
     assert np.abs(json.loads(done.stdout)["embedding"] - truth[0]).max() <= BF16_DIFFERENCE
@@ -284,7 +284,7 @@ def test_embed_truncates_when_told(library: Embedder) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda item: item.name)
 def test_a_request_in_flight_is_answered_before_the_end(number: signal.Signals) -> None:
-    """On SIGTERM and SIGINT the server answers what it has, then exits as that signal's victim."""
+    """On SIGTERM and SIGINT the server answers requests in flight, then exits by that signal."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), *QUIET]
@@ -309,7 +309,7 @@ def test_a_request_in_flight_is_answered_before_the_end(number: signal.Signals) 
 
 
 def replaced(folder: Path, name: str | Path) -> bytes:
-    """A linked file's bytes; the link is removed, so that the file can be written."""
+    """Return a linked file's bytes and remove the link, so that the file can be written."""
     file = folder / name
     data = file.read_bytes()
     file.unlink()
@@ -317,21 +317,21 @@ def replaced(folder: Path, name: str | Path) -> bytes:
 
 
 def rewrite(folder: Path, change: Callable[[str, Any], Any]) -> None:
-    """Write the adapter's tensors again."""
+    """Replace the adapter's tensors by changed ones."""
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     replaced(folder, ADAPTER_WEIGHTS)
     save_file({k: change(k, v) for k, v in tensors.items()}, folder / ADAPTER_WEIGHTS)
 
 
 def lines(texts: list[str]) -> bytes:
-    """Texts as standard input."""
+    """Return texts as bytes for standard input, one per line."""
     return "".join(f"{text}\n" for text in texts).encode()
 
 
 def run(
     *arguments: str, stdin: bytes = b"", **variables: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """`python -m taskvec` with these arguments and further environment variables."""
+    """Run `python -m taskvec` with arguments and further environment variables."""
     command = [sys.executable, "-m", "taskvec", *arguments]
     return subprocess.run(
         command,

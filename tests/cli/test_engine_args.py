@@ -1,4 +1,4 @@
-"""``taskvec engine-args``: the command line of a vLLM server that serves every task of a model."""
+"""``taskvec engine-args``: the command line of a vLLM server for all tasks of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMAND = "engine-args"
 def run(
     *arguments: str, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m taskvec engine-args` with these arguments and further environment variables."""
+    """Run `python -m taskvec engine-args` with arguments and further environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "taskvec", COMMAND, *arguments],
         capture_output=True,
@@ -35,14 +35,14 @@ def run(
 
 
 def printed(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The words of the one line that a good call prints."""
+    """Assert success and return the words of the printed line."""
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
     return shlex.split(line)
 
 
 def after(words: list[str], flag: str) -> str:
-    """The value of a flag."""
+    """Return the word after a flag."""
     return words[words.index(flag) + 1]
 
 
@@ -50,7 +50,7 @@ def after(words: list[str], flag: str) -> str:
 def test_it_prints_the_server_s_command(
     default_checkpoint: Checkpoint, tmp_path: Path, device: str
 ) -> None:
-    """Standard output has the command alone, with the default model's adapters by their folders."""
+    """Standard output has only the command, with the folder of each adapter."""
     words = printed(run("--device", device, "--cache-dir", str(tmp_path)))
     folder = make_vllm_copy(default_checkpoint, tmp_path)
     gpu = device == "cuda"
@@ -60,7 +60,7 @@ def test_it_prints_the_server_s_command(
 
 
 def test_it_makes_the_copy_that_it_names(tmp_path: Path) -> None:
-    """The model that the command names is there, and can be read as a plain backbone."""
+    """The model folder in the command exists and is a valid checkpoint without adapters."""
     words = printed(run("taskvec-mini", "--cache-dir", str(tmp_path)))
     assert words[:2] == ["vllm", "serve"]
     folder = Path(words[2])
@@ -72,7 +72,7 @@ def test_it_makes_the_copy_that_it_names(tmp_path: Path) -> None:
 
 
 def test_device_dtype_and_longest_text_are_chosen(tmp_path: Path) -> None:
-    """A CPU server runs without graphs; number type and longest text are the asked ones."""
+    """A CPU server runs with --enforce-eager; --dtype and --max-tokens are passed on."""
     words = printed(
         run("--device", "cpu", "--dtype", "float32", "--max-tokens", "77",
             "--cache-dir", str(tmp_path))
@@ -87,7 +87,7 @@ def test_device_dtype_and_longest_text_are_chosen(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_spaces_can_be_pasted(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Words that a shell would split or expand are quoted."""
+    """Words with spaces or shell characters are quoted."""
     folder = tmp_path / "my $HOME; model's"
     shutil.copytree(default_checkpoint.folder, folder, copy_function=os.symlink)
     words = printed(run(str(folder), "--cache-dir", str(tmp_path / "a cache")))
@@ -99,7 +99,7 @@ def test_a_folder_with_spaces_can_be_pasted(default_checkpoint: Checkpoint, tmp_
 def test_paths_hold_wherever_the_command_runs(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """A model and a cache that were named relative to here are printed absolute."""
+    """Relative paths of model and cache are printed as absolute paths."""
     shutil.copytree(default_checkpoint.folder, tmp_path / "mine", copy_function=os.symlink)
     words = printed(run("mine", "--cache-dir", "cache", cwd=tmp_path))
     assert Path(words[2]).is_relative_to(tmp_path / "cache")
@@ -109,7 +109,7 @@ def test_paths_hold_wherever_the_command_runs(
 
 
 def test_the_cache_is_the_server_s(tmp_path: Path) -> None:
-    """Without --cache-dir the copy is made where the settings say, as for every other command."""
+    """Without --cache-dir the copy is made in the cache folder of the settings."""
     home = str(tmp_path / "home")
     words = printed(run(TASKVEC_CACHE_DIR=str(tmp_path / "set"), XDG_CACHE_HOME=home))
     assert Path(words[2]).is_relative_to(tmp_path / "set")
@@ -133,7 +133,7 @@ def test_the_cache_is_the_server_s(tmp_path: Path) -> None:
     ids=str,
 )
 def test_wrong_usage_exits_with_two(tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
-    """A value that cannot be is refused by the name of its option; nothing is printed."""
+    """An invalid value exits with 2 and an error that names its option."""
     done = run(*arguments, TASKVEC_CACHE_DIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -142,7 +142,7 @@ def test_wrong_usage_exits_with_two(tmp_path: Path, arguments: tuple[str, ...], 
 
 
 def test_a_cache_that_cannot_be_written_exits_with_three(tmp_path: Path) -> None:
-    """One sentence names the setting that cures it."""
+    """The error is one sentence that names the option to change."""
     (tmp_path / "file").write_text("no folder")
     done = run("--cache-dir", str(tmp_path / "file"))
     assert (done.returncode, done.stdout) == (3, "")
@@ -154,7 +154,7 @@ def test_a_cache_that_cannot_be_written_exits_with_three(tmp_path: Path) -> None
 def test_a_damaged_checkpoint_exits_with_three(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """A model that no engine could serve is refused as by `taskvec check`."""
+    """A damaged checkpoint gets the same error as from `taskvec check`."""
     folder = tmp_path / "model"
     shutil.copytree(default_checkpoint.folder, folder, copy_function=os.symlink)
     (folder / "tokenizer.json").unlink()
@@ -167,8 +167,8 @@ def test_a_damaged_checkpoint_exits_with_three(
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_tells_its_options(flag: str) -> None:
-    """Every option stands in the help, on standard output."""
+def test_help_lists_the_options(flag: str) -> None:
+    """The help lists every option, on standard output."""
     done = run(flag)
     assert (done.returncode, done.stderr) == (0, "")
     for option in ("--device", "--dtype", "--cache-dir", "--max-tokens", "--revision"):

@@ -222,7 +222,7 @@ def test_what_is_not_installed_is_named(data: Path, missing: str, asked: str, ex
     arguments = ["--tasks", "x"] if asked == "eval-mteb" else ["--data", str(data)]
     done = python(ABSENT, missing, asked, *arguments)
     assert done.returncode == 3, done.stderr
-    assert done.stderr == f"taskvec: This needs {missing}: install {extra}.\n"
+    assert done.stderr == f"taskvec: This command needs {missing}: install {extra}.\n"
 
 
 def test_a_service_is_evaluated_without_torch(data: Path, server_url: str) -> None:

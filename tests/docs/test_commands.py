@@ -1,7 +1,7 @@
 """Every command and example of the documentation works, as it stands there.
 
 The blocks of a page are run from top to bottom, in a scratch folder, before a real server. What
-cannot run in a test stands in ``INSTEAD``, with the reason and what is checked in its place.
+cannot run in a test stands in ``SUBSTITUTES``, with the reason and what is checked in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import promql_parser
 import pytest
 import yaml
 
-from examples import INSTEAD, Reader, instead
+from examples import SUBSTITUTES, Reader, substitute_of
 from pages import PAGES, ROOT, SAYS, Block, blocks, commands
 from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
@@ -42,13 +42,13 @@ def test_nothing_is_excused_that_is_not_there() -> None:
         if block.language == "sh"
         for command in commands(block)
     ]
-    assert [way.begins for way in INSTEAD if not any(map(way.begins.match, texts))] == []
+    assert [way.pattern for way in SUBSTITUTES if not any(map(way.pattern.match, texts))] == []
 
 
 def shell(reader: Reader, block: Block) -> None:
     """Each command runs, serves in the background, or is checked in another way."""
     for command in commands(block):
-        way = instead(command.text)
+        way = substitute_of(command.text)
         if way is not None:
             way.check(reader, command.text)
         elif re.search(r"\btaskvec serve\b(?!.*--help)", command.text):

@@ -1,4 +1,4 @@
-"""Requests that start by the clock, and those that wait for each other."""
+"""Open-loop schedules and closed-loop clients."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scenarios import Request
 REQUESTS = [Request("query", 1, b"{}") for _ in range(20)]
 
 
-def test_a_poisson_schedule_has_its_rate_and_no_memory() -> None:
-    """Times ascend within the duration, at the rate, and gaps vary as much as they are long."""
+def test_a_poisson_schedule_has_its_rate_and_exponential_gaps() -> None:
+    """Times ascend within the duration, at the rate; mean and deviation of the gaps are equal."""
     times = poisson(50, 100, random.Random(0))
     gaps = [later - sooner for sooner, later in pairwise(times)]
     assert times == sorted(times)
@@ -26,13 +26,13 @@ def test_a_poisson_schedule_has_its_rate_and_no_memory() -> None:
     assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.1)
 
 
-def test_equal_dice_give_equal_schedules() -> None:
-    """A run can be repeated."""
+def test_equal_seeds_give_equal_schedules() -> None:
+    """The same seed gives the same schedule, so that a run can be repeated."""
     assert poisson(5, 10, random.Random(3)) == poisson(5, 10, random.Random(3))
 
 
-def test_an_open_loop_waits_for_no_answer() -> None:
-    """All requests are sent by the clock while the first is still not answered."""
+def test_an_open_loop_does_not_wait_for_responses() -> None:
+    """All requests are sent by the schedule, before the first response arrives."""
     sent: list[float] = []
 
     def send(_: Request, due: float) -> None:
@@ -40,15 +40,15 @@ def test_an_open_loop_waits_for_no_answer() -> None:
         gevent.sleep(0.5)
         assert len(sent) == len(REQUESTS)
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     times = [0.005 * number for number in range(len(REQUESTS))]
     OpenLoop(REQUESTS, times).drive(send)
     assert len(sent) == len(REQUESTS)
-    assert time.perf_counter() - begun < 10 * 0.5  # one after another they take 20 times that
+    assert time.perf_counter() - started < 10 * 0.5  # one after another they take 20 times that
 
 
-def test_a_request_counts_from_when_it_was_due_even_if_the_generator_was_late() -> None:
-    """A generator that stands still for a while hides none of the wait."""
+def test_latency_counts_from_the_scheduled_time_even_if_the_generator_is_late() -> None:
+    """A stall of the generator is part of the latency."""
     late: list[float] = []
 
     def send(_: Request, due: float) -> None:
@@ -61,19 +61,19 @@ def test_a_request_counts_from_when_it_was_due_even_if_the_generator_was_late() 
     assert late[2] >= 0.09
 
 
-def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
-    """Each client sends its next request when it was answered, until the time is over."""
-    running, most, sent = 0, 0, 0
+def test_a_closed_loop_has_one_request_in_flight_per_client() -> None:
+    """Each client sends its next request after a response, until the time is over."""
+    running, peak, sent = 0, 0, 0
 
     def send(_: Request, __: float) -> None:
-        nonlocal running, most, sent
+        nonlocal running, peak, sent
         running += 1
         sent += 1
-        most = max(most, running)
+        peak = max(peak, running)
         gevent.sleep(0.01)
         running -= 1
 
     ClosedLoop(iter(REQUESTS * 1000), clients=4, seconds=0.3).drive(send)
-    assert most == 4
+    assert peak == 4
     assert running == 0
     assert 8 <= sent <= 4 * 31

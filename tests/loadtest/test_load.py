@@ -1,4 +1,4 @@
-"""The load test against real servers."""
+"""load.py against real servers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SHORT = ["--seconds", "2", "--scenarios", "interactive", "--levels", "0.5", "--n
 
 
 def load(*options: str) -> subprocess.CompletedProcess[str]:
-    """What `make load` runs, for a few seconds."""
+    """Run load.py for a few seconds."""
     command = [sys.executable, "loadtest/load.py", *SHORT, *options]
     return subprocess.run(
         command, cwd=repository(), capture_output=True, text=True, check=False, timeout=180
     )
 
 
-def test_a_load_test_that_misses_a_threshold_fails_and_says_which() -> None:
-    """It starts its server itself; no server answers within a microsecond."""
+def test_a_load_test_that_misses_a_threshold_fails_and_names_it() -> None:
+    """A maximum p99 of one microsecond is missed: exit code 1 and a message with the level."""
     done = load("--p99", "0.001")
     assert done.returncode == 1, done.stderr
     assert "interactive at 0.50 of the capacity: the 99th percentile is" in done.stderr
@@ -31,8 +31,10 @@ def test_a_load_test_that_misses_a_threshold_fails_and_says_which() -> None:
     assert found["resident_megabytes"]["most"] > 100
 
 
-def test_a_load_test_of_a_running_server_succeeds_where_all_is_met(server_url: str) -> None:
-    """Its memory is not ours to read."""
+def test_a_load_test_of_a_running_server_succeeds_if_all_thresholds_are_met(
+    server_url: str,
+) -> None:
+    """With --url no server is started, and its memory is not measured."""
     done = load("--url", server_url, "--p99", "60000")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

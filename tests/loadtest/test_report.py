@@ -1,4 +1,4 @@
-"""What the load tests write."""
+"""The report page and the tables of the load tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from report import compared, table
 
 
 def result() -> dict[str, Any]:
-    """What load.py writes, with one level at which nothing was answered."""
+    """Return a result of load.py with one level at which no request succeeded."""
     levels = [
         {
             "load": load,
@@ -47,12 +47,12 @@ def result() -> dict[str, Any]:
         },
         "resident_megabytes": {"start": 350, "most": 400},
         "notes": [],
-        "broken": ["bulk at 1.20 of the capacity: nothing was answered."],
+        "broken": ["bulk at 1.20 of the capacity: no request succeeded."],
     }
 
 
-def test_the_page_fetches_nothing() -> None:
-    """Plots are in it; no script, no style and no picture comes from elsewhere."""
+def test_the_page_has_no_external_resources() -> None:
+    """Plots are inline; there are no scripts and no external styles or images."""
     shown = page(result())
     assert shown.count("<svg") == 2
     assert "<script" not in shown
@@ -61,31 +61,31 @@ def test_the_page_fetches_nothing() -> None:
 
 
 def test_the_page_shows_every_level_and_what_was_missed() -> None:
-    """A level without answers has its line, too; names are escaped."""
+    """A level without successful requests has a row, and names are escaped."""
     shown = page(result())
     assert "Thresholds missed" in shown
-    assert "nothing was answered" in shown
+    assert "no request succeeded" in shown
     assert shown.count("429: 600") == 2
     assert "&lt;taskvec-mini&gt;" in shown
     assert "<taskvec-mini>" not in shown
 
 
 def test_a_page_without_misses_says_so() -> None:
-    """And a server that somebody else runs has no memory to show."""
+    """Without missed thresholds the page says so, and without memory figures it omits them."""
     shown = page(result() | {"broken": [], "resident_megabytes": None})
     assert "All thresholds are met" in shown
     assert "Resident memory" not in shown
 
 
 def test_servers_are_compared_round_by_round() -> None:
-    """The ratio is that of each round, not of the medians."""
+    """Ratios are computed in each round, not from the medians."""
     figures = compared({"taskvec": [10.0, 20.0, 90.0], "vllm": [5.0, 40.0, 30.0]})
     assert figures["taskvec"]["median"] == 20.0
     assert figures["taskvec_over_vllm"] == {"min": 0.5, "median": 2.0, "max": 3.0}
 
 
 def test_a_comparison_reads_as_a_table() -> None:
-    """A line for each figure, a column for each server and ratio."""
+    """The table has a row per figure and a column per server and ratio."""
     rows = {"p50_ms": compared({"taskvec": [10.0], "vllm": [20.0]})}
     assert table(rows).splitlines() == [
         "| | taskvec | vllm | taskvec_over_vllm |",

@@ -1,4 +1,4 @@
-"""What the load test asks."""
+"""Requests of the load test."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import orjson
 import pytest
 
 from lengths import PASSAGE, QUERY, some_text
-from scenarios import RAW, TASKS, TYPES, is_right, scenarios
+from scenarios import RAW, TASKS, TYPES, is_complete, scenarios
 
 
 @pytest.mark.parametrize(("lengths", "words"), [(QUERY, 5.96), (PASSAGE, 55.98)])
 def test_texts_are_as_long_as_those_of_ms_marco(lengths: tuple[float, float], words: float) -> None:
-    """On average, with some much longer."""
-    dice = random.Random(0)
-    found = [len(some_text(lengths, dice).split()) for _ in range(4000)]
+    """The mean length is that of MS MARCO, and some texts are much longer."""
+    rng = random.Random(0)
+    found = [len(some_text(lengths, rng).split()) for _ in range(4000)]
     assert statistics.mean(found) == pytest.approx(words, rel=0.05)
     assert max(found) > 3 * words
 
 
 def test_mixed_requests_have_every_task_and_every_output() -> None:
-    """Raw bytes among them."""
+    """Mixed requests have every task and every output type, including raw bytes."""
     requests = list(islice(scenarios()["mixed"].requests(0), 500))
     assert {orjson.loads(request.body)["task"] for request in requests} == set(TASKS)
     assert {request.kind for request in requests} == {*TYPES, "raw"}
     assert {request.headers.get("accept") for request in requests} == {None, RAW}
 
 
-def test_requests_of_bulk_have_the_texts_that_were_asked_for() -> None:
-    """A large model on few cores wants fewer."""
+def test_the_number_of_texts_in_a_bulk_request_can_be_set() -> None:
+    """``bulk_texts`` sets the number of texts in a bulk request."""
     request = next(scenarios(bulk_texts=8)["bulk"].requests(0))
     assert request.texts == len(orjson.loads(request.body)["input"]) == 8
     assert request.headers == {"x-priority": "bulk"}
@@ -39,7 +39,7 @@ def test_requests_of_bulk_have_the_texts_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("name", list(scenarios()))
 def test_equal_seeds_give_equal_requests_and_others_do_not(name: str) -> None:
-    """A run can be repeated, and no cache answers the next level."""
+    """A run can be repeated, and requests of another seed are not cached."""
     bodies = [
         [request.body for request in islice(scenarios()[name].requests(seed), 20)]
         for seed in (1, 1, 2)
@@ -49,17 +49,17 @@ def test_equal_seeds_give_equal_requests_and_others_do_not(name: str) -> None:
 
 
 def test_a_request_that_names_a_model_names_no_task() -> None:
-    """Other servers know none."""
+    """Requests for other servers have a model and no task."""
     fields = orjson.loads(next(scenarios()["bulk"].requests(0, model="merged")).body)
     assert set(fields) == {"input", "encoding_format", "model"}
 
 
-def test_an_answer_without_all_its_vectors_is_wrong() -> None:
-    """Whatever its status is."""
+def test_a_response_without_all_its_vectors_is_incomplete() -> None:
+    """A response is complete if it has one vector per text."""
     request = next(scenarios(bulk_texts=2)["bulk"].requests(0))
     one = b'{"object":"embedding","embedding":"AAAA"}'
-    assert is_right(request, "application/json", b"[" + one + b"," + one + b"]")
-    assert not is_right(request, "application/json", b"[" + one + b"]")
-    assert is_right(request, RAW, bytes(8))
-    assert not is_right(request, RAW, b"")
-    assert not is_right(request, RAW, bytes(7))
+    assert is_complete(request, "application/json", b"[" + one + b"," + one + b"]")
+    assert not is_complete(request, "application/json", b"[" + one + b"]")
+    assert is_complete(request, RAW, bytes(8))
+    assert not is_complete(request, RAW, b"")
+    assert not is_complete(request, RAW, bytes(7))

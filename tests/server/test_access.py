@@ -16,7 +16,7 @@ import trustme
 
 from keyfiles import entry, running_redis
 from processes import EXACT, Served, ended, served, started, total, wait_for
-from taskvec.auth.keys import LOOK_EVERY
+from taskvec.auth.keys import RELOAD_INTERVAL
 
 SECRET = "tv-s3cret-of-the-tests"  # noqa: S105 - it opens only the servers of this file
 WEB = {"authorization": f"Bearer {SECRET}"}
@@ -99,7 +99,7 @@ def test_a_new_key_counts_without_a_restart(keys: Path, monkeypatch: pytest.Monk
         keys.write_text("[[keys]]\nname = 'half'")
         shown = httpx.get(f"{server.url}/metrics").text
         assert total(shown, "taskvec_key_requests_total", 'key="new",status="200"') >= 1
-        time.sleep(2.5 * LOOK_EVERY)
+        time.sleep(2.5 * RELOAD_INTERVAL)
         assert asked(server.url, fresh).status_code == 200
         server.process.terminate()
         errors = ended(server)[1]

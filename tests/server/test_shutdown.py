@@ -95,7 +95,7 @@ def test_a_restart_under_load_loses_nothing(workers: str) -> None:
     """Clients that never stop see answers, clean refusals, and then a closed port; nothing else."""
     options = ("--workers", workers, "--drain-grace", "0.5", *EXACT)
     with served(*options) as server, ThreadPoolExecutor(6) as threads:
-        load = Load(server.url, most=10_000, seconds=60)
+        load = Load(server.url, max_requests=10_000, seconds=60)
         runs: list[Future[Any]] = [threads.submit(load.run) for _ in range(6)]
         load.wait_for(12)
         server.process.send_signal(signal.SIGTERM)

@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from taskvec.api.context import RequestContext
 from taskvec.auth.keys import Key, WatchedKeys
-from taskvec.auth.rate_limit import Kind, Limiter, LimitReachedError, Window
+from taskvec.auth.rate_limit import Kind, RateLimiter, LimitReachedError, Window
 from taskvec.errors import AuthenticationError, RateLimitError
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class ApiKeyAuth:
 class KeyRateLimiter:
     """Enforces the limits of API keys: requests and tokens per minute, concurrent requests."""
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: RateLimiter) -> None:
         """Count with ``limiter``; concurrency is counted in this process."""
         self._limiter = limiter
         self._running: Counter[str] = Counter()

@@ -196,7 +196,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        scope.interrupt()
+        scope.cancel()
 
     def start_watching() -> None:
         nonlocal watcher

@@ -1,4 +1,8 @@
-"""API keys: known by the SHA-256 of their secrets, read from a TOML file and the environment."""
+"""API keys, identified by the SHA-256 of their secrets; read from a TOML file and the environment.
+
+From the parts to the whole: ``Key``, ``KeySet`` (look-up by secret), ``KeySource`` (reads a set),
+``WatchedKeys`` (the current set, read again when the file changes).
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,21 @@ from taskvec.errors import StartError
 from taskvec.priority import Priority
 
 NO_KEY = "none"
-"""What logs and metrics call requests without a valid key; no key may have this name."""
+"""Name in logs and metrics of requests without a valid key; reserved, so no key may have it."""
+
+PREFIX_BYTES = 8
+"""Bytes of a digest that index the keys; the whole digest is then compared in constant time."""
+
+RELOAD_INTERVAL = 2.0
+"""Seconds between two checks of the keys file."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_PREFIX = 8
-"""Bytes of a digest by which a key is found; the whole digest then decides."""
+
+log = structlog.get_logger(__name__)
 
 
 class KeyLimits(NamedTuple):
-    """What a key may have; 0 for no limit."""
+    """Limits of a key; 0 means unlimited."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
@@ -36,11 +46,13 @@ class KeyLimits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key that may ask.
+    """One API key.
 
     Attributes:
-        name: what logs and metrics call it.
+        name: its name in logs and metrics.
         digest: SHA-256 of its secret, 32 bytes.
+        limits: its limits.
+        priority: priority class of its requests.
     """
 
     name: str
@@ -49,14 +61,14 @@ class Key:
     priority: Priority = Priority.INTERACTIVE
 
 
-class KeyRing:
-    """The keys in force."""
+class KeySet:
+    """Set of keys, searched by secret."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
-        """Collect the keys.
+        """Index the keys.
 
         Raises:
-            StartError: two keys share a name or a secret.
+            StartError: two keys have the same name or the same secret.
         """
         self._by_prefix: dict[bytes, Key] = {}
         names: set[str] = set()
@@ -64,50 +76,53 @@ class KeyRing:
             if key.name in names:
                 raise StartError(f"Two API keys have the name {key.name}: rename one.")
             names.add(key.name)
-            twin = self._by_prefix.setdefault(key.digest[:_PREFIX], key)
-            if twin is not key:
+            other = self._by_prefix.setdefault(key.digest[:PREFIX_BYTES], key)
+            if other is not key:
                 raise StartError(
-                    f"The API keys {twin.name} and {key.name} have the same secret: make a new one "
-                    f"with `taskvec key {key.name}`."
+                    f"The API keys {other.name} and {key.name} have the same secret: make a new "
+                    f"one with `taskvec key {key.name}`."
                 )
         self.names = frozenset(names)
 
     def find(self, secret: bytes) -> Key | None:
-        """The key with this secret; None where there is none."""
+        """Return the key with this secret, or None."""
         digest = hashlib.sha256(secret).digest()
-        key = self._by_prefix.get(digest[:_PREFIX])
+        key = self._by_prefix.get(digest[:PREFIX_BYTES])
         return key if key is not None and hmac.compare_digest(key.digest, digest) else None
 
 
 class KeySource(NamedTuple):
-    """Where the keys are.
+    """Where keys are configured.
 
     Attributes:
-        file: TOML with a [[keys]] entry each; None for no file.
-        pairs: ``name=secret`` pairs, separated by commas; empty for none.
-        defaults: the limits of keys that state none.
+        file: TOML file with one [[keys]] entry per key; None if not configured.
+        pairs: ``name=secret`` pairs, separated by commas; may be empty.
+        defaults: limits of keys that state none.
     """
 
     file: Path | None
     pairs: str
     defaults: KeyLimits
 
-    def read(self) -> KeyRing:
-        """All keys.
+    def read(self) -> KeySet:
+        """Read all keys.
 
         Raises:
-            StartError: the file cannot be read, or an entry is wrong: it names the line or entry.
+            StartError: the file cannot be read or an entry is invalid; the message names the line
+                or the entry.
         """
         keys = [
             Key(name, hashlib.sha256(secret.encode()).digest(), self.defaults)
             for name, secret in read_pairs(self.pairs)
         ]
-        return KeyRing(
-            keys if self.file is None else [*keys, *_read_file(self.file, self.defaults)]
-        )
+        return KeySet(keys if self.file is None else [*keys, *_read_file(self.file, self.defaults)])
 
-    def stamp(self) -> tuple[int, ...] | None:
-        """Changes when the file does, also where a link to it is swapped; None while it is gone."""
+    def file_version(self) -> tuple[int, ...] | None:
+        """Return device, inode, size and modification time of the file; None if it is missing.
+
+        ``stat`` follows links, so the value also changes when Kubernetes swaps the link to a
+        mounted Secret.
+        """
         if self.file is None:
             return None
         try:
@@ -117,11 +132,59 @@ class KeySource(NamedTuple):
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+class WatchedKeys:
+    """The current keys, read again when the file changes.
+
+    If the changed file is invalid, the previous keys stay in force.
+    """
+
+    def __init__(self, source: KeySource, on_change: Callable[[frozenset[str]], None]) -> None:
+        """Read the keys.
+
+        Args:
+            source: where the keys are configured.
+            on_change: called with the names of the keys, now and after each change.
+
+        Raises:
+            StartError: the keys cannot be read.
+        """
+        self._source = source
+        self._on_change = on_change
+        self._version = source.file_version()
+        self._keys = source.read()
+        on_change(self._keys.names)
+
+    def find(self, secret: bytes) -> Key | None:
+        """Return the key with this secret, or None."""
+        return self._keys.find(secret)
+
+    async def watch(self) -> None:
+        """Check the file every ``RELOAD_INTERVAL`` seconds until cancelled."""
+        while True:
+            await asyncio.sleep(RELOAD_INTERVAL)
+            await asyncio.to_thread(self._reload)
+
+    def _reload(self) -> None:
+        """Read the keys again if the file has changed."""
+        version = self._source.file_version()
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            keys = self._source.read()
+        except StartError as error:
+            log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 - the reason suffices
+            return
+        self._keys = keys
+        self._on_change(keys.names)
+        log.info("keys_reloaded", keys=len(keys.names))
+
+
 def read_pairs(text: str) -> list[tuple[str, str]]:
-    """Names and secrets out of ``name=secret,name=secret``.
+    """Parse ``name=secret,name=secret`` into names and secrets.
 
     Raises:
-        ValueError: an entry is no such pair; says which, and never what it holds.
+        ValueError: an entry is invalid; the message has its number and never its content.
     """
     pairs = []
     for number, entry in enumerate(filter(None, map(str.strip, text.split(","))), start=1):
@@ -129,19 +192,19 @@ def read_pairs(text: str) -> list[tuple[str, str]]:
         if not is_name(name) or not secret.isascii() or not secret.isprintable() or not secret:
             raise ValueError(
                 f"entry {number} is not name=secret, with a name of letters, digits, dots, dashes "
-                "and underscores and a secret of visible characters"
+                "and underscores and a secret of printable ASCII characters"
             )
         pairs.append((name, secret))
     return pairs
 
 
 def is_name(text: str) -> bool:
-    """Whether a key may be called so."""
+    """Return whether the text is a valid name for a key."""
     return _NAME.fullmatch(text) is not None and text != NO_KEY
 
 
 class _Entry(BaseModel):
-    """One [[keys]] of the file."""
+    """Schema of a [[keys]] entry."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -166,18 +229,18 @@ def _read_file(file: Path, defaults: KeyLimits) -> list[Key]:
             f"The keys file {file} must have [[keys]] entries and nothing else: `taskvec key NAME` "
             "prints one."
         )
-    return [_key(file, n, entry, defaults) for n, entry in enumerate(entries, start=1)]
+    return [_read_entry(file, n, entry, defaults) for n, entry in enumerate(entries, start=1)]
 
 
-def _key(file: Path, number: int, content: Any, defaults: KeyLimits) -> Key:
+def _read_entry(file: Path, number: int, content: Any, defaults: KeyLimits) -> Key:
     try:
         entry = _Entry.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"])) or "it"
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"])) or "the entry"
         raise StartError(
-            f"The keys file {file}, entry {number}: {place}: {fault['msg']}; `taskvec key NAME` "
-            "prints an entry."
+            f"The keys file {file}, entry {number}: {field_name}: {first['msg']}; `taskvec key "
+            "NAME` prints an entry."
         ) from None
     if not is_name(entry.name):
         raise StartError(
@@ -189,53 +252,3 @@ def _key(file: Path, number: int, content: Any, defaults: KeyLimits) -> Key:
         default if own is None else own for own, default in zip(stated, defaults, strict=True)
     ]
     return Key(entry.name, bytes.fromhex(entry.sha256), KeyLimits(*limits), entry.priority)
-
-
-LOOK_EVERY = 2.0
-"""Seconds between two looks at the file."""
-
-log = structlog.get_logger(__name__)
-
-
-class WatchedKeys:
-    """The keys in force; of a file that turned bad, those that it had before."""
-
-    def __init__(self, source: KeySource, on_change: Callable[[frozenset[str]], None]) -> None:
-        """Read the keys.
-
-        Args:
-            source: where they are.
-            on_change: told the names of the keys, now and whenever they change.
-
-        Raises:
-            StartError: they cannot be read.
-        """
-        self._source = source
-        self._on_change = on_change
-        self._stamp = source.stamp()
-        self._ring = source.read()
-        on_change(self._ring.names)
-
-    def find(self, secret: bytes) -> Key | None:
-        """The key with this secret; None where there is none."""
-        return self._ring.find(secret)
-
-    async def watch(self) -> None:
-        """Look at the file every now and then; until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_EVERY)
-            await asyncio.to_thread(self._look)
-
-    def _look(self) -> None:
-        stamp = self._source.stamp()
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            ring: KeyRing = self._source.read()
-        except StartError as error:
-            log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 - one sentence says it
-            return
-        self._ring = ring
-        self._on_change(ring.names)
-        log.info("keys_reloaded", keys=len(ring.names))

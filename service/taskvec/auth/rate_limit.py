@@ -1,4 +1,9 @@
-"""RequestLimits a minute, counted in this process, or in Redis by the ``limits`` library."""
+"""Rate limits per minute, counted in this process, or in Redis by the ``limits`` library.
+
+Both count in sliding windows, by the same formula: the count of the current minute, plus that of
+the previous minute, weighted by the fraction of that minute that is less than 60 seconds ago
+(https://limits.readthedocs.io/en/stable/strategies.html#sliding-window-counter).
+"""
 
 from __future__ import annotations
 
@@ -13,84 +18,107 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 
 from taskvec.errors import InvalidRequestError, RateLimitError, UnavailableError
-from taskvec.redis import ANSWER_SECONDS, PAUSE, CircuitBreaker, connection_pool
+from taskvec.redis import OPEN_SECONDS, TIMEOUT_SECONDS, CircuitBreaker, connection_pool
+
+MINUTE = 60.0
+"""Seconds of a window."""
 
 Kind = Literal["requests", "tokens"]
-"""What is counted; no enumeration, whose members would be hashed in Python, for every request."""
+"""What is counted. Not an enum: its members would be hashed in Python on every request."""
 
 
 class Window(NamedTuple):
-    """How much of a limit is left; ``reset`` is in seconds from now."""
+    """State of a key's limit.
+
+    Attributes:
+        limit: maximum per minute.
+        remaining: amount left now.
+        reset: seconds until the whole limit is available again.
+    """
 
     limit: int
     remaining: int
     reset: float
 
 
+class LimitReachedError(RateLimitError):
+    """A key's limit per minute is used up; ``window`` holds its state."""
+
+    def __init__(self, name: str, kind: Kind, window: Window, seconds: float) -> None:
+        super().__init__(
+            f"The API key {name} has used its {window.limit} {kind} per minute: send the request "
+            f"again in {seconds:.3g} seconds.",
+            retry_after=seconds,
+        )
+        self.kind = kind
+        self.window = window
+
+
 class LimitObserver(Protocol):
-    """Who is told of limits that could not be checked."""
+    """Callback for the metrics of limits."""
 
     def limit_unchecked(self) -> None:
-        """Redis was down."""
+        """Record one limit that could not be checked because Redis was down."""
 
 
-class Limiter:
-    """Counts what each key takes."""
+class RateLimiter:
+    """Counts requests and tokens of each key against its limits per minute."""
 
     def __init__(self, url: str | None, *, open_when_down: bool, observer: LimitObserver) -> None:
-        """Prepare; no connection is opened yet.
+        """Prepare a limiter; no connection is opened yet.
 
         Args:
-            url: ``redis://``, ``rediss://``, ``valkey://`` or ``valkeys://`` where all processes
-                count together; None to count in this process.
-            open_when_down: True lets requests pass while Redis is down, False refuses them.
-            observer: told of what could not be checked.
+            url: ``redis://``, ``rediss://``, ``valkey://`` or ``valkeys://``, in which all
+                processes count together; None to count in this process.
+            open_when_down: True lets requests pass unchecked while Redis is down, False rejects
+                them.
+            observer: notified of limits that could not be checked.
 
         Raises:
             StartError: the URL cannot be used.
         """
         self._pool = None if url is None else connection_pool(url, "--limits-url")
-        self._local = LocalWindows()
+        self._local = SlidingWindows()
         if self._pool is not None:
             self._storage = RedisStorage(
                 "async+redis://",
                 wrap_exceptions=True,
                 implementation="redispy",
-                connection_pool=self._pool,  # type: ignore[arg-type] # handed on as it is
+                connection_pool=self._pool,  # type: ignore[arg-type] # passed to redis-py as it is
             )
-            self._windows = SlidingWindowCounterRateLimiter(self._storage)
+            self._shared = SlidingWindowCounterRateLimiter(self._storage)
         self._open_when_down = open_when_down
         self._observer = observer
-        self._outage = CircuitBreaker("limits", open=open_when_down)
+        self._breaker = CircuitBreaker("limits", open=open_when_down)
 
     async def take(self, name: str, kind: Kind, limit: int, amount: int) -> Window | None:
-        """Count an amount against a key's limit a minute.
+        """Count an amount against a key's limit per minute.
 
         Args:
-            name: the key's.
+            name: name of the key.
             kind: what is counted.
-            limit: most in a minute.
-            amount: how much is wanted.
+            limit: maximum per minute.
+            amount: number of requests or tokens to count; nothing is counted if it does not fit.
 
         Returns:
-            What is left; None where it could not be checked.
+            State of the limit; None if it could not be checked.
 
         Raises:
-            InvalidRequestError: more than the limit at once: waiting cannot help.
-            LimitReachedError: no room now.
-            UnavailableError: Redis is down and requests are refused then.
+            InvalidRequestError: the amount exceeds the whole limit, so a retry cannot succeed.
+            LimitReachedError: the amount does not fit now.
+            UnavailableError: Redis is down, and requests are rejected while it is.
         """
         if amount > limit:
             raise InvalidRequestError(
-                f"The request has {amount} {kind} and the API key {name} may have {limit} a "
-                "minute: send fewer texts at once.",
+                f"The request has {amount} {kind}, and the limit of the API key {name} is {limit} "
+                "per minute: send fewer texts in one request.",
                 code="too_many_tokens",
             )
         identity = (name, kind)
         if self._pool is None:
             counted: tuple[bool, Usage] | None = self._local.take(identity, limit, amount)
         else:
-            counted = await self._count(identity, limit, amount)
+            counted = await self._take_in_redis(identity, limit, amount)
         if counted is None:
             return None
         taken, usage = counted
@@ -104,106 +132,104 @@ class Limiter:
         if self._pool is not None:
             await self._pool.aclose()
 
-    async def _count(
+    async def _take_in_redis(
         self, identity: tuple[str, str], limit: int, amount: int
     ) -> tuple[bool, Usage] | None:
-        if self._outage.pausing:
-            self._unchecked()
+        if self._breaker.open:
+            self._pass_unchecked()
             return None
         item = RateLimitItemPerMinute(limit, namespace="taskvec")
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                taken = await self._windows.hit(item, *identity, cost=amount)
-                held = await self._storage.get_sliding_window(
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                taken = await self._shared.hit(item, *identity, cost=amount)
+                counts = await self._storage.get_sliding_window(
                     item.key_for(*identity), item.get_expiry()
                 )
         except (StorageError, OSError, TimeoutError) as error:
-            self._outage.failed(error)
-            self._unchecked()
+            self._breaker.record_failure(error)
+            self._pass_unchecked()
             return None
-        self._outage.over()
-        return taken, Usage.of(*held)
+        self._breaker.record_success()
+        return taken, Usage.from_storage(*counts)
 
-    def _unchecked(self) -> None:
+    def _pass_unchecked(self) -> None:
+        """Let a request pass while Redis is down, or reject it, as configured."""
         self._observer.limit_unchecked()
         if not self._open_when_down:
             raise UnavailableError(
-                "The limits cannot be checked now: send it again later.",
+                "The rate limits cannot be checked now: send the request again later.",
                 code="limits_unavailable",
-                retry_after=PAUSE,
+                retry_after=OPEN_SECONDS,
             )
 
 
-class LimitReachedError(RateLimitError):
-    """A key's limit a minute is used up; ``window`` says how far."""
-
-    def __init__(self, name: str, kind: Kind, window: Window, seconds: float) -> None:
-        super().__init__(
-            f"The API key {name} may have {window.limit} {kind} a minute, and has used them: send "
-            f"it again in {seconds:.3g} seconds.",
-            retry_after=seconds,
-        )
-        self.kind = kind
-        self.window = window
-
-
-MINUTE = 60.0
-
-
-class Usage(NamedTuple):
-    """What a sliding window holds: the last minute counts as far as it reaches into this one.
-
-    Attributes:
-        before: used in the minute before; it fades until ``fades`` seconds from now.
-        now: used in this one; it begins to fade when it ends, ``ends`` seconds from now.
-    """
-
-    before: int
-    fades: float
-    now: int
-    ends: float
-
-    @classmethod
-    def of(cls, before: int, fades: float, now: int, expires: float) -> Self:
-        """From what ``limits`` stores: a minute's count is kept for one more minute."""
-        return cls(before, fades, now, max(0.0, expires - MINUTE))
-
-    @property
-    def used(self) -> int:
-        """What counts at this moment."""
-        return faded(self.before, self.fades) + self.now
-
-    def seconds_until(self, room: int) -> float:
-        """When at most ``room`` will be used, if nothing is added."""
-        if self.now > room:
-            return self.ends + MINUTE * (1 - room / self.now)
-        if self.used <= room:
-            return 0.0
-        return self.fades - (room - self.now) * MINUTE / self.before
-
-
-def faded(before: int, fades: float) -> int:
-    """What still counts of the minute before, ``fades`` seconds before it is forgotten."""
-    return int(before * fades / MINUTE)
-
-
-class LocalWindows:
-    """One window for each identity; the minutes are the clock's."""
+class SlidingWindows:
+    """Sliding windows in this process, one for each identity; minutes are those of the clock."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """Nothing is used; the clock is in seconds."""
+        """Create empty windows; ``clock`` returns seconds."""
         self._clock = clock
         self._counts: dict[tuple[str, str], tuple[int, int, int]] = {}
 
     def take(self, identity: tuple[str, str], limit: int, amount: int) -> tuple[bool, Usage]:
-        """Count an amount, if it fits under the limit; and what is used then."""
-        minute, into = divmod(self._clock(), MINUTE)
-        counted, before, now = self._counts.get(identity, (0, 0, 0))
-        if counted != minute:
-            before, now = (now if counted == minute - 1 else 0), 0
-        left = MINUTE - into
-        taken = faded(before, left) + now + amount <= limit
+        """Count an amount if it fits; return whether it did, and the usage after that."""
+        minute, elapsed = divmod(self._clock(), MINUTE)
+        counted_minute, previous, current = self._counts.get(identity, (0, 0, 0))
+        if counted_minute != minute:
+            previous, current = (current if counted_minute == minute - 1 else 0), 0
+        left = MINUTE - elapsed
+        taken = weighted(previous, left) + current + amount <= limit
         if taken:
-            now += amount
-        self._counts[identity] = (int(minute), before, now)
-        return taken, Usage(before, left, now, left)
+            current += amount
+        self._counts[identity] = (int(minute), previous, current)
+        return taken, Usage(previous, left, current, left)
+
+
+class Usage(NamedTuple):
+    """Content of a sliding window.
+
+    Attributes:
+        previous: count of the previous minute.
+        previous_seconds: seconds until the previous minute no longer counts.
+        current: count of the current minute.
+        current_seconds: seconds until the current minute ends; its weight decreases from then.
+    """
+
+    previous: int
+    previous_seconds: float
+    current: int
+    current_seconds: float
+
+    @classmethod
+    def from_storage(
+        cls, previous: int, previous_expiry: float, current: int, current_expiry: float
+    ) -> Self:
+        """Convert what ``limits`` stores.
+
+        It keeps the count of a minute for one minute after its end, so the current minute ends one
+        minute before its count expires.
+        """
+        return cls(previous, previous_expiry, current, max(0.0, current_expiry - MINUTE))
+
+    @property
+    def used(self) -> int:
+        """Amount that counts now."""
+        return weighted(self.previous, self.previous_seconds) + self.current
+
+    def seconds_until(self, amount: int) -> float:
+        """Return the seconds until at most ``amount`` is used, if nothing is added."""
+        if self.current > amount:
+            return self.current_seconds + MINUTE * (1 - amount / self.current)
+        if self.used <= amount:
+            return 0.0
+        return self.previous_seconds - (amount - self.current) * MINUTE / self.previous
+
+
+def weighted(previous: int, seconds_left: float) -> int:
+    """Return the part of the previous minute's count that still counts.
+
+    Args:
+        previous: count of the previous minute.
+        seconds_left: seconds until it no longer counts.
+    """
+    return int(previous * seconds_left / MINUTE)

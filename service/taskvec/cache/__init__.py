@@ -1,1 +1,1 @@
-"""Answers that were given before."""
+"""Cache of embeddings, in memory or in Redis."""

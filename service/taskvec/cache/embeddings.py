@@ -1,4 +1,4 @@
-"""The answer cache: the vector of a text that was embedded before, by its token ids."""
+"""The answer cache: finds the vector of a text that was embedded before by its token ids."""
 
 from __future__ import annotations
 
@@ -13,25 +13,53 @@ from numpy.typing import NDArray
 from taskvec.engines.base import TokenIds
 
 KEY_BYTES = 32
+"""Length of a cache key in bytes: long enough that two texts never share one by chance."""
+
+
+class VectorStore(Protocol):
+    """Key-value store of bytes. It may lose entries, but its methods never raise."""
+
+    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+        """Return the value of each key; None for a key without an entry."""
+
+    def put(self, entries: Mapping[bytes, bytes]) -> None:
+        """Store the entries if possible; returns at once."""
+
+    async def close(self) -> None:
+        """Finish pending writes and close the connections."""
+
+
+class CacheObserver(Protocol):
+    """Callbacks for the metrics of a cache."""
+
+    def cache_lookup(self, *, hits: int, misses: int, hit_tokens: int) -> None:
+        """Record one lookup: texts that were found, texts that were not, tokens of the former."""
+
+    def cache_size(self, size: int) -> None:
+        """Record the current size of the cache in memory, in bytes."""
+
+    def cache_failed(self) -> None:
+        """Record one call to Redis that failed, or one write that was skipped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheLookup:
-    """What the cache knows of a batch.
+    """Result of a lookup: the vectors that were found, and the texts still to embed.
 
     Attributes:
-        keys: of each text.
-        vectors: float32 [texts, dimension]; rows of unknown texts hold nothing yet.
-        unknown: places of the texts that have to be embedded.
+        keys: cache key of each text.
+        vectors: float32 [texts, dimension]; the rows of missing texts are uninitialised until the
+            caller fills them.
+        missing: indices of the texts that were not found.
     """
 
     keys: Sequence[bytes]
     vectors: NDArray[np.float32]
-    unknown: Sequence[int]
+    missing: Sequence[int]
 
 
 class EmbeddingCache:
-    """Gives back what an engine gave: whole vectors, before they are cut, scaled and quantised."""
+    """Cache of the engine's output: full vectors, before they are cut, scaled and quantised."""
 
     def __init__(
         self,
@@ -42,14 +70,15 @@ class EmbeddingCache:
         shared: bool,
         observer: CacheObserver,
     ) -> None:
-        """Wire it.
+        """Create a cache on top of a store.
 
         Args:
-            store: where vectors are kept.
-            identity: names the model's weights and the arithmetic: vectors of others are others.
-            dimension: width of the vectors.
-            shared: True lets an API key's texts be answered by what another's gave.
-            observer: told of hits and misses.
+            store: where vectors are stored.
+            identity: names the model's weights and the arithmetic. Part of every key, because other
+                weights or another number type give other vectors.
+            dimension: length of a vector.
+            shared: True lets all API keys share entries, False gives each API key its own.
+            observer: notified of hits and misses.
         """
         self._store = store
         self._identity = identity
@@ -57,73 +86,51 @@ class EmbeddingCache:
         self._shared = shared
         self._observer = observer
 
-    async def recall(
-        self, ids: Sequence[TokenIds], adapter: str | None, owner: str | None
+    async def lookup(
+        self, ids: Sequence[TokenIds], adapter: str | None, tenant: str | None
     ) -> CacheLookup:
-        """Look a batch up.
+        """Look up the vectors of a batch.
 
         Args:
-            ids: one int32 array a text.
-            adapter: what they are embedded with.
-            owner: name of the API key; None where there is none.
+            ids: one int32 array per text.
+            adapter: adapter that embeds the texts; None for the base model.
+            tenant: name of the API key; None if the service has no API keys.
         """
-        scope = self._scope(adapter, owner)
+        scope = self._scope(adapter, tenant)
         keys = [
             hashlib.blake2b(text.data, digest_size=KEY_BYTES, key=scope).digest() for text in ids
         ]
         found = await self._store.get(keys)
         vectors = np.empty((len(ids), self._dimension), dtype=np.float32)
-        unknown = []
-        known_tokens = 0
-        for place, value in enumerate(found):
+        missing = []
+        hit_tokens = 0
+        for index, value in enumerate(found):
             if value is not None and len(value) == vectors.strides[0]:
-                vectors[place] = np.frombuffer(value, dtype="<f4")
-                known_tokens += len(ids[place])
+                vectors[index] = np.frombuffer(value, dtype="<f4")
+                hit_tokens += len(ids[index])
             else:
-                unknown.append(place)
-        self._observer.cache_asked(
-            hits=len(ids) - len(unknown), misses=len(unknown), hit_tokens=known_tokens
+                missing.append(index)
+        self._observer.cache_lookup(
+            hits=len(ids) - len(missing), misses=len(missing), hit_tokens=hit_tokens
         )
-        return CacheLookup(keys, vectors, unknown)
+        return CacheLookup(keys, vectors, missing)
 
-    def keep(self, recall: CacheLookup) -> None:
-        """Remember what was unknown, now that ``vectors`` has it."""
-        rows = np.ascontiguousarray(recall.vectors, dtype="<f4")
-        self._store.put({recall.keys[place]: rows[place].tobytes() for place in recall.unknown})
+    def store(self, lookup: CacheLookup) -> None:
+        """Store the vectors that were missing, after the caller has filled ``lookup.vectors``."""
+        rows = np.ascontiguousarray(lookup.vectors, dtype="<f4")
+        self._store.put({lookup.keys[index]: rows[index].tobytes() for index in lookup.missing})
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
         await self._store.close()
 
-    def _scope(self, adapter: str | None, owner: str | None) -> bytes:
-        """A hash key: what else than the ids an answer depends on, and who may see it."""
-        whose = "" if self._shared or owner is None else f"key {owner}"
-        how = "base" if adapter is None else f"adapter {adapter}"
-        depends = self._identity + f"\0{how}\0{whose}".encode()
-        return hashlib.blake2b(depends, digest_size=KEY_BYTES).digest()
+    def _scope(self, adapter: str | None, tenant: str | None) -> bytes:
+        """Return the hash key of all that a vector depends on besides the token ids.
 
-
-class CacheObserver(Protocol):
-    """Who is told how the cache does."""
-
-    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
-        """So many texts were found, so many not."""
-
-    def cache_holds(self, size: int) -> None:
-        """The cache in memory now takes so many bytes."""
-
-    def cache_failed(self) -> None:
-        """Redis did not answer, or had no time to keep something."""
-
-
-class VectorStore(Protocol):
-    """Keeps bytes under keys, for as long as it has room; never fails, but forgets."""
-
-    async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        """What is kept under each key; None where nothing is."""
-
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
-        """Keep something, if that is possible; does not wait."""
-
-    async def close(self) -> None:
-        """Finish, and let go of connections."""
+        It includes the API key unless entries are shared: otherwise response times would show
+        whether another API key sent the same text.
+        """
+        tenant = "" if self._shared or tenant is None else f"key {tenant}"
+        weights = "base" if adapter is None else f"adapter {adapter}"
+        scope = self._identity + f"\0{weights}\0{tenant}".encode()
+        return hashlib.blake2b(scope, digest_size=KEY_BYTES).digest()

@@ -1,4 +1,4 @@
-"""Vectors kept in this process's memory."""
+"""Vector store in this process's memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from taskvec.cache.embeddings import CacheObserver
 
 ENTRY_BYTES = 256
-"""What an entry takes beside its value: its key, the dictionary's place, Python's objects."""
+"""Overhead of an entry in bytes: its key, its slot in the dictionary and the Python objects."""
 
 
 class MemoryStore:
-    """In this process; what was not used for longest makes room."""
+    """LRU store in memory, limited by size in bytes."""
 
-    def __init__(self, most_bytes: int, observer: CacheObserver) -> None:
-        """Empty, and never over ``most_bytes``."""
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int, observer: CacheObserver) -> None:
+        """Create an empty store.
+
+        Args:
+            max_bytes: the least recently used entries are evicted beyond this size.
+            observer: notified of the size after each write.
+        """
+        self._max_bytes = max_bytes
         self._observer = observer
         self._entries: OrderedDict[bytes, bytes] = OrderedDict()
         self._bytes = 0
@@ -36,10 +41,10 @@ class MemoryStore:
                 self._bytes -= ENTRY_BYTES + len(before)
             self._entries[key] = value
             self._bytes += ENTRY_BYTES + len(value)
-        while self._bytes > self._most_bytes:
+        while self._bytes > self._max_bytes:
             _, value = self._entries.popitem(last=False)
             self._bytes -= ENTRY_BYTES + len(value)
-        self._observer.cache_holds(self._bytes)
+        self._observer.cache_size(self._bytes)
 
     async def close(self) -> None:
         """See ``VectorStore``."""

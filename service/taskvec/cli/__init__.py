@@ -1,1 +1,1 @@
-"""The command line: serve, embed, eval, check, key."""
+"""The command line interface."""

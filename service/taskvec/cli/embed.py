@@ -1,4 +1,4 @@
-"""``taskvec embed``: lines in, vectors out, in chunks, whatever the length of the input."""
+"""``taskvec embed``: embed lines in chunks, so that memory does not depend on the input's size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from taskvec.errors import InvalidRequestError
 from taskvec.library import Embedder
 
-CHUNK = 1024
-"""Lines embedded at a time: enough to fill batches, little to hold."""
+CHUNK_LINES = 1024
+"""Lines per call of the embedder: enough for full batches, few enough to keep in memory."""
 
 
 def embed_lines(
@@ -31,19 +31,19 @@ def embed_lines(
     dimensions: int | None,
     truncate: bool,
 ) -> None:
-    """Embed every line.
+    """Embed every line and write the vectors.
 
     Args:
         embedder: loaded model.
-        lines: UTF-8, one text a line.
-        output: a path gets one .npy array [lines, d]; a stream gets ``{"index", "embedding"}``
-            objects, one a line.
+        lines: UTF-8, one text per line.
+        output: a path for one .npy file, float32 [lines, dimensions]; or a stream for JSON lines
+            ``{"index": 0, "embedding": [...]}``.
         task: see ``Embedder.embed``.
-        dimensions: see there.
-        truncate: see there.
+        dimensions: see ``Embedder.embed``.
+        truncate: see ``Embedder.embed``.
 
     Raises:
-        InvalidRequestError: naming the line that is empty, too long or not UTF-8.
+        InvalidRequestError: a line is empty, too long or not UTF-8; the message has its number.
     """
     console = Console(stderr=True)
     progress = Progress(
@@ -55,7 +55,7 @@ def embed_lines(
         console=console,
         disable=not sys.stderr.isatty(),
     )
-    with progress, _sink(output) as sink:
+    with progress, _open_writer(output) as writer:
         bar = progress.add_task("", total=None, rate="?")
         done = 0
         for chunk in _chunks(_texts(lines)):
@@ -64,11 +64,11 @@ def embed_lines(
             except InvalidRequestError as error:
                 if error.param is None or not error.param.startswith("input["):
                     raise
-                place = int(error.param[6:].partition("]")[0])
-                fault = error.message.removeprefix(f"{error.param} ")
-                fault = fault.replace("send truncate: true", "give --truncate")
-                raise InvalidRequestError(f"Line {done + place + 1} {fault}") from None
-            sink.write(vectors)
+                index = int(error.param[6:].partition("]")[0])
+                message = error.message.removeprefix(f"{error.param} ")
+                message = message.replace("send truncate: true", "use --truncate")
+                raise InvalidRequestError(f"Line {done + index + 1} {message}") from None
+            writer.write(vectors)
             done += len(chunk)
             elapsed = progress.tasks[0].elapsed or 0.0
             progress.update(bar, completed=done, rate=f"{done / max(elapsed, 1e-3):.0f}")
@@ -81,16 +81,16 @@ def _texts(lines: Iterable[bytes]) -> Iterator[str]:
         except UnicodeDecodeError:
             raise InvalidRequestError(f"Line {number} is not UTF-8.") from None
         if not text:
-            raise InvalidRequestError(f"Line {number} is empty: there is nothing to embed.")
+            raise InvalidRequestError(f"Line {number} is empty.")
         yield text
 
 
 def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
-    while chunk := list(islice(texts, CHUNK)):
+    while chunk := list(islice(texts, CHUNK_LINES)):
         yield chunk
 
 
-class _Sink(Protocol):
+class _Writer(Protocol):
     def write(self, vectors: NDArray[np.float32]) -> None: ...
 
     def __enter__(self) -> Self: ...
@@ -98,11 +98,11 @@ class _Sink(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def _sink(output: Path | BinaryIO) -> _Sink:
-    return _NpyFile(output) if isinstance(output, Path) else _JsonLines(output)
+def _open_writer(output: Path | BinaryIO) -> _Writer:
+    return _NpyWriter(output) if isinstance(output, Path) else _JsonLinesWriter(output)
 
 
-class _JsonLines:
+class _JsonLinesWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._written = 0
@@ -123,10 +123,10 @@ class _JsonLines:
         pass
 
 
-class _NpyFile:
-    """A .npy file that grows: its header is written again with the final shape.
+class _NpyWriter:
+    """Appends rows to a .npy file, and at the end rewrites its header with the final shape.
 
-    numpy pads headers so that the first extent can grow in place (numpy.lib.format).
+    numpy pads the header so that the number of rows can grow in place (numpy.lib.format).
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,11 +136,11 @@ class _NpyFile:
     def write(self, vectors: NDArray[np.float32]) -> None:
         if not self._shape[0]:
             self._shape = (0, vectors.shape[1])
-            self._header()
+            self._write_header()
         self._file.write(np.ascontiguousarray(vectors).tobytes())
         self._shape = (self._shape[0] + len(vectors), vectors.shape[1])
 
-    def _header(self) -> None:
+    def _write_header(self) -> None:
         self._file.seek(0)
         npy.write_array_header_1_0(
             self._file, {"descr": "<f4", "fortran_order": False, "shape": tuple(self._shape)}
@@ -156,5 +156,5 @@ class _NpyFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._header()
+        self._write_header()
         self._file.close()

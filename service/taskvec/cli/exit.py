@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked: one sentence, and an exit code."""
+"""Exit codes and error messages of the commands."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from taskvec.errors import StartError, TaskvecError
 from taskvec.settings import environment_variable
 
-USAGE, BAD_START = 2, 3
-"""Exit codes: wrong arguments, and a start that failed."""
+EXIT_USAGE, EXIT_START_FAILED = 2, 3
+"""Exit codes: invalid arguments or input, and a failed start (as uvicorn's)."""
 
-_EXTRAS = {
+_EXTRA_OF_MODULE = {
     "torch": "packed",
     "bm25s": "eval",
     "matplotlib": "eval",
@@ -28,30 +28,36 @@ _EXTRAS = {
 
 @contextmanager
 def name_missing_extra() -> Iterator[None]:
-    """A library of an extra that is not installed is a failed start that names the extra."""
+    """Turn the import error of an optional library into a StartError that names the extra.
+
+    Raises:
+        StartError: a library of an extra is not installed.
+    """
     try:
         yield
     except ModuleNotFoundError as missing:
         name = (missing.name or "").partition(".")[0]
-        if name not in _EXTRAS:
+        if name not in _EXTRA_OF_MODULE:
             raise
-        raise StartError(f"This needs {name}: install taskvec[{_EXTRAS[name]}].") from None
+        extra = _EXTRA_OF_MODULE[name]
+        raise StartError(f"This command needs {name}: install taskvec[{extra}].") from None
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """One sentence on standard error instead of a traceback, for failures a user can cure."""
+    """Exit with one sentence instead of a traceback, for errors that a user can fix."""
     try:
         yield
     except StartError as error:
-        exit_with(str(error), BAD_START)
+        exit_with(str(error), EXIT_START_FAILED)
     except TaskvecError as error:
-        exit_with(error.message, USAGE)
+        exit_with(error.message, EXIT_USAGE)
     except ValidationError as error:
-        exit_with("; ".join(map(_setting_fault, error.errors())), USAGE)
+        exit_with("; ".join(map(_setting_error, error.errors())), EXIT_USAGE)
 
 
-def _setting_fault(error: Any) -> str:
+def _setting_error(error: Any) -> str:
+    """Return the message of an invalid setting, with its option and variable."""
     message = str(error["msg"]).removeprefix("Value error, ")
     if not error["loc"]:
         return message
@@ -60,7 +66,7 @@ def _setting_fault(error: Any) -> str:
 
 
 def exit_with(sentence: str, code: int) -> NoReturn:
-    """End with a sentence on standard error."""
-    logging.shutdown()  # lines that still wait come before the sentence
+    """Print a sentence on standard error and exit with a code."""
+    logging.shutdown()  # flushes buffered log lines, so that they come before the sentence
     typer.echo(f"taskvec: {sentence}", err=True)
     raise typer.Exit(code)

@@ -1,4 +1,8 @@
-"""The commands: serve, embed, eval, check, key."""
+"""The commands of ``taskvec``, declared with typer.
+
+Options are parsed here; libraries that are slow to import are imported inside the command that
+needs them.
+"""
 
 from __future__ import annotations
 
@@ -17,60 +21,73 @@ from pydantic import SecretStr
 from taskvec import __version__
 from taskvec.auth.keys import is_name
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
-from taskvec.cli.exit import USAGE, exit_on_error, exit_with, name_missing_extra
+from taskvec.cli.exit import EXIT_USAGE, exit_on_error, exit_with, name_missing_extra
 from taskvec.core.postprocess import OutputType
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
 
 app = typer.Typer(
-    help="Text embeddings that pick the task adapter per request.",
+    help="Text embeddings with a task adapter selected per request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's table cuts long option names
+    rich_markup_mode=None,  # rich's table truncates long option names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 class Baseline(enum.Enum):
-    """What retrieval is scored by beside the model."""
+    """Retrieval method to compare the model with."""
 
     BM25 = "bm25"
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A checkpoint folder, a hub id, or the built-in taskvec-mini.")
+    str, typer.Argument(help="Checkpoint folder, hub id, or the built-in taskvec-mini.")
 ]
 RevisionOption = Annotated[
-    str | None, typer.Option(help="Hub branch, tag or commit; the newest if none.")
+    str | None,
+    typer.Option(help="Hub branch, tag or commit; if not set, the hub's default branch."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the arithmetic.")]
-ModeOption = Annotated[AdapterMode, typer.Option(help="How adapters are held.")]
-ModelOption = Annotated[str, typer.Option(help="A folder, a hub id, or the built-in taskvec-mini.")]
+ModeOption = Annotated[
+    AdapterMode,
+    typer.Option(
+        help="merged: full weights per adapter; low-rank: factors beside shared weights; auto: "
+        "merged if memory permits."
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option(help="Checkpoint folder, hub id, or the built-in taskvec-mini.")
+]
 UrlOption = Annotated[
     str | None,
-    typer.Option(help="A running service instead; its key, if any, in TASKVEC_EVAL_KEY."),
+    typer.Option(
+        help="URL of a running service to evaluate instead of --model. Its API key, if it needs "
+        "one, is read from TASKVEC_EVAL_KEY."
+    ),
 ]
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line; entry point of the console script."""
     app()
 
 
 def _serve(**options: Any) -> None:
-    """Serve a model over HTTP: OpenAI's /v1/embeddings, health, metrics and /docs.
+    """Serve a model over HTTP.
 
-    Every option can be set by its environment variable instead. The secrets TASKVEC_API_KEYS and
-    TASKVEC_ENGINE_API_KEY only by that.
+    The routes are OpenAI's /v1/embeddings and those of other APIs, health, metrics and /docs. Every
+    option has an environment variable; the option has precedence. The secrets
+    TASKVEC_API_KEYS and TASKVEC_ENGINE_API_KEY have a variable only.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with exit_on_error():
         settings = Settings(**given)
         configure_logs(settings.log_level)
         if settings.workers == 1:
-            from taskvec.server.run import serve  # noqa: PLC0415 - only this needs a server
+            from taskvec.server.run import serve  # noqa: PLC0415 - slow to import
 
             serve(settings)
         else:
@@ -80,7 +97,7 @@ def _serve(**options: Any) -> None:
 
 
 def _settings_signature() -> inspect.Signature:
-    """One option for each setting, so that help and settings cannot drift apart."""
+    """Return a signature with one option per setting, so that help and settings always agree."""
     parameters = []
     for name, field in Settings.model_fields.items():
         kind = _option_type(field.annotation)
@@ -93,7 +110,7 @@ def _settings_signature() -> inspect.Signature:
         flag = f"--{name.replace('_', '-')}"
         option = typer.Option(
             f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
-            help=f"{field.description} Default: {'none' if shown in (None, '', {}) else shown}.",
+            help=f"{field.description} Default: {'not set' if shown in (None, '', {}) else shown}.",
             show_default=False,
             envvar=environment_variable(name),
         )
@@ -107,7 +124,7 @@ def _settings_signature() -> inspect.Signature:
 
 
 def _option_type(annotation: Any) -> Any:
-    """What typer reads a setting as; None for a secret, which is read from its variable alone."""
+    """Return the type of a setting's option; None for a secret, which has no option."""
     if annotation == SecretStr | None:
         return None
     if annotation == tuple[str, ...]:
@@ -132,13 +149,14 @@ def check(
     dtype: DtypeOption = Dtype.AUTO,
     adapter_mode: ModeOption = AdapterMode.AUTO,
 ) -> None:
-    """Read a model, prove its adapters as the server does before it is ready, print its card.
+    """Print a model's card and run its self-test.
 
-    Exits with 3 and the reason where the model cannot be served.
+    The self-test is the one that the server runs at startup: every adapter must change the vectors.
+    Exits with 3 and the reason if the model cannot be served.
     """
     with exit_on_error():
         configure_logs("warning")
-        Settings(device=device)  # refused before anything is printed
+        Settings(device=device)  # rejects an invalid device before anything is printed
         checkpoint = open_checkpoint(model, revision)
         card = checkpoint.card
         from taskvec.service import task_table  # noqa: PLC0415 - tasks only where a card is printed
@@ -166,10 +184,10 @@ def check(
         ) as embedder:
             for name in embedder.tasks:
                 embedder.embed("A text.", task=name)
-        proven = len(card.adapters)
+        adapters = len(card.adapters)
         typer.echo(
-            f"{'self-test':<13} passed: {proven} adapters, each changes the vector in its own way"
-            if proven
+            f"{'self-test':<13} passed: {adapters} adapters, each gives different vectors"
+            if adapters
             else f"{'self-test':<13} passed: no adapters, one task"
         )
 
@@ -177,28 +195,32 @@ def check(
 @app.command()
 def embed(  # noqa: PLR0917 - typer calls it by name
     model: ModelOption = DEFAULT_MODEL,
-    task: Annotated[str | None, typer.Option(help="The task; taskvec check lists them.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task; `taskvec check` lists them. If not set, the default task."),
+    ] = None,
     dimensions: Annotated[
-        int | None, typer.Option(help="Keep the first so many values; all if not given.")
+        int | None, typer.Option(help="Number of leading values to keep; if not set, all.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write one float32 array to this .npy file instead of JSON lines."),
+        typer.Option(help="Write one float32 array to this .npy file, instead of JSON lines."),
     ] = None,
     truncate: Annotated[
-        bool, typer.Option(help="Cut lines that are too long, instead of refusing them.")
+        bool, typer.Option(help="Truncate lines that are too long, instead of failing.")
     ] = False,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Embed standard input, one text a line, to JSON lines on standard output.
+    """Embed the lines of standard input.
 
-    Shows progress where standard error is a terminal.
+    Each line is one text. Writes one line of JSON per text to standard output. Shows progress if
+    standard error is a terminal.
     """
     with exit_on_error():
         configure_logs("warning")
-        Settings(device=device)  # refused before a line is read
+        Settings(device=device)  # rejects an invalid device before a line is read
         from taskvec.cli.embed import embed_lines  # noqa: PLC0415 - loads torch
         from taskvec.library import Embedder  # noqa: PLC0415
 
@@ -217,37 +239,43 @@ def embed(  # noqa: PLR0917 - typer calls it by name
 def evaluate(  # noqa: PLR0917 - typer calls it by name
     data: Annotated[
         list[Path],
-        typer.Option(help="A folder or file of held-out data; may be given several times."),
+        typer.Option(help="Folder or file of held-out data; repeat for several."),
     ],
     model: ModelOption = DEFAULT_MODEL,
     url: UrlOption = None,
     task: Annotated[
         Optional[list[str]],  # noqa: UP045 - typer reads it
-        typer.Option(help="An adapter, or base; may be given several times. Default: all."),
+        typer.Option(help="Adapter, or base; repeat for several. If not set, all."),
     ] = None,
     dimensions: Annotated[
         Optional[list[int]],  # noqa: UP045
-        typer.Option(help="Keep so many values; may be given several times. Default: Matryoshka's"),
+        typer.Option(
+            help="Number of leading values to keep; repeat for several. If not set, the model's "
+            "Matryoshka dimensions."
+        ),
     ] = None,
-    output: Annotated[
-        list[OutputType], typer.Option(help="An output type; may be given several times.")
-    ] = [OutputType.FLOAT, OutputType.INT8, OutputType.BINARY],  # noqa: B006 - only read
+    output: Annotated[list[OutputType], typer.Option(help="Output type; repeat for several.")] = [  # noqa: B006 - only read
+        OutputType.FLOAT,
+        OutputType.INT8,
+        OutputType.BINARY,
+    ],
     baseline: Annotated[
         Optional[Baseline],  # noqa: UP045
-        typer.Option(help="Score retrieval without a model, too."),
+        typer.Option(help="Also score retrieval by a method without a model."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all scores to this JSON file.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw quality against bytes per vector to this PNG file.")
+        Path | None, typer.Option(help="Plot quality against bytes per vector to this PNG file.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the k-means starts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of k-means.")] = 0,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Say how good a model's vectors are: each task, at each dimension, in each output type.
+    """Evaluate the quality of a model's vectors.
 
-    Data is found by its shape: folders in BEIR's form (retrieval), folders with train.jsonl and
+    Scores every task at every number of dimensions in every output type. The kind of the data is
+    detected: folders in BEIR's format (retrieval), folders with train.jsonl and
     test.jsonl of {text, label} (classification, clustering), files of {text_a, text_b, score} (sts)
     and of {text, label} (clustering). Needs taskvec[eval].
     """
@@ -275,36 +303,38 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
 def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
     tasks: Annotated[
         Optional[list[str]],  # noqa: UP045 - typer reads it
-        typer.Option(help="A task of MTEB by its name; may be given several times."),
+        typer.Option(help="Name of an MTEB task; repeat for several."),
     ] = None,
     benchmark: Annotated[
-        str | None, typer.Option(help="All tasks of one of its benchmarks: 'MTEB(eng, v2)'.")
+        str | None, typer.Option(help="Name of an MTEB benchmark, such as 'MTEB(eng, v2)'.")
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     url: UrlOption = None,
     task: Annotated[
-        str | None, typer.Option(help="One adapter for all, instead of the one that fits.")
+        str | None,
+        typer.Option(help="Adapter for all tasks. If not set, chosen by the kind of each task."),
     ] = None,
     dimensions: Annotated[
-        int | None, typer.Option(help="Keep the first so many values; all if not given.")
+        int | None, typer.Option(help="Number of leading values to keep; if not set, all.")
     ] = None,
-    output: Annotated[OutputType, typer.Option(help="The output type.")] = OutputType.FLOAT,
+    output: Annotated[OutputType, typer.Option(help="Output type.")] = OutputType.FLOAT,
     results: Annotated[
-        Path, typer.Option(help="Folder for results; a task that has one is not run again.")
+        Path,
+        typer.Option(help="Folder for results; tasks with a result there are not run again."),
     ] = Path("mteb-results"),
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
-    """Run the public benchmark MTEB on a model or a service.
+    """Run the MTEB benchmark on a model or a service.
 
-    Its package fetches its data from a hub. Needs taskvec[eval,mteb].
+    The mteb package downloads its data from the hub. Needs taskvec[eval,mteb].
     """
     with exit_on_error(), name_missing_extra():
         configure_logs("warning")
         Settings(device=device)
         if not tasks and benchmark is None:
-            exit_with("Nothing to run: name --tasks or a --benchmark.", USAGE)
+            exit_with("Nothing to run: set --tasks or --benchmark.", EXIT_USAGE)
         from taskvec.cli.evaluate import Source  # noqa: PLC0415
         from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
 
@@ -324,24 +354,24 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
 def engine_args(  # noqa: PLR0917 - typer calls it by name
     model: ModelArgument = DEFAULT_MODEL,
     revision: RevisionOption = None,
-    device: Annotated[str, typer.Option(help="What the server runs on: cuda or cpu.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Device of the vLLM server: cuda or cpu.")] = "cuda",
     dtype: DtypeOption = Dtype.AUTO,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where the copy that vLLM reads is made.")
+        Path | None, typer.Option(help="Folder for the copy of the model that vLLM reads.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=0, help="Longest text; 0 for the model's limit.")
+        int, typer.Option(min=0, help="Maximum tokens in one text; 0 means the model's limit.")
     ] = 0,
 ) -> None:
-    """Print the vllm serve command line that fits a model, one adapter a task.
+    """Print the `vllm serve` command for a model.
 
-    Makes the copy that vLLM reads: its folder, and the adapters' folders, must be there under the
-    same paths where the command runs.
+    The command serves the model with all its adapters. It needs a copy of the model for vLLM, which
+    is made here, and must run where this copy and the adapters' folders have the same paths.
     """
     with exit_on_error():
         configure_logs("warning")
         if device not in ("cuda", "cpu"):
-            exit_with(f"--device must be cuda or cpu, got {device}", USAGE)
+            exit_with(f"--device must be cuda or cpu, got {device}", EXIT_USAGE)
         from taskvec.checkpoint.vllm_copy import make_vllm_copy  # noqa: PLC0415
         from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
 
@@ -352,17 +382,20 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
 
 
 @app.command()
-def key(name: Annotated[str, typer.Argument(help="What logs and metrics call the key.")]) -> None:
-    """Make an API key: its entry for --keys-file on standard output, its secret on standard error.
+def key(name: Annotated[str, typer.Argument(help="Name of the key in logs and metrics.")]) -> None:
+    """Create an API key.
 
-    The secret is told this once: the file has only its SHA-256.
+    Prints its entry for --keys-file on standard output and its secret on standard error. The secret
+    is shown only once: the entry contains only its SHA-256.
     """
     if not is_name(name):
         exit_with(
-            f"{name!r} is no name for a key: letters, digits, dots, dashes, underscores.", USAGE
+            f"{name!r} is not a valid name for a key: use letters, digits, dots, dashes and "
+            "underscores.",
+            EXIT_USAGE,
         )
     secret = f"tv-{secrets.token_urlsafe(32)}"
-    typer.echo(f"The secret of {name}, told this once: {secret}", err=True)
+    typer.echo(f"The secret of {name}, shown only once: {secret}", err=True)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     typer.echo(f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"')
 

@@ -124,20 +124,20 @@ class AsyncEmbedder:
         """Return the vectors of each job; only texts that are not cached are embedded."""
         context.stages.begin("cache")
         lookups = [
-            await cache.recall(texts, job.task.adapter, job.tenant)
+            await cache.lookup(texts, job.task.adapter, job.tenant)
             for texts, job in zip(ids, jobs, strict=True)
         ]
         context.stages.end()
-        incomplete = [i for i, lookup in enumerate(lookups) if lookup.unknown]
+        incomplete = [i for i, lookup in enumerate(lookups) if lookup.missing]
         if incomplete:
             results = await self._run(
-                [[ids[i][text] for text in lookups[i].unknown] for i in incomplete],
+                [[ids[i][text] for text in lookups[i].missing] for i in incomplete],
                 [jobs[i] for i in incomplete],
                 context,
             )
             for i, result in zip(incomplete, results, strict=True):
-                lookups[i].vectors[lookups[i].unknown] = result.vectors
-                cache.keep(lookups[i])
+                lookups[i].vectors[lookups[i].missing] = result.vectors
+                cache.store(lookups[i])
         return [lookup.vectors for lookup in lookups]
 
     async def _run(

@@ -34,13 +34,13 @@ class CacheMetrics:
             registry=registry,
         )
 
-    def cache_asked(self, *, hits: int, misses: int, hit_tokens: int) -> None:
+    def cache_lookup(self, *, hits: int, misses: int, hit_tokens: int) -> None:
         """See ``CacheObserver``."""
         self._cache_hits.inc(hits)
         self._cache_misses.inc(misses)
         self._cache_hit_tokens.inc(hit_tokens)
 
-    def cache_holds(self, size: int) -> None:
+    def cache_size(self, size: int) -> None:
         """See ``CacheObserver``."""
         self._cache_bytes.set(size)
 

@@ -1,6 +1,6 @@
-"""Failures forced on a running service.
+"""Faults injected into a running service.
 
-What is answered is right, what is not is told, and the service recovers by itself.
+Responses stay correct, errors are reported, and the service recovers by itself.
 """
 
 from __future__ import annotations
@@ -29,32 +29,33 @@ from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
 MEGABYTE = 1 << 20
-ROOMS = [160 * MEGABYTE, 80 * MEGABYTE, 40 * MEGABYTE]
-"""More or less too little for a forward of 32,768 tokens in float32: what was freed before counts,
-too. The first that a forward does not fit into is enough."""
+FREE_BYTES = [160 * MEGABYTE, 80 * MEGABYTE, 40 * MEGABYTE]
+"""Free address space, in bytes, tried in turn until a forward of 32,768 tokens in float32 fails.
+
+How much it needs depends on the memory that earlier forwards have freed."""
 
 RAW = "application/octet-stream"
 
 
 def test_memory_that_runs_out_costs_no_request() -> None:
-    """Under a limit on its memory a server answers all, in smaller batches, and counts it."""
+    """A server that runs out of memory answers all requests in smaller batches, and counts it."""
     big = {"input": [f"{'many words ' * 30}{n}" for n in range(600)], "task": "clustering"}
     small = {"input": "one text", "task": "retrieval"}
     with served("--max-batch-tokens", "32768", *EXACT) as server:
-        truth = embed(server.url, small, RAW).content, embed(server.url, big, RAW).content
+        expected = embed(server.url, small, RAW).content, embed(server.url, big, RAW).content
         before = httpx.get(f"{server.url}/metrics").text
         assert total(before, "taskvec_out_of_memory_total") == 0
         after = before
-        for room in ROOMS:
-            limit = address_space(server.process.pid) + room
+        for free in FREE_BYTES:
+            limit = address_space(server.process.pid) + free
             limits = (limit, resource.RLIM_INFINITY)
             resource.prlimit(server.process.pid, resource.RLIMIT_AS, limits)
             with ThreadPoolExecutor(4) as threads:
                 answers = [threads.submit(embed, server.url, big, RAW)]
                 answers += [threads.submit(embed, server.url, small, RAW) for _ in range(20)]
                 first, *others = [answer.result().content for answer in answers]
-            assert near(first, truth[1])
-            assert all(near(other, truth[0]) for other in others)
+            assert near(first, expected[1])
+            assert all(near(other, expected[0]) for other in others)
             after = httpx.get(f"{server.url}/metrics").text
             if total(after, "taskvec_out_of_memory_total"):
                 break
@@ -67,10 +68,10 @@ def test_memory_that_runs_out_costs_no_request() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_stalled_engine_is_told_and_comes_back(
+async def test_a_stalled_engine_is_reported_and_recovers(
     default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A forward that hangs: not ready, then not live; what waits is answered when it goes on."""
+    """A hanging forward makes the service not ready, then not live; later all is answered."""
     gate = threading.Event()
     gate.set()
     embed_now = Transformer.embed
@@ -118,7 +119,7 @@ async def test_a_stalled_engine_is_told_and_comes_back(
 
 
 async def becomes(client: httpx.AsyncClient, path: str, status: int) -> Any:
-    """Wait until a probe answers so."""
+    """Poll a probe until it returns a status."""
     limit = time.monotonic() + 30
     while (answer := await client.get(path)).status_code != status:
         assert time.monotonic() < limit, f"{path} still answers {answer.status_code}"
@@ -127,7 +128,7 @@ async def becomes(client: httpx.AsyncClient, path: str, status: int) -> Any:
 
 
 def address_space(process: int) -> int:
-    """Bytes of a process's address space."""
+    """Return the size of a process's address space in bytes."""
     (line,) = (
         line
         for line in Path(f"/proc/{process}/status").read_text().splitlines()
@@ -137,5 +138,5 @@ def address_space(process: int) -> int:
 
 
 def near(one: bytes, other: bytes) -> bool:
-    """Whether two answers of float32 vectors are the same, but for rounding."""
+    """Return whether two responses of float32 vectors are equal up to rounding."""
     return bool(np.abs(np.frombuffer(one, "<f4") - np.frombuffer(other, "<f4")).max() < 1e-5)

@@ -64,9 +64,10 @@ format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/dev.stamp ## Write what is generated: configuration, metrics, the dashboard, the chart's README.md
+docs: $(VENV)/dev.stamp ## Write what is generated: configuration, metrics, pictures, the dashboard, the chart's README.md
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
+	$(VENV)/bin/python docs/render_peers.py
 	$(VENV)/bin/python deploy/grafana/render.py
 	$(VENV)/bin/python docs/render_chart.py
 

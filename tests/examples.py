@@ -185,7 +185,8 @@ def pip_has_it(_: Reader, text: str) -> None:
     words = shlex.split(text, comments=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words:
-        if word.startswith(project["name"]):
+        if word.startswith((project["name"], ".[")):
+            word = word.replace(".[", f"{project['name']}[")  # noqa: PLW2901 - the clone itself
             assert Requirement(word).extras <= project["optional-dependencies"].keys()
     if "--requirement" in words:
         assert (ROOT / words[words.index("--requirement") + 1]).is_file()

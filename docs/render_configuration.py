@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md and .env.example from the settings (``make docs``)."""
+"""Write docs/configuration.md and .env.example from the settings (``make docs``)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ROOT = Path(__file__).parents[1]
 
 INTRODUCTION = """# Configuration
 
-Every setting is an option of `taskvec serve` and an environment variable; the option wins.
+Every setting is an option of `taskvec serve` and an environment variable; the option takes precedence.
 `make docs` writes this page and `.env.example` from `service/taskvec/settings.py`.
 
-| setting | environment variable | values | default | what it does |
+| setting | environment variable | values | default | meaning |
 |---|---|---|---|---|
 """
 
 
 def configuration_page() -> str:
-    """docs/configuration.md."""
+    """Return the content of docs/configuration.md."""
     rows = []
     for name, field in Settings.model_fields.items():
         secret = field.annotation == SecretStr | None
@@ -40,7 +40,7 @@ def configuration_page() -> str:
 
 
 def environment_file() -> str:
-    """.env.example: every variable with its default, commented out."""
+    """Return the content of .env.example: every variable with its default, commented out."""
     parts = ["# Settings of taskvec; docs/configuration.md explains them.\n"]
     for name, field in Settings.model_fields.items():
         parts.append(f"\n# {field.description}\n")
@@ -49,7 +49,7 @@ def environment_file() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Return the content of each generated file."""
     return {
         ROOT / "docs" / "configuration.md": configuration_page(),
         ROOT / ".env.example": environment_file(),

@@ -136,7 +136,7 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Return every generated file and what it should hold."""
+    """Return the content of each generated file."""
     return {PICTURE: picture(json.loads(RESULT.read_text()))}
 
 

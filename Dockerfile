@@ -1,15 +1,15 @@
-# Three images of one service; docs/containers.md says which to take and how to run them.
+# Three images; docs/containers.md describes when to use each and how to run it.
 #
-#   docker build --target gateway .    no torch: in front of engine servers
-#   docker build --target cpu .        the packed engine, and a small model that needs no network
-#   docker build --target vllm .       vLLM in the process, on NVIDIA GPUs
+#   docker build --target gateway .    gateway in front of engine servers, without torch
+#   docker build --target cpu .        the packed engine with the built-in model
+#   docker build --target vllm .       vLLM in the process, for NVIDIA GPUs
 #
-# All versions are those of requirements/dev.txt, which is locked and tested.
+# All versions come from requirements/dev.txt, which is locked and tested.
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
-# --- The wheel, and environments with it ---
+# --- The wheel, and virtual environments with it ---
 
 FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /build
@@ -25,12 +25,12 @@ RUN python -m venv /opt/taskvec \
         "$(echo /wheels/taskvec-*.whl)[otel]"
 
 FROM gateway-environment AS cpu-environment
-# Where the index has CUDA builds of torch, name one of PyTorch's CPU builds here: 3 GB less.
+# If the default index has CUDA builds of torch, set this to an index with CPU builds: saves 3 GB.
 ARG PIP_EXTRA_INDEX_URL=
 RUN /opt/taskvec/bin/pip install --no-cache-dir --constraint requirements/dev.txt \
         "$(echo /wheels/taskvec-*.whl)[otel,packed]"
 
-# --- What runs: no compiler, no pip of ours, one folder that may be written ---
+# --- Runtime: no compiler, one writable folder ---
 
 FROM ${PYTHON_IMAGE} AS runtime
 RUN echo 'taskvec:x:65532:65532::/cache:/usr/sbin/nologin' >> /etc/passwd \
@@ -58,7 +58,7 @@ ENV TASKVEC_ENGINE=remote
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="taskvec gateway" \
-    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, before engine servers" \
+    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, in front of engine servers" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
@@ -73,7 +73,7 @@ LABEL org.opencontainers.image.title="taskvec" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"
 
-# --- On vLLM's own image, whose Python and packages stay as they are ---
+# --- On vLLM's own image; its Python and packages are not changed ---
 
 FROM ${VLLM_IMAGE} AS vllm
 USER 0
@@ -104,7 +104,7 @@ CMD ["serve"]
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="taskvec vllm" \
-    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, by vLLM on NVIDIA GPUs" \
+    org.opencontainers.image.description="OpenAI-compatible embeddings with a task per request, with vLLM on NVIDIA GPUs" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"

@@ -64,9 +64,10 @@ format: $(VENV)/dev.stamp ## Format the code and apply lint fixes
 	$(VENV)/bin/ruff format .
 
 .PHONY: docs
-docs: $(VENV)/dev.stamp ## Generate the configuration and metrics pages, the dashboard and the chart's README.md
+docs: $(VENV)/dev.stamp ## Generate the configuration and metrics pages, pictures, the dashboard and the chart's README.md
 	$(VENV)/bin/python docs/render_configuration.py
 	$(VENV)/bin/python docs/render_metrics.py
+	$(VENV)/bin/python docs/render_peers.py
 	$(VENV)/bin/python deploy/grafana/render.py
 	$(VENV)/bin/python docs/render_chart.py
 

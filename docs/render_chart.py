@@ -1,8 +1,9 @@
-"""Writes the Helm chart's README.md and values.schema.json from its values.yaml (``make docs``).
+"""Write the Helm chart's README.md and values.schema.json from its values.yaml (``make docs``).
 
 In values.yaml a comment ``# -- ...`` above a key describes it; a line ``# @schema {...}`` adds to
-what the default tells of its type. A mapping that is described as a whole is one of Kubernetes'
-own, and open; the others are the chart's, and refuse unknown keys. ``config`` has the settings.
+the type that follows from the default. A mapping with a description of its own is a Kubernetes
+object and accepts any keys; other mappings belong to the chart and refuse unknown keys. ``config``
+contains the settings of taskvec.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SET_BY_CHART = {
     "host", "port", "model", "revision", "engine", "engine_url", "engine_ca", "cache_dir", "device",
     "drain_grace", "drain_timeout", "keys_file", "tls_cert", "tls_key",
 }  # fmt: skip
-"""Settings that follow from other values of the chart."""
+"""Settings that the chart derives from other values."""
 
 SECRETS = {"api_keys", "engine_api_key"}
 
@@ -33,7 +34,7 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list:
 
 
 class Value(NamedTuple):
-    """A described value: its path, default, description, and what ``@schema`` adds."""
+    """A described value: path, default, description, and the additions of ``@schema``."""
 
     path: tuple[str, ...]
     default: Any
@@ -42,7 +43,7 @@ class Value(NamedTuple):
 
 
 def described_values(text: str) -> Iterator[Value]:
-    """Every described value of a values.yaml, in its order."""
+    """Yield the described values of a values.yaml, in their order."""
     defaults = yaml.safe_load(text)
     path: list[str] = []
     comments: list[str] = []
@@ -66,29 +67,29 @@ def described_values(text: str) -> Iterator[Value]:
 
 
 def schema(text: str) -> dict[str, Any]:
-    """The JSON schema of a values.yaml."""
+    """Return the JSON schema of a values.yaml."""
     root: dict[str, Any] = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "type": "object",
         "additionalProperties": False,
-        "properties": {"global": {"type": "object", "description": "Given by parent charts."}},
+        "properties": {"global": {"type": "object", "description": "Set by parent charts."}},
     }
     for value in described_values(text):
-        place = root
+        parent = root
         for key in value.path[:-1]:
-            place = place["properties"].setdefault(
+            parent = parent["properties"].setdefault(
                 key, {"type": "object", "additionalProperties": False, "properties": {}}
             )
         kind = "object" if isinstance(value.default, dict) else _TYPES.get(type(value.default))
         entry = {"description": value.description, "type": kind} | value.schema
         if value.path == ("config",):
             entry |= {"additionalProperties": False, "properties": settings_schema()}
-        place["properties"][value.path[-1]] = entry
+        parent["properties"][value.path[-1]] = entry
     return root
 
 
 def settings_schema() -> dict[str, Any]:
-    """The settings that ``config`` may have, by their variables."""
+    """Return the schema of each setting that ``config`` accepts, by environment variable."""
     described = Settings.model_json_schema()
     entries = {}
     for name, field in described["properties"].items():
@@ -106,15 +107,15 @@ def settings_schema() -> dict[str, Any]:
     return entries
 
 
-INTRODUCTION = """# taskvec's Helm chart
+INTRODUCTION = """# Helm chart of taskvec
 
-One release is one of three shapes:
+A release has one of three shapes:
 
-| `mode` | what runs | take it for |
+| `mode` | workloads | use it for |
 |---|---|---|
 | `cpu` | taskvec with its own engine | no GPU, small models |
-| `gpu` | taskvec with vLLM in the process | a GPU or a few in one machine, each pod a whole service |
-| `split` | a gateway Deployment, and a StatefulSet of vLLM servers that it finds by DNS | many GPUs; a server that dies costs no request |
+| `gpu` | taskvec with vLLM in the process | one or several GPUs in one machine; each pod is a complete service |
+| `split` | a gateway Deployment, and a StatefulSet of vLLM servers that it finds by DNS | many GPUs; when a server fails, its calls are retried on another one |
 
 ```sh
 helm install embeddings deploy/helm/taskvec
@@ -123,37 +124,37 @@ helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/split-valu
 helm test embeddings
 ```
 
-**API keys.** `taskvec key web >> keys.toml` prints the secret once and writes its hash; `--set-file auth.keys=keys.toml` makes a Secret of the file, `auth.existingSecret` names one that is there.
-Keys change without a restart.
+**API keys.** `taskvec key web >> keys.toml` prints the secret once and writes its hash to the file; `--set-file auth.keys=keys.toml` creates a Secret with the file, and `auth.existingSecret` uses an existing one.
+Changed keys take effect without a restart.
 
-**Start and stop.** A pod is ready when every adapter is proven.
-On SIGTERM it is not ready at once and takes requests for `drain.grace` seconds more, so there is no preStop hook; vLLM's servers have one, since vLLM refuses at once.
+**Start and stop.** A pod is ready when every adapter is verified.
+After SIGTERM it reports at once that it is not ready, and accepts requests for `drain.grace` more seconds, so taskvec's pods need no preStop hook; the pods of vLLM servers have one, because vLLM refuses requests at once.
 
-**Air gap.** `model.offline` never asks a hub; the policies then let pods reach DNS in `kube-system`, the engine servers and `networkPolicy.egress` alone.
-A model comes with the image, from a folder on a volume, or from a hub's cache on a claim:
+**Air gap.** With `model.offline` no hub is contacted; the network policies then allow pods to reach only DNS in `kube-system`, the engine servers and `networkPolicy.egress`.
+The model is in the image, in a folder on a volume, or in a hub's cache on a claim:
 
 ```sh
-HF_HOME=/mnt/claim/huggingface taskvec check jinaai/jina-embeddings-v5-text-small    # where there is a network
+HF_HOME=/mnt/claim/huggingface taskvec check jinaai/jina-embeddings-v5-text-small    # on a machine with a network
 helm install embeddings deploy/helm/taskvec -f deploy/helm/taskvec/ci/airgapped-values.yaml
 ```
 
-**Scaling.** A HorizontalPodAutoscaler or a KEDA ScaledObject follows the tokens that wait and the age of the oldest text.
-A gateway cannot tell what waits at its servers from what they embed, so in mode split the servers are scaled by vLLM's `vllm:num_requests_waiting`: let Prometheus scrape them (`metrics.monitor`, `networkPolicy.monitoringFrom`).
+**Scaling.** A HorizontalPodAutoscaler or a KEDA ScaledObject uses the number of waiting tokens and the age of the oldest waiting text.
+A gateway cannot distinguish texts that wait in its servers from texts that are being embedded, so in mode `split` the servers are scaled by vLLM's `vllm:num_requests_waiting`: configure Prometheus to scrape them (`metrics.monitor`, `networkPolicy.monitoringFrom`).
 
-**What does not go together** is refused when the chart is rendered, with a sentence that names the values; so are unknown keys.
-`nameOverride` is part of selectors, which Kubernetes does not let change: choose it before the first install.
+**Validation.** Contradictory values fail the rendering of the chart with a message that names them; unknown keys fail it as well.
+`nameOverride` is part of selectors, which Kubernetes does not allow to change: set it before the first installation.
 
 ## Values
 
 `make docs` writes this page and `values.schema.json` from `values.yaml`.
 
-| value | default | what it does |
+| value | default | meaning |
 |---|---|---|
 """
 
 
 def readme(text: str) -> str:
-    """The chart's README.md."""
+    """Return the chart's README.md."""
     rows = []
     for value in described_values(text):
         default = json.dumps(value.default)
@@ -163,7 +164,7 @@ def readme(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated file of the chart and what it should hold."""
+    """Return the content of each generated file of the chart."""
     text = (CHART / "values.yaml").read_text()
     copies = {
         CHART / "files" / "alerts.yaml": ROOT / "deploy" / "alerts" / "taskvec.yaml",
@@ -175,7 +176,7 @@ def pages() -> dict[Path, str]:
     return {
         CHART / "README.md": readme(text),
         CHART / "values.schema.json": json.dumps(schema(text), indent=2) + "\n",
-        # Helm reads no file from outside the chart.
+        # Helm cannot read files outside the chart.
         **{copy: file.read_text() for copy, file in copies.items() if file.is_file()},
     }
 

@@ -1,4 +1,4 @@
-"""Generate docs/configuration.md and .env.example from the settings (``make docs``)."""
+"""Write docs/configuration.md and .env.example from the settings (``make docs``)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 INTRODUCTION = """# Configuration
 
-Every setting is an option of `taskvec serve` and an environment variable; the option has precedence.
-Secrets have a variable only.
-`make docs` generates this page and `.env.example` from `service/taskvec/settings.py`.
+Every setting is an option of `taskvec serve` and an environment variable; the option takes precedence.
+`make docs` writes this page and `.env.example` from `service/taskvec/settings.py`.
 
-| setting | environment variable | values | default | what it does |
+| setting | environment variable | values | default | meaning |
 |---|---|---|---|---|
 """
 
@@ -32,9 +31,9 @@ def configuration_page() -> str:
     rows = []
     for name, field in Settings.model_fields.items():
         secret = field.annotation == SecretStr | None
-        option = "variable only" if secret else f"`--{name.replace('_', '-')}`"
+        option = "only the variable" if secret else f"`--{name.replace('_', '-')}`"
         variable = f"`{environment_variable(name)}`"
-        default = f"`{_text(field.default)}`" if _text(field.default) else "not set"
+        default = f"`{_text(field.default)}`" if _text(field.default) else "none"
         cells = [option, variable, _values(field), default, field.description or ""]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return INTRODUCTION + "".join(rows)
@@ -42,7 +41,7 @@ def configuration_page() -> str:
 
 def environment_file() -> str:
     """Return the content of .env.example: every variable with its default, commented out."""
-    parts = ["# Settings of taskvec, described in docs/configuration.md.\n"]
+    parts = ["# Settings of taskvec; docs/configuration.md explains them.\n"]
     for name, field in Settings.model_fields.items():
         parts.append(f"\n# {field.description}\n")
         parts.append(f"# {environment_variable(name)}={_text(field.default)}\n")
@@ -50,7 +49,7 @@ def environment_file() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Return the content of every generated file."""
+    """Return the content of each generated file."""
     return {
         ROOT / "docs" / "configuration.md": configuration_page(),
         ROOT / ".env.example": environment_file(),

@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the declared series (``make docs``)."""
+"""Write docs/metrics.md from the declared metrics (``make docs``)."""
 
 from __future__ import annotations
 
@@ -14,59 +14,59 @@ ROOT = Path(__file__).parents[1]
 
 INTRODUCTION = """# Metrics
 
-`GET /metrics` is Prometheus' text format.
-All series with known label values are there before any traffic, so that a rate sees the first event.
-With `--workers` they count for all processes together, whichever answers the scrape; the collectors of Python and of the process, `python_gc_*` and `process_*`, are there only without.
-`make docs` writes this page from `docs/render_metrics.py` and `service/taskvec/telemetry/`.
+`GET /metrics` returns metrics in Prometheus' text format.
+All series whose label values are known exist before the first request, so that `rate()` includes the first event.
+With `--workers` they are summed over all processes, whichever process answers the scrape; Python's and the process's own metrics, `python_gc_*` and `process_*`, exist only without `--workers`.
+`make docs` writes this page from `docs/render_metrics.py` and `service/taskvec/metrics/`.
 
 | series | type | labels | question |
 |---|---|---|---|
 """
 
 NOTES = """
-**Which model?** A server serves one, so its name is a label of `taskvec_build_info` alone, not of every series: a dashboard's variable is `label_values(taskvec_build_info, model)`, and a query joins it by `instance`.
+**Model name.** A server serves one model, so only `taskvec_build_info` has the label `model`; a dashboard's variable is `label_values(taskvec_build_info, model)`, and a query joins it by `instance`.
 
 ```promql
 sum by (model) (rate(taskvec_tokens_total[5m]) * on (instance) group_left (model) taskvec_build_info)
 ```
 
-**Stages** of a request follow one another: `tokenize`, `cache` (where there is one), `queue` (until its first text enters a forward), `engine` (until its last vector is there), `encode` (cut, normalised, quantised, written).
-A request that fails adds those that it went through.
-The remote and vllm engines do not see their queues: all of it is `engine`.
+**Stages** of a request follow one another: `tokenize`, `cache` (if there is a cache), `queue` (until the first text enters a forward pass), `engine` (until the last vector is available), `encode` (truncate, normalise, quantise, write).
+A request that fails adds the stages that it reached.
+The remote and vllm engines do not report queue times: the whole time is `engine`.
 
-**What waits**, `taskvec_queue_*`, is what a scaler should follow.
-With the packed engine, it is what is in no forward yet.
-The vllm engine and a gateway's servers do not tell when a text enters a forward, so there it is all that was admitted and is not answered: those series are above 0 under any load, and grow with the wait.
-A gateway counts what it has sent and what waits in it for a turn: the sum over gateways, divided by the number of servers, is the load of a server.
-With `--workers`, the process of the engine counts for all; gateways before other servers count together.
+**Queue metrics**, `taskvec_queue_*`, are the metrics for autoscaling.
+With the packed engine, they count texts that are not yet in a forward pass.
+vLLM and the servers of a gateway do not report when a text enters a forward pass, so there the metrics count all texts that are admitted and not yet answered: they are above 0 under any load, and grow with the waiting time.
+A gateway counts the texts that it has sent and those that wait in it: the sum over gateways, divided by the number of servers, is the load of a server.
+With `--workers`, the engine process reports for all; gateways in front of other servers are summed.
 
-**Rejections** count by the code in the answer; [behaviour.md](behaviour.md) lists the codes.
-`client_closed` is a client that left, `other` a code that is not listed.
+**Rejections** are counted by the error code of the response; [behaviour.md](behaviour.md) lists the codes.
+`client_closed` is a client that disconnected, `other` an unknown code.
 
 ## Dashboard
 
-[deploy/grafana/taskvec.json](../deploy/grafana/taskvec.json) is a Grafana dashboard of these series: import it, or mount it as [compose](../deploy/compose.yaml) does.
+[deploy/grafana/taskvec.json](../deploy/grafana/taskvec.json) is a Grafana dashboard of these metrics: import it, or mount it as [compose](../deploy/compose.yaml) does.
 `make docs` writes it from `deploy/grafana/render.py`.
 
 ## Alerts
 
-The rules are [deploy/alerts/taskvec.yaml](../deploy/alerts/taskvec.yaml), a plain rule file for Prometheus; `deploy/alerts/tests.yaml` has a case for and against each.
-They hold two objectives: 999 of 1,000 requests do not fail, and 99 of 100 take at most 2.5 seconds.
-Thresholds are a start: set them by what your clients expect.
-Each alert has a runbook, named by its annotation `runbook_url` as a path in this repository: put the address of your copy before it.
-A *critical* alert wakes somebody, a *warning* is for working hours, *info* for a dashboard.
+The rules are in [deploy/alerts/taskvec.yaml](../deploy/alerts/taskvec.yaml), a rule file for Prometheus; `deploy/alerts/tests.yaml` has, for each alert, a case in which it fires and one in which it does not.
+They define two objectives: 999 of 1,000 requests do not fail, and 99 of 100 take at most 2.5 seconds.
+Adjust the thresholds to your clients' expectations.
+The annotation `runbook_url` of an alert is the path of its runbook in this repository: prefix it with the address of your copy.
+A *critical* alert should page someone, a *warning* is for working hours, *info* is for a dashboard.
 
-| alert | severity | fires when | for | what it means |
+| alert | severity | condition | for | meaning |
 |---|---|---|---|---|
 """
 
 RECORDED = """
-`job:taskvec_requests_failed:ratio_rate1h` and its like are recorded by the same file: the share of requests that failed, or took over 2.5 seconds, in five minutes to three days.
+The same file records `job:taskvec_requests_failed:ratio_rate1h` and similar series: the share of requests that failed, or took more than 2.5 seconds, over five minutes to three days.
 """
 
 
 def metrics_page() -> str:
-    """docs/metrics.md."""
+    """Return the content of docs/metrics.md."""
     registry = Metrics(()).registry
     rows = []
     for family in sorted(registry.collect(), key=lambda family: family.name):
@@ -94,7 +94,7 @@ def _alert_row(rule: dict[str, Any]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Return the content of each generated file."""
     return {ROOT / "docs" / "metrics.md": metrics_page()}
 
 

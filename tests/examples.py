@@ -1,4 +1,4 @@
-"""Runs the documentation's examples, and checks those that cannot run in another way."""
+"""How tests run the examples of the documentation, or check those that cannot run."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ from dockerfile import read_stages
 from pages import ROOT
 from taskvec.cli.main import app
 
-SECRET = re.compile(r"shown only once: (tv-\S+)")
+SECRET = re.compile(r"\b(tv-\S+)")
+"""The secret in the output of `taskvec key`."""
 
 
 class Reader:
-    """Runs the commands of a page in a scratch folder, with the server that they use.
+    """Runs the commands of a page in a temporary folder, with the server that they call.
 
     Attributes:
         folder: working directory of the commands.
-        python: interpreter for Python programs.
+        python: interpreter of the Python examples.
     """
 
     python = sys.executable
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / ".curlrc").write_text("fail-with-body\n")  # else curl exits with 0 for an error
+        (folder / ".curlrc").write_text(
+            "fail-with-body\n"
+        )  # so that curl fails on an error response
         self._port = free_port()
         self._secret = ""
         self._server: subprocess.Popen[bytes] | None = None
@@ -57,13 +60,13 @@ class Reader:
         self._stop()
 
     def server(self) -> str:
-        """Return the URL of the running server; start one with defaults if there is none."""
+        """Return the address of the running server; start one with defaults if there is none."""
         if self._server is None:
             self.serve("taskvec serve")
         return f"http://127.0.0.1:{self._port}"
 
     def run(self, runner: list[str], text: str, location: str) -> str:
-        """Run a command or program, assert success, and return its output."""
+        """Run a command or program, which must succeed, and return its standard output."""
         if ":8080" in text:
             self.server()
         done = subprocess.run(
@@ -81,7 +84,7 @@ class Reader:
         return done.stdout
 
     def serve(self, text: str) -> None:
-        """Start a command that serves, and stop the previous one."""
+        """Start a server, which replaces the previous one, until the next one or the end."""
         self._stop()
         self._port = free_port()
         command = ["bash", "-c", f"exec env {self._here(text)}"]
@@ -99,13 +102,13 @@ class Reader:
             wait_until(f"{self.server()}/health/ready", self._server)
 
     def _here(self, text: str) -> str:
-        """Return the text with addresses, the secret and the model replaced for this machine."""
+        """Return the text with the addresses, secret and model of the test."""
         for there, here in {
             "127.0.0.1:8080": f"127.0.0.1:{self._port}",
             "localhost:8080": f"localhost:{self._port}",
             "--port 8080": f"--port {self._port}",
-            "tv-...": self._secret,  # printed by `taskvec key` earlier on the page
-            "jinaai/jina-embeddings-v5-text-small": "taskvec-mini",  # works without a hub
+            "tv-...": self._secret,  # the last one that `taskvec key` printed
+            "jinaai/jina-embeddings-v5-text-small": "taskvec-mini",  # without a download
         }.items():
             text = text.replace(there, here)
         return text
@@ -117,13 +120,13 @@ class Reader:
             self._server = None
 
 
-class Substitute(NamedTuple):
-    """Substitute for commands that cannot run in a test.
+class Instead(NamedTuple):
+    """Replacement for commands that cannot run in a test.
 
     Attributes:
-        pattern: matches the commands.
+        pattern: matches the start of such commands.
         reason: why they cannot run.
-        check: checks the command in another way.
+        check: tests the same thing in another way.
     """
 
     pattern: re.Pattern[str]
@@ -131,15 +134,13 @@ class Substitute(NamedTuple):
     check: Callable[[Reader, str], object]
 
 
-def substitute_of(command: str) -> Substitute | None:
-    """Return the substitute for a command; None if the command can run."""
-    return next(
-        (substitute for substitute in SUBSTITUTES if substitute.pattern.match(command)), None
-    )
+def instead(command: str) -> Instead | None:
+    """Return the replacement for a command; None if the command can run."""
+    return next((one for one in INSTEAD if one.pattern.match(command)), None)
 
 
 def make_would_run(_: Reader, text: str) -> str:
-    """Assert that a make target exists; return the last command that it would run."""
+    """Check that the target exists, and return the last command that it would run."""
     words = shlex.split(text, comments=True)[1:]
     command = ["make", "--directory", str(ROOT), "--no-print-directory", "--dry-run", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -148,12 +149,12 @@ def make_would_run(_: Reader, text: str) -> str:
 
 
 def make_serves(reader: Reader, text: str) -> None:
-    """Run the serve command of a make target without installing packages first."""
+    """Run the last command of the target, which must start a server."""
     reader.serve(make_would_run(reader, text).replace(".venv/bin/", ""))
 
 
 def helm_renders(_: Reader, text: str) -> None:
-    """Assert that the chart renders with these options and that its path exists."""
+    """Check that the chart renders with these values, from paths of the repository."""
     _, _, release, chart, *options = shlex.split(text, comments=True)
     assert (release, ROOT / chart) == (RELEASE, CHART)
     done = helm("template", *(option.replace(chart, str(CHART)) for option in options))
@@ -161,13 +162,13 @@ def helm_renders(_: Reader, text: str) -> None:
 
 
 def helm_has_a_test(_: Reader, text: str) -> None:
-    """Assert that the release has the installed name and that the chart has a test pod."""
+    """Check that the release is the installed one, and that the chart has a test pod."""
     assert shlex.split(text) == ["helm", "test", RELEASE]
     assert "helm.sh/hook: test" in helm("template").stdout
 
 
 def compose_has_it(_: Reader, text: str) -> None:
-    """Assert that the compose file has the profiles and services."""
+    """Check that the file, the profiles and the services exist."""
     words = shlex.split(text, comments=True)
     services = yaml.safe_load((ROOT / words[words.index("-f") + 1]).read_text())["services"]
     profiles = {name for service in services.values() for name in service.get("profiles", [])}
@@ -177,53 +178,62 @@ def compose_has_it(_: Reader, text: str) -> None:
 
 
 def image_is_built(_: Reader, text: str) -> None:
-    """Assert that the image's tag is a target of the Dockerfile, as in `make images`."""
+    """Check that the image's tag is a target of the Dockerfile, as in `make images`."""
     (target,) = re.findall(r"\btaskvec:(\S+)", text)
     assert target in read_stages(ROOT / "Dockerfile")
 
 
 def pip_has_it(_: Reader, text: str) -> None:
-    """Assert that our extras are in pyproject.toml and that requirements files exist."""
+    """Check that extras are in pyproject.toml, and that requirements files exist."""
     words = shlex.split(text, comments=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words:
-        if word.startswith(project["name"]):
+        if word.startswith((project["name"], ".[")):
+            word = word.replace(".[", f"{project['name']}[")  # noqa: PLW2901 - the clone itself
             assert Requirement(word).extras <= project["optional-dependencies"].keys()
     if "--requirement" in words:
         assert (ROOT / words[words.index("--requirement") + 1]).is_file()
 
 
 def options_exist(_: Reader, text: str) -> None:
-    """Assert that the command line parses the options."""
+    """Check that the command line accepts the options."""
     words = shlex.split(text, comments=True)
     _, name, *options = words[words.index("taskvec") :]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     commands[name].make_context(name, options)
 
 
-def _substitute(pattern: str, reason: str, check: Callable[[Reader, str], object]) -> Substitute:
-    return Substitute(re.compile(pattern), reason, check)
+def _instead(pattern: str, reason: str, check: Callable[[Reader, str], object]) -> Instead:
+    return Instead(re.compile(pattern), reason, check)
 
 
-SUBSTITUTES = [
-    _substitute("make serve", "it installs packages first", make_serves),
-    _substitute(
+INSTEAD = [
+    _instead("make serve", "installs packages first", make_serves),
+    _instead(
         "make (test|build|images|load|peers)",
-        "it takes long, or needs Docker",
+        "takes long, or needs Docker",
         make_would_run,
     ),
-    _substitute(
-        "helm (install|upgrade)", "there is no cluster; tests/deploy has more", helm_renders
+    _instead(
+        "helm (install|upgrade)", "needs a cluster; tests/deploy checks the chart", helm_renders
     ),
-    _substitute(
-        "helm test", "there is no cluster; tests/deploy runs the pod's request", helm_has_a_test
+    _instead(
+        "helm test", "needs a cluster; tests/deploy runs the script of the pod", helm_has_a_test
     ),
-    _substitute(".*docker compose", "there is no Docker; tests/deploy has more", compose_has_it),
-    _substitute("docker run", "there is no Docker; tests/deploy starts it without", image_is_built),
-    _substitute("pip (install|download)", "it needs an index", pip_has_it),
-    _substitute("taskvec serve --engine vllm", "tests/real_vllm does, with vLLM", options_exist),
-    _substitute("taskvec serve --engine remote", "test_remote_serving.py does", options_exist),
-    _substitute("taskvec eval", "tests/evaluation does, with data of its own", options_exist),
-    _substitute("TASKVEC_LIMITS_URL=", "tests/auth does, with a Redis", options_exist),
+    _instead(".*docker compose", "needs Docker; tests/deploy checks the file", compose_has_it),
+    _instead(
+        "docker run", "needs Docker; tests/deploy starts the image without it", image_is_built
+    ),
+    _instead("pip (install|download)", "needs a package index", pip_has_it),
+    _instead(
+        "taskvec serve --engine vllm", "needs vLLM; covered by tests/real_vllm", options_exist
+    ),
+    _instead(
+        "taskvec serve --engine remote",
+        "needs engine servers; covered by test_remote_serving.py",
+        options_exist,
+    ),
+    _instead("taskvec eval", "needs data; covered by tests/evaluation", options_exist),
+    _instead("TASKVEC_LIMITS_URL=", "needs Redis; covered by tests/auth", options_exist),
 ]
-"""All commands in the documentation's shell blocks that are not run, and why."""
+"""All commands in shell blocks of the documentation that are not run, with the reason."""

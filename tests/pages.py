@@ -17,20 +17,20 @@ from conftest import repository
 
 ROOT = repository()
 MARKDOWN = MarkdownIt("commonmark").enable("table")
-SAYS = "# -> "
-"""Begins a comment that says what is printed above it."""
+OUTPUT_PREFIX = "# -> "
+"""Prefix of a comment with the expected output of the command above it."""
 
 
 class Block(NamedTuple):
-    """A fenced block: where it is, the word behind its fence, and what is in it."""
+    """A fenced block: its location (page and line), the language after its fence, its content."""
 
-    place: str
+    location: str
     language: str
     content: str
 
 
 class Command(NamedTuple):
-    """A command of a shell, and what it prints where the page says so; ``...`` is anything."""
+    """A shell command, and its expected output if the page states it; ``...`` matches anything."""
 
     text: str
     output: str
@@ -43,10 +43,10 @@ def _files(*patterns: str) -> list[Path]:
 
 
 PAGES = {str(file.relative_to(ROOT)): file for file in _files("*.md")}
-"""Every committed page by its path in the repository."""
+"""All committed pages, by path in the repository."""
 
 COMMITTED = {parent for file in _files() for parent in (file, *file.parents)}
-"""Every committed file, and the folders that hold them."""
+"""All committed files, and their folders."""
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def _tokens(page: Path) -> list[Token]:
 
 
 def links(page: Path) -> Iterator[str]:
-    """Where a page's links and pictures lead."""
+    """Yield the targets of a page's links and pictures."""
     for token in _tokens(page):
         for child in token.children or ():
             target = child.attrGet("href" if child.type == "link_open" else "src")
@@ -65,7 +65,7 @@ def links(page: Path) -> Iterator[str]:
 
 @functools.cache
 def anchors(page: Path) -> frozenset[str]:
-    """The fragments that lead to a page's headings, as GitHub makes them."""
+    """Return the fragments of a page's headings, as GitHub generates them."""
     found: list[str] = []
     heading = False
     for token in _tokens(page):
@@ -79,7 +79,7 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """A page's fenced blocks, from top to bottom."""
+    """Yield a page's fenced blocks, from top to bottom."""
     for token in _tokens(page):
         if token.type == "fence":
             line = token.map[0] + 1 if token.map else 0
@@ -87,22 +87,22 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def commands(block: Block) -> Iterator[Command]:
-    """The commands of a block of shell, each in one line unless a quotation has several."""
+    """Yield the commands of a shell block: one line each, or several inside a quotation."""
     text, output = "", ""
     for line in [*block.content.splitlines(), ""]:
-        if text and _whole(text):
-            if line.startswith(SAYS):
-                output = line.removeprefix(SAYS)
+        if text and _is_complete(text):
+            if line.startswith(OUTPUT_PREFIX):
+                output = line.removeprefix(OUTPUT_PREFIX)
                 continue
             if shlex.split(text, comments=True):
                 yield Command(text.replace("\\\n", " ").strip(), output)
             text, output = "", ""
         text += f"{line}\n"
-    assert not text.strip(), f"{block.place}: {text} does not end"
+    assert not text.strip(), f"{block.location}: {text} does not end"
 
 
-def _whole(text: str) -> bool:
-    """Whether a command ends here: no quotation mark and no line is left open."""
+def _is_complete(text: str) -> bool:
+    """Return whether a command is complete: no open quotation and no continued line."""
     try:
         shlex.split(text, comments=True)
     except ValueError:

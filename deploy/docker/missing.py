@@ -1,6 +1,7 @@
-"""Prints the lines of a lock whose packages are not installed here.
+"""Print the lines of a lock file whose packages are not installed here.
 
-As constraints they give what is added to an image the locked versions, and leave what is there.
+Used as pip constraints, they give packages that are added to an image their locked versions, and
+leave installed packages unchanged.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from pathlib import Path
 
 
 def missing(lock: str) -> list[str]:
-    """``name==version`` of each package of a requirements file that is not installed."""
-    return [line for line in re.findall(r"^[\w.-]+==\S+", lock, re.MULTILINE) if not _there(line)]
+    """Return ``name==version`` for each package of a requirements file that is not installed."""
+    return [
+        line for line in re.findall(r"^[\w.-]+==\S+", lock, re.MULTILINE) if not _installed(line)
+    ]
 
 
-def _there(requirement: str) -> bool:
+def _installed(requirement: str) -> bool:
     try:
         version(requirement.partition("==")[0])
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts the image taskvec:cpu, and taskvec:gateway with it as its engine server, both with as
-# little as they may need; each must become healthy by its own check, embed a text, and stop in time.
+# Start the image taskvec:cpu, and taskvec:gateway with it as engine server, both with minimal
+# privileges. Each must become healthy, embed a text, and stop in time.
 set -euo pipefail
 
 network=taskvec-try-$$

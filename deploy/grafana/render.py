@@ -1,4 +1,4 @@
-"""Writes taskvec.json, the Grafana dashboard, from the rows below (``make docs``)."""
+"""Write taskvec.json, the Grafana dashboard, from the rows below (``make docs``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("taskvec.json")
 WIDTH = 24
-"""Columns of Grafana's grid."""
+"""Number of columns of Grafana's grid."""
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WHERE = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
@@ -19,11 +19,11 @@ class Panel(NamedTuple):
     """One panel.
 
     Attributes:
-        title: the question it answers.
-        unit: by Grafana's name.
-        queries: legend -> PromQL; HERE stands for the chosen targets, [] for the window.
-        kind: Grafana's type of panel.
-        stack: whether the parts make a whole.
+        title: heading of the panel.
+        unit: name of a Grafana unit.
+        queries: legend -> PromQL; HERE stands for the selected targets, [] for the window.
+        kind: type of a Grafana panel.
+        stack: whether the series are stacked.
     """
 
     title: str
@@ -34,28 +34,28 @@ class Panel(NamedTuple):
 
 
 def rate(series: str, by: str, where: str = "") -> str:
-    """Events a second, by labels."""
+    """Return the query for events per second, by labels."""
     return f"sum by ({by}) (rate({series}{{{where}HERE}}[]))"
 
 
 def rate_by(series: str, label: str, where: str = "") -> dict[str, str]:
-    """Events a second, one line a value of a label."""
+    """Return the query for events per second, one series per value of a label."""
     return {f"{{{{{label}}}}}": rate(series, label, where)}
 
 
 def total(series: str, where: str = "") -> str:
-    """Events a second."""
+    """Return the query for events per second."""
     return f"sum(rate({series}{{{where}HERE}}[]))"
 
 
 def quantiles(series: str, **shares: float) -> dict[str, str]:
-    """Quantiles of a histogram, named as given."""
+    """Return one query per quantile of a histogram, by name."""
     buckets = rate(f"{series}_bucket", "le")
     return {name: f"histogram_quantile({share}, {buckets})" for name, share in shares.items()}
 
 
 def quantile_by(series: str, label: str, share: float) -> dict[str, str]:
-    """A quantile of a histogram, one line a value of a label."""
+    """Return the query for a quantile of a histogram, one series per value of a label."""
     buckets = rate(f"{series}_bucket", f"{label}, le")
     return {f"{{{{{label}}}}}": f"histogram_quantile({share}, {buckets})"}
 
@@ -64,11 +64,11 @@ MIDDLE_AND_TAIL = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 ROWS: dict[str, list[Panel]] = {
     "Now": [
-        Panel("Replicas that are ready", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
+        Panel("Ready replicas", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
         Panel("Requests", "reqps", {"": total("taskvec_requests_total")}, "stat"),
         Panel("Tokens", "cps", {"": total("taskvec_tokens_total")}, "stat"),
         Panel(
-            "Requests that fail",
+            "Failed requests",
             "percentunit",
             {
                 "": total("taskvec_requests_total", 'status=~"5..", ')
@@ -78,7 +78,7 @@ ROWS: dict[str, list[Panel]] = {
             "stat",
         ),
         Panel("Latency, p99", "s", quantiles("taskvec_request_seconds", p99=0.99), "stat"),
-        Panel("Oldest text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
+        Panel("Oldest waiting text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
     ],
     "Traffic": [
         Panel("Requests by task", "reqps", rate_by("taskvec_requests_total", "task")),
@@ -90,14 +90,14 @@ ROWS: dict[str, list[Panel]] = {
             "reqps",
             {"{{output}}, {{transport}}": rate("taskvec_answers_total", "output, transport")},
         ),
-        Panel("Requests in work", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
+        Panel("Requests in progress", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
     ],
     "Latency": [
         Panel("Requests", "s", quantiles("taskvec_request_seconds", **MIDDLE_AND_TAIL)),
         Panel("Requests by task, p95", "s", quantile_by("taskvec_request_seconds", "task", 0.95)),
         Panel("Stages, p95", "s", quantile_by("taskvec_stage_seconds", "stage", 0.95)),
         Panel(
-            "Where a request's time goes",
+            "Time per request by stage",
             "s",
             {
                 "{{stage}}": rate("taskvec_stage_seconds_sum", "stage")
@@ -108,25 +108,35 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "Queue": [
-        Panel("Tokens that wait", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
-        Panel("Texts that wait", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
-        Panel("Oldest text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
-        Panel("Wait of a request", "s", quantiles("taskvec_queue_seconds", **MIDDLE_AND_TAIL)),
+        Panel("Waiting tokens", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
+        Panel("Waiting texts", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
+        Panel("Oldest waiting text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
+        Panel(
+            "Waiting time of a request", "s", quantiles("taskvec_queue_seconds", **MIDDLE_AND_TAIL)
+        ),
         Panel("Rejections by code", "reqps", rate_by("taskvec_rejected_total", "code")),
         Panel("Texts dropped by reason", "cps", rate_by("taskvec_texts_dropped_total", "reason")),
     ],
     "Batches": [
-        Panel("Fill", "percentunit", quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95)),
         Panel(
-            "Tokens of a forward",
+            "Batch fill", "percentunit", quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95)
+        ),
+        Panel(
+            "Tokens per forward pass",
             "none",
             quantiles("taskvec_batch_tokens", p50=0.5, p95=0.95)
             | {"budget": "max(taskvec_batch_budget_tokens{HERE})"},
         ),
-        Panel("Texts of a forward", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)),
-        Panel("Time of a forward", "s", quantiles("taskvec_forward_seconds", **MIDDLE_AND_TAIL)),
         Panel(
-            "Forwards that did not fit into memory",
+            "Texts per forward pass", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)
+        ),
+        Panel(
+            "Duration of a forward pass",
+            "s",
+            quantiles("taskvec_forward_seconds", **MIDDLE_AND_TAIL),
+        ),
+        Panel(
+            "Forward passes out of memory",
             "cps",
             rate_by("taskvec_out_of_memory_total", "instance"),
         ),
@@ -144,8 +154,16 @@ ROWS: dict[str, list[Panel]] = {
             {"{{server}}": "max by (server) (taskvec_engine_server_serving{HERE})"},
             "state-timeline",
         ),
-        Panel("Calls by outcome", "reqps", rate_by("taskvec_engine_calls_total", "outcome")),
-        Panel("Calls", "s", quantiles("taskvec_engine_call_seconds", **MIDDLE_AND_TAIL)),
+        Panel(
+            "Calls to engine servers by outcome",
+            "reqps",
+            rate_by("taskvec_engine_calls_total", "outcome"),
+        ),
+        Panel(
+            "Duration of calls to engine servers",
+            "s",
+            quantiles("taskvec_engine_call_seconds", **MIDDLE_AND_TAIL),
+        ),
         Panel(
             "Retries and failed lookups",
             "cps",
@@ -159,12 +177,12 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Requests by key", "reqps", rate_by("taskvec_key_requests_total", "key")),
         Panel("Tokens by key", "cps", rate_by("taskvec_key_tokens_total", "key")),
         Panel(
-            "Turned away by key",
+            "Refused with 429 by key",
             "reqps",
             rate_by("taskvec_key_requests_total", "key", 'status="429", '),
         ),
         Panel(
-            "Texts in the answer cache",
+            "Hit rate of the answer cache",
             "percentunit",
             {
                 "found": total("taskvec_cache_texts_total", 'outcome="hit", ')
@@ -172,9 +190,9 @@ ROWS: dict[str, list[Panel]] = {
                 + total("taskvec_cache_texts_total")
             },
         ),
-        Panel("Answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
+        Panel("Size of the answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
         Panel(
-            "Stores that do not answer",
+            "Failed calls to stores",
             "cps",
             {
                 "limits unchecked": total("taskvec_limits_unchecked_total"),
@@ -184,7 +202,7 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Process": [
         Panel(
-            "Lag of the event loop, p99",
+            "Event loop lag, p99",
             "s",
             quantile_by("taskvec_event_loop_lag_seconds", "instance", 0.99),
         ),
@@ -192,11 +210,11 @@ ROWS: dict[str, list[Panel]] = {
             "Tokenizer",
             "none",
             {
-                "threads at work": "sum(taskvec_tokenizer_threads_busy{HERE})",
-                "requests that wait": "sum(taskvec_tokenizer_requests_waiting{HERE})",
+                "busy threads": "sum(taskvec_tokenizer_threads_busy{HERE})",
+                "waiting requests": "sum(taskvec_tokenizer_requests_waiting{HERE})",
             },
         ),
-        Panel("Texts cut", "cps", {"texts": total("taskvec_texts_truncated_total")}),
+        Panel("Truncated texts", "cps", {"texts": total("taskvec_texts_truncated_total")}),
         Panel(
             "Versions",
             "none",
@@ -210,7 +228,7 @@ ROWS: dict[str, list[Panel]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """What Grafana imports."""
+    """Return the dashboard that Grafana imports."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():
@@ -269,7 +287,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    """The data source, and which replicas are shown; each choice narrows those after it."""
+    """Return the variables: data source, namespace, job and instance; each restricts the next."""
     variables: list[dict[str, Any]] = [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     ]
@@ -284,7 +302,7 @@ def _variables() -> list[dict[str, Any]]:
                 "refresh": 2,
                 "multi": True,
                 "includeAll": True,
-                "allValue": ".*",  # also where a target has no such label
+                "allValue": ".*",  # also matches targets without the label
                 "current": {"text": "All", "value": "$__all"},
             }
         )
@@ -293,7 +311,7 @@ def _variables() -> list[dict[str, Any]]:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Return the content of each generated file."""
     return {FILE: json.dumps(dashboard(), indent=2) + "\n"}
 
 

@@ -469,9 +469,9 @@ class Settings(BaseSettings):
         ),
     ] = None
 
-    log_level: Annotated[
-        LogLevel, Field(description="Minimum level of the log lines that are written.")
-    ] = LogLevel.INFO
+    log_level: Annotated[LogLevel, Field(description="Lowest level of log lines to write.")] = (
+        LogLevel.INFO
+    )
     log_requests: Annotated[
         bool, Field(description="Write one log line per request; it never contains texts.")
     ] = True

@@ -1,7 +1,7 @@
-"""Every command and example of the documentation works, as it stands there.
+"""Every command and example of the documentation works as written.
 
-The blocks of a page are run from top to bottom, in a scratch folder, before a real server. What
-cannot run in a test stands in ``SUBSTITUTES``, with the reason and what is checked in its place.
+The blocks of a page run from top to bottom, in a temporary folder, against a real server. Commands
+that cannot run in a test are in ``INSTEAD``, with the reason and the check that replaces the run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import promql_parser
 import pytest
 import yaml
 
-from examples import SUBSTITUTES, Reader, substitute_of
-from pages import PAGES, ROOT, SAYS, Block, blocks, commands
+from examples import INSTEAD, Reader, instead
+from pages import OUTPUT_PREFIX, PAGES, ROOT, Block, blocks, commands
 from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
@@ -26,15 +26,15 @@ COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(PAGES[page]))])
 def test_every_example_works(page: str, tmp_path: Path) -> None:
-    """Commands end well, programs print what their comments say, data can be read."""
+    """Commands succeed, programs print the output in their comments, data can be parsed."""
     with Reader(tmp_path) as reader:
         for block in blocks(PAGES[page]):
-            assert block.language in KINDS, f"{block.place}: no test knows {block.language!r}"
+            assert block.language in KINDS, f"{block.location}: unknown language {block.language!r}"
             KINDS[block.language](reader, block)
 
 
-def test_nothing_is_excused_that_is_not_there() -> None:
-    """Each entry of the list of what cannot run is needed by a page."""
+def test_every_exception_is_needed() -> None:
+    """Each entry of the list of commands that cannot run matches a command of a page."""
     texts = [
         command.text
         for page in PAGES.values()
@@ -42,49 +42,49 @@ def test_nothing_is_excused_that_is_not_there() -> None:
         if block.language == "sh"
         for command in commands(block)
     ]
-    assert [way.pattern for way in SUBSTITUTES if not any(map(way.pattern.match, texts))] == []
+    assert [one.pattern for one in INSTEAD if not any(map(one.pattern.match, texts))] == []
 
 
 def shell(reader: Reader, block: Block) -> None:
-    """Each command runs, serves in the background, or is checked in another way."""
+    """Run each command, start it as a server, or check it in another way."""
     for command in commands(block):
-        way = substitute_of(command.text)
-        if way is not None:
-            way.check(reader, command.text)
+        replacement = instead(command.text)
+        if replacement is not None:
+            replacement.check(reader, command.text)
         elif re.search(r"\btaskvec serve\b(?!.*--help)", command.text):
             reader.serve(command.text)
         else:
-            printed = reader.run(["bash", "-euo", "pipefail", "-c"], command.text, block.place)
-            assert not command.output or says(command.output, printed), printed
+            printed = reader.run(["bash", "-euo", "pipefail", "-c"], command.text, block.location)
+            assert not command.output or matches(command.output, printed), printed
 
 
 def python(reader: Reader, block: Block) -> None:
-    """The program prints what its comments say, and nothing else."""
-    printed = reader.run([reader.python, "-c"], block.content, block.place).splitlines()
-    lines = [line for line in block.content.splitlines() if line.startswith(SAYS)]
+    """Run the program, which must print exactly the output in its comments."""
+    printed = reader.run([reader.python, "-c"], block.content, block.location).splitlines()
+    lines = [line for line in block.content.splitlines() if line.startswith(OUTPUT_PREFIX)]
     assert not lines or len(lines) == len(printed), printed
     pairs = zip(lines, printed, strict=False)
-    assert all(says(line.removeprefix(SAYS), told) for line, told in pairs), printed
+    assert all(matches(line.removeprefix(OUTPUT_PREFIX), text) for line, text in pairs), printed
 
 
-def says(text: str, printed: str) -> bool:
-    """Whether that is what was printed; ``...`` is anything."""
+def matches(text: str, printed: str) -> bool:
+    """Return whether the output is the expected text; ``...`` matches anything."""
     pattern = re.escape(text).replace(re.escape("..."), ".*")
     return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 
 
 def error(reader: Reader, block: Block) -> None:
-    """The answer on the page has the form of the answer to a request that is wrong in that way."""
+    """Compare the error on the page with the response to such a request, without messages."""
     shown = json.loads(block.content)
     body = {"input": ["a text"] * 3 + ["a longer text " * 9_000]}
     answer = httpx.post(f"{reader.server()}/v1/embeddings", json=body, timeout=60).json()
-    for told in (shown, answer):
-        told["request_id"] = told["detail"] = told["error"]["message"] = "..."
+    for each in (shown, answer):
+        each["request_id"] = each["detail"] = each["error"]["message"] = "..."
     assert answer == shown
 
 
 def key_file(reader: Reader, block: Block) -> None:
-    """The server takes the file, and the secret whose digest is in it."""
+    """Read the key file, and find the key by the secret of the digest in it."""
     file = reader.folder / "example.toml"
     file.write_text(block.content)
     (shown,) = tomllib.loads(block.content)["keys"]
@@ -94,21 +94,21 @@ def key_file(reader: Reader, block: Block) -> None:
 
 
 def compose_file(_: Reader, block: Block) -> None:
-    """It changes services that there are, by variables that are settings."""
+    """Check that the file changes existing services, with variables that are settings."""
     variables = {environment_variable(field) for field in Settings.model_fields}
     for name, service in yaml.safe_load(block.content)["services"].items():
-        assert name in COMPOSE["services"], block.place
-        assert set(service["environment"]) <= variables, block.place
+        assert name in COMPOSE["services"], block.location
+        assert set(service["environment"]) <= variables, block.location
 
 
 def queries(_: Reader, block: Block) -> None:
-    """Prometheus understands them."""
+    """Parse the queries."""
     for query in block.content.splitlines():
         promql_parser.parse(query)
 
 
-def picture(_: Reader, __: Block) -> None:
-    """Drawn in letters, there is nothing to run."""
+def plain_text(_: Reader, __: Block) -> None:
+    """Accept any text: it cannot run."""
 
 
 KINDS = {
@@ -118,5 +118,5 @@ KINDS = {
     "toml": key_file,
     "yaml": compose_file,
     "promql": queries,
-    "text": picture,
+    "text": plain_text,
 }

@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere."""
+"""Links of the documentation are valid."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pages import COMMITTED, PAGES, anchors, links
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page: str) -> None:
-    """Files are committed, anchors are headings, and what leads away is a whole address."""
+def test_every_link_is_valid(page: str) -> None:
+    """A link leads to a committed file, to a heading of a page, or to a complete URL."""
     file = PAGES[page]
     for link in links(file):
         parts = urlsplit(link)
@@ -26,7 +26,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 def test_every_page_can_be_reached() -> None:
-    """From the README links lead to every page, over others or by a folder that holds it."""
+    """Every page can be reached from the README by links to pages or to their folders."""
     start = PAGES["README.md"]
     seen, new = set(), {start}
     while new:

@@ -11,7 +11,7 @@ from starlette.types import Scope
 
 from taskvec.api.context import RequestContext
 from taskvec.auth.keys import Key, WatchedKeys
-from taskvec.auth.rate_limit import Kind, RateLimiter, LimitReachedError, Window
+from taskvec.auth.rate_limit import Kind, LimitReachedError, RateLimiter, Window
 from taskvec.errors import AuthenticationError, RateLimitError
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Embeds two texts and checks the answer; what `helm test` runs, with Python's own library."""
+"""Embed two texts and check the response: the script of `helm test`, standard library only."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import urllib.request
 
 url = os.environ["URL"]
 key = os.environ.get("API_KEY", "")
-# The certificate is for the name that clients use, which is not the Service's.
+# The certificate is for the name that clients use, not for the Service's name.
 unchecked = ssl._create_unverified_context()  # noqa: S323, SLF001
 
 request = urllib.request.Request(  # noqa: S310
@@ -23,14 +23,14 @@ try:
 except urllib.error.HTTPError as error:
     code = json.load(error)["code"]
     if os.environ["ASKS_FOR_KEY"] == "true" and not key and code == "missing_api_key":
-        print("refused without a key, as it should be; test.existingSecret would test an answer")
+        print("refused without a key, as expected; set test.existingSecret to test a response")
         raise SystemExit from None
-    raise SystemExit(f"{url} answered {error.code} {code}") from None
+    raise SystemExit(f"{url} returned {error.code} {code}") from None
 
 vectors = [entry["embedding"] for entry in answer["data"]]
 lengths = [math.hypot(*vector) for vector in vectors]
 if len(vectors) != 2 or vectors[0] == vectors[1]:
-    raise SystemExit(f"{len(vectors)} vectors for two texts, or equal ones")
+    raise SystemExit(f"expected two different vectors, got {len(vectors)} vectors, or equal ones")
 if not all(abs(length - 1) < 0.01 for length in lengths):
-    raise SystemExit(f"vectors of lengths {lengths}, not 1")
+    raise SystemExit(f"expected vectors of length 1, got {lengths}")
 print(f"two vectors of {len(vectors[0])} dimensions from {answer['model']}")

@@ -22,7 +22,7 @@ app.kubernetes.io/name: {{ include "taskvec.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* What clients reach: the Deployment's pods. */}}
+{{/* Selector of the Deployment's pods, which clients reach. */}}
 {{- define "taskvec.gatewaySelector" -}}
 {{ include "taskvec.selectorLabels" . }}
 app.kubernetes.io/component: gateway
@@ -43,12 +43,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end -}}
 
-{{/* Which target of the Dockerfile the Deployment runs. */}}
+{{/* Target of the Dockerfile that the Deployment runs. */}}
 {{- define "taskvec.target" -}}
 {{- get (dict "cpu" "cpu" "gpu" "vllm" "split" "gateway") .Values.mode -}}
 {{- end -}}
 
-{{/* An image: root, image (the values), target. */}}
+{{/* Name of an image. Arguments: root, image (the values), target. */}}
 {{- define "taskvec.image" -}}
 {{- $repository := .image.repository | default .root.Values.image.repository -}}
 {{- if .image.digest -}}
@@ -74,12 +74,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* "true" where a rollout starts a pod beside those that there are. */}}
+{{/* "true" if a rollout starts an additional pod. */}}
 {{- define "taskvec.surges" -}}
 {{- if and (ne .Values.strategy.type "Recreate") (not (has (dig "rollingUpdate" "maxSurge" "25%" .Values.strategy | toString) (list "0" "0%"))) }}true{{ end -}}
 {{- end -}}
 
-{{/* "true" where API keys are asked for. */}}
+{{/* "true" if API keys are required. */}}
 {{- define "taskvec.hasKeys" -}}
 {{- if or .Values.auth.keys .Values.auth.existingSecret }}true{{ end -}}
 {{- end -}}
@@ -92,12 +92,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.tls.existingSecret }}https{{ else }}http{{ end -}}
 {{- end -}}
 
-{{/* "true" where the model is one of a hub: neither built in nor a folder. */}}
+{{/* "true" if the model is a hub id: neither built in nor a folder. */}}
 {{- define "taskvec.fromHub" -}}
 {{- if and (contains "/" .Values.model.name) (not (hasPrefix "/" .Values.model.name)) }}true{{ end -}}
 {{- end -}}
 
-{{/* "true" where an init container fetches the model. */}}
+{{/* "true" if an init container downloads the model. */}}
 {{- define "taskvec.downloads" -}}
 {{- if and (include "taskvec.fromHub" .) .Values.model.download (not .Values.model.offline) }}true{{ end -}}
 {{- end -}}
@@ -106,7 +106,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if or .Values.autoscaling.hpa.enabled .Values.autoscaling.keda.enabled }}true{{ end -}}
 {{- end -}}
 
-{{/* The settings of taskvec that are no secrets: a YAML mapping. */}}
+{{/* Settings of taskvec without secrets, as a YAML mapping. */}}
 {{- define "taskvec.settings" -}}
 {{- $settings := dict
   "TASKVEC_HOST" "0.0.0.0"
@@ -135,7 +135,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- toYaml $settings -}}
 {{- end -}}
 
-{{/* A scalar as text: Helm reads whole numbers as floats, which print as 1e+06. */}}
+{{/* A scalar as text. Helm reads whole numbers as floats, which print as 1e+06. */}}
 {{- define "taskvec.number" -}}
 {{- if kindIs "float64" . -}}
 {{- if eq . (floor .) }}{{ int64 . }}{{ else }}{{ . }}{{ end -}}
@@ -144,13 +144,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* Where the hub and its cache are, for every container that reads a model. */}}
+{{/* Location of the hub and its cache, for every container that reads a model. */}}
 {{- define "taskvec.hubEnv" -}}
-- name: HOME # what vLLM compiles is kept, too
+- name: HOME # keeps vLLM's compiled code as well
   value: /cache
 - name: XDG_CACHE_HOME
   value: /cache
-- name: USER # podSecurityContext may have a number that the image has no name for: torch asks
+- name: USER # torch needs a user name, and the image may have none for the id in podSecurityContext
   value: taskvec
 - name: HF_HOME
   value: /cache/huggingface
@@ -169,9 +169,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end -}}
 
-{{/* `taskvec engine-args`, whose side effect is what an init container is for: it fetches the model,
-     reads it, and prepares the copy that vLLM reads. Quoted for a shell; the schema keeps quotes
-     out of names. */}}
+{{/* `taskvec engine-args`. Init containers run it for its side effects: it downloads and reads the
+     model, and writes the copy that vLLM reads. Quoted for a shell; the schema forbids quotes in
+     names. */}}
 {{- define "taskvec.engineArgs" -}}
 taskvec engine-args '{{ .Values.model.name }}' --cache-dir /cache/taskvec
 {{- with .Values.model.revision }} --revision '{{ . }}'{{ end }}
@@ -181,7 +181,7 @@ taskvec engine-args '{{ .Values.model.name }}' --cache-dir /cache/taskvec
 {{- end }}
 {{- end -}}
 
-{{/* The init container that fetches the model: root, image. */}}
+{{/* Init container that downloads the model. Arguments: root, image. */}}
 {{- define "taskvec.downloadContainer" -}}
 - name: download
   image: {{ .image }}
@@ -213,7 +213,7 @@ taskvec engine-args '{{ .Values.model.name }}' --cache-dir /cache/taskvec
 {{- end }}
 {{- end -}}
 
-{{/* What pods of every kind begin with. */}}
+{{/* First part of the spec of all pods. */}}
 {{- define "taskvec.podHead" -}}
 serviceAccountName: {{ include "taskvec.serviceAccountName" . }}
 automountServiceAccountToken: false
@@ -226,7 +226,7 @@ securityContext:
   {{- toYaml .Values.podSecurityContext | nindent 2 }}
 {{- end -}}
 
-{{/* Spread: root, selector (text). */}}
+{{/* Topology spread constraints. Arguments: root, selector (text). */}}
 {{- define "taskvec.spread" -}}
 {{- with .root.Values.topologySpread }}
 {{- if .enabled }}
@@ -241,7 +241,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* The tolerations of pods with GPUs, before further ones: root, tolerations. */}}
+{{/* Tolerations of pods with GPUs, followed by additional ones. Arguments: root, tolerations. */}}
 {{- define "taskvec.gpuTolerations" -}}
 {{- with .root.Values.gpu }}
 {{- if and .tolerate (gt (int .count) 0) }}

@@ -1,4 +1,4 @@
-{{/* What is scaled: kind and name. */}}
+{{/* Kind and name of the scaled resource. */}}
 {{- define "taskvec.scaled" -}}
 apiVersion: apps/v1
 {{- if eq .Values.mode "split" }}
@@ -10,7 +10,7 @@ name: {{ include "taskvec.fullname" . }}
 {{- end }}
 {{- end -}}
 
-{{/* Which series are those of the scaled pods. */}}
+{{/* Label matchers for the metrics of the scaled pods. */}}
 {{- define "taskvec.scaledSeries" -}}
 {{- $name := ternary (include "taskvec.engineName" .) (include "taskvec.fullname" .) (eq .Values.mode "split") -}}
 namespace="{{ .Release.Namespace }}",pod=~"{{ $name }}-.*"

@@ -8,14 +8,8 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.engines.base import (
-    EngineHealth,
-    EngineResult,
-    EngineState,
-    ModelCard,
-    TokenBatch,
-    TokenIds,
-)
+from taskvec.checkpoint.backbone import ModelCard
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 
 
 class FakeEngine:

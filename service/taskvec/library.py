@@ -13,13 +13,13 @@ import structlog
 from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
 from taskvec.core.tasks import Task
-from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
 from taskvec.service import task_table, text_tokenizer

@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from taskvec.api.errors import error_responses
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.tasks import ServedNames, Task
-from taskvec.engines.base import ModelCard
 from taskvec.errors import NotFoundError
 
 MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}

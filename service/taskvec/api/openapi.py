@@ -11,8 +11,8 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from taskvec.api.auth import with_header_scheme
 from taskvec.api.response import OCTET_STREAM
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
-from taskvec.engines.base import ModelCard
 
 _JSON_TYPES = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
 _RAW_TYPES = [*_JSON_TYPES, "float16"]

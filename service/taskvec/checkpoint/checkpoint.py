@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskvec.checkpoint.adapters import Adapter, read_adapters
-from taskvec.checkpoint.backbone import Backbone, matryoshka_dimensions, read_backbone
+from taskvec.checkpoint.backbone import Backbone, ModelCard, matryoshka_dimensions, read_backbone
 from taskvec.checkpoint.files import (
     PROMPTS_FILE,
     read_json,
@@ -16,7 +16,6 @@ from taskvec.checkpoint.files import (
     tensor_shapes,
     weight_files,
 )
-from taskvec.engines.base import ModelCard
 from taskvec.errors import CheckpointError
 
 

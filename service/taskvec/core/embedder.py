@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.cache.embeddings import EmbeddingCache
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.concurrency import CancelScope, gather_or_cancel
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
@@ -19,7 +20,7 @@ from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.postprocess import finish
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokenizer import TextTokenizer
-from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
+from taskvec.engines.base import Engine, EngineResult, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 from taskvec.telemetry.stages import Stages
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.errors import UnavailableError
 from taskvec.priority import Priority
 
@@ -21,33 +22,6 @@ TokenIds = NDArray[np.int32]
 
 def _unheard() -> None:
     """For a batch whose way nobody follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What is served, as far as an engine's callers need to know it.
-
-    Attributes:
-        name: the name clients ask for.
-        revision: hub commit, or None for a folder.
-        architecture: ``qwen3`` or ``eurobert``.
-        dimension: width of the vectors.
-        max_tokens: longest text the engine takes, in tokens, special tokens included.
-        vocabulary: number of token ids; valid ids lie below it.
-        matryoshka: dimensions the model was trained to be cut at; empty where unknown.
-        adapters: adapter names; empty where the checkpoint has none.
-        parameters: parameters of the backbone, embedding table included.
-    """
-
-    name: str
-    revision: str | None
-    architecture: str
-    dimension: int
-    max_tokens: int
-    vocabulary: int
-    matryoshka: tuple[int, ...]
-    adapters: tuple[str, ...]
-    parameters: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

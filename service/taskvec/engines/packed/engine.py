@@ -13,6 +13,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import (
     DropReason,
@@ -20,7 +21,6 @@ from taskvec.engines.base import (
     EngineObserver,
     EngineResult,
     EngineState,
-    ModelCard,
     TokenBatch,
 )
 from taskvec.engines.packed.device import (

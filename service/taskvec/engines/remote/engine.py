@@ -17,17 +17,11 @@ import aiohttp
 import numpy as np
 import structlog
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
 from taskvec.concurrency import gather_or_cancel
-from taskvec.engines.base import (
-    EngineHealth,
-    EngineResult,
-    EngineState,
-    ModelCard,
-    TokenBatch,
-    TokenIds,
-)
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.engines.remote.client import Outcome, ServerFault
 from taskvec.engines.remote.discovery import Resolve, expand, resolve_host
 from taskvec.engines.remote.protocols import Vectors

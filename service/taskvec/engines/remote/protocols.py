@@ -9,7 +9,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from taskvec.engines.base import ModelCard, TokenIds
+from taskvec.checkpoint.backbone import ModelCard
+from taskvec.engines.base import TokenIds
 from taskvec.engines.remote.client import Call, Connection, Outcome, ServerFault
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
 from taskvec.priority import Priority

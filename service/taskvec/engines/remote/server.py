@@ -15,8 +15,9 @@ from typing import Protocol
 import aiohttp
 import structlog
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import ModelCard, QueueObserver, TokenIds
+from taskvec.engines.base import QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
 from taskvec.engines.remote.client import OPENS_AT_ONCE, Connection, Outcome, ServerFault
 from taskvec.engines.remote.protocols import Dialect, Vectors, read_vectors, recognise

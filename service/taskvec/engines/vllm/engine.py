@@ -17,6 +17,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors, named
 from taskvec.checkpoint.vllm_copy import make_vllm_copy
@@ -26,7 +27,6 @@ from taskvec.engines.base import (
     EngineObserver,
     EngineResult,
     EngineState,
-    ModelCard,
     TokenBatch,
     TokenIds,
 )

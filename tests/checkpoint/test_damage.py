@@ -103,7 +103,7 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "no weights": (gone(WEIGHTS), WEIGHTS, "missing"),
     "no tokenizer": (gone("tokenizer.json"), "tokenizer.json", "missing"),
     "no prompts": (gone(PROMPTS), PROMPTS, "missing"),
-    "no adapters": (gone("adapters"), CONFIG, "promises"),
+    "no adapters": (gone("adapters"), CONFIG, "lists the adapters"),
     "no adapter": (gone(ADAPTER), CONFIG, "clustering"),
     "no adapter config": (gone(ADAPTER_CONFIG), ADAPTER_CONFIG, "missing"),
     "no adapter weights": (gone(ADAPTER_WEIGHTS), ADAPTER_WEIGHTS, "missing"),

@@ -288,9 +288,9 @@ class Server:
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
         vectors = await self._send(probes, [adapter] * len(probes), self._call_seconds)
-        fault = self._golden.fault(adapter, vectors)
-        if fault is not None:
-            raise ServerFault(Outcome.WRONG, fault)
+        mismatch = self._golden.mismatch(adapter, vectors)
+        if mismatch is not None:
+            raise ServerFault(Outcome.WRONG, mismatch)
 
     async def _watch(self) -> None:
         """Until the server is dropped; one probe where it was quiet for long, and now and then."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.checkpoint.golden import GoldenVectors, golden_vectors, named
+from taskvec.checkpoint.golden import GoldenVectors, adapter_label, golden_vectors
 from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.concurrency import gather_or_cancel
 from taskvec.engines.base import (
@@ -192,7 +192,7 @@ class VllmEngine:
         for number, adapter in enumerate(self._checkpoint.adapters, start=1):
             request = LoRARequest(adapter.name, number, str(adapter.weights.parent))
             if not await self._llm.add_lora(request):
-                raise CheckpointError(f"vLLM did not take {named(adapter.name)}.")
+                raise CheckpointError(f"vLLM did not take {adapter_label(adapter.name)}.")
             self._adapters[adapter.name] = request
 
     async def _prove(self, golden: GoldenVectors) -> None:
@@ -201,10 +201,10 @@ class VllmEngine:
             *(self._embed_all(golden.probes, adapter) for adapter in golden.adapters)
         )
         for adapter, vectors in zip(golden.adapters, answers, strict=True):
-            fault = golden.fault(adapter, vectors)
-            if fault is not None:
+            mismatch = golden.mismatch(adapter, vectors)
+            if mismatch is not None:
                 raise CheckpointError(
-                    f"vLLM serves {self.model.name} wrongly on this device: {fault}. Nothing is "
+                    f"vLLM serves {self.model.name} wrongly on this device: {mismatch}. Nothing is "
                     "served instead of wrong vectors. --engine packed serves every task here; "
                     "stock vLLM with one task's weights merged serves that task."
                 )

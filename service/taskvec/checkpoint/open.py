@@ -71,7 +71,9 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED_FILES)))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED_FILES))
+        )
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} cannot be a hub id: {error}") from None
     except RevisionNotFoundError:
@@ -83,6 +85,6 @@ def _download(model: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{model} is not in the local hub cache and could not be downloaded "
-            f"({type(error).__name__}): check the network and HF_HUB_OFFLINE, or pass a folder that "
-            "contains a copy."
+            f"({type(error).__name__}): check the network and HF_HUB_OFFLINE, or pass a folder "
+            "that contains a copy."
         ) from None

@@ -22,7 +22,7 @@ from uvicorn.supervisors import Multiprocess
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.engines.base import EngineState
-from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
+from taskvec.engines.remote.engine import MAX_CONNECTIONS_PER_SERVER
 from taskvec.errors import CheckpointError, StartError
 from taskvec.server.run import application, server_options
 from taskvec.service import key_source
@@ -118,7 +118,7 @@ def _serve_engine_and_gateways(settings: Settings, room: Path) -> None:
             "token_input": TokenInput.ACCEPT,
             "tls_cert": None,
             "tls_key": None,
-            "max_connections": CONNECTIONS_A_SERVER * settings.workers,
+            "max_connections": MAX_CONNECTIONS_PER_SERVER * settings.workers,
         }
     )
     app, engine = application(inner, stop_all, behind_gateway=True)

@@ -163,6 +163,11 @@ class PackedEngine:
         """See ``Engine.finished``: the number of embedded texts."""
         return self._finished
 
+    @property
+    def batch_tokens(self) -> int:
+        """See ``Engine.batch_tokens``: the current budget; 0 until the weights are loaded."""
+        return self._budget.tokens
+
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
         return self._health

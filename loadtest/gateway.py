@@ -61,6 +61,7 @@ class NullEngine:
         self.model = replace(checkpoint.card, dimension=DIMENSION)
         self._vectors = np.random.default_rng(0).standard_normal((2048, DIMENSION), np.float32)
         self.finished = 0
+        self.batch_tokens = 16_384
 
     async def start(self) -> None:
         pass

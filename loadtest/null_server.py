@@ -34,6 +34,7 @@ class NullEngine:
     def __init__(self, checkpoint: Checkpoint, golden: GoldenVectors) -> None:
         self.model = checkpoint.card
         self.finished = 0
+        self.batch_tokens = 16_384
         random = np.random.default_rng(0)
         self._vectors = random.standard_normal((MAX_TEXTS, self.model.dimension), np.float32)
         self._golden = {

@@ -1,4 +1,4 @@
-"""An engine without weights: real life cycle, vectors that follow from the token ids."""
+"""A fake engine without weights: real lifecycle, and vectors computed from the token ids."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.engines.base import (
-    EngineHealth,
-    EngineResult,
-    EngineState,
-    ModelCard,
-    TokenBatch,
-    TokenIds,
-)
+from taskvec.checkpoint.backbone import ModelCard
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 
 
 class FakeEngine:
-    """Embeds by hashing (adapter, ids): equal inputs give equal vectors, others do not.
+    """Embeds by hashing (adapter, ids): only equal inputs give equal vectors.
 
     Args:
-        model: the card to pretend to.
-        delay: seconds each call takes.
-        error: raised by ``start``, if given.
+        model: card of the model.
+        delay: seconds that each call takes.
+        error: raised by ``start`` if it is not None.
     """
 
     def __init__(
@@ -34,6 +28,7 @@ class FakeEngine:
         self.batches: list[TokenBatch] = []
         self.cancelled = 0
         self.finished = 0
+        self.batch_tokens = 16_384
         self._delay = delay
         self._error = error
         self._health = EngineHealth(EngineState.STARTING, "it is loading the model")
@@ -64,6 +59,6 @@ class FakeEngine:
 
 
 def hashed_vector(ids: TokenIds, adapter: str | None, dimension: int) -> NDArray[np.float32]:
-    """The vector that FakeEngine gives."""
+    """Return the vector that FakeEngine computes."""
     seed = zlib.crc32(ids.tobytes(), zlib.crc32((adapter or "").encode()))
     return np.random.default_rng(seed).standard_normal(dimension).astype(np.float32)

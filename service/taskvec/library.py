@@ -13,6 +13,7 @@ import structlog
 from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
@@ -20,7 +21,6 @@ from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
 from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.core.tasks import Task
-from taskvec.engines.base import ModelCard
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
 from taskvec.service import build_tokenizer, task_table

@@ -11,8 +11,9 @@ import pytest
 
 from conftest import fake_service
 from fakes import FakeEngine
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.base import EngineResult, ModelCard, TokenBatch
+from taskvec.engines.base import EngineResult, TokenBatch
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
 from taskvec.settings import TokenInput
 

@@ -305,5 +305,5 @@ def test_an_adapter_may_bring_prompts_of_its_own(tmp_path: Path, shape: Shape) -
         ("legal.passage", "Law: "),
     ]
     own.write_text(json.dumps({"prompts": {"query": 1}}))
-    with pytest.raises(CheckpointError, match=r"adapters/legal/.*no object of strings"):
+    with pytest.raises(CheckpointError, match=r"adapters/legal/.*must be an object of strings"):
         read(tmp_path)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.golden import (
-    MATCH,
+    MIN_COSINE,
     GoldenVectors,
     fingerprint,
     golden_vectors,
@@ -104,7 +104,7 @@ def test_without_adapters_the_backbone_is_served(checkpoint: Checkpoint, tmp_pat
     bare = golden_vectors(read_checkpoint(checkpoint.folder, "bare"), tmp_path / "cache")
     assert bare.adapters == (None,)
     assert set(bare.vectors) == {None}
-    assert bare.fault(None, bare.vectors[None]) is None
+    assert bare.mismatch(None, bare.vectors[None]) is None
 
 
 def test_what_is_kept_is_used(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_another_longest_text_gets_vectors_of_its_own(
     golden = golden_vectors(short, tmp_path)
     assert max(map(len, golden.probes)) == 8
     truth = reference_vectors(short, golden.probes, [None] * len(golden.probes))
-    assert golden.fault(None, truth) is None
+    assert golden.mismatch(None, truth) is None
 
 
 @every_name
@@ -235,21 +235,21 @@ def test_right_vectors_pass(golden: GoldenVectors, name: str | None) -> None:
     """Vectors of any length pass, also in bfloat16's precision and with as much noise as it has."""
     right = golden.vectors[name]
     for scale in (1.0, 0.05, 300.0):
-        assert golden.fault(name, (right * scale).astype(np.float32)) is None
+        assert golden.mismatch(name, (right * scale).astype(np.float32)) is None
     coarse = (right.view(np.uint32) & 0xFFFF0000).view(np.float32)
     assert not np.array_equal(coarse, right)
-    assert golden.fault(name, coarse) is None
+    assert golden.mismatch(name, coarse) is None
     for seed in range(20):
-        assert golden.fault(name, noisy(right, 0.01, seed)) is None
+        assert golden.mismatch(name, noisy(right, 0.01, seed)) is None
 
 
 def test_as_much_noise_as_eight_bits_have_passes(distinct: GoldenVectors) -> None:
-    """Up to the least cosine that is asked, noise is no fault; beyond it is one."""
+    """Up to the least cosine that is asked, noise is no mismatch; beyond it is one."""
     right = distinct.vectors["retrieval"]
-    assert distinct.fault("retrieval", noisy(right, 0.12)) is None
-    fault = distinct.fault("retrieval", noisy(right, 0.2))
-    assert fault is not None
-    assert fault.startswith("adapter 'retrieval' gives wrong vectors: cosine 0.98")
+    assert distinct.mismatch("retrieval", noisy(right, 0.12)) is None
+    mismatch = distinct.mismatch("retrieval", noisy(right, 0.2))
+    assert mismatch is not None
+    assert mismatch.startswith("adapter 'retrieval' gives wrong vectors: cosine 0.98")
 
 
 @pytest.mark.parametrize("given_name", [None, *ADAPTERS])
@@ -262,11 +262,11 @@ def test_another_adapter_s_vectors_are_named(
     Also where adapters lie as near to each other as the default model's.
     """
     for one in (golden, distinct):
-        fault = one.fault(name, noisy(one.vectors[given_name] * 7, 0.01))
+        mismatch = one.mismatch(name, noisy(one.vectors[given_name] * 7, 0.01))
         if given_name == name:
-            assert fault is None
+            assert mismatch is None
         else:
-            assert fault == f"{called(name)} gives the vectors of {called(given_name)}"
+            assert mismatch == f"{called(name)} gives the vectors of {called(given_name)}"
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -278,21 +278,21 @@ def test_one_wrong_probe_is_enough(
     for row in range(len(one.probes)):
         mixed = one.vectors["retrieval"].copy()
         mixed[row] = one.vectors["clustering"][row]
-        fault = one.fault("retrieval", mixed)
-        assert fault is not None
-        assert fault.startswith("adapter 'retrieval' gives ")
+        mismatch = one.mismatch("retrieval", mixed)
+        assert mismatch is not None
+        assert mismatch.startswith("adapter 'retrieval' gives ")
 
 
 def test_other_vectors_are_refused_with_their_cosine(golden: GoldenVectors) -> None:
     """Vectors of another model say how far off they are, and what may be the cause."""
     other = np.random.default_rng(1).standard_normal(golden.vectors[None].shape)
-    fault = golden.fault("clustering", other.astype(np.float32))
-    assert fault is not None
-    assert fault.startswith("adapter 'clustering' gives wrong vectors: cosine ")
-    assert str(MATCH) in fault
-    fault = golden.fault(None, -golden.vectors[None])
-    assert fault is not None
-    assert fault.startswith("the bare backbone gives wrong vectors: cosine -1.000 ")
+    mismatch = golden.mismatch("clustering", other.astype(np.float32))
+    assert mismatch is not None
+    assert mismatch.startswith("adapter 'clustering' gives wrong vectors: cosine ")
+    assert str(MIN_COSINE) in mismatch
+    mismatch = golden.mismatch(None, -golden.vectors[None])
+    assert mismatch is not None
+    assert mismatch.startswith("the bare backbone gives wrong vectors: cosine -1.000 ")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -300,15 +300,15 @@ def test_one_value_that_is_not_finite_is_refused(golden: GoldenVectors, value: f
     """A single NaN or infinity is named as such."""
     damaged = golden.vectors["retrieval"].copy()
     damaged[-1, -1] = value
-    fault = golden.fault("retrieval", damaged)
-    assert fault == "adapter 'retrieval' gives vectors that are not finite"
+    mismatch = golden.mismatch("retrieval", damaged)
+    assert mismatch == "adapter 'retrieval' gives vectors that are not finite"
 
 
 def test_zeros_are_refused(golden: GoldenVectors) -> None:
     """One vector of zeros among right ones has no direction to compare."""
     empty = golden.vectors["retrieval"].copy()
     empty[-1] = 0
-    assert golden.fault("retrieval", empty) == "adapter 'retrieval' gives vectors of zeros"
+    assert golden.mismatch("retrieval", empty) == "adapter 'retrieval' gives vectors of zeros"
 
 
 def test_a_wrong_shape_is_refused(golden: GoldenVectors) -> None:
@@ -316,9 +316,9 @@ def test_a_wrong_shape_is_refused(golden: GoldenVectors) -> None:
     right = golden.vectors[None]
     texts, width = right.shape
     for wrong in (right[:1], right[:, : width // 2], np.tile(right, (2, 1)), right[0]):
-        fault = golden.fault(None, wrong)
+        mismatch = golden.mismatch(None, wrong)
         shapes = f"{list(wrong.shape)}, not {[texts, width]}"
-        assert fault == f"the bare backbone gives vectors of shape {shapes}"
+        assert mismatch == f"the bare backbone gives vectors of shape {shapes}"
 
 
 def noisy(vectors: NDArray[np.float32], share: float, seed: int = 5) -> NDArray[np.float32]:
@@ -330,5 +330,5 @@ def noisy(vectors: NDArray[np.float32], share: float, seed: int = 5) -> NDArray[
 
 
 def called(name: str | None) -> str:
-    """How a fault calls an adapter."""
+    """How a mismatch calls an adapter."""
     return "the bare backbone" if name is None else f"adapter '{name}'"

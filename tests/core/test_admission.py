@@ -276,7 +276,7 @@ def test_bulk_keeps_nobody_else_out(clock: Clock) -> None:
 
 
 def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
-    """More than a second of the engine's work is; where the speed is unknown, many tokens are."""
+    """Bulk is more than a batch, or more than a second of the engine's work once that is known."""
     admission = Admission(100, clock=clock)
     assert admission.priority_of(MIN_BUDGET, INTERACTIVE, 0) is INTERACTIVE
     assert admission.priority_of(MIN_BUDGET + 1, INTERACTIVE, 0) is BULK
@@ -284,6 +284,9 @@ def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
     assert admission.priority_of(1000, INTERACTIVE, 0) is INTERACTIVE
     assert admission.priority_of(1001, INTERACTIVE, 0) is BULK
     assert admission.priority_of(1, BULK, 0) is BULK
+    assert admission.priority_of(500, INTERACTIVE, 500) is INTERACTIVE
+    assert admission.priority_of(501, INTERACTIVE, 500) is BULK
+    assert admission.priority_of(1001, INTERACTIVE, 5000) is BULK
 
 
 def test_requests_have_a_limit_however_short_they_are(clock: Clock) -> None:

@@ -23,6 +23,7 @@ from taskvec.errors import (
     QueueFullError,
     UnavailableError,
 )
+from taskvec.priority import Priority
 from taskvec.service import build_tokenizer, task_table
 
 TOO_LONG = "far too long " * 4000
@@ -218,6 +219,21 @@ async def test_a_failed_job_frees_its_room(default_checkpoint: Checkpoint) -> No
         await service.embedder.embed(service.job(["a text"]))
     assert len(service.engine.batches) == 1
     assert service.admission.tokens == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("requested", Priority)
+async def test_more_than_a_batch_is_bulk(
+    default_checkpoint: Checkpoint, requested: Priority
+) -> None:
+    """The engine gets the class that was requested, and bulk for more than one of its batches."""
+    engine = FakeEngine(default_checkpoint.card)
+    service = await started(default_checkpoint, engine)
+    text = "one two three"
+    engine.batch_tokens = 2 * len(service.ids(text))
+    for texts in (1, 2, 3):
+        await service.embedder.embed(service.job([text] * texts, priority=requested))
+    assert [batch.priority for batch in engine.batches] == [requested, requested, Priority.BULK]
 
 
 async def in_the_engine(engine: FakeEngine, batches: int) -> None:

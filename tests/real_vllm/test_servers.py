@@ -201,7 +201,7 @@ async def test_servers_with_the_wrong_adapters_are_refused(
             engine = RemoteEngine(default_checkpoint, cache, RemoteOptions(urls=(server.url,)))
             await engine.start()
             async with asyncio.timeout(60):
-                while "not proven" in engine.health().reason or "no server" in (
+                while "not been checked" in engine.health().reason or "no server" in (
                     engine.health().reason
                 ):
                     await asyncio.sleep(0.1)

@@ -89,7 +89,7 @@ def test_an_encoder_is_measured_with_its_prompts(teacher: Path) -> None:
         (["--out", "nowhere"], "run the recipe first"),
         (["--beside", "seed"], "is no NAME=MODEL"),
         (["--held-out", "nowhere"], "nowhere does not exist"),
-        (["--beside", "seed=nowhere"], "There is no folder 'nowhere'"),
+        (["--beside", "seed=nowhere"], "'nowhere' is neither an existing folder"),
     ],
 )
 def test_what_cannot_be_measured_is_said(tiny_run: Path, options: list[str], said: str) -> None:

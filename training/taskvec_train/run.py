@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from taskvec.checkpoint.backbone import Backbone
+from taskvec.checkpoint.backbone import ARCHITECTURES, Backbone
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import Model, load_backbone, open_base
@@ -147,8 +147,7 @@ def _shaped(space: Workspace, recipe: Recipe) -> tuple[Model, Tensor, dict[str, 
     teacher = load_teacher(options.model, options.max_tokens, space.accelerator.device)
     shape = Backbone(
         vocabulary=1,  # known when it is trimmed
-        causal=student.architecture == "qwen3",
-        qk_norm=student.architecture == "qwen3",
+        **ARCHITECTURES[student.architecture]._asdict(),
         **student.model_dump(exclude={"base", "least_count", "projection"}),
     )
     prompts = list(recipe.prompts.model_dump().values()) * student.least_count

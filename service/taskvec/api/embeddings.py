@@ -16,11 +16,12 @@ from taskvec.api.errors import error_responses
 from taskvec.api.request import RequestLimits, request_priority, request_timeout
 from taskvec.api.response import OCTET_STREAM, Vectors, openai_response
 from taskvec.auth.keys import Key
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
-from taskvec.engines.base import ModelCard, TokenIds
+from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
 from taskvec.service import Service
 

@@ -1,1 +1,1 @@
-"""Reading a checkpoint folder: config, weights, adapters, prompts."""
+"""Read a checkpoint folder: config, weights, adapters and prompts."""

@@ -1,4 +1,4 @@
-"""The LoRA adapters beside a backbone, checked key by key before anything is loaded."""
+"""The LoRA adapters of a checkpoint; every tensor key is checked before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?layers\.(?P<layer>\d+)\."
     r"(?P<module>(?:self_attn|mlp)\.\w+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
-_REFUSED = (
+_UNSUPPORTED_OPTIONS = (
     "use_dora",
     "lora_bias",
     "modules_to_save",
@@ -34,17 +34,22 @@ _REFUSED = (
     "use_bdlora",
     "alora_invocation_tokens",
 )
+"""Fields of adapter_config.json that change the forward pass and are not implemented."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One LoRA adapter: ``W + scale * B @ A`` for each linear layer that it has weights for.
 
+    Hu et al., arXiv 2106.09685; rsLoRA: Kalajdzievski, arXiv 2312.03732.
+
     Attributes:
+        name: name of the adapter folder.
         weights: the safetensors file.
+        rank: r, the number of rows of A.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         keys: (layer, module) -> (key of A [r, in], key of B [out, r]).
-        prompts: the adapter's own, by name; empty where it uses the checkpoint's.
+        prompts: prompt name -> prefix; empty if the adapter uses the prompts of the checkpoint.
     """
 
     name: str
@@ -56,24 +61,25 @@ class Adapter:
 
 
 def read_adapters(folder: Path, backbone: Backbone, expected: Sequence[str]) -> tuple[Adapter, ...]:
-    """Every adapter under ``folder/adapters``, in the config's order, then by name.
+    """Read every adapter under ``folder/adapters``: first in the config's order, then by name.
 
     Args:
         folder: the checkpoint.
-        backbone: the backbone whose layers the adapters must fit.
-        expected: adapter names that config.json promises.
+        backbone: the backbone that the adapters must fit.
+        expected: adapter names listed in config.json.
 
     Raises:
-        CheckpointError: an adapter is missing, damaged, of another width, or of a kind we lack.
+        CheckpointError: an adapter is missing, damaged, belongs to another model, or needs a
+            feature that is not implemented.
     """
-    home = folder / "adapters"
-    folders = sorted(home.iterdir()) if home.is_dir() else []
+    adapters_folder = folder / "adapters"
+    folders = sorted(adapters_folder.iterdir()) if adapters_folder.is_dir() else []
     found = {path.name: path for path in folders if path.is_dir() and path.name[0] != "."}
     missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(
-            f"config.json promises the adapters {', '.join(missing)}, but {home} has no such "
-            "folder: download the checkpoint again with its adapters."
+            f"config.json lists the adapters {', '.join(missing)}, but {adapters_folder} has no "
+            "such folder: download the checkpoint again with its adapters."
         )
     names = [*expected, *(name for name in found if name not in expected)]
     return tuple(_read_adapter(found[name], name, backbone) for name in names)
@@ -82,12 +88,12 @@ def read_adapters(folder: Path, backbone: Backbone, expected: Sequence[str]) -> 
 def _read_adapter(folder: Path, name: str, backbone: Backbone) -> Adapter:
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"The adapter folder {folder} has a name that cannot stand in a model name: use "
+            f"The name of the adapter folder {folder} cannot be part of a model name: use only "
             "letters, digits, '.', '_' and '-'."
         )
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
-    _refuse_unimplemented(config, config_file)
+    _reject_unimplemented(config, config_file)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file() and (folder / "adapter_model.bin").is_file():
         raise CheckpointError(
@@ -101,16 +107,16 @@ def _read_adapter(folder: Path, name: str, backbone: Backbone) -> Adapter:
     if rank < 1 or not math.isfinite(alpha):
         raise CheckpointError(f"{config_file} has no valid r and lora_alpha: {rank} and {alpha}.")
     keys = _match_keys(tensor_shapes(weights), weights, rank, backbone)
-    wanted = _wanted_modules(config, config_file, backbone)
-    absent = sorted(wanted - {module for _, module in keys})
-    if absent:
+    targets = _target_modules(config, config_file, backbone)
+    missing = sorted(targets - {module for _, module in keys})
+    if missing:
         raise CheckpointError(
-            f"{weights} has no weights for {', '.join(absent)}, which its adapter_config.json "
+            f"{weights} has no weights for {', '.join(missing)}, which its adapter_config.json "
             "targets: the adapter is incomplete."
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    own = folder / PROMPTS_FILE
-    prompts = read_prompts(own)[0] if own.is_file() else {}
+    prompts_file = folder / PROMPTS_FILE
+    prompts = read_prompts(prompts_file)[0] if prompts_file.is_file() else {}
     return Adapter(name=name, weights=weights, rank=rank, scale=scale, keys=keys, prompts=prompts)
 
 
@@ -122,49 +128,52 @@ def _match_keys(
         match = _KEY.fullmatch(key)
         if match is None or match["module"] not in backbone.projections:
             raise CheckpointError(
-                f"{file} has the tensor {key!r}, which fits no linear layer of the backbone: it "
-                "would be ignored silently, so it is refused."
+                f"{file} has the tensor {key!r}, which matches none of the linear layers of the "
+                "backbone: the adapter belongs to another model."
             )
         layer, module = int(match["layer"]), match["module"]
         out, into = backbone.projections[module]
-        fits = (rank, into) if match["side"] == "A" else (out, rank)
-        if shape != fits or layer >= backbone.layers:
+        expected = (rank, into) if match["side"] == "A" else (out, rank)
+        if shape != expected or layer >= backbone.layers:
             raise CheckpointError(
-                f"{file}: {key!r} has shape {list(shape)}, the backbone needs {list(fits)} in "
+                f"{file}: {key!r} has shape {list(shape)}, the backbone needs {list(expected)} in "
                 f"{backbone.layers} layers: the adapter belongs to another model."
             )
         sides.setdefault((layer, module), {})[match["side"]] = key
     if not sides:
-        raise CheckpointError(f"{file} holds no adapter weights.")
-    for place, pair in sides.items():
+        raise CheckpointError(f"{file} contains no adapter weights.")
+    for (layer, module), pair in sides.items():
         if len(pair) != 2:
-            raise CheckpointError(f"{file} has only one of lora_A and lora_B for layer {place}.")
-    return {place: (pair["A"], pair["B"]) for place, pair in sides.items()}
+            raise CheckpointError(
+                f"{file} has only one of lora_A and lora_B for layers.{layer}.{module}."
+            )
+    return {target: (pair["A"], pair["B"]) for target, pair in sides.items()}
 
 
-def _wanted_modules(config: Mapping[str, Any], file: Path, backbone: Backbone) -> set[str]:
+def _target_modules(config: Mapping[str, Any], file: Path, backbone: Backbone) -> set[str]:
     targets = config.get("target_modules")
     if not isinstance(targets, list):
-        # A regular expression or "all-linear": the tensors themselves say what it meant.
+        # A regular expression or "all-linear": only the tensors show which modules it matched.
         return set()
-    wanted = set()
+    modules = set()
     for target in targets:
         matches = {name for name in backbone.projections if name.endswith(str(target))}
         if not matches:
             raise CheckpointError(
-                f"{file} targets {target!r}, which is no linear layer of this backbone."
+                f"{file} targets {target!r}, which matches none of the linear layers of this "
+                "backbone."
             )
-        wanted |= matches
-    return wanted
+        modules |= matches
+    return modules
 
 
-def _refuse_unimplemented(config: Mapping[str, Any], file: Path) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{file} is of PEFT type {kind!r}: only LORA is implemented.")
+def _reject_unimplemented(config: Mapping[str, Any], file: Path) -> None:
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise CheckpointError(f"{file} has the PEFT type {peft_type!r}: only LORA is implemented.")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{file} trains biases ({config['bias']!r}): not implemented.")
-    for key in _REFUSED:
+    for key in _UNSUPPORTED_OPTIONS:
         if config.get(key):
             raise CheckpointError(
                 f"{file} sets {key}, which taskvec does not implement: retrain or merge it."

@@ -1,26 +1,52 @@
-"""The backbone's shape, read from config.json and refused where we do not implement it."""
+"""The shape of the backbone, read from config.json, and the card of the served model.
+
+A config with a feature that is not implemented is rejected: it would give wrong vectors.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from taskvec.errors import CheckpointError
 
 JINA_V5_MATRYOSHKA = (32, 64, 128, 256, 512, 768, 1024)
-"""Dimensions jina-embeddings-v5-text was trained to be cut at (arXiv 2602.15547)."""
+"""Matryoshka dimensions that jina-embeddings-v5-text was trained with (arXiv 2602.15547)."""
+
+
+class Architecture(NamedTuple):
+    """The facts in which the supported architectures differ; see ``Backbone``."""
+
+    causal: bool
+    qk_norm: bool
+
+
+ARCHITECTURES = {
+    "qwen3": Architecture(causal=True, qk_norm=True),
+    "eurobert": Architecture(causal=False, qk_norm=False),
+}
+"""Supported architectures, by the name that config.json uses for ``model_type``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A decoder-shaped transformer: RMSNorm, rotary positions, grouped heads, SwiGLU.
+    """Shape of a decoder-style transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
     Attributes:
-        architecture: ``qwen3`` (causal, per-head q/k norm) or ``eurobert`` (bidirectional, none).
-        heads: query heads; ``kv_heads`` of them have keys and values of their own.
-        causal: True where a token sees only those before it.
-        qk_norm: True where queries and keys pass an RMSNorm per head.
+        architecture: a key of ``ARCHITECTURES``.
+        vocabulary: rows of the embedding table.
+        hidden: width of the residual stream, and of the vectors.
+        layers: number of transformer layers.
+        heads: query heads.
+        kv_heads: key and value heads; divides ``heads``.
+        head_dim: width of one head.
+        intermediate: width of the MLP.
+        norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary position frequencies.
+        max_positions: positions that the model was trained on.
+        causal: True if a token attends only to itself and the tokens before it.
+        qk_norm: True if queries and keys pass an RMSNorm per head.
     """
 
     architecture: str
@@ -39,7 +65,7 @@ class Backbone:
 
     @property
     def extents(self) -> tuple[int, ...]:
-        """Every size, each at least 1."""
+        """Return every size; each must be at least 1."""
         return (
             self.vocabulary,
             self.hidden,
@@ -53,7 +79,7 @@ class Backbone:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one block: name -> (out, in)."""
+        """Return the linear layers of one transformer layer: name -> (out, in)."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "self_attn.q_proj": (q, self.hidden),
@@ -66,7 +92,7 @@ class Backbone:
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor that the checkpoint must hold, with its shape."""
+        """Yield the name and shape of every tensor that the checkpoint must contain."""
         yield "embed_tokens.weight", (self.vocabulary, self.hidden)
         yield "norm.weight", (self.hidden,)
         for layer in range(self.layers):
@@ -81,12 +107,12 @@ class Backbone:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters of all linear layers: what a merged adapter copies."""
+        """Return the parameters of all linear layers, which a merged adapter copies."""
         return self.layers * sum(out * into for out, into in self.projections.values())
 
     @property
     def parameters(self) -> int:
-        """All parameters, embedding table included."""
+        """Return the number of parameters, including the embedding table."""
         total = 0
         for _, shape in self.tensors():
             size = 1
@@ -96,20 +122,47 @@ class Backbone:
         return total
 
 
-def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], where: str) -> Backbone:
-    """The backbone that a config.json describes.
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the callers of an engine know about the served model.
+
+    Attributes:
+        name: model name in the API.
+        revision: commit on the Hugging Face Hub; None for a local folder.
+        architecture: ``qwen3`` or ``eurobert``.
+        dimension: width of the vectors.
+        max_tokens: longest accepted text in tokens, including special tokens.
+        vocabulary: number of token ids; valid ids are smaller.
+        matryoshka: dimensions that the model was trained to be truncated to; empty if unknown.
+        adapters: adapter names; empty if the checkpoint has no adapters.
+        parameters: parameters of the backbone, including the embedding table.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    dimension: int
+    max_tokens: int
+    vocabulary: int
+    matryoshka: tuple[int, ...]
+    adapters: tuple[str, ...]
+    parameters: int
+
+
+def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], source: str) -> Backbone:
+    """Return the backbone that a config.json describes.
 
     Args:
         config: the parsed config.json.
-        tensor_names: names in the weight files; Jina's own model type does not say in its config
-            which backbone it wraps, its per-head norms do.
-        where: how to call the file in an error.
+        tensor_names: names in the weight files. The config of ``jina_embeddings_v5`` does not
+            name its backbone; the presence of per-head norms in the weights identifies it.
+        source: name of the file in error messages.
 
     Raises:
-        CheckpointError: an unknown architecture, or a feature we do not implement.
+        CheckpointError: the architecture is unknown, or a feature is not implemented.
     """
-    architecture = _architecture(config, tensor_names, where)
-    _refuse_unimplemented(config, where)
+    architecture = _architecture(config, tensor_names, source)
+    _reject_unimplemented(config, source)
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
@@ -123,79 +176,86 @@ def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], where
             head_dim=int(config.get("head_dim") or hidden // max(heads, 1)),
             intermediate=int(config["intermediate_size"]),
             norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=_rope_theta(config, where),
+            rope_theta=_rope_theta(config, source),
             max_positions=int(config["max_position_embeddings"]),
-            causal=architecture == "qwen3",
-            qk_norm=architecture == "qwen3",
+            causal=ARCHITECTURES[architecture].causal,
+            qk_norm=ARCHITECTURES[architecture].qk_norm,
         )
     except KeyError as missing:
         raise CheckpointError(
-            f"{where} has no {missing}: it is not a complete model config; download it again."
+            f"{source} has no {missing}: the model config is incomplete; download it again."
         ) from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{where} has a value of the wrong kind ({error}).") from None
+        raise CheckpointError(f"{source} has a value of the wrong type ({error}).") from None
     if min(backbone.extents) < 1:
-        raise CheckpointError(f"{where} has a size below 1: {backbone}.")
+        raise CheckpointError(f"{source} has a size below 1: {backbone}.")
     if backbone.heads % backbone.kv_heads:
         raise CheckpointError(
-            f"{where}: {backbone.heads} attention heads cannot share {backbone.kv_heads} key heads."
+            f"{source}: {backbone.heads} attention heads cannot share {backbone.kv_heads} key "
+            "heads."
         )
     return backbone
 
 
-def matryoshka_dimensions(config: Mapping[str, Any], hidden: int, where: str) -> tuple[int, ...]:
-    """Dimensions the model was trained to be cut at; empty where the config does not say.
+def matryoshka_dimensions(config: Mapping[str, Any], hidden: int, source: str) -> tuple[int, ...]:
+    """Return the dimensions that the model was trained to be truncated to; empty if not stated.
 
     Raises:
-        CheckpointError: they are no list of whole numbers.
+        CheckpointError: the field is not a list of integers.
     """
     listed = config.get("matryoshka_dimensions") or ()
     if not isinstance(listed, list | tuple) or not all(type(d) is int for d in listed):
-        raise CheckpointError(f"{where}: matryoshka_dimensions is no list of whole numbers.")
+        raise CheckpointError(f"{source}: matryoshka_dimensions must be a list of integers.")
     if not listed and config.get("model_type") == "jina_embeddings_v5":
         listed = JINA_V5_MATRYOSHKA
     return tuple(sorted(d for d in listed if d <= hidden))
 
 
-def _architecture(config: Mapping[str, Any], tensor_names: frozenset[str], where: str) -> str:
+def _architecture(config: Mapping[str, Any], tensor_names: frozenset[str], source: str) -> str:
     model_type = config.get("model_type")
-    if model_type in ("qwen3", "eurobert"):
-        return str(model_type)
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return model_type
     if model_type != "jina_embeddings_v5":
         raise CheckpointError(
-            f"{where} names the architecture {model_type!r}, which is not known: taskvec serves "
+            f"{source} has the unknown architecture {model_type!r}: taskvec serves "
             "jina_embeddings_v5, qwen3 and eurobert checkpoints."
         )
     has_norm = "layers.0.self_attn.q_norm.weight" in tensor_names
     if has_norm and config.get("is_decoder") is False:
         raise CheckpointError(
-            f"{where} says is_decoder false, yet the weights have the per-head norms of the causal "
-            "Qwen3 backbone: config and weights are not of one model."
+            f"{source} sets is_decoder to false, but the weights have the per-head norms of the "
+            "causal Qwen3 backbone: config and weights belong to different models."
         )
     return "qwen3" if has_norm else "eurobert"
 
 
-def _refuse_unimplemented(config: Mapping[str, Any], where: str) -> None:
+def _reject_unimplemented(config: Mapping[str, Any], source: str) -> None:
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(key):
-            raise CheckpointError(f"{where} sets {key}, which taskvec does not implement.")
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list):
-        raise CheckpointError(f"{where}: layer_types is no list.")
-    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
-    if others:
-        raise CheckpointError(f"{where} has layers of type {others[:3]}: only full_attention.")
+            raise CheckpointError(f"{source} sets {key}, which taskvec does not implement.")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise CheckpointError(f"{source}: layer_types must be a list.")
+    unknown = sorted({str(layer_type) for layer_type in layer_types} - {"full_attention"})
+    if unknown:
+        raise CheckpointError(
+            f"{source} has layers of type {unknown[:3]}: only full_attention is implemented."
+        )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"{where} names the activation {activation!r}: only silu is known.")
+        raise CheckpointError(
+            f"{source} has the activation {activation!r}: only silu is implemented."
+        )
 
 
-def _rope_theta(config: Mapping[str, Any], where: str) -> float:
+def _rope_theta(config: Mapping[str, Any], source: str) -> float:
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(f"{where} asks for the rope type {kind!r}: only default is known.")
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type != "default":
+        raise CheckpointError(
+            f"{source} has the rope type {rope_type!r}: only default is implemented."
+        )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
-        raise CheckpointError(f"{where} has no rope_theta.")
+        raise CheckpointError(f"{source} has no rope_theta.")
     return float(theta)

@@ -1,4 +1,4 @@
-"""A checkpoint folder, read and checked without loading a single weight."""
+"""Read and check a checkpoint folder; only the headers of the weight files are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskvec.checkpoint.adapters import Adapter, read_adapters
-from taskvec.checkpoint.backbone import Backbone, matryoshka_dimensions, read_backbone
+from taskvec.checkpoint.backbone import Backbone, ModelCard, matryoshka_dimensions, read_backbone
 from taskvec.checkpoint.files import (
     PROMPTS_FILE,
     read_json,
@@ -16,20 +16,22 @@ from taskvec.checkpoint.files import (
     tensor_shapes,
     weight_files,
 )
-from taskvec.engines.base import ModelCard
 from taskvec.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that a checkpoint folder says.
+    """The contents of a checkpoint folder, without the weights.
 
     Attributes:
+        folder: the checkpoint folder.
+        backbone: shape of the transformer.
         weights: tensor name (without a ``model.`` prefix) -> (file, key in that file).
+        adapters: the LoRA adapters; empty for a plain backbone.
         prompts: prompt name -> prefix, for example ``{"query": "Query: "}``.
-        default_prompt: the prompt used where a task has none of its own; None for no prefix.
-        tokenizer: tokenizer.json.
-        card: what is served.
+        default_prompt: name of the prompt for tasks without their own; None for no prefix.
+        tokenizer: path of tokenizer.json.
+        card: the description of the model that clients and engines use.
     """
 
     folder: Path
@@ -45,15 +47,15 @@ class Checkpoint:
 def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
     """Read and check a checkpoint folder in the jina-embeddings-v5 layout, or a plain backbone.
 
-    No code from the folder is run and nothing is unpickled.
+    Code from the folder is never run, and pickles are never loaded.
 
     Args:
-        folder: holds config.json, safetensors, tokenizer.json, and perhaps ``adapters/``.
-        name: what the model is called towards clients.
-        revision: the hub commit that the folder was fetched from.
+        folder: contains config.json, safetensors, tokenizer.json, and optionally ``adapters/``.
+        name: model name in the API.
+        revision: commit on the Hugging Face Hub that the folder was downloaded from.
 
     Raises:
-        CheckpointError: something is missing, damaged or not implemented.
+        CheckpointError: a file is missing or damaged, or a feature is not implemented.
     """
     config_file = folder / "config.json"
     config = read_json(config_file)
@@ -62,10 +64,10 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
     _check_tensors(shapes, backbone, folder)
     task_names = config.get("task_names") or []
     if not isinstance(task_names, list):
-        raise CheckpointError(f"{config_file}: task_names is no list.")
+        raise CheckpointError(f"{config_file}: task_names must be a list.")
     task_names = [str(task) for task in task_names]
     if len(set(task_names)) != len(task_names):
-        raise CheckpointError(f"{config_file}: task_names repeats a name: {task_names}.")
+        raise CheckpointError(f"{config_file}: task_names contains duplicates: {task_names}.")
     adapters = read_adapters(folder, backbone, task_names)
     prompts, default_prompt = _prompts(
         folder, required=any(not adapter.prompts for adapter in adapters)
@@ -97,40 +99,41 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
 
 def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Path, str]]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, tuple[Path, str]] = {}
+    sources: dict[str, tuple[Path, str]] = {}
     for file in weight_files(folder):
         for key, shape in tensor_shapes(file).items():
             name = key.removeprefix("model.")
             if name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq"):
-                continue  # the language-model head and derived buffers: no part of an embedding
+                continue  # the language-model head and derived buffers: unused for embeddings
             shapes[name] = shape
-            places[name] = (file, key)
-    return shapes, places
+            sources[name] = (file, key)
+    return shapes, sources
 
 
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, folder: Path) -> None:
-    if backbone.layers > len(shapes):  # before so many names are made
+    if backbone.layers > len(shapes):  # a huge number must not fill the memory with names
         raise CheckpointError(
             f"config.json in {folder} implies {backbone.layers} layers, the weights have only "
-            f"{len(shapes)} tensors: config and weights are not of one model."
+            f"{len(shapes)} tensors: config and weights belong to different models."
         )
-    wanted = dict(backbone.tensors())
-    for name, shape in wanted.items():
+    expected = dict(backbone.tensors())
+    for name, shape in expected.items():
         if name not in shapes:
             raise CheckpointError(
                 f"The weights in {folder} lack {name!r}, which config.json implies: the file is "
-                "incomplete or of another model."
+                "incomplete or belongs to another model."
             )
         if shapes[name] != shape:
             raise CheckpointError(
                 f"The weights in {folder} have {name!r} as {list(shapes[name])}, config.json "
-                f"implies {list(shape)}: config and weights are not of one model."
+                f"implies {list(shape)}: config and weights belong to different models."
             )
-    unknown = sorted(set(shapes) - set(wanted))
+    unknown = sorted(set(shapes) - set(expected))
     if unknown:
         raise CheckpointError(
-            f"The weights in {folder} hold {len(unknown)} tensors that this backbone does not use, "
-            f"{unknown[0]!r} first: it is another architecture, and would give wrong vectors."
+            f"The weights in {folder} contain {len(unknown)} tensors that this backbone does not "
+            f"use (the first is {unknown[0]!r}): they belong to another architecture, and the "
+            "vectors would be wrong."
         )
 
 
@@ -150,7 +153,7 @@ def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | Non
 def _max_tokens(folder: Path, backbone: Backbone) -> int:
     file = folder / "tokenizer_config.json"
     stated = read_json(file).get("model_max_length") if file.is_file() else None
-    # transformers writes 1e30 for "no limit"; the positions are the limit then.
+    # transformers writes 1e30 for "no limit"; max_positions is the limit then.
     if not isinstance(stated, int | float) or not math.isfinite(stated) or stated < 1:
         return backbone.max_positions
     return min(int(stated), backbone.max_positions)

@@ -1,4 +1,7 @@
-"""Reading the files of a checkpoint, with one sentence for each way they can be damaged."""
+"""Read the files of a checkpoint: JSON, prompts, and safetensors headers and tensors.
+
+Every damaged file raises CheckpointError with a message of one line.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,24 @@ from safetensors import SafetensorError, safe_open
 from taskvec.errors import CheckpointError
 
 PROMPTS_FILE = "config_sentence_transformers.json"
-"""Of a checkpoint, and of an adapter that has prompts of its own."""
+"""File with the prompts, in the checkpoint folder and optionally in an adapter folder."""
 
-DTYPES = frozenset({"F32", "BF16", "F16"})
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+"""Supported dtypes: name in a safetensors header -> numpy dtype of the stored bytes.
+
+numpy has no bfloat16, so its bits are read as integers.
+"""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing or holds no JSON object.
+        CheckpointError: the file is missing, or is not a JSON object.
     """
     try:
         value = json.loads(file.read_bytes())
@@ -35,23 +46,23 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file} cannot be read as JSON ({error}): copy or download it again."
         ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object: copy or download it again.")
+        raise CheckpointError(f"{file} must contain a JSON object: copy or download it again.")
     return value
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a safetensors file, from its header alone.
+    """Return name -> shape of every tensor in a safetensors file, read from its header.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or holds a number type we do not read.
+        CheckpointError: the file is missing or damaged, or a tensor has an unsupported dtype.
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: copy or download the checkpoint again.")
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is damaged or cut short ({error}): copy or download it again."
@@ -65,10 +76,12 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the backbone: one, or the shards that the index names.
+    """Return the safetensors files of the backbone: one file, or the shards in the index.
+
+    A single file that is missing is returned too: reading it raises the error.
 
     Raises:
-        CheckpointError: there is none, or only pickled weights.
+        CheckpointError: the index is invalid, or only pickled weights exist.
     """
     index_file = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
@@ -79,67 +92,60 @@ def weight_files(folder: Path) -> list[Path]:
                 "model.safetensors."
             )
         return [single]
-    shards = read_json(index_file).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map: copy or download it again.")
-    names = sorted(set(map(str, shards.values())))
+    names = sorted(set(map(str, weight_map.values())))
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{index_file} names the shard {name!r} outside its folder.")
+            raise CheckpointError(f"{index_file} refers to the shard {name!r} outside its folder.")
     return [folder / name for name in names]
 
 
 def read_prompts(file: Path) -> tuple[dict[str, str], str | None]:
-    """The prompts of a config_sentence_transformers.json, and the name of the default one.
+    """Return the prompts of a config_sentence_transformers.json and the default prompt's name.
 
     Raises:
-        CheckpointError: the file is missing, or says something else than names and strings.
+        CheckpointError: the file is missing, or its prompts are not strings.
     """
     config = read_json(file)
     prompts: Any = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CheckpointError(f"{file}: prompts is no object of strings.")
+        raise CheckpointError(f"{file}: prompts must be an object of strings.")
     default = config.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of its prompts.")
+        raise CheckpointError(f"{file}: default_prompt_name {default!r} is not among its prompts.")
     return dict(prompts), default
 
 
-_STORED: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
-
 class TensorReader:
-    """Reads single tensors, or rows of them; files are mapped, never loaded whole.
+    """Reads single tensors, or some of their rows, through memory mapping.
 
-    The files must have passed ``files.tensor_shapes``.
+    The files must have passed ``tensor_shapes``.
     """
 
     def __init__(self) -> None:
         self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
 
     def read(self, file: Path, key: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """One tensor.
+        """Read one tensor.
 
         Args:
             file: a safetensors file.
-            key: the tensor's name in it.
-            rows: read only these rows; None for all.
+            key: name of the tensor in the file.
+            rows: indices of the rows to read; None for all rows.
 
         Returns:
-            float32, in the tensor's shape.
+            float32, in the shape of the tensor.
         """
         header, data = self._header(file)
         entry: dict[str, Any] = header[key]
         start = data + int(entry["data_offsets"][0])
-        stored = np.memmap(file, _STORED[entry["dtype"]], "r", start, tuple(entry["shape"]))
-        part = np.asarray(stored if rows is None else stored[rows])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            return (part.astype(np.uint32) << 16).view(np.float32)
-        return part.astype(np.float32)
+        stored = np.memmap(file, DTYPES[entry["dtype"]], "r", start, tuple(entry["shape"]))
+        values = np.asarray(stored if rows is None else stored[rows])
+        if entry["dtype"] == "BF16":  # bfloat16 is the upper half of a float32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32)
 
     def _header(self, file: Path) -> tuple[dict[str, Any], int]:
         if file not in self._headers:

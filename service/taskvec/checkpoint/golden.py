@@ -1,7 +1,8 @@
-"""Golden vectors: what each adapter of a checkpoint must give for a few probe texts.
+"""Golden vectors: the expected vectors of each adapter for a few probe texts.
 
-Computed once by the numpy reference, kept in the cache folder, and used to refuse any engine or
-server that would serve other vectors: a missing or swapped adapter, wrong weights, wrong pooling.
+They are computed once by the numpy reference and stored in the cache folder. An engine or server
+that returns other vectors is rejected: its adapter is missing or swapped, or its weights or pooling
+are wrong.
 """
 
 from __future__ import annotations
@@ -24,81 +25,86 @@ PROBES = (
     "Query: how do I stop a program that is still running?",
     "Document: a glacier is a mass of ice that moves slowly down a valley and carries stones.",
 )
-"""Real text, on which a trained model's adapters differ far more than on random tokens; of two
-lengths, so that a batch of them is a mixed one."""
+"""Natural text, because the adapters of a trained model differ far more on it than on random
+tokens. Two lengths, so that one batch has texts of different lengths."""
 
-MATCH = 0.99
-"""Least cosine to the golden vector: bfloat16 stays above 0.999, 8-bit weights about 0.99."""
+MIN_COSINE = 0.99
+"""Smallest cosine to the golden vector: bfloat16 stays above 0.999, 8-bit weights near 0.99."""
 
 _FORMAT = b"2"
-"""Of what is kept in the cache folder, the plain copy too."""
+"""Version of the files in the cache folder: the golden vectors and the copy for vLLM."""
 
-_BASE = ""
-"""How the bare backbone is called in the file; no adapter can have that name."""
+_BACKBONE_KEY = ""
+"""Key of the bare backbone in the stored file; adapter names are never empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenVectors:
-    """What to ask, and what must come back.
+    """Probe texts and the vectors that an engine must return for them.
 
     Attributes:
-        probes: token ids of each probe.
-        vectors: adapter (None: the bare backbone) -> float32 [probes, dimension], length 1 each.
-        adapters: those that an engine must serve; ``(None,)`` where the checkpoint has none.
+        probes: int32 token ids [length] of each probe.
+        vectors: adapter (None: the bare backbone) -> float32 [probes, dimension], L2-normalised.
+        adapters: adapters that an engine must serve; ``(None,)`` if the checkpoint has none.
     """
 
     probes: tuple[NDArray[np.int32], ...]
     vectors: Mapping[str | None, NDArray[np.float32]]
     adapters: tuple[str | None, ...]
 
-    def fault(self, adapter: str | None, given: NDArray[np.float32]) -> str | None:
-        """What is wrong with an engine's answer to the probes; None if nothing is.
+    def mismatch(self, adapter: str | None, vectors: NDArray[np.float32]) -> str | None:
+        """Compare the vectors of an engine with the golden vectors.
 
         Args:
-            adapter: the one that was asked for.
-            given: float32 [probes, dimension], of any length.
+            adapter: the adapter that the engine was to apply.
+            vectors: float32 [probes, dimension], normalised or not.
+
+        Returns:
+            A description of the error, or None if the vectors match.
         """
-        wanted = self.vectors[adapter]
-        asked = named(adapter)
-        if given.shape != wanted.shape:
-            return f"{asked} gives vectors of shape {list(given.shape)}, not {list(wanted.shape)}"
-        if not np.isfinite(given).all():
-            return f"{asked} gives vectors that are not finite"
-        lengths = np.linalg.norm(given.astype(np.float64), axis=1, keepdims=True)
-        if not lengths.all():
-            return f"{asked} gives vectors of zeros"
+        expected = self.vectors[adapter]
+        label = adapter_label(adapter)
+        if vectors.shape != expected.shape:
+            shapes = f"{list(vectors.shape)}, not {list(expected.shape)}"
+            return f"{label} gives vectors of shape {shapes}"
+        if not np.isfinite(vectors).all():
+            return f"{label} gives vectors that are not finite"
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+        if not norms.all():
+            return f"{label} gives vectors of zeros"
         names = list(self.vectors)
-        unit = given / lengths
+        unit = vectors / norms
         cosines = np.stack([(golden * unit).sum(axis=1) for golden in self.vectors.values()])
         for probe, nearest in enumerate(cosines.argmax(axis=0)):
-            if names[nearest] != adapter and cosines[nearest, probe] >= MATCH:
-                return f"{asked} gives the vectors of {named(names[nearest])}"
-        right = cosines[names.index(adapter)]
-        if right.min() < MATCH:
+            if names[nearest] != adapter and cosines[nearest, probe] >= MIN_COSINE:
+                return f"{label} gives the vectors of {adapter_label(names[nearest])}"
+        lowest = cosines[names.index(adapter)].min()
+        if lowest < MIN_COSINE:
             return (
-                f"{asked} gives wrong vectors: cosine {right.min():.3f} to the right ones, at "
-                f"least {MATCH} is asked; other weights, another model, or too coarse a number type"
+                f"{label} gives wrong vectors: cosine {lowest:.3f} to the expected vectors, at "
+                f"least {MIN_COSINE} is required; the weights or the model differ, or the dtype is "
+                "too coarse"
             )
         return None
 
 
-def named(adapter: str | None) -> str:
-    """How messages call an adapter."""
+def adapter_label(adapter: str | None) -> str:
+    """Return the name of an adapter for use in messages."""
     return "the bare backbone" if adapter is None else f"adapter {adapter!r}"
 
 
 def golden_vectors(checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
-    """The golden vectors of a checkpoint, from the cache or computed.
+    """Return the golden vectors of a checkpoint, from the cache if possible.
 
     Args:
-        checkpoint: whose.
-        cache: folder to keep them in; one that cannot be written is no error.
+        checkpoint: the checkpoint that will be served.
+        cache: folder to store them in. Errors when writing to it are ignored.
     """
     probes = _probes(checkpoint)
     names: list[str | None] = [None, *checkpoint.card.adapters]
-    asked = zlib.crc32(b" ".join(probe.tobytes() for probe in probes))
-    file = cache / "golden" / f"{fingerprint(checkpoint)}-{asked:08x}.npz"
-    vectors = _stored(file, names, (len(probes), checkpoint.backbone.hidden))
+    probes_crc = zlib.crc32(b" ".join(probe.tobytes() for probe in probes))
+    file = cache / "golden" / f"{fingerprint(checkpoint)}-{probes_crc:08x}.npz"
+    vectors = _load(file, names, (len(probes), checkpoint.backbone.hidden))
     if vectors is None:
         rows = reference_vectors(
             checkpoint,
@@ -106,14 +112,14 @@ def golden_vectors(checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
             [name for name in names for _ in probes],
         )
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        parts = np.split(unit.astype(np.float32), len(names))
-        vectors = dict(zip(names, parts, strict=True))
+        per_adapter = np.split(unit.astype(np.float32), len(names))
+        vectors = dict(zip(names, per_adapter, strict=True))
         _store(file, vectors)
     return GoldenVectors(probes, vectors, checkpoint.card.adapters or (None,))
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Names one state of a checkpoint's files; changes when a config or weight file does."""
+    """Return an identifier of the checkpoint files, computed from paths, sizes and dates."""
     digest = hashlib.sha256(_FORMAT)
     for file in _files(checkpoint):
         state = file.stat()
@@ -124,7 +130,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
-    """Names what a checkpoint's files hold, wherever they lie; reads all of them."""
+    """Return a hash of the contents of the checkpoint files, independent of their paths.
+
+    Reads all weights, which takes seconds for a large model.
+    """
     digest = hashlib.sha256(_FORMAT)
     for path in _files(checkpoint):
         with path.open("rb") as file:
@@ -135,7 +144,7 @@ def content_digest(checkpoint: Checkpoint) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
-    """What a vector depends on: the config, the weights, the adapters."""
+    """Return the files that vectors depend on: config, weights and adapters."""
     weights = sorted({file for file, _ in checkpoint.weights.values()})
     adapters = [adapter.weights for adapter in checkpoint.adapters]
     return [checkpoint.folder / "config.json", *weights, *adapters]
@@ -145,29 +154,29 @@ def _probes(checkpoint: Checkpoint) -> tuple[NDArray[np.int32], ...]:
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    most, last = checkpoint.card.max_tokens, checkpoint.backbone.vocabulary - 1
-    ids = (np.array(tokenizer.encode(text).ids[:most], dtype=np.int32) for text in PROBES)
-    return tuple(np.minimum(text, last) for text in ids)
+    max_tokens, max_id = checkpoint.card.max_tokens, checkpoint.backbone.vocabulary - 1
+    ids = (np.array(tokenizer.encode(text).ids[:max_tokens], dtype=np.int32) for text in PROBES)
+    return tuple(np.minimum(text, max_id) for text in ids)
 
 
-def _stored(
+def _load(
     file: Path, names: Sequence[str | None], shape: tuple[int, int]
 ) -> dict[str | None, NDArray[np.float32]] | None:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            vectors = {name: arrays[name or _BASE] for name in names}
+            vectors = {name: arrays[name or _BACKBONE_KEY] for name in names}
     except Exception:  # noqa: BLE001 - a damaged file fails in many ways
-        return None  # not there, or a write that was cut short: computed again
-    fits = all(v.shape == shape and v.dtype == np.float32 for v in vectors.values())
-    return vectors if fits else None
+        return None  # missing, or damaged by an interrupted write: computed again
+    valid = all(v.shape == shape and v.dtype == np.float32 for v in vectors.values())
+    return vectors if valid else None
 
 
 def _store(file: Path, vectors: Mapping[str | None, NDArray[np.float32]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        whole = file.with_suffix(".part.npz")
-        arrays: dict[str, Any] = {name or _BASE: rows for name, rows in vectors.items()}
-        np.savez(whole, **arrays)
-        whole.replace(file)
+        temporary = file.with_suffix(".part.npz")
+        arrays: dict[str, Any] = {name or _BACKBONE_KEY: rows for name, rows in vectors.items()}
+        np.savez(temporary, **arrays)
+        temporary.replace(file)
     except OSError:
-        return  # a read-only cache costs seconds at the next start, nothing else
+        return  # with a read-only cache the vectors are computed again at the next start

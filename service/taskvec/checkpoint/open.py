@@ -1,4 +1,4 @@
-"""From what a user names to a folder: the built-in model, a path, or a hub id."""
+"""Resolve a model name to a checkpoint: the built-in model, a folder, or a Hugging Face Hub id."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.errors import CheckpointError
 
 DEFAULT_MODEL = "taskvec-mini"
-"""The checkpoint inside the package."""
+"""Name of the checkpoint in the package."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WANTED_FILES = (
+_DOWNLOADED_FILES = (
     "config.json",
     "config_sentence_transformers.json",
     "tokenizer.json",
@@ -26,15 +26,17 @@ _WANTED_FILES = (
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint and read it.
+    """Find a checkpoint, download it if necessary, and read it.
 
     Args:
         model: ``taskvec-mini``, a folder, or a hub id such as
-            ``jinaai/jina-embeddings-v5-text-small``. An existing folder wins over a hub id.
+            ``jinaai/jina-embeddings-v5-text-small``. An existing folder takes precedence over a
+            hub id.
         revision: hub branch, tag or commit; ignored for folders.
 
     Raises:
-        CheckpointError: nothing is there, the hub cannot be reached, or the files cannot be served.
+        CheckpointError: the model was not found, the hub cannot be reached, or the checkpoint is
+            invalid.
     """
     if model == DEFAULT_MODEL:
         return read_checkpoint(Path(__file__).parents[1] / "default_model", DEFAULT_MODEL)
@@ -43,8 +45,8 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         return read_checkpoint(folder, folder.resolve().name)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"There is no folder {model!r}, and it is no hub id of the form owner/name: name an "
-            f"existing checkpoint folder, a hub id, or the built-in {DEFAULT_MODEL!r}."
+            f"{model!r} is neither an existing folder nor a hub id of the form owner/name: pass a "
+            f"checkpoint folder, a hub id, or the built-in {DEFAULT_MODEL!r}."
         )
     snapshot = _download(model, revision)
     return read_checkpoint(snapshot, model, revision=snapshot.name)
@@ -54,12 +56,12 @@ def _folder(model: str) -> Path | None:
     try:
         folder = Path(model).expanduser()
         return folder if model and folder.is_dir() else None
-    except (OSError, RuntimeError):  # no such user, a name too long for the file system
+    except (OSError, RuntimeError):  # unknown ~user, or a name too long for the file system
         return None
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and only hubs need it
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, only for downloads
     from huggingface_hub.errors import (  # noqa: PLC0415
         HfHubHTTPError,
         HFValidationError,
@@ -69,7 +71,9 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_WANTED_FILES)))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED_FILES))
+        )
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} cannot be a hub id: {error}") from None
     except RevisionNotFoundError:
@@ -80,7 +84,7 @@ def _download(model: str, revision: str | None) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{model} is neither in the local hub cache nor could it be fetched "
-            f"({type(error).__name__}): check the network or HF_HUB_OFFLINE, or name a folder that "
-            "holds a copy."
+            f"{model} is not in the local hub cache and could not be downloaded "
+            f"({type(error).__name__}): check the network and HF_HUB_OFFLINE, or pass a folder "
+            "that contains a copy."
         ) from None

@@ -1,7 +1,7 @@
-"""The model in plain numpy and float32: slow, short, and what every engine is held against.
+"""Reference implementation of the model in numpy and float32, which every engine must match.
 
-Needs no torch, so that a gateway can check the servers behind it. Weights are read layer by layer:
-a 0.6B model takes seconds and a few hundred megabytes.
+It works without torch, so that a gateway can check its servers. Weights are read layer by layer: a
+0.6B model takes seconds and a few hundred megabytes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ def reference_vectors(
     """Embed texts one by one in float32.
 
     Args:
-        checkpoint: whose weights.
-        texts: token ids, one array [length] a text.
+        checkpoint: the model.
+        texts: int32 token ids [length] of each text.
         adapters: the adapter of each text; None for the bare backbone.
 
     Returns:
-        float32 [texts, hidden], the last token's state after the last norm, not normalised.
+        float32 [texts, hidden], the last token's hidden state after the final norm, not
+        normalised.
     """
     return _Reference(checkpoint, texts, adapters).run()
 
 
 class _Reference:
-    """One pass over the weights, with all texts end to end in one [tokens, hidden] matrix."""
+    """One forward pass; all texts are concatenated to one [tokens, hidden] matrix."""
 
     def __init__(
         self,
@@ -83,13 +84,13 @@ class _Reference:
         return normed
 
     def _linear(self, layer: int, module: str, values: Matrix) -> Matrix:
-        """``x W^T + scale (x A^T) B^T``, the second part where the text's adapter has it."""
+        """Return ``x W^T``, plus ``scale (x A^T) B^T`` for texts with an adapter for this layer."""
         result: Matrix = values @ self._weight(f"layers.{layer}.{module}").T
         for adapter in self._checkpoint.adapters:
             rows, keys = self._by_adapter[adapter.name], adapter.keys.get((layer, module))
             if keys is not None and len(rows):
-                down, up = (self._tensors.read(adapter.weights, key) for key in keys)
-                result[rows] += np.float32(adapter.scale) * (values[rows] @ down.T @ up.T)
+                lora_a, lora_b = (self._tensors.read(adapter.weights, key) for key in keys)
+                result[rows] += np.float32(adapter.scale) * (values[rows] @ lora_a.T @ lora_b.T)
         return result
 
     def _attention(self, layer: int, values: Matrix) -> Matrix:
@@ -107,7 +108,13 @@ class _Reference:
         return self._linear(layer, "self_attn.o_proj", mixed.reshape(len(values), -1))
 
     def _attend(self, q: Matrix, k: Matrix, v: Matrix) -> Matrix:
-        """Attention within one text; q [length, heads, head_dim], k and v with ``kv_heads``."""
+        """Return RoPE and attention within one text.
+
+        Args:
+            q: [length, heads, head_dim].
+            k: [length, kv_heads, head_dim].
+            v: [length, kv_heads, head_dim].
+        """
         shape, length = self._backbone, len(q)
         angles = np.arange(length)[:, None] * shape.rope_theta ** (
             -np.arange(0, shape.head_dim, 2) / shape.head_dim

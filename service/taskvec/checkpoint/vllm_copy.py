@@ -1,8 +1,8 @@
-"""A checkpoint as stock vLLM can serve it with an adapter per request.
+"""A copy of a checkpoint that stock vLLM can serve with one LoRA adapter per request.
 
-vLLM reads jina_embeddings_v5 only by code from the checkpoint, and merges one task for the life of
-the process. The same weights under the config of a plain architecture, with the adapters beside
-them as LoRA requests, serve every task in one batch.
+vLLM can load jina_embeddings_v5 only with code from the checkpoint, which merges one task into the
+weights. With the config of a standard architecture, vLLM loads the same weights without that code
+and applies the adapters as LoRA requests, so that one batch can contain every task.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from taskvec.checkpoint.golden import fingerprint
 from taskvec.errors import CheckpointError
 
 _TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
-"""Read tokenizer.json as it is: a class chosen by the architecture's name may not fit it."""
+"""Loads tokenizer.json unchanged; the class that belongs to the architecture may not match it."""
 
 
 def make_vllm_copy(checkpoint: Checkpoint, cache: Path) -> Path:
-    """The folder to give vLLM as its model: weights and tokenizer linked, config rewritten.
+    """Create the folder that vLLM loads as its model: symlinks to the weights, and a new config.
+
+    The folder is created once per state of the checkpoint files. Entries that are wrong, such as a
+    link to a file that has moved, are written again.
 
     Args:
-        checkpoint: stays as it is; its adapters are named by their own folders.
-        cache: the folder is made in here, once for each state of the checkpoint; what of it is not
-            as it should be, such as a link to a file that has moved, is written again.
+        checkpoint: the original, which is not changed.
+        cache: parent of the folder.
+
+    Returns:
+        The folder. Adapters are not part of it: vLLM loads them from the checkpoint.
 
     Raises:
         CheckpointError: the cache cannot be written.
@@ -41,8 +46,8 @@ def make_vllm_copy(checkpoint: Checkpoint, cache: Path) -> Path:
         "tokenizer_config.json": json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n",
     }
     try:
-        links = {name: file for name, file in links.items() if not _leads_to(folder / name, file)}
-        texts = {name: text for name, text in texts.items() if not _holds(folder / name, text)}
+        links = {name: file for name, file in links.items() if not _links_to(folder / name, file)}
+        texts = {name: text for name, text in texts.items() if not _contains(folder / name, text)}
         if links or texts:
             _write(folder, links, texts)
     except OSError as error:
@@ -53,32 +58,32 @@ def make_vllm_copy(checkpoint: Checkpoint, cache: Path) -> Path:
     return folder
 
 
-def _leads_to(link: Path, file: Path) -> bool:
+def _links_to(link: Path, file: Path) -> bool:
     return link.is_symlink() and link.readlink() == file
 
 
-def _holds(file: Path, text: str) -> bool:
+def _contains(file: Path, text: str) -> bool:
     return file.is_file() and file.read_text() == text
 
 
 def _write(folder: Path, links: Mapping[str, Path], texts: Mapping[str, str]) -> None:
-    """Put entries into a folder that others may read and write now: each at one stroke."""
+    """Write each entry atomically, because other processes may read or write the folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        unfinished.chmod(0o755)
+        temporary.chmod(0o755)
         for name, file in links.items():
-            (unfinished / name).symlink_to(file)
+            (temporary / name).symlink_to(file)
         for name, text in texts.items():
-            (unfinished / name).write_text(text)
+            (temporary / name).write_text(text)
         if not folder.exists():
             with suppress(OSError):  # another process was faster
-                unfinished.rename(folder)
+                temporary.rename(folder)
                 return
         for name in (*links, *texts):
-            (unfinished / name).replace(folder / name)
+            (temporary / name).replace(folder / name)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _linked_files(checkpoint: Checkpoint) -> list[Path]:
@@ -88,9 +93,9 @@ def _linked_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def vllm_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config.json of a plain architecture that vLLM and transformers know without extra code.
+    """Return a config.json with an architecture that vLLM and transformers have built in.
 
-    EuroBERT has exactly Llama's weight names; vLLM's bidirectional Llama is its forward.
+    EuroBERT has the weight names of Llama, and vLLM's bidirectional Llama computes the same.
     """
     backbone = checkpoint.backbone
     config: dict[str, Any] = {

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.cache.embeddings import EmbeddingCache
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.concurrency import CancelScope, gather_or_cancel
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokenizer import TextTokenizer
-from taskvec.engines.base import Engine, EngineResult, ModelCard, TokenBatch, TokenIds
+from taskvec.engines.base import Engine, EngineResult, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 
 
@@ -149,7 +150,7 @@ class AsyncEmbedder:
         """Admit each job's texts and embed them; one engine result per job."""
         stages = context.stages
         tokens = sum(map(_count_tokens, ids))
-        priority = self._admission.priority_of(tokens, jobs[0].priority, 0)
+        priority = self._admission.priority_of(tokens, jobs[0].priority, self._engine.batch_tokens)
         batches = [
             TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
             for texts, job in zip(ids, jobs, strict=True)

@@ -1,1 +1,1 @@
-"""Engines turn token ids into vectors."""
+"""Engines compute vectors from token ids."""

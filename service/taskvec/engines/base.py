@@ -1,6 +1,6 @@
-"""The Engine protocol: token ids in, one vector a text out.
+"""The Engine protocol: token ids in, one vector per text out.
 
-An engine never sees text, prompts, output dimensions or output types.
+An engine does not know texts, prompts, output dimensions or output types.
 """
 
 from __future__ import annotations
@@ -13,41 +13,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.errors import UnavailableError
 from taskvec.priority import Priority
 
 TokenIds = NDArray[np.int32]
+"""Token ids of one text: int32 [length]."""
 
 
-def _unheard() -> None:
-    """For a batch whose way nobody follows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What is served, as far as an engine's callers need to know it.
-
-    Attributes:
-        name: the name clients ask for.
-        revision: hub commit, or None for a folder.
-        architecture: ``qwen3`` or ``eurobert``.
-        dimension: width of the vectors.
-        max_tokens: longest text the engine takes, in tokens, special tokens included.
-        vocabulary: number of token ids; valid ids lie below it.
-        matryoshka: dimensions the model was trained to be cut at; empty where unknown.
-        adapters: adapter names; empty where the checkpoint has none.
-        parameters: parameters of the backbone, embedding table included.
-    """
-
-    name: str
-    revision: str | None
-    architecture: str
-    dimension: int
-    max_tokens: int
-    vocabulary: int
-    matryoshka: tuple[int, ...]
-    adapters: tuple[str, ...]
-    parameters: int
+def _ignore() -> None:
+    """Do nothing: the default of ``TokenBatch.entered``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,37 +30,36 @@ class TokenBatch:
     """The texts of one request, as token ids.
 
     Attributes:
-        ids: one int32 array [length] a text, each 1..max_tokens long, ids below the vocabulary.
-        adapter: the adapter to apply to all of them; None for the bare backbone.
-        deadline: ``time.monotonic()`` after which nobody waits for the answer; None for never.
-        priority: its class. A batch that takes more than one forward is bulk whatever this says.
-        entered: called by the engine, from any thread, as the first text enters a forward; at once
-            by an engine that cannot see its forwards.
+        ids: int32 [length] of each text, 1 to max_tokens ids below the vocabulary size.
+        adapter: the adapter of all texts; None for the bare backbone.
+        deadline: ``time.monotonic()`` after which the result is not needed; None for no deadline.
+        priority: class of the request (``Admission.priority_of`` decides it).
+        entered: called by the engine, from any thread, when the first text enters a forward. An
+            engine that does not see its forwards calls it at once.
 
-    Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not already in a
-    forward.
+    Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not in a forward.
     """
 
     ids: Sequence[TokenIds]
     adapter: str | None
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
-    entered: Callable[[], None] = _unheard
+    entered: Callable[[], None] = _ignore
 
     @property
     def tokens(self) -> int:
-        """Total number of tokens."""
+        """Return the total number of tokens."""
         return sum(map(len, self.ids))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineResult:
-    """What came of a TokenBatch.
+    """Result of a TokenBatch.
 
     Attributes:
         vectors: float32 [texts, dimension], in the order of the batch, **not** normalised.
         queued: seconds until the first text entered a forward.
-        computed: seconds from then until the last vector was there.
+        computed: seconds from then until the last vector was computed.
     """
 
     vectors: NDArray[np.float32]
@@ -94,7 +68,7 @@ class EngineResult:
 
 
 class EngineState(enum.Enum):
-    """Where an engine is in its life; UNAVAILABLE ends by itself, DEAD only with the process."""
+    """Lifecycle state of an engine. UNAVAILABLE is temporary; DEAD lasts until the process ends."""
 
     STARTING = "starting"
     READY = "ready"
@@ -104,7 +78,7 @@ class EngineState(enum.Enum):
 
 
 class DropReason(enum.StrEnum):
-    """Why a text left the queue without being embedded; a metric label."""
+    """Reason why a text left the queue without being embedded; a metric label."""
 
     CANCELLED = "cancelled"
     EXPIRED = "expired"
@@ -113,21 +87,21 @@ class DropReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """Whether the engine can answer, and if not, why."""
+    """State of an engine, and the reason if it is not ready."""
 
     state: EngineState
     reason: str = ""
 
     @property
     def ready(self) -> bool:
-        """True when a request would be answered."""
+        """True if the engine accepts requests."""
         return self.state is EngineState.READY
 
     def require_ready(self) -> None:
-        """Refuse work that would not be answered.
+        """Check that the engine accepts requests.
 
         Raises:
-            UnavailableError: saying why, and when to come back.
+            UnavailableError: it does not; the message has the reason.
         """
         if self.ready:
             return
@@ -140,59 +114,71 @@ class EngineHealth:
 
 
 class QueueObserver(Protocol):
-    """What every engine reports while it works."""
+    """Observer of the queue of an engine."""
 
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
-        """The queue now holds this much, and since ``time.monotonic()`` ``oldest``.
+        """The queue has changed.
 
-        Where an engine cannot see forwards, what is in one is still in the queue.
+        For an engine that does not see its forwards, texts in a forward count as queued.
+
+        Args:
+            texts: number of queued texts.
+            tokens: number of queued tokens.
+            oldest: ``time.monotonic()`` when the oldest request was queued; None if empty.
         """
 
 
 class EngineObserver(QueueObserver, Protocol):
-    """What an engine in this process reports; called from the engine's own thread."""
+    """Observer of an engine in this process; notified from the engine's thread."""
 
     def batch_started(self, waited: Sequence[float]) -> None:
-        """Requests entered their first forward after these many seconds in the queue."""
+        """Requests entered their first forward; ``waited`` has the seconds in the queue of each."""
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
-        """One forward over this much, of at most ``budget`` tokens, took so long."""
+        """A forward with these texts and tokens ended; its budget was ``budget`` tokens."""
 
     def memory_ran_out(self, budget: int) -> None:
-        """A forward did not fit into memory; the next ones hold at most ``budget`` tokens."""
+        """A forward ran out of memory; the next forwards have at most ``budget`` tokens."""
 
     def texts_dropped(self, reason: DropReason, texts: int) -> None:
         """Texts left the queue without being embedded."""
 
 
 class Engine(Protocol):
-    """Something that embeds token ids; see docs/architecture.md."""
+    """Computes vectors from token ids; see docs/architecture.md."""
 
     @property
     def model(self) -> ModelCard:
-        """The card of the served model; known before ``start``."""
+        """Return the card of the served model; available before ``start``."""
 
     @property
     def finished(self) -> int:
-        """Grows with all that is embedded; work that waits while this stands still is stalled."""
+        """Return a counter of completed work: if it stops while work is queued, work is stalled."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the tokens of one full forward; a larger request is bulk work.
+
+        It may be 0 before ``start`` has finished, and change while the engine runs.
+        """
 
     async def start(self) -> None:
-        """Load the weights, prove every adapter, warm up.
+        """Load the weights, and check that every adapter is applied.
 
         Raises:
-            CheckpointError: the checkpoint cannot be served; the message says why.
+            CheckpointError: the checkpoint cannot be served; the message has the reason.
         """
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
-        """Embed one request's texts, in whatever forwards the engine sees fit.
+        """Embed the texts of one request, in one or more forwards.
 
         Raises:
-            UnavailableError: the engine is not ready, stopping or dead.
+            UnavailableError: the engine is not ready.
             DeadlineExceededError: the deadline passed before every text was embedded.
         """
 
     async def stop(self) -> None:
-        """Finish what was admitted, then release everything."""
+        """Finish the admitted requests, then release all resources."""
 
     def health(self) -> EngineHealth:
-        """The present state; cheap enough to ask on every request."""
+        """Return the current state; cheap enough for every request."""

@@ -21,7 +21,7 @@ from uvicorn.supervisors import multiprocess
 
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.engines.base import EngineState
-from taskvec.engines.remote.engine import CONNECTIONS_A_SERVER
+from taskvec.engines.remote.engine import MAX_CONNECTIONS_PER_SERVER
 from taskvec.errors import CheckpointError, StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.run import server_options
@@ -129,7 +129,7 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
             "token_input": TokenInput.ACCEPT,
             "tls_cert": None,
             "tls_key": None,
-            "max_connections": CONNECTIONS_A_SERVER * settings.workers,
+            "max_connections": MAX_CONNECTIONS_PER_SERVER * settings.workers,
         }
     )
     service = build_service(inner, Role.ENGINE)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.engines.packed.attention import FUSED_FROM, GroupedAttention, plan_attention
+from taskvec.engines.packed.attention import MIN_FUSED_TOKENS, GroupedAttention, plan_attention
 from taskvec.engines.packed.packing import Packing, pack
 
 CPU = torch.device("cpu")
@@ -57,11 +57,11 @@ def backbone(heads: int, kv_heads: int, head_dim: int, *, causal: bool) -> Backb
 
 
 def random_case(
-    lengths: Sequence[int], shape: Backbone, *, adapters: int = 1, rounded: bool = True
+    lengths: Sequence[int], shape: Backbone, *, adapters: int = 1, round_up: bool = True
 ) -> Case:
     ids = [np.zeros(length, np.int32) for length in lengths]
     names = [f"adapter {i % adapters}" for i in range(len(lengths))]
-    packing = pack(ids, names, block_rows=256, rounded=rounded)
+    packing = pack(ids, names, block_rows=256, round_up=round_up)
     random = torch.Generator().manual_seed(sum(lengths))
     rows = len(packing.ids)
     q, k, v = (
@@ -88,9 +88,9 @@ def double(case: Case) -> tuple[Heads, Heads, Heads]:
     return case.q.double().numpy(), case.k.double().numpy(), case.v.double().numpy()
 
 
-def worst_of_every(case: Case, *, sample: int = 40) -> float:
+def max_error_of_attend(case: Case, *, sample: int = 40) -> float:
     """Largest difference of ``every``: first, last and some random tokens of each text."""
-    got = case.attention.every(case.q, case.k, case.v).numpy()
+    got = case.attention.attend(case.q, case.k, case.v).numpy()
     assert got.shape == (len(case.packing.ids), case.backbone.heads * case.backbone.head_dim)
     q, k, v = double(case)
     random = np.random.default_rng(0)
@@ -104,11 +104,11 @@ def worst_of_every(case: Case, *, sample: int = 40) -> float:
     return worst
 
 
-def worst_of_last(case: Case) -> float:
+def max_error_of_attend_last(case: Case) -> float:
     """Largest difference of ``last``, whose queries lie one a slot."""
     packing = case.packing
     last = torch.from_numpy(packing.last)
-    got = case.attention.last(case.q.index_select(0, last), case.k, case.v).numpy()
+    got = case.attention.attend_last(case.q.index_select(0, last), case.k, case.v).numpy()
     assert got.shape == (len(packing.last), case.backbone.heads * case.backbone.head_dim)
     q, k, v = double(case)
     worst = 0.0
@@ -128,8 +128,8 @@ MIXED = [1, 2, 7, 8, 9, 31, 63, 64, 65, 100, 128, 129, 200, 319, 320, 321, 500, 
 def test_all_lengths_at_once(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
     """Short, padded and long texts of one batch each attend to themselves alone."""
     case = random_case(MIXED, backbone(heads, kv_heads, head_dim, causal=causal), adapters=3)
-    assert worst_of_every(case) <= DIFFERENCE
-    assert worst_of_last(case) <= DIFFERENCE
+    assert max_error_of_attend(case) <= DIFFERENCE
+    assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -137,20 +137,20 @@ def test_all_lengths_at_once(heads: int, kv_heads: int, head_dim: int, causal: b
 @given(
     lengths=st.lists(
         st.integers(min_value=1, max_value=90)
-        | st.integers(min_value=FUSED_FROM - 3, max_value=FUSED_FROM + 3)
+        | st.integers(min_value=MIN_FUSED_TOKENS - 3, max_value=MIN_FUSED_TOKENS + 3)
         | st.integers(min_value=1, max_value=700),
         min_size=1,
         max_size=20,
     ),
-    rounded=st.booleans(),
+    round_up=st.booleans(),
     adapters=st.integers(min_value=1, max_value=4),
 )
-def test_any_batch(causal: bool, lengths: list[int], rounded: bool, adapters: int) -> None:
+def test_any_batch(causal: bool, lengths: list[int], round_up: bool, adapters: int) -> None:
     """Whatever the lengths, and with or without rows that belong to no text."""
     shape = backbone(4, 2, 8, causal=causal)
-    case = random_case(lengths, shape, adapters=adapters, rounded=rounded)
-    assert worst_of_every(case, sample=3) <= DIFFERENCE
-    assert worst_of_last(case) <= DIFFERENCE
+    case = random_case(lengths, shape, adapters=adapters, round_up=round_up)
+    assert max_error_of_attend(case, sample=3) <= DIFFERENCE
+    assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -158,8 +158,8 @@ def test_any_batch(causal: bool, lengths: list[int], rounded: bool, adapters: in
 def test_full_groups(lengths: list[int], causal: bool) -> None:
     """Many texts of one length, more than a group takes, and lengths that share groups."""
     case = random_case(lengths, backbone(4, 2, 8, causal=causal))
-    assert worst_of_every(case, sample=2) <= DIFFERENCE
-    assert worst_of_last(case) <= DIFFERENCE
+    assert max_error_of_attend(case, sample=2) <= DIFFERENCE
+    assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -173,8 +173,8 @@ def test_rows_of_no_text_reach_nobody(causal: bool) -> None:
     assert idle.any()
     for rows in (case.q, case.k, case.v):
         rows[idle] = math.inf
-    assert worst_of_every(case) <= DIFFERENCE
-    assert worst_of_last(case) <= DIFFERENCE
+    assert max_error_of_attend(case) <= DIFFERENCE
+    assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -182,9 +182,9 @@ def test_large_scores_stay_finite(causal: bool) -> None:
     """Scores of several hundred neither overflow nor lose the largest."""
     case = random_case([9, 40, 330], backbone(4, 2, 8, causal=causal))
     case.q.mul_(100)
-    got = case.attention.every(case.q, case.k, case.v)
+    got = case.attention.attend(case.q, case.k, case.v)
     assert torch.isfinite(got).all()
-    assert worst_of_every(case) <= 1e-3
+    assert max_error_of_attend(case) <= 1e-3
 
 
 def test_a_processor_is_planned_grouped_attention() -> None:

@@ -159,19 +159,19 @@ def test_a_budget_shrinks_and_grows_again() -> None:
     assert tokens.tokens == 2000, "a text longer than the budget says nothing about batches"
     tokens.grow()
     assert tokens.tokens == 2000
-    now += 2 * scheduler.FIRST_PAUSE
+    now += 2 * scheduler.MIN_RETRY_SECONDS
     tokens.grow()
     tokens.grow()
     assert tokens.tokens == 4000
-    now += 4 * scheduler.FIRST_PAUSE
+    now += 4 * scheduler.MIN_RETRY_SECONDS
     tokens.grow()
-    assert tokens.tokens == tokens.whole == 4096
+    assert tokens.tokens == tokens.max_tokens == 4096
     for _ in range(40):
         tokens.shrink(tokens.tokens)
-    assert tokens.tokens == scheduler.LEAST_TOKENS
-    now += scheduler.LONGEST_PAUSE
+    assert tokens.tokens == scheduler.MIN_BUDGET_TOKENS
+    now += scheduler.MAX_RETRY_SECONDS
     tokens.grow()
-    assert tokens.tokens == 2 * scheduler.LEAST_TOKENS
+    assert tokens.tokens == 2 * scheduler.MIN_BUDGET_TOKENS
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskvec.engines.base import TokenIds
-from taskvec.engines.packed.packing import FEW_ROW_COUNTS, Block, Packing, pack, rounded_up
+from taskvec.engines.packed.packing import ROW_COUNTS, Block, Packing, pack, round_up_rows
 
 NAMES = st.sampled_from([None, "retrieval", "text-matching", "clustering", "a"])
 TEXTS = st.lists(st.tuples(st.integers(min_value=1, max_value=300), NAMES), min_size=1, max_size=40)
@@ -38,14 +38,14 @@ def adapters_of(rows: int, blocks: Sequence[Block]) -> list[str | None]:
 
 
 @settings(max_examples=200)
-@given(texts=TEXTS, block_rows=BLOCK_ROWS, rounded=st.booleans())
+@given(texts=TEXTS, block_rows=BLOCK_ROWS, round_up=st.booleans())
 def test_every_token_has_one_row(
-    texts: list[tuple[int, str | None]], block_rows: int, rounded: bool
+    texts: list[tuple[int, str | None]], block_rows: int, round_up: bool
 ) -> None:
     """Each text's ids lie together and in order, once, counted from 0, in rows of its adapter."""
     lengths, adapters = [length for length, _ in texts], [adapter for _, adapter in texts]
     ids = numbered(lengths)
-    packing = pack(ids, adapters, block_rows=block_rows, rounded=rounded)
+    packing = pack(ids, adapters, block_rows=block_rows, round_up=round_up)
     row_adapters = adapters_of(len(packing.ids), packing.blocks)
     slot_adapters = adapters_of(len(packing.last), packing.slot_blocks)
     assert sorted(packing.order) == list(range(len(texts)))
@@ -71,7 +71,7 @@ def test_neighbours_are_of_like_length(
     texts: list[tuple[int, str | None]], block_rows: int
 ) -> None:
     """Texts of one adapter lie longest first."""
-    packing, adapters = packed(texts, block_rows, rounded=True)
+    packing, adapters = packed(texts, block_rows, round_up=True)
     for before, after in zip(range(len(texts) - 1), range(1, len(texts)), strict=True):
         if adapters[packing.order[before]] == adapters[packing.order[after]]:
             assert packing.lengths[before] >= packing.lengths[after]
@@ -82,7 +82,7 @@ def test_without_rounding_there_are_no_gaps(
     texts: list[tuple[int, str | None]], block_rows: int
 ) -> None:
     """Where row counts are not rounded, rows are tokens and slots are texts, end to end."""
-    packing, _ = packed(texts, block_rows, rounded=False)
+    packing, _ = packed(texts, block_rows, round_up=False)
     assert len(packing.ids) == sum(length for length, _ in texts)
     assert packing.starts.tolist() == (np.cumsum(packing.lengths) - packing.lengths).tolist()
     assert packing.slots.tolist() == list(range(len(texts)))
@@ -96,7 +96,7 @@ def test_rounded_blocks_have_few_sizes(
     texts: list[tuple[int, str | None]], block_rows: int
 ) -> None:
     """Rounded blocks take only the few row counts, and at most an adapter's last one has gaps."""
-    packing, adapters = packed(texts, block_rows, rounded=True)
+    packing, adapters = packed(texts, block_rows, round_up=True)
     for blocks, sizes in (
         (packing.blocks, packing.lengths),
         (packing.slot_blocks, np.ones(len(texts), int)),
@@ -106,8 +106,8 @@ def test_rounded_blocks_have_few_sizes(
             needed[adapters[text]] = needed.get(adapters[text], 0) + int(size)
         for block in blocks:
             count = block.rows.stop - block.rows.start
-            assert count in FEW_ROW_COUNTS
-            assert count == rounded_up(min(block_rows, needed[block.adapter]))
+            assert count in ROW_COUNTS
+            assert count == round_up_rows(min(block_rows, needed[block.adapter]))
             needed[block.adapter] -= min(block_rows, needed[block.adapter])
         assert set(needed.values()) == {0}
 
@@ -118,24 +118,24 @@ def test_rounded_blocks_have_few_sizes(
 )
 def test_rounding_up(count: int, rounded: int) -> None:
     """Worked examples of each step."""
-    assert rounded_up(count) == rounded
+    assert round_up_rows(count) == rounded
 
 
 @given(count=st.integers(min_value=1, max_value=20_000))
 def test_rounding_up_is_cheap(count: int) -> None:
     """The result holds what was asked; beyond the largest count nothing is rounded."""
-    rounded = rounded_up(count)
+    rounded = round_up_rows(count)
     assert rounded >= count
-    if count > FEW_ROW_COUNTS[-1]:
+    if count > ROW_COUNTS[-1]:
         assert rounded == count
     else:
-        assert rounded in FEW_ROW_COUNTS
+        assert rounded in ROW_COUNTS
         assert rounded <= max(count + 63, 1.25 * count, 2 * count if count < 16 else 0)
 
 
 def packed(
-    texts: list[tuple[int, str | None]], block_rows: int, *, rounded: bool
+    texts: list[tuple[int, str | None]], block_rows: int, *, round_up: bool
 ) -> tuple[Packing, list[str | None]]:
     adapters = [adapter for _, adapter in texts]
     ids = numbered([length for length, _ in texts])
-    return pack(ids, adapters, block_rows=block_rows, rounded=rounded), adapters
+    return pack(ids, adapters, block_rows=block_rows, round_up=round_up), adapters

@@ -40,7 +40,7 @@ class AnyHistory(RuleBasedStateMachine):
     )
     def take(self, budget: int, seconds: float) -> None:
         batch = self.queue.take(budget)
-        self.queue.spend(seconds)
+        self.queue.charge(seconds)
         assert len({self.priorities[request] for request, _ in batch}) <= 1, "one class a batch"
         assert bool(batch) == any(self.waiting.values()), "work is never left lying"
         for request, place in batch:
@@ -187,10 +187,10 @@ def test_an_interactive_text_is_not_mixed_into_a_bulk_batch() -> None:
     queue.push("big", [16] * 2048, Priority.BULK)
     for n in range(10):
         assert {request for request, _ in queue.take(1024)} == {"big"}
-        queue.spend(0.1)
+        queue.charge(0.1)
         queue.push(f"small {n}", [16])
         assert queue.take(1024) == [(f"small {n}", 0)]
-        queue.spend(0.004)
+        queue.charge(0.004)
 
 
 @pytest.mark.parametrize("cost", [0.001, 0.01, 0.1])
@@ -204,7 +204,7 @@ def test_classes_share_the_time_by_weight(cost: float) -> None:
     while sum(spent.values()) < 50:
         for priority in {request for request, _ in queue.take(64)}:
             spent[priority] += seconds[priority]
-            queue.spend(seconds[priority])
+            queue.charge(seconds[priority])
             queue.push(priority, [16] * 4, priority)
     shares = {priority: spent[priority] / sum(spent.values()) for priority in Priority}
     whole = sum(WEIGHTS.values())
@@ -216,12 +216,12 @@ def test_an_absent_class_saves_little_up() -> None:
     queue: FairQueue[Priority] = FairQueue(64)
     queue.push(Priority.BULK, [64] * 40, Priority.BULK)
     queue.take(64)
-    queue.spend(10_000)
+    queue.charge(10_000)
     queue.push(Priority.INTERACTIVE, [64] * 40, Priority.INTERACTIVE)
     served = []
     for _ in range(30):
         served.append(queue.take(64)[0][0])
-        queue.spend(0.1)
+        queue.charge(0.1)
     assert set(served[:10]) == {Priority.INTERACTIVE}
     assert Counter(served[10:]) == {Priority.INTERACTIVE: 16, Priority.BULK: 4}
 
@@ -233,9 +233,9 @@ def test_short_visits_are_not_paid_for() -> None:
     for _ in range(100):
         queue.push(Priority.INTERACTIVE, [16], Priority.INTERACTIVE)
         assert queue.take(64) == [(Priority.INTERACTIVE, 0)]
-        queue.spend(0.004)
+        queue.charge(0.004)
         assert queue.take(64)[0][0] == Priority.BULK
-        queue.spend(0.05)
+        queue.charge(0.05)
 
 
 def test_dropping_counts_what_still_waits() -> None:

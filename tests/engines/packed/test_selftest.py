@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import DEFAULT_VOCABULARY
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import read_checkpoint
-from taskvec.engines.packed.selftest import prove_adapters
+from taskvec.engines.packed.selftest import check_adapters
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError
@@ -51,12 +51,12 @@ def rewrite(file: Path, change: Change) -> None:
 @dtypes
 def test_adapters_that_differ_pass(folder: Path, merge: bool, dtype: torch.dtype) -> None:
     """Four adapters with weights of their own are proven in every mode and number type."""
-    prove_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
+    check_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
 
 
 def test_a_bare_backbone_passes(folder: Path) -> None:
     """Without adapters there is only the backbone's own vector to prove."""
-    prove_adapters(load(folder, merge=False), [])
+    check_adapters(load(folder, merge=False), [])
 
 
 @modes
@@ -71,7 +71,7 @@ def test_an_adapter_without_effect_is_refused_by_name(
         lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor,
     )
     with pytest.raises(CheckpointError, match=f"'{adapter}'.*same.*backbone"):
-        prove_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
+        check_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
 
 
 @modes
@@ -83,7 +83,7 @@ def test_two_equal_adapters_are_refused_by_name(
     copied = weights(folder, "text-matching").read_bytes()
     weights(folder, "classification").write_bytes(copied)
     with pytest.raises(CheckpointError, match=r"'classification'.*same.*'text-matching'"):
-        prove_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
+        check_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
 
 
 def test_an_adapter_too_small_for_the_number_type_is_refused(folder: Path) -> None:
@@ -92,13 +92,13 @@ def test_an_adapter_too_small_for_the_number_type_is_refused(folder: Path) -> No
         weights(folder, "clustering"),
         lambda name, tensor: tensor * 1e-4 if "lora_B" in name else tensor,
     )
-    prove_adapters(load(folder, merge=True), ADAPTERS)
+    check_adapters(load(folder, merge=True), ADAPTERS)
     rewrite(
         weights(folder, "clustering"),
         lambda name, tensor: tensor * 1e-4 if "lora_B" in name else tensor,
     )
     with pytest.raises(CheckpointError, match=r"'clustering'.*lost in torch\.bfloat16"):
-        prove_adapters(load(folder, merge=True, dtype=torch.bfloat16), ADAPTERS)
+        check_adapters(load(folder, merge=True, dtype=torch.bfloat16), ADAPTERS)
 
 
 @modes
@@ -110,7 +110,7 @@ def test_an_adapter_that_gives_nan_is_refused_by_name(folder: Path, merge: bool)
 
     rewrite(weights(folder, "clustering"), damage)
     with pytest.raises(CheckpointError, match=r"'clustering'.*not finite"):
-        prove_adapters(load(folder, merge=merge), ADAPTERS)
+        check_adapters(load(folder, merge=merge), ADAPTERS)
 
 
 @modes
@@ -123,4 +123,4 @@ def test_a_backbone_that_is_not_finite_is_refused(folder: Path, merge: bool, val
 
     rewrite(folder / "model.safetensors", damage)
     with pytest.raises(CheckpointError, match=r"backbone.*not finite"):
-        prove_adapters(load(folder, merge=merge), ADAPTERS)
+        check_adapters(load(folder, merge=merge), ADAPTERS)

@@ -50,12 +50,12 @@ class Peer:
         self,
         checkpoint: Checkpoint,
         *,
-        dialect: str = "vllm",
+        protocol: str = "vllm",
         behaviour: str = "honest",
         max_tokens: int | None = None,
     ) -> None:
         self.card = checkpoint.card
-        self.dialect = dialect
+        self.protocol = protocol
         self.behaviour = behaviour
         self.max_tokens = max_tokens or self.card.max_tokens
         self.calls: list[tuple[list[TokenIds], list[str | None]]] = []
@@ -111,7 +111,7 @@ class Peer:
             return web.json_response(self.listing)
         lacked = "retrieval" if self.behaviour == "missing" else ""
         names = [name for name in self.card.adapters if name != lacked]
-        if self.dialect == "vllm":
+        if self.protocol == "vllm":
             root = {"id": "base", "owned_by": "vllm", "max_model_len": self.max_tokens}
             adapters = [{"id": name, "owned_by": "vllm", "parent": "base"} for name in names]
             return web.json_response({"object": "list", "data": [root, *adapters]})

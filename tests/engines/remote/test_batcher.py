@@ -13,20 +13,20 @@ from engines.remote.peer import Peer, batch, ended, listening, pool, truth, unti
 from fakes import hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
-from taskvec.engines.remote.batcher import TEXTS_A_TRIP, TRIPS, CallBatcher
-from taskvec.engines.remote.client import Outcome, ServerFault
+from taskvec.engines.remote.batcher import MAX_CALLS, MAX_TEXTS, CallBatcher
+from taskvec.engines.remote.client import Outcome, ServerCallError
 from taskvec.engines.remote.protocols import Vectors
 
 WIDTH = 8
 
 
 class Road:
-    """What a courier sends over: each call waits until ``open`` is set."""
+    """What a batcher sends over: each call waits until ``open`` is set."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[list[TokenIds], list[str | None], float]] = []
         self.open = asyncio.Event()
-        self.fault: ServerFault | None = None
+        self.fault: ServerCallError | None = None
         self.closed = 0
 
     async def send(
@@ -44,11 +44,11 @@ class Road:
         return np.stack([hashed_vector(*pair, WIDTH) for pair in pairs])
 
 
-def deliver(
-    courier: CallBatcher, number: int, adapter: str | None = "a", seconds: float = 20
+def submit(
+    batcher: CallBatcher, number: int, adapter: str | None = "a", seconds: float = 20
 ) -> asyncio.Task[Vectors]:
     """One parcel on its way: two texts."""
-    return asyncio.create_task(courier.deliver(texts(number), adapter, seconds))
+    return asyncio.create_task(batcher.submit(texts(number), adapter, seconds))
 
 
 def texts(number: int) -> list[TokenIds]:
@@ -65,15 +65,15 @@ def right(number: int, adapter: str | None) -> Vectors:
 async def test_what_waits_travels_together() -> None:
     """The first parcels go alone; those that arrive meanwhile share one call, each gets its own."""
     road = Road()
-    courier = CallBatcher(road.send)
+    batcher = CallBatcher(road.send)
     adapters = ["a", None, "b"]
-    parcels = [deliver(courier, i, adapters[i % 3]) for i in range(12)]
+    parcels = [submit(batcher, i, adapters[i % 3]) for i in range(12)]
     await asyncio.sleep(0.01)
-    assert [len(sent) for sent, *_ in road.sent] == [2] * TRIPS
+    assert [len(sent) for sent, *_ in road.sent] == [2] * MAX_CALLS
     road.open.set()
     for i, parcel in enumerate(parcels):
         assert np.array_equal(await parcel, right(i, adapters[i % 3]))
-    assert len(road.sent) == TRIPS + 1
+    assert len(road.sent) == MAX_CALLS + 1
     assert road.sent[-1][1][:4] == ["b", "b", "a", "a"]
 
 
@@ -81,44 +81,44 @@ async def test_what_waits_travels_together() -> None:
 async def test_a_trip_has_room_for_so_many() -> None:
     """However many wait, a call carries 64 texts at most."""
     road = Road()
-    courier = CallBatcher(road.send)
-    parcels = [deliver(courier, i) for i in range(100)]
+    batcher = CallBatcher(road.send)
+    parcels = [submit(batcher, i) for i in range(100)]
     await asyncio.sleep(0.01)
     road.open.set()
     await asyncio.gather(*parcels)
     sizes = [len(sent) for sent, *_ in road.sent]
-    assert max(sizes) == TEXTS_A_TRIP
+    assert max(sizes) == MAX_TEXTS
     assert sum(sizes) == 200
-    assert len(sizes) == TRIPS + 4
+    assert len(sizes) == MAX_CALLS + 4
 
 
 @pytest.mark.anyio
 async def test_abandoned_parcels_are_not_sent() -> None:
     """What nobody waits for any more when its call starts is left out of it."""
     road = Road()
-    courier = CallBatcher(road.send)
-    parcels = [deliver(courier, i) for i in range(TRIPS + 3)]
+    batcher = CallBatcher(road.send)
+    parcels = [submit(batcher, i) for i in range(MAX_CALLS + 3)]
     await asyncio.sleep(0.01)
-    parcels[TRIPS].cancel()
+    parcels[MAX_CALLS].cancel()
     await asyncio.sleep(0.01)
     road.open.set()
     done = await asyncio.gather(*parcels, return_exceptions=True)
-    assert isinstance(done[TRIPS], asyncio.CancelledError)
+    assert isinstance(done[MAX_CALLS], asyncio.CancelledError)
     last = [int(text[0]) for text in road.sent[-1][0]]
-    assert last == [TRIPS + 1, TRIPS + 1, TRIPS + 2, TRIPS + 2]
+    assert last == [MAX_CALLS + 1, MAX_CALLS + 1, MAX_CALLS + 2, MAX_CALLS + 2]
 
 
 @pytest.mark.anyio
 async def test_a_call_nobody_waits_for_is_closed() -> None:
     """It is closed when its last parcel is withdrawn, not before, and makes room for others."""
     road = Road()
-    courier = CallBatcher(road.send)
-    first = [deliver(courier, i) for i in range(TRIPS)]
+    batcher = CallBatcher(road.send)
+    first = [submit(batcher, i) for i in range(MAX_CALLS)]
     await asyncio.sleep(0.01)
-    pair = [deliver(courier, 7), deliver(courier, 8)]
+    pair = [submit(batcher, 7), submit(batcher, 8)]
     await asyncio.sleep(0.01)
     first[0].cancel()
-    await until(lambda: len(road.sent) == TRIPS + 1)
+    await until(lambda: len(road.sent) == MAX_CALLS + 1)
     assert road.closed == 1
     pair[0].cancel()
     await asyncio.sleep(0.01)
@@ -132,32 +132,32 @@ async def test_a_call_nobody_waits_for_is_closed() -> None:
 async def test_a_failed_call_is_told_to_all_in_it() -> None:
     """Each of those who shared it learns the reason, and the next call is made."""
     road = Road()
-    courier = CallBatcher(road.send)
-    road.fault = ServerFault(Outcome.ERROR, "status 500: no, sorry")
-    parcels = [deliver(courier, i) for i in range(TRIPS + 2)]
+    batcher = CallBatcher(road.send)
+    road.fault = ServerCallError(Outcome.ERROR, "status 500: no, sorry")
+    parcels = [submit(batcher, i) for i in range(MAX_CALLS + 2)]
     road.open.set()
     done = await asyncio.gather(*parcels, return_exceptions=True)
-    assert [getattr(fault, "outcome", None) for fault in done] == [Outcome.ERROR] * (TRIPS + 2)
+    assert [getattr(fault, "outcome", None) for fault in done] == [Outcome.ERROR] * (MAX_CALLS + 2)
     assert {str(fault) for fault in done} == {"status 500: no, sorry"}
     assert len({id(fault) for fault in done}) == len(done)
     road.fault = None
-    assert np.array_equal(await deliver(courier, 9), right(9, "a"))
+    assert np.array_equal(await submit(batcher, 9), right(9, "a"))
 
 
 @pytest.mark.anyio
 async def test_one_who_waits_too_long_goes_alone() -> None:
     """A parcel's own limit ends its wait, on its way or before, and nobody else's."""
     road = Road()
-    courier = CallBatcher(road.send)
-    patient = [deliver(courier, i) for i in range(TRIPS)]
+    batcher = CallBatcher(road.send)
+    patient = [submit(batcher, i) for i in range(MAX_CALLS)]
     await asyncio.sleep(0.01)
-    hasty = deliver(courier, 9, seconds=0.05)
-    with pytest.raises(ServerFault, match=r"no answer within 0\.05 seconds") as raised:
+    hasty = submit(batcher, 9, seconds=0.05)
+    with pytest.raises(ServerCallError, match=r"no answer within 0\.05 seconds") as raised:
         await hasty
     assert raised.value.outcome is Outcome.TIMEOUT
     road.open.set()
     await asyncio.gather(*patient)
-    assert len(road.sent) == TRIPS
+    assert len(road.sent) == MAX_CALLS
     assert road.closed == 0
 
 
@@ -166,14 +166,14 @@ async def test_many_small_requests_share_calls(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """A taskvec server gets far fewer calls than requests, adapters mixed; each gets its own."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
+    peer = Peer(default_checkpoint, protocol="taskvec")
     names = default_checkpoint.card.adapters
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         before = ended(metrics, "ok")
         peer.held.clear()
         asked = [batch(1 + i % 3, names[i % 4], start=1 + 5 * i) for i in range(100)]
         requests = [asyncio.create_task(engine.embed(each)) for each in asked]
-        await until(lambda: len(peer.calls) == TRIPS)
+        await until(lambda: len(peer.calls) == MAX_CALLS)
         peer.held.set()
         for each, request in zip(asked, requests, strict=True):
             assert np.array_equal((await request).vectors, truth(each, 256))
@@ -186,8 +186,8 @@ async def test_large_requests_do_not_wait_for_small_ones(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """A request of more than eight texts is a call of its own, at once; so is any for vLLM."""
-    for dialect, count in (("taskvec", 9), ("vllm", 1)):
-        peer = Peer(default_checkpoint, dialect=dialect)
+    for protocol, count in (("taskvec", 9), ("vllm", 1)):
+        peer = Peer(default_checkpoint, protocol=protocol)
         async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
             peer.held.clear()
             asked = [batch(count, start=1 + 20 * i) for i in range(6)]

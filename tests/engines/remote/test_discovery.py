@@ -70,7 +70,7 @@ def test_no_url(url: str) -> None:
 @pytest.mark.parametrize("url", ["dns://engine:0", "dns://engine:65536", "dns://engine:99999"])
 def test_no_port(url: str) -> None:
     """A port that cannot exist is refused at once, not at every call."""
-    with pytest.raises(ValueError, match="no engine URL"):
+    with pytest.raises(ValueError, match="not an engine URL"):
         check_url(url)
 
 
@@ -176,7 +176,7 @@ async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_pat
 @pytest.mark.anyio
 async def test_a_unix_socket(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A server on a socket is one like any other, and its name shows no folder."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
+    peer = Peer(default_checkpoint, protocol="taskvec")
     async with (
         listening(peer, socket=tmp_path / "engine.sock"),
         pool(default_checkpoint, tmp_path, peer) as (engine, metrics),

@@ -32,13 +32,13 @@ OUTCOMES = {
     "204": "error",
     "429": "busy",
 }
-DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+PROTOCOLS = pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 
 
 def told(engine: RemoteEngine) -> bool:
     """Whether the only server's proof has failed, so that there is a reason."""
     reason = engine.health().reason
-    return "not proven" not in reason and "known yet" not in reason
+    return "not been checked" not in reason and "found yet" not in reason
 
 
 @pytest.mark.anyio
@@ -48,19 +48,19 @@ def told(engine: RemoteEngine) -> bool:
         ("missing", "does not serve the adapters retrieval"),
         ("swapped", "adapter 'retrieval' gives the vectors of adapter 'clustering'"),
         ("base", "adapter 'retrieval' gives the vectors of the bare backbone"),
-        ("no list", "its /v1/models is no list of models"),
-        ("endless", "no list of models"),
+        ("no list", "its /v1/models is not a list of models"),
+        ("endless", "not a list of models"),
         ("nan", "values that are not finite"),
         ("wrong count", "bytes or more for 2 vectors of 256 values"),
         ("wrong dimension", "bytes or more for 2 vectors of 256 values"),
     ],
 )
-@DIALECTS
+@PROTOCOLS
 async def test_a_server_that_lies_is_refused(
-    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, words: str, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, words: str, protocol: str
 ) -> None:
     """It never gets a call, and the reason names the server, the adapter and what it gave."""
-    peer = Peer(default_checkpoint, behaviour=behaviour, dialect=dialect)
+    peer = Peer(default_checkpoint, behaviour=behaviour, protocol=protocol)
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics),
@@ -111,12 +111,12 @@ async def test_a_strange_listing_is_refused_and_asked_for_again(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("behaviour", OUTCOMES)
-@DIALECTS
+@PROTOCOLS
 async def test_one_server_that_turns_bad(
-    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, protocol: str
 ) -> None:
     """Alone, it makes every request a 503 (a full one a 429), never a wrong vector; it counts."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer, call_seconds=1.5) as (engine, metrics),
@@ -136,12 +136,12 @@ async def test_one_server_that_turns_bad(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("behaviour", [*OUTCOMES, "slow"])
-@DIALECTS
+@PROTOCOLS
 async def test_one_of_two_servers_turns_bad(
-    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, protocol: str
 ) -> None:
     """The other one answers, rightly, every request."""
-    good, bad = peers = [Peer(default_checkpoint, dialect=dialect) for _ in range(2)]
+    good, bad = peers = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with (
         listening(*peers),
         pool(default_checkpoint, tmp_path, *peers, call_seconds=1.5) as (engine, metrics),
@@ -176,7 +176,7 @@ async def test_a_deadline_holds_before_a_bad_server(
 async def test_a_redirect_is_not_followed(
     default_checkpoint: Checkpoint, tmp_path: Path, status: int
 ) -> None:
-    """Texts go to no server that was not proven, whoever points there."""
+    """Texts go to no server that was not been checked, whoever points there."""
     elsewhere = Peer(default_checkpoint)
     peer = Peer(default_checkpoint)
 
@@ -214,12 +214,12 @@ async def test_nobody_listens(default_checkpoint: Checkpoint, tmp_path: Path) ->
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_a_hung_server_is_dropped_after_one_call(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """A call that nobody limited and that got no answer in time drops the server at once."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer, call_seconds=1.5, check_seconds=600) as (

@@ -23,11 +23,11 @@ from engines.remote.peer import (
 )
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
-from taskvec.engines.remote.engine import RESERVE
+from taskvec.engines.remote.engine import MAX_RETRY_BALANCE
 from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
 from taskvec.metrics.service import Metrics
 
-DIALECTS = pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+PROTOCOLS = pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 
 
 def within(asked: TokenBatch, seconds: float) -> TokenBatch:
@@ -55,12 +55,12 @@ async def test_a_server_may_come_up_late(default_checkpoint: Checkpoint, tmp_pat
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_a_server_that_takes_shorter_texts_only(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """It is refused with both limits and what to change, unless this gateway's is lowered."""
-    peer = Peer(default_checkpoint, dialect=dialect, max_tokens=512)
+    peer = Peer(default_checkpoint, protocol=protocol, max_tokens=512)
     async with listening(peer):
         async with pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, _):
             await until(lambda: "512" in engine.health().reason)
@@ -70,12 +70,12 @@ async def test_a_server_that_takes_shorter_texts_only(
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_a_server_that_comes_back_is_proven_first(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """With swapped adapters it gets no call; once they are right it does."""
-    peers = good, other = [Peer(default_checkpoint, dialect=dialect) for _ in range(2)]
+    peers = good, other = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
         await other.stop()
         for i in range(20):
@@ -159,19 +159,19 @@ async def test_retries_come_to_an_end(default_checkpoint: Checkpoint, tmp_path: 
             await asyncio.gather(
                 *(engine.embed(batch(1)) for _ in range(100)), return_exceptions=True
             )
-        assert RESERVE <= retried(metrics) <= RESERVE + 1401 * 0.2
+        assert MAX_RETRY_BALANCE <= retried(metrics) <= MAX_RETRY_BALANCE + 1401 * 0.2
         before = ended(metrics, "busy")
         await asyncio.gather(*(engine.embed(batch(1)) for _ in range(50)), return_exceptions=True)
         assert ended(metrics, "busy") - before <= 50 + 11
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_a_client_s_deadline_is_not_the_server_s_fault(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """It ends the call at the server, drops nobody, and counts as no retry."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         peer.held.clear()
         for i in range(5):
@@ -181,20 +181,20 @@ async def test_a_client_s_deadline_is_not_the_server_s_fault(
         assert serving(metrics) == 1
         assert (ended(metrics, "abandoned"), ended(metrics, "timeout")) == (5, 0)
         assert retried(metrics) == 0
-        if dialect == "taskvec":
+        if protocol == "taskvec":
             assert max(peer.deadlines[-5:]) <= 200 < min(peer.deadlines[:-5])
         peer.held.set()
         assert len((await engine.embed(batch(3))).vectors) == 3
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 @pytest.mark.parametrize("count", [3, 150])
 async def test_a_request_that_is_withdrawn_ends_its_calls(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str, count: int
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str, count: int
 ) -> None:
     """The servers see their connections closed, and nobody is dropped for it."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         peer.held.clear()
         request = asyncio.create_task(engine.embed(batch(count)))
@@ -227,12 +227,12 @@ async def test_the_key_is_sent(default_checkpoint: Checkpoint, tmp_path: Path) -
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_stopping_waits_for_calls(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """What was accepted is answered, nothing new is taken, then everything is closed."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
         peer.held.clear()
         requests = [asyncio.create_task(engine.embed(batch(2, start=i + 1))) for i in range(5)]
@@ -256,7 +256,7 @@ async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """What waits for a shared call fails with its server, which may come back as another."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
+    peer = Peer(default_checkpoint, protocol="taskvec")
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
         peer.held.clear()
         requests = [asyncio.create_task(engine.embed(batch(1))) for _ in range(4)]
@@ -271,12 +271,12 @@ async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
 
 
 @pytest.mark.anyio
-@DIALECTS
+@PROTOCOLS
 async def test_what_is_not_answered_yet_is_the_queue(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """Texts, tokens and the age of the oldest: of every call, until it is answered or given up."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer) as (engine, metrics),
@@ -319,7 +319,7 @@ async def test_a_server_that_reports_its_queue_is_not_counted_twice(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """Where the server reports to the same series, the pool does not."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
+    peer = Peer(default_checkpoint, protocol="taskvec")
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer, reports_queue=False) as (engine, metrics),

@@ -11,44 +11,44 @@ import pytest
 
 from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL
-from taskvec.engines.remote.server import BULK_CALLS
+from taskvec.engines.remote.engine import MAX_CALL_TEXTS, MAX_CALL_TOKENS
+from taskvec.engines.remote.server import MAX_BULK_CALLS
 from taskvec.errors import UnavailableError
 from taskvec.priority import Priority
 
-MANY = TEXTS_A_CALL * (2 * BULK_CALLS + 1)
+MANY = MAX_CALL_TEXTS * (2 * MAX_BULK_CALLS + 1)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+@pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 async def test_bulk_goes_a_few_calls_at_a_time(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """While a server works on its share of bulk, an interactive request reaches it at once."""
-    peer = Peer(default_checkpoint, dialect=dialect)
+    peer = Peer(default_checkpoint, protocol=protocol)
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
         peer.held.clear()
         bulk = asyncio.create_task(engine.embed(asked))
-        await until(lambda: len(peer.calls) == BULK_CALLS)
+        await until(lambda: len(peer.calls) == MAX_BULK_CALLS)
         other = asyncio.create_task(engine.embed(batch(1, start=5000)))
-        await until(lambda: len(peer.calls) == BULK_CALLS + 1)
+        await until(lambda: len(peer.calls) == MAX_BULK_CALLS + 1)
         assert len(peer.calls[-1][0]) == 1, "the interactive one, not more bulk"
         peer.held.set()
         answers = await bulk
         await other
     assert np.array_equal(answers.vectors, truth(asked, default_checkpoint.card.dimension))
-    if dialect == "taskvec":
+    if protocol == "taskvec":
         assert peer.priorities.count("bulk") == len(peer.calls) - 1
 
 
 @pytest.mark.anyio
-async def test_a_request_of_many_calls_is_bulk(
+async def test_every_call_of_a_request_has_its_class(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """What is larger than a call in tokens takes turns, whatever it calls itself."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
-    asked = batch(MANY, length=TOKENS_A_CALL // MANY + 1)
+    """A bulk request that is split into many calls is bulk in each of them."""
+    peer = Peer(default_checkpoint, protocol="taskvec")
+    asked = replace(batch(MANY, length=MAX_CALL_TOKENS // MANY + 1), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
         await engine.embed(asked)
     assert set(peer.priorities[-len(peer.calls) :]) == {"bulk"}
@@ -59,14 +59,14 @@ async def test_withdrawn_bulk_gives_its_turns_back(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """After a client has left in the middle of bulk, the next bulk request is answered."""
-    peer = Peer(default_checkpoint, dialect="vllm")
+    peer = Peer(default_checkpoint, protocol="vllm")
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         peer.held.clear()
         left = asyncio.create_task(engine.embed(asked))
-        await until(lambda: len(peer.calls) == BULK_CALLS)
+        await until(lambda: len(peer.calls) == MAX_BULK_CALLS)
         left.cancel()
-        await until(lambda: ended(metrics, "abandoned") == BULK_CALLS)
+        await until(lambda: ended(metrics, "abandoned") == MAX_BULK_CALLS)
         peer.held.set()
         answer = await engine.embed(asked)
     assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))
@@ -75,12 +75,12 @@ async def test_withdrawn_bulk_gives_its_turns_back(
 @pytest.mark.anyio
 async def test_bulk_waits_for_a_full_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A part of a request that was admitted is sent again when the server has room."""
-    peer = Peer(default_checkpoint, dialect="taskvec")
+    peer = Peer(default_checkpoint, protocol="taskvec")
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         peer.behaviour = "429"
         bulk = asyncio.create_task(engine.embed(asked))
-        await until(lambda: ended(metrics, "busy") >= BULK_CALLS)
+        await until(lambda: ended(metrics, "busy") >= MAX_BULK_CALLS)
         assert not bulk.done()
         peer.behaviour = "honest"
         answer = await bulk

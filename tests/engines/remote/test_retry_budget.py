@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from taskvec.engines.remote.engine import RESERVE, SHARE, RetryBudget
+from taskvec.engines.remote.engine import MAX_RETRY_BALANCE, RETRY_RATIO, RetryBudget
 
 
 def spent(budget: RetryBudget, most: int = 10_000) -> int:
     """How many retries it grants before it refuses one."""
-    return next(i for i in range(most) if not budget.spend())
+    return next(i for i in range(most) if not budget.withdraw())
 
 
 def test_it_starts_full() -> None:
     """A server that dies with everything in flight to it costs no request."""
-    assert spent(RetryBudget()) == RESERVE
+    assert spent(RetryBudget()) == MAX_RETRY_BALANCE
 
 
 def test_five_calls_earn_a_retry() -> None:
@@ -20,22 +20,22 @@ def test_five_calls_earn_a_retry() -> None:
     budget = RetryBudget()
     spent(budget)
     for _ in range(4):
-        budget.earn()
-    assert not budget.spend()
-    budget.earn()
-    assert budget.spend()
-    assert not budget.spend()
+        budget.deposit()
+    assert not budget.withdraw()
+    budget.deposit()
+    assert budget.withdraw()
+    assert not budget.withdraw()
     for _ in range(1000):
-        budget.earn()
-    assert abs(spent(budget) - 1000 * SHARE) <= 1
+        budget.deposit()
+    assert abs(spent(budget) - 1000 * RETRY_RATIO) <= 1
 
 
 def test_quiet_days_save_up_no_storm() -> None:
     """However many calls went well, there is never more than the reserve."""
     budget = RetryBudget()
     for _ in range(100_000):
-        budget.earn()
-    assert spent(budget) == RESERVE
+        budget.deposit()
+    assert spent(budget) == MAX_RETRY_BALANCE
 
 
 def test_a_refusal_costs_nothing() -> None:
@@ -43,7 +43,7 @@ def test_a_refusal_costs_nothing() -> None:
     budget = RetryBudget()
     spent(budget)
     for _ in range(100):
-        assert not budget.spend()
+        assert not budget.withdraw()
     for _ in range(6):
-        budget.earn()
-    assert budget.spend()
+        budget.deposit()
+    assert budget.withdraw()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engines.remote.peer import Peer, batch, listening, pool, truth
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
-from taskvec.engines.remote.engine import TEXTS_A_CALL, TOKENS_A_CALL, split
+from taskvec.engines.remote.engine import MAX_CALL_TEXTS, MAX_CALL_TOKENS, split
 
 
 def texts(*lengths: int) -> list[TokenIds]:
@@ -31,16 +31,16 @@ def test_calls_cover_the_request_in_order(lengths: list[int], servers: int) -> N
     parts = split(ids, servers)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ids)))
     for part in parts:
-        assert 1 <= part.stop - part.start <= TEXTS_A_CALL
+        assert 1 <= part.stop - part.start <= MAX_CALL_TEXTS
         held = sum(map(len, ids[part]))
-        assert held <= TOKENS_A_CALL or part.stop - part.start == 1
+        assert held <= MAX_CALL_TOKENS or part.stop - part.start == 1
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(0, 5))
 def test_a_small_request_stays_whole(count: int, length: int, servers: int) -> None:
     """What fits in one call and would not keep several servers busy is one call."""
     ids = texts(*[length] * count)
-    if count * length <= TOKENS_A_CALL // max(1, servers):
+    if count * length <= MAX_CALL_TOKENS // max(1, servers):
         assert split(ids, servers) == [slice(0, count)]
 
 
@@ -53,9 +53,9 @@ def test_a_small_request_stays_whole(count: int, length: int, servers: int) -> N
         ([256] * 64, 1, 1),
         ([256] * 64, 2, 2),
         ([256] * 64, 4, 4),
-        ([TOKENS_A_CALL], 4, 1),
-        ([TOKENS_A_CALL + 1], 1, 1),
-        ([TOKENS_A_CALL, 1, TOKENS_A_CALL], 1, 3),
+        ([MAX_CALL_TOKENS], 4, 1),
+        ([MAX_CALL_TOKENS + 1], 1, 1),
+        ([MAX_CALL_TOKENS, 1, MAX_CALL_TOKENS], 1, 3),
     ],
 )
 def test_the_work_is_shared_evenly(lengths: list[int], servers: int, calls: int) -> None:
@@ -64,12 +64,12 @@ def test_the_work_is_shared_evenly(lengths: list[int], servers: int, calls: int)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("dialect", ["vllm", "taskvec"])
+@pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 async def test_a_large_request_goes_to_both_servers(
-    default_checkpoint: Checkpoint, tmp_path: Path, dialect: str
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
     """Of 200 texts each server gets calls of at most 64, and the answer keeps their order."""
-    peers = [Peer(default_checkpoint, dialect=dialect) for _ in range(2)]
+    peers = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, _):
         asked = batch(200)
         answer = await engine.embed(asked)

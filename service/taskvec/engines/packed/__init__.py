@@ -1,1 +1,1 @@
-"""The packed engine: all texts and all tasks of a batch in one forward, without padding."""
+"""The packed engine: one forward for all texts and adapters of a batch, without padding."""

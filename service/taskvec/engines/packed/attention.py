@@ -1,12 +1,13 @@
-"""Attention over texts that lie end to end.
+"""Attention over a packed batch.
 
-The queries, keys and values of a batch come as rows [tokens, heads, head_dim]; every text attends
-to itself alone. Two ways to do it, with one interface:
+Queries, keys and values are packed rows [tokens, heads, head_dim]. Each text attends only to
+itself. There are two implementations of one interface:
 
-* ``VarlenAttention`` hands the text boundaries to one CUDA kernel;
-* ``GroupedAttention`` gathers texts of like length into small padded groups and multiplies whole
-  groups at once. On a CPU the fused kernel called per text costs twice as much, for short texts
-  (docs/adr/0003-grouped-attention.md has the figures); from ``FUSED_FROM`` tokens on it wins.
+* ``VarlenAttention`` passes the text boundaries (cu_seqlens) to one CUDA kernel.
+* ``GroupedAttention`` gathers texts of similar length into small padded groups and multiplies whole
+  groups at once. On a CPU, calling the fused kernel once per text takes twice as long for short
+  texts (docs/adr/0003-grouped-attention.md has the figures). From ``MIN_FUSED_TOKENS`` tokens on,
+  the fused kernel is faster and is used for each text.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from torch.nn import functional
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.engines.packed.packing import Packing, Rows
 
-FUSED_FROM = 320
-"""Texts of at least this many tokens go through torch's fused attention one by one."""
+MIN_FUSED_TOKENS = 320
+"""Texts with at least this many tokens use torch's fused attention, one call per text."""
 
-LIKE_LENGTH = 0.85
-"""A text joins a group if it is at least this share of the group's longest."""
+MIN_LENGTH_RATIO = 0.85
+"""Minimum length of a text in a group, relative to the longest text of the group."""
 
-FEW_COUNTS = [1, 4, 16, 64, 256]
-"""Numbers of texts in a group: few, because memory grows with every new shape. With sixteen it took
-a hundred megabytes more, and the few were no slower."""
+GROUP_SIZES = [1, 4, 16, 64, 256]
+"""Allowed numbers of texts in a group. They are few because memory grows with every new matrix
+shape: sixteen sizes took a hundred megabytes more and were not faster."""
 
-GROUP_SCORES = 1 << 21
-"""Most attention scores in one group: 4 MiB of bf16, so that they stay in cache."""
+MAX_GROUP_SCORES = 1 << 21
+"""Maximum attention scores of one group: 4 MiB in bfloat16, so that they stay in the CPU cache."""
 
 
 class Attention(Protocol):
     """Attention within each text of one batch."""
 
-    def every(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend from every token.
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Compute the attention of every token.
 
         Args:
             q: [tokens, heads, head_dim].
@@ -53,14 +54,23 @@ class Attention(Protocol):
             [tokens, heads * head_dim].
         """
 
-    def last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend from the last token of each text: q and the result have one row a slot."""
+    def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Compute the attention of the last token of each text.
+
+        Args:
+            q: [slots, heads, head_dim].
+            k: [tokens, kv_heads, head_dim].
+            v: [tokens, kv_heads, head_dim].
+
+        Returns:
+            [slots, heads * head_dim].
+        """
 
 
 def plan_attention(
     packing: Packing, backbone: Backbone, device: torch.device, dtype: torch.dtype
 ) -> Attention:
-    """The attention within the texts of a packed batch."""
+    """Return the attention implementation for a packed batch on a device."""
     if device.type == "cuda" and dtype != torch.float32:
         return VarlenAttention(packing, backbone, device)
     return GroupedAttention(packing, backbone, device, dtype)
@@ -68,24 +78,25 @@ def plan_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Texts of like length, padded to the longest.
+    """Texts of similar length, padded to one width.
 
     Attributes:
-        rows: [texts * kv_heads * width] index of each (text, kv head, position) in the packed
-            [tokens * kv_heads] rows; padding repeats the text's last token.
+        rows: [texts * kv_heads * width], index of each (text, kv head, position) in the packed
+            [tokens * kv_heads] rows; padding repeats the last token of the text.
         width: the longest length, rounded up.
-        slots: [texts] the texts' slots.
-        padding: [texts * kv_heads, 1, width], -inf where a key is padding; None where none is.
+        slots: [texts], slot of each text.
+        padding_mask: [texts * kv_heads, 1, width], -inf for padding keys and 0 for others; None
+            without padding.
     """
 
     rows: torch.Tensor
     width: int
     slots: torch.Tensor
-    padding: torch.Tensor | None
+    padding_mask: torch.Tensor | None
 
 
 class GroupedAttention:
-    """Texts of like length multiplied together; long texts one by one."""
+    """Attention by groups of texts of similar length; long texts are computed one by one."""
 
     def __init__(
         self,
@@ -96,20 +107,20 @@ class GroupedAttention:
     ) -> None:
         self._heads = backbone.heads
         self._kv_heads = backbone.kv_heads
-        self._shared = backbone.heads // backbone.kv_heads
+        self._q_per_kv = backbone.heads // backbone.kv_heads
         self._head_dim = backbone.head_dim
         self._scale = backbone.head_dim**-0.5
         self._causal = backbone.causal
         lengths, starts, slots = packing.lengths, packing.starts, packing.slots
         by_length = np.argsort(-lengths, kind="stable")
-        n_long = int(np.searchsorted(-lengths[by_length], -FUSED_FROM, side="right"))
+        n_long = int(np.searchsorted(-lengths[by_length], -MIN_FUSED_TOKENS, side="right"))
         long, short = by_length[:n_long], by_length[n_long:]
         self._long = [(int(starts[i]), int(starts[i] + lengths[i]), int(slots[i])) for i in long]
-        # For each row that is produced, long texts first: the packed row it is for, or -1.
+        # Packed row of each computed row, long texts first; -1 for padding.
         targets = [np.arange(a * self._kv_heads, b * self._kv_heads) for a, b, _ in self._long]
         slot_order = [slots[long]]
         self._groups: list[_Group] = []
-        for width, members in _like_lengths(lengths, short, self._heads):
+        for width, members in _length_groups(lengths, short, self._heads):
             within = np.arange(width)
             real = within < lengths[members, None]
             tokens = starts[members, None] + np.minimum(within, lengths[members, None] - 1)
@@ -121,15 +132,19 @@ class GroupedAttention:
                     rows=torch.from_numpy(rows.reshape(-1)).to(device),
                     width=width,
                     slots=torch.from_numpy(slots[members]).to(device),
-                    padding=self._padding(real, device, dtype),
+                    padding_mask=self._padding_mask(real, device, dtype),
                 )
             )
-        self._back = _inverse(np.concatenate(targets), len(packing.ids) * self._kv_heads, device)
-        self._slot_back = _inverse(np.concatenate(slot_order), len(packing.last), device)
+        self._computed_rows = _inverse(
+            np.concatenate(targets), len(packing.ids) * self._kv_heads, device
+        )
+        self._computed_slots = _inverse(np.concatenate(slot_order), len(packing.last), device)
         widest = max((group.width for group in self._groups), default=0)
-        self._future = _causal_mask(widest, self._shared, device, dtype) if self._causal else None
+        self._causal_mask = (
+            _causal_mask(widest, self._q_per_kv, device, dtype) if self._causal else None
+        )
 
-    def _padding(
+    def _padding_mask(
         self, real: NDArray[np.bool_], device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor | None:
         if real.all():
@@ -138,43 +153,45 @@ class GroupedAttention:
         mask.masked_fill_(torch.from_numpy(~real), float("-inf"))
         return mask.repeat_interleave(self._kv_heads, 0)[:, None, :].to(device)
 
-    def every(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.every``."""
-        wide = self._shared * self._head_dim
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See ``Attention.attend``."""
+        width_per_kv = self._q_per_kv * self._head_dim
         rows = [self._fused(q[a:b], k[a:b], v[a:b], causal=self._causal) for a, b, _ in self._long]
-        rows = [part.reshape(-1, wide) for part in rows]
-        q_rows = q.view(-1, wide)
+        rows = [text.reshape(-1, width_per_kv) for text in rows]
+        q_rows = q.view(-1, width_per_kv)
         k_rows, v_rows = k.reshape(-1, self._head_dim), v.reshape(-1, self._head_dim)
         for group in self._groups:
             width = group.width
             queries = q_rows.index_select(0, group.rows).view(
-                -1, width * self._shared, self._head_dim
+                -1, width * self._q_per_kv, self._head_dim
             )
             keys = k_rows.index_select(0, group.rows).view(-1, width, self._head_dim)
             values = v_rows.index_select(0, group.rows).view(-1, width, self._head_dim)
-            # A causal text needs no padding mask: its padding lies in every real token's future.
-            mask = group.padding
-            if self._future is not None:
-                mask = self._future[: width * self._shared, :width]
-            rows.append(self._weighted(queries, keys, values, mask).view(-1, wide))
-        produced = torch.cat(rows) if len(rows) > 1 else rows[0]
-        return produced.index_select(0, self._back).view(q.shape[0], -1)
+            # The causal mask also hides the padding, which follows the tokens of the text.
+            mask = group.padding_mask
+            if self._causal_mask is not None:
+                mask = self._causal_mask[: width * self._q_per_kv, :width]
+            rows.append(self._grouped(queries, keys, values, mask).view(-1, width_per_kv))
+        computed = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return computed.index_select(0, self._computed_rows).view(q.shape[0], -1)
 
-    def last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.last``."""
+    def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See ``Attention.attend_last``."""
         rows = [
             self._fused(q[i : i + 1], k[a:b], v[a:b], causal=False).reshape(1, -1)
             for a, b, i in self._long
         ]
         k_rows, v_rows = k.reshape(-1, self._head_dim), v.reshape(-1, self._head_dim)
         for group in self._groups:
-            queries = q.index_select(0, group.slots).view(-1, self._shared, self._head_dim)
+            queries = q.index_select(0, group.slots).view(-1, self._q_per_kv, self._head_dim)
             keys = k_rows.index_select(0, group.rows).view(-1, group.width, self._head_dim)
             values = v_rows.index_select(0, group.rows).view(-1, group.width, self._head_dim)
-            rows.append(self._weighted(queries, keys, values, group.padding).view(-1, q[0].numel()))
-        return torch.cat(rows).index_select(0, self._slot_back)
+            rows.append(
+                self._grouped(queries, keys, values, group.padding_mask).view(-1, q[0].numel())
+            )
+        return torch.cat(rows).index_select(0, self._computed_slots)
 
-    def _weighted(
+    def _grouped(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         keys = k.transpose(1, 2)
@@ -187,96 +204,117 @@ class GroupedAttention:
     def _fused(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
     ) -> torch.Tensor:
-        mixed = functional.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
             is_causal=causal,
-            enable_gqa=self._shared > 1,
+            enable_gqa=self._q_per_kv > 1,
         )
-        return mixed[0].transpose(0, 1)
+        return attended[0].transpose(0, 1)
 
 
 class VarlenAttention:
-    """The text boundaries handed to torch's variable-length kernel (CUDA, half precision)."""
+    """Attention by torch's variable-length kernel (CUDA, float16 or bfloat16)."""
 
     def __init__(self, packing: Packing, backbone: Backbone, device: torch.device) -> None:
-        lengths = packing.lengths  # nothing is rounded up here: rows and slots have no gaps
-        bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        self._bounds = torch.from_numpy(bounds).to(device)
-        self._texts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
-        self._longest = int(lengths.max())
-        self._shared = backbone.heads // backbone.kv_heads
+        lengths = packing.lengths  # not rounded up on CUDA: rows and slots have no padding
+        cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        self._cu_seqlens = torch.from_numpy(cu_seqlens).to(device)
+        self._cu_slots = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+        self._max_seqlen = int(lengths.max())
+        self._q_per_kv = backbone.heads // backbone.kv_heads
         self._window = (-1, 0) if backbone.causal else (-1, -1)
 
-    def every(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.every``."""
-        return self._attend(
-            q, k, v, q_bounds=self._bounds, q_longest=self._longest, window=self._window
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See ``Attention.attend``."""
+        return self._varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q=self._cu_seqlens,
+            max_seqlen_q=self._max_seqlen,
+            window=self._window,
         )
 
-    def last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.last``."""
-        return self._attend(q, k, v, q_bounds=self._texts, q_longest=1, window=(-1, -1))
+    def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See ``Attention.attend_last``."""
+        return self._varlen(q, k, v, cu_seqlens_q=self._cu_slots, max_seqlen_q=1, window=(-1, -1))
 
-    def _attend(
+    def _varlen(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         *,
-        q_bounds: torch.Tensor,
-        q_longest: int,
+        cu_seqlens_q: torch.Tensor,
+        max_seqlen_q: int,
         window: tuple[int, int],
     ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - CUDA builds only
 
-        if self._shared > 1:  # the kernel's own grouping arrived only with torch 2.12
-            k, v = (part.repeat_interleave(self._shared, 1) for part in (k, v))
-        mixed = varlen_attn(
+        if self._q_per_kv > 1:  # the kernel supports grouped-query attention from torch 2.12 on
+            k, v = (heads.repeat_interleave(self._q_per_kv, 1) for heads in (k, v))
+        attended = varlen_attn(
             q.contiguous(),
             k.contiguous(),
             v.contiguous(),
-            q_bounds,
-            self._bounds,
-            q_longest,
-            self._longest,
+            cu_seqlens_q,
+            self._cu_seqlens,
+            max_seqlen_q,
+            self._max_seqlen,
             window_size=window,
         )
-        return cast("torch.Tensor", mixed).reshape(q.shape[0], -1)
+        return cast("torch.Tensor", attended).reshape(q.shape[0], -1)
 
 
-def _like_lengths(lengths: Rows, longest_first: Rows, heads: int) -> Iterator[tuple[int, Rows]]:
-    """Cut texts, longest first, into groups: (width, texts), with bounded score matrices.
+def _length_groups(lengths: Rows, longest_first: Rows, heads: int) -> Iterator[tuple[int, Rows]]:
+    """Yield (width, texts) of each group.
 
     Widths and numbers of texts take few different values, for the reason given in ``packing``.
+
+    Args:
+        lengths: [texts], tokens of each text.
+        longest_first: indices of the texts to group, by decreasing length.
+        heads: query heads, which determine the size of the score matrix.
     """
     start = 0
     while start < len(longest_first):
         longest = int(lengths[longest_first[start]])
-        width = _rounded_width(longest)
-        most = max(1, GROUP_SCORES // (heads * width * width))
-        rest = lengths[longest_first[start : start + most]]
-        alike = int(np.searchsorted(-rest, -LIKE_LENGTH * longest, side="right"))
-        texts = FEW_COUNTS[bisect_right(FEW_COUNTS, alike) - 1]
+        width = _round_up_width(longest)
+        max_texts = max(1, MAX_GROUP_SCORES // (heads * width * width))
+        candidates = lengths[longest_first[start : start + max_texts]]
+        similar = int(np.searchsorted(-candidates, -MIN_LENGTH_RATIO * longest, side="right"))
+        texts = GROUP_SIZES[bisect_right(GROUP_SIZES, similar) - 1]
         yield width, longest_first[start : start + texts]
         start += texts
 
 
-def _rounded_width(length: int) -> int:
+def _round_up_width(length: int) -> int:
     step = 8 if length <= 64 else 16 if length <= 128 else 32
     return -(-length // step) * step
 
 
 def _inverse(targets: Rows, size: int, device: torch.device) -> torch.Tensor:
-    """[size]: which produced row each target takes; 0 for targets that nothing is produced for."""
+    """Invert a mapping of indices.
+
+    Args:
+        targets: target of each computed row; -1 for none.
+        size: number of targets.
+        device: device of the result.
+
+    Returns:
+        int64 [size], computed row of each target; 0 for targets without one.
+    """
     inverse = np.zeros(size, dtype=np.int64)
     real = np.flatnonzero(targets >= 0)
     inverse[targets[real]] = real
     return torch.from_numpy(inverse).to(device)
 
 
-def _causal_mask(width: int, shared: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[width * shared, width]: -inf where a key lies in the future; ``shared`` rows a position."""
+def _causal_mask(
+    width: int, q_per_kv: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return [width * q_per_kv, width]: -inf for keys after the query's position, else 0."""
     mask = torch.full((width, width), float("-inf"), device=device, dtype=dtype).triu(1)
-    return mask.repeat_interleave(shared, 0)
+    return mask.repeat_interleave(q_per_kv, 0)

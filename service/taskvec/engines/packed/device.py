@@ -1,4 +1,4 @@
-"""What the machine offers: device, number type, cores, free memory."""
+"""Device, dtype, available cores and free memory of the machine."""
 
 from __future__ import annotations
 
@@ -12,74 +12,74 @@ from taskvec.errors import CheckpointError
 
 CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
-"""What torch's allocators and libraries say in errors that have no class of their own."""
+"""Texts of out-of-memory errors that torch's allocators and libraries raise as RuntimeError."""
 
-MOST_KERNELS = 256
-"""Kernels that oneDNN keeps, each for one shape of a product, with what describes it: 0.7 MB. A
-busy service comes to some 430 shapes; each costs some 0.6 ms when it is not there."""
+MAX_KERNELS = 256
+"""Maximum number of kernels in oneDNN's caches. One kernel serves one matrix shape and takes 0.7 MB
+with its descriptor. A busy service has about 430 shapes; creating a kernel takes about 0.6 ms."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+def choose_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: the device does not exist.
     """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CheckpointError(
-            f"There is no device {wanted}: torch {torch.__version__} sees "
+            f"The device {name} does not exist: torch {torch.__version__} detects "
             f"{torch.cuda.device_count()} CUDA devices. Choose another --device, or install a "
             "torch build for CUDA and the driver."
         )
     return device
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """The number type for ``auto`` or a name: bfloat16 where the processor multiplies in it."""
-    if wanted != "auto":
-        return DTYPES[wanted]
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for a name; ``auto`` is bfloat16 if the device has instructions for it."""
+    if name != "auto":
+        return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    offers = torch.cpu.get_capabilities()
-    native = any(offers.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 def available_cores() -> int:
-    """Cores that this process may use: torch's count, within the cgroup's quota of time."""
+    """Return the number of cores for this process: torch's count, limited by the cgroup's quota."""
     return math.ceil(min(torch.get_num_threads(), _cgroup_cores()))
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: the device's, or the machine's within the cgroup limit."""
+    """Return the free memory in bytes: of the device, or of the machine within the cgroup limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(_machine_bytes(), _cgroup_bytes())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward failed for want of memory, on the device or in this process."""
+    """Return whether an error means that the device or the process ran out of memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
     )
 
 
-def bound_kernels() -> None:
-    """Let oneDNN keep ``MOST_KERNELS``, where the environment says nothing else.
+def limit_kernel_cache() -> None:
+    """Limit oneDNN's caches to ``MAX_KERNELS``, unless the environment sets another limit.
 
-    Has an effect before the process's first product only: both caches read it once.
+    Call it before the first matrix product of the process: the caches read the limit once.
     """
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, ideep's
-        os.environ.setdefault(cache, str(MOST_KERNELS))
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, of ideep
+        os.environ.setdefault(cache, str(MAX_KERNELS))
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what torch keeps for later, so that smaller pieces fit."""
+    """Release memory that torch's allocator caches, so that smaller batches fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""The packed engine: one worker thread that runs forwards while callers queue."""
+"""The packed engine: one worker thread takes batches from a fair queue and runs forwards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import (
     DropReason,
@@ -20,7 +21,6 @@ from taskvec.engines.base import (
     EngineObserver,
     EngineResult,
     EngineState,
-    ModelCard,
     TokenBatch,
 )
 from taskvec.engines.packed.device import (
@@ -31,7 +31,7 @@ from taskvec.engines.packed.device import (
     release_memory,
 )
 from taskvec.engines.packed.scheduler import FairQueue, TokenBudget
-from taskvec.engines.packed.selftest import prove_adapters
+from taskvec.engines.packed.selftest import check_adapters
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import (
@@ -41,25 +41,38 @@ from taskvec.errors import (
     UnavailableError,
 )
 from taskvec.malloc import trim_malloc
-from taskvec.priority import Priority
 
-MERGE_SHARE = 0.5
-"""Adapters are merged if their full weights take at most this share of the free memory."""
+MAX_MERGED_SHARE = 0.5
+"""Adapters are merged if the merged weights take at most this share of the free memory."""
 
 CUDA_BATCH_TOKENS = 32_768
-TURNS_A_BATCH = 4
-"""Requests that get a turn in one full batch."""
+"""Default tokens of one forward on CUDA."""
 
-RETURN_MEMORY_EVERY = 10.0
-"""Seconds between two times that free pages are given back: after a forward, when its texts are
-answered, so that only what waits behind it is delayed."""
+REQUESTS_PER_BATCH = 4
+"""Number of large requests that share one full batch: determines the quantum of the queue."""
+
+TRIM_INTERVAL_SECONDS = 10.0
+"""Interval at which free memory pages are returned to the system. This happens after a forward has
+been answered, so that only waiting texts are delayed."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """One ``embed`` call; the worker thread fills ``vectors`` and answers ``future``."""
+    """One ``embed`` call; the worker thread fills ``vectors`` and resolves ``future``.
+
+    Attributes:
+        batch: the texts.
+        order: indices of the texts in the batch, longest first.
+        vectors: float32 [texts, dimension], the result.
+        loop: event loop of the caller.
+        future: resolved with the result.
+        queued_at: ``time.monotonic()`` of the call.
+        missing: texts without a vector.
+        started_at: ``time.monotonic()`` when the first text entered a forward.
+        withdrawn: True if the caller was cancelled or the request has failed.
+    """
 
     batch: TokenBatch
     order: list[int]
@@ -72,13 +85,13 @@ class _Request:
     withdrawn: bool = False
 
     def answer(self, result: EngineResult | BaseException) -> None:
-        """Give the caller its result, from any thread; too late is no error."""
+        """Resolve the future of the caller, from any thread; does nothing if it is resolved."""
         try:
-            self.loop.call_soon_threadsafe(self._settle, result)
+            self.loop.call_soon_threadsafe(self._resolve, result)
         except RuntimeError:
-            log.warning("caller_loop_closed")  # the caller's loop ended: nobody waits any more
+            log.warning("caller_loop_closed")  # the event loop of the caller has ended
 
-    def _settle(self, result: EngineResult | BaseException) -> None:
+    def _resolve(self, result: EngineResult | BaseException) -> None:
         if self.future.done():
             return
         if isinstance(result, BaseException):
@@ -88,19 +101,19 @@ class _Request:
 
 
 _Row = tuple[_Request, int]
-"""One text: its request, and its place there."""
+"""One text: its request and its index in the batch of the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedOptions:
-    """How the packed engine runs; the defaults suit most machines.
+    """Options of the packed engine; the defaults suit most machines.
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        adapter_mode: ``merged``, ``low-rank``, or ``auto`` by free memory.
-        max_batch_tokens: most tokens in one forward; 0 for what suits the device.
-        threads: processor threads of a forward; 0 for one per core that the process may use.
+        adapter_mode: ``merged``, ``low-rank``, or ``auto`` to choose by free memory.
+        max_batch_tokens: maximum tokens of one forward; 0 for the default of the device.
+        threads: processor threads of a forward; 0 for one per available core.
     """
 
     device: str = "auto"
@@ -111,7 +124,7 @@ class PackedOptions:
 
 
 class PackedEngine:
-    """Embeds in this process with torch, on a CPU or a CUDA device."""
+    """Engine that computes in this process with torch, on a CPU or a CUDA device."""
 
     def __init__(
         self,
@@ -119,6 +132,13 @@ class PackedEngine:
         options: PackedOptions | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
+        """Create the engine; ``start`` loads the weights.
+
+        Args:
+            checkpoint: the checkpoint to serve.
+            options: how the engine runs.
+            observer: notified of the queue and of every forward.
+        """
         self._checkpoint = checkpoint
         self._options = options or PackedOptions()
         self._observer = observer
@@ -128,7 +148,7 @@ class PackedEngine:
         self._budget = TokenBudget(0)
         self._stopping = False
         self._finished = 0
-        self._returned_at = 0.0
+        self._trimmed_at = 0.0
         self._running: set[_Request] = set()
         self._worker: threading.Thread | None = None
 
@@ -139,8 +159,13 @@ class PackedEngine:
 
     @property
     def finished(self) -> int:
-        """See ``Engine.finished``: texts."""
+        """See ``Engine.finished``: the number of embedded texts."""
         return self._finished
+
+    @property
+    def batch_tokens(self) -> int:
+        """See ``Engine.batch_tokens``: the current budget; 0 until the weights are loaded."""
+        return self._budget.tokens
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
@@ -159,7 +184,7 @@ class PackedEngine:
     async def embed(self, batch: TokenBatch) -> EngineResult:
         """See ``Engine.embed``."""
         loop = asyncio.get_running_loop()
-        # Longest first: neighbours in the queue become neighbours in a batch, of like length.
+        # Longest first: texts of similar length end up in the same batch.
         order = sorted(range(len(batch.ids)), key=lambda i: -len(batch.ids[i]))
         request = _Request(
             batch=batch,
@@ -172,12 +197,7 @@ class PackedEngine:
         )
         with self._wake:
             self._health.require_ready()
-            fits = batch.tokens <= self._budget.tokens
-            self._queue.push(
-                request,
-                [len(batch.ids[i]) for i in order],
-                batch.priority if fits else Priority.BULK,
-            )
+            self._queue.push(request, [len(batch.ids[i]) for i in order], batch.priority)
             self._report_queue()
             self._wake.notify()
         try:
@@ -191,17 +211,19 @@ class PackedEngine:
         with self._wake:
             self._stopping = True
             if self._health.ready:
-                self._health = EngineHealth(EngineState.STOPPING, "it finishes what was admitted")
+                self._health = EngineHealth(
+                    EngineState.STOPPING, "it finishes the admitted requests"
+                )
             self._wake.notify()
         if self._worker is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._worker.join)
 
-    # What follows runs on the worker thread.
+    # The methods below run on the worker thread.
 
     def _work(self, loop: asyncio.AbstractEventLoop, started: asyncio.Future[None]) -> None:
         try:
             transformer = self._load()
-        except BaseException as error:  # noqa: BLE001 - whatever it was, start() must raise it
+        except BaseException as error:  # noqa: BLE001 - start() raises it
             self._health = EngineHealth(EngineState.DEAD, str(error))
             loop.call_soon_threadsafe(started.set_exception, error)
             return
@@ -212,7 +234,7 @@ class PackedEngine:
         try:
             while batch := self._next_batch():
                 self._run(transformer, batch)
-        except BaseException as error:  # a bug here must not leave callers waiting
+        except BaseException as error:  # callers must not wait for a thread that has ended
             log.exception("engine_died")
             self._die(f"its thread ended ({type(error).__name__}: {error})")
         else:
@@ -221,30 +243,30 @@ class PackedEngine:
     def _die(self, reason: str) -> None:
         with self._wake:
             self._health = EngineHealth(EngineState.DEAD, reason)
-            left = [request for request, _ in self._queue.drop(lambda _: True)]
+            waiting = [request for request, _ in self._queue.drop(lambda _: True)]
             self._report_queue()
-        for request in {*left, *self._running}:
+        for request in {*waiting, *self._running}:
             request.answer(UnavailableError(f"The engine is dead: {reason}.", retry_after=1))
 
     def _load(self) -> Transformer:
         options, checkpoint = self._options, self._checkpoint
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             device = choose_device(options.device)
             dtype = choose_dtype(options.dtype, device)
-            merge = self._merge(device, dtype)
+            merge = self._should_merge(device, dtype)
             transformer = load_transformer(
                 checkpoint, device=device, dtype=dtype, merge=merge, threads=options.threads
             )
         except (RuntimeError, MemoryError) as error:
             raise CheckpointError(
-                f"{checkpoint.folder} could not be loaded ({error}): check --device and --dtype, "
-                "and that the machine has the memory."
+                f"{checkpoint.folder} could not be loaded ({error}): check --device, --dtype, and "
+                "the free memory."
             ) from error
-        prove_adapters(transformer, checkpoint.card.adapters)
-        automatic = 2 * transformer.block_rows if device.type == "cpu" else CUDA_BATCH_TOKENS
-        self._budget = TokenBudget(options.max_batch_tokens or automatic)
-        self._queue.quantum = max(1, self._budget.tokens // TURNS_A_BATCH)
+        check_adapters(transformer, checkpoint.card.adapters)
+        default_tokens = 2 * transformer.block_rows if device.type == "cpu" else CUDA_BATCH_TOKENS
+        self._budget = TokenBudget(options.max_batch_tokens or default_tokens)
+        self._queue.quantum = max(1, self._budget.tokens // REQUESTS_PER_BATCH)
         log.info(
             "engine_ready",
             model=checkpoint.card.name,
@@ -254,20 +276,20 @@ class PackedEngine:
             adapter_mode="merged" if merge else "low-rank",
             max_batch_tokens=self._budget.tokens,
             threads=transformer.threads,
-            seconds=round(time.monotonic() - begun, 2),
+            seconds=round(time.monotonic() - started, 2),
         )
         return transformer
 
-    def _merge(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def _should_merge(self, device: torch.device, dtype: torch.dtype) -> bool:
         if self._options.adapter_mode != "auto":
             return self._options.adapter_mode == "merged"
         backbone, adapters = self._checkpoint.backbone, len(self._checkpoint.adapters)
-        extra = adapters * backbone.linear_parameters * dtype.itemsize
-        base = backbone.parameters * dtype.itemsize
-        return extra <= MERGE_SHARE * (available_bytes(device) - base)
+        adapter_bytes = adapters * backbone.linear_parameters * dtype.itemsize
+        backbone_bytes = backbone.parameters * dtype.itemsize
+        return adapter_bytes <= MAX_MERGED_SHARE * (available_bytes(device) - backbone_bytes)
 
     def _next_batch(self) -> list[_Row]:
-        """Wait for work; an empty list when the engine stops and nothing is left."""
+        """Wait for the next batch; return an empty list when the engine has stopped."""
         with self._wake:
             while True:
                 self._drop_abandoned()
@@ -277,7 +299,7 @@ class PackedEngine:
                     break
                 self._wake.wait()
             self._report_queue()
-        return [(request, request.order[place]) for request, place in taken]
+        return [(request, request.order[index]) for request, index in taken]
 
     def _drop_abandoned(self) -> None:
         now = time.monotonic()
@@ -288,40 +310,40 @@ class PackedEngine:
             request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
 
     def _run(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         waited = []
         self._running = {request for request, _ in rows}
         for request, _ in rows:
             if request.started_at is None:
-                request.started_at = begun
+                request.started_at = started
                 request.batch.entered()
-                waited.append(begun - request.queued_at)
+                waited.append(started - request.queued_at)
         if self._observer is not None:
             self._observer.batch_started(waited)
         self._forward(transformer, rows)
         self._running = set()
-        if time.monotonic() - self._returned_at >= RETURN_MEMORY_EVERY:
+        if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
             trim_malloc()
-            self._returned_at = time.monotonic()
+            self._trimmed_at = time.monotonic()
 
     def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
-        """Embed texts in one forward, or in several smaller ones where memory runs out."""
+        """Embed texts in one forward, or in several smaller ones if memory runs out."""
         rows = [row for row in rows if not row[0].withdrawn]
         if not rows:
             return
         ids = [request.batch.ids[i] for request, i in rows]
-        begun = time.monotonic()
+        started = time.monotonic()
         failure: Exception | None = None
         try:
             vectors = transformer.embed(ids, [request.batch.adapter for request, _ in rows])
-        except Exception as error:  # noqa: BLE001 - whatever it was, the callers are told
+        except Exception as error:  # noqa: BLE001 - reported to the callers
             failure = error
         done = time.monotonic()
         with self._wake:
-            self._queue.spend(done - begun)
+            self._queue.charge(done - started)
         if failure is not None:
             if is_out_of_memory(failure):
-                failure.__traceback__ = None  # its frames hold what the forward had in memory
+                failure.__traceback__ = None  # its frames reference tensors of the forward
                 self._split(transformer, rows, failure)
             else:
                 log.error("forward_failed", texts=len(ids), exc_info=failure)
@@ -330,7 +352,7 @@ class PackedEngine:
         self._finished += len(ids)
         if self._observer is not None:
             tokens = sum(map(len, ids))
-            self._observer.batch_finished(len(ids), tokens, done - begun, self._budget.tokens)
+            self._observer.batch_finished(len(ids), tokens, done - started, self._budget.tokens)
         for (request, i), vector in zip(rows, vectors, strict=True):
             request.vectors[i] = vector
             request.missing -= 1
@@ -362,8 +384,8 @@ class PackedEngine:
             self._fail(
                 [request],
                 TaskvecError(
-                    f"input[{i}] has {tokens} tokens, and the engine's memory does not suffice for "
-                    "it, even alone: send a shorter text, or ask the operator for more memory.",
+                    f"input[{i}] has {tokens} tokens, which do not fit into the engine's memory "
+                    "even alone: send a shorter text, or ask the operator for more memory.",
                     code="out_of_memory",
                     param=f"input[{i}]",
                 ),
@@ -384,7 +406,7 @@ class PackedEngine:
             request.answer(
                 error
                 if isinstance(error, TaskvecError)
-                else TaskvecError("The engine failed on this batch; the log has the reason.")
+                else TaskvecError("The engine failed on this batch; see the log for the reason.")
             )
 
     def _report_queue(self) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer that any task's adapter can be asked of."""
+"""Linear layers with one LoRA adapter per block of rows."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-EVERYTHING = slice(None)
+ALL_OUTPUTS = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """An adapter's factors for one layer: ``y += (x @ down.T) @ up``.
+    """LoRA factors of one adapter for one layer: ``y += (x @ lora_a.T) @ lora_b``.
 
     Attributes:
-        down: [rank, in], PEFT's lora_A.
-        up: [rank, out], PEFT's lora_B transposed and scaled.
+        lora_a: [rank, in].
+        lora_b: [rank, out], transposed and multiplied by the scale of the adapter.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
-        """The full weight [out, in] with this adapter inside, summed in float32."""
-        change = self.up.float().T @ self.down.float()
-        return (weight.float() + change).to(weight.dtype)
+        """Return the weight [out, in] plus this adapter, added in float32."""
+        delta = self.lora_b.float().T @ self.lora_a.float()
+        return (weight.float() + delta).to(weight.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """``y = x @ W.T`` for the backbone, or with one adapter's change to W.
+class LoraLinear:
+    """Linear layer ``y = x @ W.T`` of the backbone, with or without one adapter.
 
-    Linear layers that read the same input are one Projection, their weights stacked: on short
-    texts most of a product's time is the call.
+    Linear layers with the same input are stacked to one LoraLinear: with short texts most of the
+    time of a matrix product is the call.
 
     Attributes:
-        weight: the backbone's [out, in].
-        merged: adapter -> its own full weight.
-        low_rank: adapter -> its factors, where it is not merged.
+        weight: [out, in], of the backbone.
+        merged: adapter -> weight [out, in] with the adapter added.
+        low_rank: adapter -> its factors, if it is not merged.
     """
 
     weight: torch.Tensor
@@ -46,22 +46,28 @@ class Projection:
     low_rank: dict[str | None, LowRank] = field(default_factory=dict)
 
     def add(self, adapter: str, factors: LowRank, *, merge: bool) -> None:
-        """Make an adapter available."""
+        """Add an adapter, merged into a copy of the weight or as low-rank factors."""
         if merge:
             self.merged[adapter] = factors.merged_into(self.weight)
         else:
             dtype = self.weight.dtype
-            self.low_rank[adapter] = LowRank(factors.down.to(dtype), factors.up.to(dtype))
+            self.low_rank[adapter] = LowRank(factors.lora_a.to(dtype), factors.lora_b.to(dtype))
 
     def __call__(
-        self, x: torch.Tensor, adapter: str | None, outputs: slice = EVERYTHING
+        self, x: torch.Tensor, adapter: str | None, outputs: slice = ALL_OUTPUTS
     ) -> torch.Tensor:
-        """[rows, in] -> [rows, out], or only these outputs.
+        """Apply the layer.
 
-        An adapter without weights here leaves the backbone's.
+        Args:
+            x: [rows, in].
+            adapter: None, or an adapter without weights for this layer, applies the backbone only.
+            outputs: the outputs to compute.
+
+        Returns:
+            [rows, outputs].
         """
         y = functional.linear(x, self.merged.get(adapter, self.weight)[outputs])
         factors = self.low_rank.get(adapter)
         if factors is not None:
-            y.addmm_(functional.linear(x, factors.down), factors.up[:, outputs])
+            y.addmm_(functional.linear(x, factors.lora_a), factors.lora_b[:, outputs])
         return y

@@ -1,8 +1,11 @@
-"""Where each token of a batch lies: all texts end to end, sorted by adapter.
+"""Pack the texts of a batch into one matrix, and shard a batch over processor threads.
 
-On a CPU, oneDNN compiles a kernel for every new matrix shape, at about a millisecond each: more
-than the multiplication itself. So row counts there are rounded up to few different ones with rows
-that belong to no text; nothing ever reads what is computed for them.
+``pack`` concatenates all texts, sorted by adapter, to one [tokens, hidden] matrix without padding
+within texts. On a CPU, oneDNN compiles a kernel for every new matrix shape, which takes about a
+millisecond: more than the multiplication. Row counts are therefore rounded up to a few values there
+with padding rows. The results of padding rows are never read.
+
+``shard`` divides a batch into parts of equal work that separate threads compute.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from taskvec.engines.base import TokenIds
 
 Rows = NDArray[np.int64]
 
-FEW_ROW_COUNTS: list[int] = [
+ROW_COUNTS: list[int] = [
     1,
     2,
     4,
@@ -30,12 +33,23 @@ FEW_ROW_COUNTS: list[int] = [
     *range(128, 1024, 64),
     *range(1024, 8193, 256),
 ]
-"""Row counts worth a kernel of their own: at most 12 % above what is asked, from 128 rows on."""
+"""Row counts for which a kernel is compiled. Steps grow with the count, so that the counts are few
+and padding is a small share of the rows: 8 % on average from 128 to 1,024 rows."""
+
+MIN_SHARD_MULTIPLY_ADDS = 1 << 29
+"""Multiply-adds per shard: smaller shards finish within milliseconds and do not need a thread."""
+
+MAX_SHARDS = 4
+"""Maximum number of shards: each is driven by Python code, which runs one thread at a time."""
+
+MAX_SHARD_RATIO = 1.5
+"""Maximum work of the largest shard, relative to an equal share. If it is exceeded, for example by
+one long text, the batch stays whole and every thread works on each operation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Neighbouring rows of one adapter."""
+    """Consecutive rows with the same adapter."""
 
     adapter: str | None
     rows: slice
@@ -43,18 +57,20 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packing:
-    """A batch laid out in rows, and its texts in slots: one slot a text, in the order of the rows.
+    """A packed batch: one row per token, and one slot per text for the last layer.
+
+    Rows and slots have the same order of texts, and both may contain padding.
 
     Attributes:
-        order: [texts] for each text in packed order, its index in the batch.
-        lengths: [texts] tokens of each text, in packed order.
-        starts: [texts] row of each text's first token.
-        slots: [texts] slot of each text.
-        ids: int32 [rows] token ids; 0 where a row belongs to no text.
-        positions: [rows] place of each token in its text.
-        last: [slots] row of each text's last token; 0 where a slot belongs to no text.
-        blocks: cover the rows.
-        slot_blocks: cover the slots.
+        order: int64 [texts], index in the batch of each text in packed order.
+        lengths: int64 [texts], tokens of each text in packed order.
+        starts: int64 [texts], row of the first token of each text.
+        slots: int64 [texts], slot of each text.
+        ids: int32 [rows], token ids; 0 for padding.
+        positions: int64 [rows], position of each token in its text; 0 for padding.
+        last: int64 [slots], row of the last token of each text; 0 for padding.
+        blocks: consecutive blocks that cover all rows.
+        slot_blocks: consecutive blocks that cover all slots.
     """
 
     order: Rows
@@ -69,29 +85,29 @@ class Packing:
 
 
 def pack(
-    ids: Sequence[TokenIds], adapters: Sequence[str | None], *, block_rows: int, rounded: bool
+    ids: Sequence[TokenIds], adapters: Sequence[str | None], *, block_rows: int, round_up: bool
 ) -> Packing:
-    """Lay out a batch.
+    """Pack a batch.
 
     Args:
-        ids: one int32 array a text.
+        ids: int32 token ids [length] of each text.
         adapters: the adapter of each text.
-        block_rows: most rows of a block.
-        rounded: True rounds row counts up to few different ones.
+        block_rows: maximum rows of a block, before rounding up.
+        round_up: True to round the row count of each block up to one of ``ROW_COUNTS``.
     """
     order = sorted(range(len(ids)), key=lambda i: (adapters[i] or "", -len(ids[i])))
     lengths = np.array([len(ids[i]) for i in order], dtype=np.int64)
     runs = [(name, len(list(run))) for name, run in groupby(adapters[i] for i in order)]
-    starts, blocks, rows = _place(runs, lengths, block_rows, rounded=rounded)
-    slots, slot_blocks, slot_count = _place(
-        runs, np.ones_like(lengths), block_rows, rounded=rounded
+    starts, blocks, rows = _assign_rows(runs, lengths, block_rows, round_up=round_up)
+    slots, slot_blocks, slot_count = _assign_rows(
+        runs, np.ones_like(lengths), block_rows, round_up=round_up
     )
-    flat = np.zeros(rows, dtype=np.int32)
+    packed_ids = np.zeros(rows, dtype=np.int32)
     positions = np.zeros(rows, dtype=np.int64)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    filled = np.repeat(starts, lengths) + within
-    flat[filled] = np.concatenate([ids[i] for i in order])
-    positions[filled] = within
+    token_rows = np.repeat(starts, lengths) + within
+    packed_ids[token_rows] = np.concatenate([ids[i] for i in order])
+    positions[token_rows] = within
     last = np.zeros(slot_count, dtype=np.int64)
     last[slots] = starts + lengths - 1
     return Packing(
@@ -99,7 +115,7 @@ def pack(
         lengths=lengths,
         starts=starts,
         slots=slots,
-        ids=flat,
+        ids=packed_ids,
         positions=positions,
         last=last,
         blocks=blocks,
@@ -107,81 +123,80 @@ def pack(
     )
 
 
-def rounded_up(count: int) -> int:
-    """The least of the few row counts that holds this many rows."""
-    if count > FEW_ROW_COUNTS[-1]:
+def round_up_rows(count: int) -> int:
+    """Return the smallest of ``ROW_COUNTS`` that is at least ``count``; larger counts unchanged."""
+    if count > ROW_COUNTS[-1]:
         return count
-    return FEW_ROW_COUNTS[bisect_left(FEW_ROW_COUNTS, count)]
+    return ROW_COUNTS[bisect_left(ROW_COUNTS, count)]
 
 
-def _place(
-    runs: Sequence[tuple[str | None, int]], lengths: Rows, block_rows: int, *, rounded: bool
-) -> tuple[Rows, list[Block], int]:
-    """First row of each text, the blocks over all rows, and how many rows there are."""
-    starts = np.empty_like(lengths)
-    blocks: list[Block] = []
-    row = text = 0
-    for adapter, texts in runs:
-        mine = lengths[text : text + texts]
-        starts[text : text + texts] = row + np.cumsum(mine) - mine
-        text += texts
-        left = int(mine.sum())
-        while left > 0:
-            real = min(left, block_rows)
-            taken = rounded_up(real) if rounded else real
-            blocks.append(Block(adapter, slice(row, row + taken)))
-            row += taken
-            left -= real
-    return starts, blocks, row
-
-
-SMALL_FORWARD = 1 << 29
-"""Multiply-adds that are not worth a second thread: some milliseconds."""
-
-MOST_PARTS = 4
-"""Parts are driven in Python, where only one thread at a time can be."""
-
-UNEVEN = 1.5
-"""A part this much larger than its share, such as one long text, is no gain: all in one part then,
-with every thread in each step."""
-
-
-class Cut(NamedTuple):
-    """How a batch is shared out.
+class Shards(NamedTuple):
+    """The shards of a batch.
 
     Attributes:
-        parts: the texts of each part, as indices into the batch; each text is in one of them.
-        threads: processor threads within each part.
+        shards: the texts of each shard, as indices into the batch; a text is in one shard.
+        threads: processor threads for each shard.
     """
 
-    parts: Sequence[Sequence[int]]
+    shards: Sequence[Sequence[int]]
     threads: int
 
 
-def cut(
+def shard(
     ids: Sequence[TokenIds], adapters: Sequence[str | None], backbone: Backbone, threads: int
-) -> Cut:
-    """Share a batch out among threads: like adapters and lengths stay together.
+) -> Shards:
+    """Divide a batch into shards of equal work, in the order of adapter and length.
 
     Args:
-        ids: one array a text; at least one.
+        ids: token ids [length] of each text; at least one text.
         adapters: the adapter of each text.
-        backbone: says what a token costs.
+        backbone: determines the work per token.
         threads: processor threads to use, at least 1.
     """
-    everything = range(len(ids))
+    all_texts = range(len(ids))
     lengths = np.array([len(text) for text in ids], dtype=np.int64)
     attention = backbone.layers * backbone.heads * backbone.head_dim
     work = lengths * (backbone.linear_parameters + attention * lengths)
     total = int(work.sum())
-    if total <= SMALL_FORWARD:
-        return Cut([everything], 1)
-    count = min(threads, MOST_PARTS, -(-total // SMALL_FORWARD))
-    order = sorted(everything, key=lambda i: (adapters[i] or "", -len(ids[i])))
-    middles = np.cumsum(work[order]) - work[order] / 2
-    bounds = np.searchsorted(middles * (count / total), np.arange(count + 1)).tolist()
-    parts = [order[first:last] for first, last in pairwise(bounds) if first < last]
-    largest = max(int(work[part].sum()) for part in parts)
-    if largest * count > UNEVEN * total:
-        return Cut([everything], threads)
-    return Cut(parts, max(1, threads // len(parts)))
+    if total <= MIN_SHARD_MULTIPLY_ADDS:
+        return Shards([all_texts], 1)
+    count = min(threads, MAX_SHARDS, -(-total // MIN_SHARD_MULTIPLY_ADDS))
+    order = sorted(all_texts, key=lambda i: (adapters[i] or "", -len(ids[i])))
+    midpoints = np.cumsum(work[order]) - work[order] / 2
+    bounds = np.searchsorted(midpoints * (count / total), np.arange(count + 1)).tolist()
+    shards = [order[first:last] for first, last in pairwise(bounds) if first < last]
+    largest = max(int(work[texts].sum()) for texts in shards)
+    if largest * count > MAX_SHARD_RATIO * total:
+        return Shards([all_texts], threads)
+    return Shards(shards, max(1, threads // len(shards)))
+
+
+def _assign_rows(
+    runs: Sequence[tuple[str | None, int]], lengths: Rows, block_rows: int, *, round_up: bool
+) -> tuple[Rows, list[Block], int]:
+    """Assign rows to texts.
+
+    Args:
+        runs: adapter and number of texts of each run of texts with one adapter.
+        lengths: [texts], rows of each text.
+        block_rows: see ``pack``.
+        round_up: see ``pack``.
+
+    Returns:
+        The first row of each text, the blocks that cover all rows, and the number of rows.
+    """
+    starts = np.empty_like(lengths)
+    blocks: list[Block] = []
+    row = text = 0
+    for adapter, texts in runs:
+        run_lengths = lengths[text : text + texts]
+        starts[text : text + texts] = row + np.cumsum(run_lengths) - run_lengths
+        text += texts
+        left = int(run_lengths.sum())
+        while left > 0:
+            used = min(left, block_rows)
+            rows = round_up_rows(used) if round_up else used
+            blocks.append(Block(adapter, slice(row, row + rows)))
+            row += rows
+            left -= used
+    return starts, blocks, row

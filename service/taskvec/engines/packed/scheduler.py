@@ -1,12 +1,13 @@
-"""The queue of an engine: two classes share its time, and the requests of a class take turns.
+"""Fair queue of the packed engine, and the token budget of its batches.
 
-Within a class: fair queueing in tokens by virtual time (Demers, Keshav and Shenker, 1989). Every
-request has a tag, the tokens that it has had; a new one begins where the class's clock stands, and
-the clock goes on by what an equal share of the service is. The least tag is served next: one that
-is new goes before those that have had more, and none starves, however many new ones come.
-Between the classes: stride scheduling (Waldspurger and Weihl, 1995) of the engine's seconds; a
-batch holds one class only, so that a short text does not wait for a long forward to which it was
-added.
+Requests of one priority class share the engine by fair queueing in tokens (Demers, Keshav and
+Shenker, 1989). Every request has a tag in virtual time: the virtual time of its class at its
+arrival, plus the tokens it has received since. Virtual time advances by an equal share of the
+tokens served. The request with the smallest tag is served next: a new request goes before those
+that have received more, and no request starves.
+
+The classes share the engine's seconds by stride scheduling (Waldspurger and Weihl, 1995). A batch
+contains one class only, so that a short text does not wait for a long forward of bulk texts.
 """
 
 from __future__ import annotations
@@ -23,205 +24,221 @@ from taskvec.priority import Priority
 T = TypeVar("T")
 
 WEIGHTS = {Priority.INTERACTIVE: 4.0, Priority.BULK: 1.0}
-"""Shares of the engine's time while both classes wait."""
+"""Relative shares of the engine's time while both classes have waiting texts."""
 
-SAVED = {Priority.INTERACTIVE: 1.0, Priority.BULK: 0.0}
-"""Seconds of the engine that a class may save up while nothing of it waits: people come and go,
-and those who come should not pay for those who were quick."""
+MAX_CREDIT_SECONDS = {Priority.INTERACTIVE: 1.0, Priority.BULK: 0.0}
+"""Engine seconds that a class can save up while its queue is empty. Interactive requests come and
+go: without credit, each new one would pay for the time that earlier ones used."""
+
+MIN_BUDGET_TOKENS = 64
+"""The budget never falls below this: an engine without memory for 64 tokens is not usable."""
+
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 30.0, 3600.0
+"""Seconds without an out-of-memory error before the budget is doubled. The interval doubles with
+every error, so that memory which is permanently lost costs few failed forwards."""
 
 
 @dataclass(eq=False, slots=True)
-class Turn(Generic[T]):
-    """One request in the queue.
+class QueuedRequest(Generic[T]):
+    """One request in the queue, with the position of its next text.
 
     Attributes:
-        request: whatever the engine keeps of it.
-        costs: tokens of each text, in the order in which they are to be taken.
-        tag: where the clock of its class stood when it came, and the tokens it has had since.
-        number: of its arrival; decides between equal tags.
-        taken: how many texts have left the queue.
+        request: the caller's object.
+        costs: tokens of each text, in the order in which they are taken.
+        tag: virtual time of the class at the arrival, plus the tokens taken since.
+        arrival: sequence number, which orders requests with equal tags.
+        taken: number of texts that have left the queue.
     """
 
     request: T
     costs: list[int]
     tag: float
-    number: int
+    arrival: int
     taken: int = 0
 
-    def __lt__(self, other: Turn[T]) -> bool:
-        """Whether it comes first."""
-        return (self.tag, self.number) < (other.tag, other.number)
+    def __lt__(self, other: QueuedRequest[T]) -> bool:
+        """Compare by tag, then by arrival."""
+        return (self.tag, self.arrival) < (other.tag, other.arrival)
 
     @property
     def done(self) -> bool:
-        """True when no text is left."""
+        """True if all texts have left the queue."""
         return self.taken == len(self.costs)
 
 
 @dataclass(eq=False, slots=True)
 class _ClassQueue(Generic[T]):
-    """The requests of one class.
+    """Fair queue of the requests of one priority class.
 
     Attributes:
-        turns: a heap.
-        clock: virtual time: the tokens that a request would have had that was there all the time.
-        arrivals: how many requests have come.
-        spent: engine seconds that this class has had, over its weight.
+        entries: the requests, as a heap.
+        virtual_time: tokens that a request present from the start would have received.
+        arrivals: number of requests so far.
+        weighted_seconds: engine seconds used by this class, divided by its weight.
     """
 
-    turns: list[Turn[T]] = field(default_factory=list)
-    clock: float = 0.0
+    entries: list[QueuedRequest[T]] = field(default_factory=list)
+    virtual_time: float = 0.0
     arrivals: int = 0
-    spent: float = 0.0
+    weighted_seconds: float = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.turns)
+        return bool(self.entries)
 
     def push(self, request: T, costs: list[int]) -> None:
         """Add a request."""
         self.arrivals += 1
-        heapq.heappush(self.turns, Turn(request, costs, self.clock, self.arrivals))
+        entry = QueuedRequest(request, costs, self.virtual_time, self.arrivals)
+        heapq.heappush(self.entries, entry)
 
     def take(self, quantum: int, budget: int) -> tuple[list[tuple[T, int]], int, list[T]]:
-        """See ``FairQueue.take``; also the tokens taken, and the requests that are done."""
+        """Return a batch as ``FairQueue.take``, its tokens, and the requests that are done."""
         batch: list[tuple[T, int]] = []
         done: list[T] = []
-        room = budget
+        left = budget
         full = False
-        while self.turns and not full:
-            turn = self.turns[0]
-            self.clock = max(self.clock, turn.tag)
-            had = 0
-            while not turn.done and had < quantum:
-                cost = turn.costs[turn.taken]
-                full = cost > room and bool(batch)
+        while self.entries and not full:
+            entry = self.entries[0]
+            self.virtual_time = max(self.virtual_time, entry.tag)
+            tokens = 0
+            while not entry.done and tokens < quantum:
+                cost = entry.costs[entry.taken]
+                full = cost > left and bool(batch)
                 if full:
                     break
-                batch.append((turn.request, turn.taken))
-                turn.taken += 1
-                had += cost
-                room -= cost
-            self.clock += had / len(self.turns)
-            turn.tag += had
-            if turn.done:
-                done.append(heapq.heappop(self.turns).request)
+                batch.append((entry.request, entry.taken))
+                entry.taken += 1
+                tokens += cost
+                left -= cost
+            self.virtual_time += tokens / len(self.entries)
+            entry.tag += tokens
+            if entry.done:
+                done.append(heapq.heappop(self.entries).request)
             else:
-                heapq.heapreplace(self.turns, turn)
-        return batch, budget - room, done
+                heapq.heapreplace(self.entries, entry)
+        return batch, budget - left, done
 
-    def drop(self, leaves: Callable[[T], bool]) -> list[Turn[T]]:
-        """See ``FairQueue.drop``."""
-        dropped = [turn for turn in self.turns if leaves(turn.request)]
+    def drop(self, condition: Callable[[T], bool]) -> list[QueuedRequest[T]]:
+        """Remove and return the requests that fulfil a condition."""
+        dropped = [entry for entry in self.entries if condition(entry.request)]
         if dropped:
-            left = set(self.turns).difference(dropped)
-            self.turns = sorted(left)  # a sorted list is a heap
+            remaining = set(self.entries).difference(dropped)
+            self.entries = sorted(remaining)  # a sorted list is a heap
         return dropped
 
 
 class FairQueue(Generic[T]):
-    """Requests with texts that wait; not thread-safe, its owner locks.
+    """Fair queue of requests in two priority classes; not thread-safe, the caller locks.
 
     Attributes:
-        quantum: tokens after which the next request has its turn.
-        texts: texts that wait.
-        tokens: tokens that wait.
+        quantum: tokens of one request after which the next request is served.
+        texts: number of waiting texts.
+        tokens: number of waiting tokens.
     """
 
     def __init__(self, quantum: int) -> None:
-        """An empty queue."""
+        """Create an empty queue."""
         self.quantum = quantum
         self.texts = 0
         self.tokens = 0
-        self._rings: dict[Priority, _ClassQueue[T]] = {
+        self._classes: dict[Priority, _ClassQueue[T]] = {
             priority: _ClassQueue() for priority in WEIGHTS
         }
-        self._served = Priority.INTERACTIVE
+        self._last_served = Priority.INTERACTIVE
         self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
-        return (turn.request for ring in self._rings.values() for turn in ring.turns)
+        return (entry.request for queue in self._classes.values() for entry in queue.entries)
 
     @property
     def oldest(self) -> T | None:
-        """The request that has waited longest, of those with a text that waits."""
+        """Return the oldest request with a waiting text; None if the queue is empty."""
         return next(iter(self._by_age.values()), None)
 
     def push(self, request: T, costs: list[int], priority: Priority = Priority.INTERACTIVE) -> None:
-        """Queue a request whose texts cost so many tokens each."""
-        ring = self._rings[priority]
-        if not ring:
-            saved = SAVED[priority] / WEIGHTS[priority]
-            others = [other.spent - saved for other in self._rings.values() if other]
-            ring.spent = max([ring.spent, *others])
-        ring.push(request, costs)
+        """Add a request.
+
+        Args:
+            request: the caller's object.
+            costs: tokens of each text, in the order in which they are to be taken.
+            priority: the class.
+        """
+        queue = self._classes[priority]
+        if not queue:
+            credit = MAX_CREDIT_SECONDS[priority] / WEIGHTS[priority]
+            others = [other.weighted_seconds - credit for other in self._classes.values() if other]
+            queue.weighted_seconds = max([queue.weighted_seconds, *others])
+        queue.push(request, costs)
         self._by_age[id(request)] = request
         self.texts += len(costs)
         self.tokens += sum(costs)
 
-    def drop(self, leaves: Callable[[T], bool]) -> list[tuple[T, int]]:
-        """Remove the requests that leave; each with the number of its texts that still waited."""
+    def drop(self, condition: Callable[[T], bool]) -> list[tuple[T, int]]:
+        """Remove the requests that fulfil a condition.
+
+        Returns:
+            Each removed request, and the number of its texts that were still waiting.
+        """
         dropped = []
-        for ring in self._rings.values():
-            for turn in ring.drop(leaves):
-                del self._by_age[id(turn.request)]
-                waiting = turn.costs[turn.taken :]
+        for queue in self._classes.values():
+            for entry in queue.drop(condition):
+                del self._by_age[id(entry.request)]
+                waiting = entry.costs[entry.taken :]
                 self.texts -= len(waiting)
                 self.tokens -= sum(waiting)
-                dropped.append((turn.request, len(waiting)))
+                dropped.append((entry.request, len(waiting)))
         return dropped
 
     def take(self, budget: int) -> list[tuple[T, int]]:
-        """The next batch: (request, index of its text in ``costs``), at most ``budget`` tokens.
+        """Remove and return the next batch, which contains one class only.
 
-        It holds one class only. A text longer than the budget is taken alone.
+        Args:
+            budget: maximum number of tokens. A text that is longer is taken alone.
+
+        Returns:
+            A pair for each text: its request, and its index in ``costs``.
         """
-        waiting = [priority for priority, ring in self._rings.items() if ring]
+        waiting = [priority for priority, queue in self._classes.items() if queue]
         if not waiting:
             return []
-        self._served = min(waiting, key=lambda priority: self._rings[priority].spent)
-        batch, tokens, done = self._rings[self._served].take(self.quantum, budget)
+        self._last_served = min(
+            waiting, key=lambda priority: self._classes[priority].weighted_seconds
+        )
+        batch, tokens, done = self._classes[self._last_served].take(self.quantum, budget)
         self.texts -= len(batch)
         self.tokens -= tokens
         for request in done:
             del self._by_age[id(request)]
         return batch
 
-    def spend(self, seconds: float) -> None:
-        """The engine has spent so long on the batch that was taken last."""
-        self._rings[self._served].spent += seconds / WEIGHTS[self._served]
-
-
-LEAST_TOKENS = 64
-"""A budget is not lowered further: less memory than that takes is no engine's."""
-
-FIRST_PAUSE, LONGEST_PAUSE = 30.0, 3600.0
-"""Seconds without an out-of-memory error after which the budget is doubled; the pause doubles
-with every error, so that memory which is gone for good costs little."""
+    def charge(self, seconds: float) -> None:
+        """Charge the engine time of the last batch to its class."""
+        self._classes[self._last_served].weighted_seconds += seconds / WEIGHTS[self._last_served]
 
 
 class TokenBudget:
-    """The budget of one engine; used by its worker thread.
+    """Maximum tokens of a forward, reduced after out-of-memory errors; one thread uses it.
 
     Attributes:
-        whole: tokens of a forward while memory suffices.
-        tokens: tokens of a forward now.
+        max_tokens: budget while memory suffices.
+        tokens: current budget.
     """
 
-    def __init__(self, whole: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Everything may be used."""
-        self.whole = self.tokens = whole
+    def __init__(self, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with the whole budget."""
+        self.max_tokens = self.tokens = max_tokens
         self._clock = clock
-        self._pause = FIRST_PAUSE
-        self._grows_at = 0.0
+        self._retry_seconds = MIN_RETRY_SECONDS
+        self._grow_at = 0.0
 
     def shrink(self, failed: int) -> None:
-        """A forward of so many tokens did not fit: half of them may."""
-        self.tokens = min(self.tokens, max(LEAST_TOKENS, failed // 2))
-        self._grows_at = self._clock() + self._pause
-        self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+        """Set the budget to half of a forward of ``failed`` tokens that ran out of memory."""
+        self.tokens = min(self.tokens, max(MIN_BUDGET_TOKENS, failed // 2))
+        self._grow_at = self._clock() + self._retry_seconds
+        self._retry_seconds = min(MAX_RETRY_SECONDS, 2 * self._retry_seconds)
 
     def grow(self) -> None:
-        """Use more again where nothing has failed for long enough."""
-        if self.tokens < self.whole and self._clock() >= self._grows_at:
-            self.tokens = min(self.whole, 2 * self.tokens)
-            self._grows_at = self._clock() + self._pause
+        """Double the budget if no out-of-memory error has happened for long enough."""
+        if self.tokens < self.max_tokens and self._clock() >= self._grow_at:
+            self.tokens = min(self.max_tokens, 2 * self.tokens)
+            self._grow_at = self._clock() + self._retry_seconds

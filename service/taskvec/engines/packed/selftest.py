@@ -1,4 +1,4 @@
-"""The self-test that every start runs: an adapter that is asked for is applied."""
+"""Self-test of every start: check that each adapter is applied."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.errors import CheckpointError
 
 PROBE_TOKENS = 24
-ALIKE = 0.99
-"""Least cosine between a vector computed in a mixed batch and the same one computed alone."""
+"""Length of the probe text in tokens."""
+
+MIN_COSINE = 0.99
+"""Smallest allowed cosine between a vector from a mixed batch and the same vector from a batch of
+one text."""
 
 
-def prove_adapters(transformer: Transformer, adapters: Sequence[str]) -> None:
-    """Prove that every adapter changes the vector, each in its own way, alone and in a mixed batch.
+def check_adapters(transformer: Transformer, adapters: Sequence[str]) -> None:
+    """Check that every adapter gives a different vector, alone and in a mixed batch.
 
-    The same probe runs once per adapter in batches of one shape, so that equal weights would give
-    bitwise equal vectors: numerical noise cannot pass for an adapter.
+    One probe is embedded once per adapter, in batches of the same shape. Equal weights would give
+    bitwise equal vectors, so numerical noise is never mistaken for an effect of the adapter.
 
     Raises:
-        CheckpointError: an adapter has no effect, two are the same, vectors are not finite, or a
-            mixed batch gives other vectors than the adapters alone.
+        CheckpointError: an adapter has no effect, two adapters are equal, vectors are not finite,
+            or a mixed batch gives different vectors.
     """
     ids = np.random.default_rng(0).integers(
         0, transformer.backbone.vocabulary, PROBE_TOKENS, dtype=np.int32
@@ -33,26 +36,26 @@ def prove_adapters(transformer: Transformer, adapters: Sequence[str]) -> None:
     for name, vector in alone.items():
         if not np.isfinite(vector).all():
             raise CheckpointError(
-                f"The {_called(name)} gives vectors that are not finite in {transformer.dtype}: "
-                "try --dtype float32, or the weights are damaged."
+                f"The {_label(name)} gives vectors that are not finite in {transformer.dtype}: "
+                "try --dtype float32; if that does not help, the weights are damaged."
             )
     for i, name in enumerate(names):
         for other in names[:i]:
             if np.array_equal(alone[name], alone[other]):
                 raise CheckpointError(
-                    f"The {_called(name)} gives the same vectors as the {_called(other)}: it is "
+                    f"The {_label(name)} gives the same vectors as the {_label(other)}: it is "
                     f"empty, a copy, or lost in {transformer.dtype}."
                 )
     mixed = _normalised(transformer.embed([ids] * len(names), names))
     for name, vector in zip(names, mixed, strict=True):
-        if float(vector @ alone[name]) < ALIKE:
+        if float(vector @ alone[name]) < MIN_COSINE:
             raise CheckpointError(
-                f"The {_called(name)} gives another vector in a mixed batch than alone on "
+                f"The {_label(name)} gives a different vector in a mixed batch than alone on "
                 f"{transformer.device}: please report this; --dtype float32 may help."
             )
 
 
-def _called(name: str | None) -> str:
+def _label(name: str | None) -> str:
     return "backbone" if name is None else f"adapter {name!r}"
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's safetensors to a Transformer, on a device and in a number type."""
+"""Load the weights of a checkpoint into a Transformer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from safetensors import safe_open
 from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.packed.device import available_cores, bound_kernels
-from taskvec.engines.packed.lora import LowRank, Projection
+from taskvec.engines.packed.device import available_cores, limit_kernel_cache
+from taskvec.engines.packed.lora import LoraLinear, LowRank
 from taskvec.engines.packed.transformer import Layer, Transformer
 
-TensorReader = Callable[[Path, str], torch.Tensor]
-NamedTensor = Callable[[str], torch.Tensor]
+ReadTensor = Callable[[Path, str], torch.Tensor]
+"""Returns the tensor with a key in a file."""
+
+ReadWeight = Callable[[str], torch.Tensor]
+"""Returns the backbone tensor with a name, on the device."""
 
 STACKED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -25,7 +28,7 @@ STACKED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""The linear layers of a checkpoint that share an input, in the order in which they are stacked."""
+"""Field of ``Layer`` -> the modules of the checkpoint that are stacked to it, in this order."""
 
 
 def load_transformer(
@@ -39,18 +42,19 @@ def load_transformer(
     """Load the backbone and every adapter.
 
     Args:
-        checkpoint: already checked, so every tensor is there and fits.
-        device: where the weights go.
-        dtype: bfloat16, float16 or float32; merging is summed in float32 all the same.
-        merge: True gives each adapter full weights of its own, False keeps its low-rank factors.
-        threads: processor threads of a forward; 0 for one per core that the process may use.
+        checkpoint: a checkpoint whose tensors have been checked.
+        device: device of the weights.
+        dtype: bfloat16, float16 or float32. Adapters are always merged in float32.
+        merge: True to merge each adapter into a copy of the weights, False to keep its low-rank
+            factors.
+        threads: processor threads of a forward; 0 for one per available core.
     """
-    bound_kernels()
+    limit_kernel_cache()
     with ExitStack() as files:
         read = _reader(files)
 
         def tensor(name: str) -> torch.Tensor:
-            # clone: safetensors maps the file, and a mapped tensor would keep it open
+            # A tensor of safetensors maps the file, which would stay open without the clone.
             return read(*checkpoint.weights[name]).to(device, dtype).clone()
 
         layers = [
@@ -69,7 +73,7 @@ def load_transformer(
         )
 
 
-def _reader(files: ExitStack) -> TensorReader:
+def _reader(files: ExitStack) -> ReadTensor:
     opened: dict[Path, safe_open] = {}
 
     def read(file: Path, key: str) -> torch.Tensor:
@@ -81,23 +85,23 @@ def _reader(files: ExitStack) -> TensorReader:
     return read
 
 
-def _layer(tensor: NamedTensor, prefix: str, backbone: Backbone) -> Layer:
-    def projection(name: str) -> Projection:
-        parts = [tensor(f"{prefix}.{module}.weight") for module in STACKED[name]]
-        return Projection(torch.cat(parts) if len(parts) > 1 else parts[0])
+def _layer(tensor: ReadWeight, prefix: str, backbone: Backbone) -> Layer:
+    def linear(name: str) -> LoraLinear:
+        weights = [tensor(f"{prefix}.{module}.weight") for module in STACKED[name]]
+        return LoraLinear(torch.cat(weights) if len(weights) > 1 else weights[0])
 
     return Layer(
         input_norm=tensor(f"{prefix}.input_layernorm.weight"),
         qk_norm=_head_norms(tensor, prefix, backbone) if backbone.qk_norm else None,
         mlp_norm=tensor(f"{prefix}.post_attention_layernorm.weight"),
-        qkv=projection("qkv"),
-        o=projection("o"),
-        gate_up=projection("gate_up"),
-        down=projection("down"),
+        qkv=linear("qkv"),
+        o=linear("o"),
+        gate_up=linear("gate_up"),
+        down=linear("down"),
     )
 
 
-def _head_norms(tensor: NamedTensor, prefix: str, backbone: Backbone) -> torch.Tensor:
+def _head_norms(tensor: ReadWeight, prefix: str, backbone: Backbone) -> torch.Tensor:
     q, k = (tensor(f"{prefix}.self_attn.{name}_norm.weight") for name in "qk")
     return torch.cat((q.expand(backbone.heads, -1), k.expand(backbone.kv_heads, -1)))
 
@@ -106,24 +110,30 @@ def _add_adapter(
     layer: Layer,
     index: int,
     adapter: Adapter,
-    read: TensorReader,
+    read: ReadTensor,
     backbone: Backbone,
     *,
     merge: bool,
 ) -> None:
-    """Stack the factors as the weights are: those of each module act on its own outputs alone."""
+    """Add an adapter to a layer, with its factors stacked in the order of the weights.
+
+    lora_b becomes block-diagonal, so that the factors of a module change only its outputs.
+    """
     device = layer.input_norm.device
     for name, modules in STACKED.items():
-        downs, ups = [], []
+        lora_as, lora_bs = [], []
         for module in modules:
             out, _ = backbone.projections[module]
             keys = adapter.keys.get((index, module))
             if keys is None:
-                ups.append(torch.empty(0, out, device=device))
+                lora_bs.append(torch.empty(0, out, device=device))
                 continue
-            down, up = (read(adapter.weights, key).to(device, torch.float32) for key in keys)
-            downs.append(down)
-            ups.append(up.T * adapter.scale)
-        if downs:
-            factors = LowRank(torch.cat(downs), torch.block_diag(*ups))  # type: ignore[no-untyped-call]
+            lora_a, lora_b = (read(adapter.weights, key).to(device, torch.float32) for key in keys)
+            lora_as.append(lora_a)
+            lora_bs.append(lora_b.T * adapter.scale)
+        if lora_as:
+            factors = LowRank(
+                torch.cat(lora_as),
+                torch.block_diag(*lora_bs),  # type: ignore[no-untyped-call]
+            )
             getattr(layer, name).add(adapter.name, factors, merge=merge)

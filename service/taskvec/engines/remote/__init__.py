@@ -1,1 +1,1 @@
-"""A pool of embedding servers as the engine: stock vLLM servers, or other taskvec servers."""
+"""The remote engine: a pool of embedding servers, either stock vLLM servers or taskvec servers."""

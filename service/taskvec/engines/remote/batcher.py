@@ -1,6 +1,6 @@
-"""Small calls that travel together: what arrives while others are under way shares the next call.
+"""Batch small concurrent calls to one server: what arrives during a call shares the next call.
 
-An HTTP call costs about as much as tokenising ten short texts, on both sides.
+An HTTP call costs about as much CPU time as tokenising ten short texts, on both sides.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 from taskvec.engines.base import TokenIds
-from taskvec.engines.remote.client import Outcome, ServerFault
+from taskvec.engines.remote.client import Outcome, ServerCallError
 from taskvec.engines.remote.protocols import Vectors
 
-TRIPS = 2
-"""Calls under way at a time: one that the engine works on, one that waits for it."""
+MAX_CALLS = 2
+"""Maximum concurrent calls: one that the engine computes, and one that waits for it."""
 
-TEXTS_A_TRIP = 64
-GRACE = 0.05
-"""Seconds by which a call's own limit comes before that of a caller with the same: only the call
-can tell a hung server."""
+MAX_TEXTS = 64
+"""Number of texts from which on no further caller joins a call."""
+
+TIMEOUT_MARGIN_SECONDS = 0.05
+"""Seconds that a caller waits beyond its own timeout. A call that starts at once has the same
+timeout: it must expire first, because only the call can detect a hung server."""
 
 Send = Callable[[Sequence[TokenIds], Sequence[str | None], float], Awaitable[Vectors]]
+"""Sends texts with their adapters in one call, with a timeout in seconds."""
 
 
 @dataclass(eq=False, slots=True)
@@ -32,107 +35,120 @@ class _Pending:
 
     texts: Sequence[TokenIds]
     adapter: str | None
-    seconds: float
+    timeout_seconds: float
     future: asyncio.Future[Vectors]
     context: Context
-    trip: _Call | None = None
+    call: _Call | None = None
 
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """One call under way."""
+    """One call in progress, on behalf of one or more callers."""
 
-    parcels: list[_Pending]
+    pending: list[_Pending]
     task: asyncio.Task[None] | None = field(default=None)
 
     @property
-    def unwanted(self) -> bool:
-        """True once nobody waits for any of it."""
-        return all(parcel.future.cancelled() for parcel in self.parcels)
+    def cancelled(self) -> bool:
+        """True if all callers have been cancelled."""
+        return all(pending.future.cancelled() for pending in self.pending)
 
 
 class CallBatcher:
-    """Sends parcels at once while few calls are under way, and together otherwise."""
+    """Sends the first calls at once, and batches those that arrive while calls are in progress."""
 
     def __init__(self, send: Send) -> None:
-        """Nothing is under way yet.
+        """Create the batcher.
 
         Args:
-            send: one call: texts, their adapters, seconds it may take.
+            send: sends one call.
         """
         self._send = send
         self._waiting: deque[_Pending] = deque()
-        self._trips: set[_Call] = set()
+        self._calls: set[_Call] = set()
 
-    async def deliver(
-        self, texts: Sequence[TokenIds], adapter: str | None, seconds: float
+    async def submit(
+        self, texts: Sequence[TokenIds], adapter: str | None, timeout_seconds: float
     ) -> Vectors:
-        """The vectors of some texts, float32 [texts, dimension].
+        """Embed texts in a call that may be shared with other callers.
 
-        Cancelling withdraws them; a call that nobody waits for any more is closed.
+        A call is cancelled when all its callers are cancelled.
+
+        Args:
+            texts: int32 token ids [length] of each text.
+            adapter: the adapter of all texts; None for the bare backbone.
+            timeout_seconds: timeout, including the time before the call starts.
+
+        Returns:
+            float32 [texts, dimension].
 
         Raises:
-            ServerFault: the call that they travelled in failed.
+            ServerCallError: the shared call failed, or the timeout expired.
         """
         future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
-        parcel = _Pending(texts, adapter, seconds, future, copy_context())
-        self._waiting.append(parcel)
-        self._start_trips()
+        pending = _Pending(texts, adapter, timeout_seconds, future, copy_context())
+        self._waiting.append(pending)
+        self._start_calls()
         try:
-            async with asyncio.timeout(seconds + GRACE):
-                return await parcel.future
-        except TimeoutError:  # it had waited; the call's own limit comes a little later
-            raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
+            async with asyncio.timeout(timeout_seconds + TIMEOUT_MARGIN_SECONDS):
+                return await pending.future
+        except TimeoutError:  # it waited for another call; its own call has time left
+            raise ServerCallError(
+                Outcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
+            ) from None
         except asyncio.CancelledError:
-            trip = parcel.trip
-            if trip is not None and trip.task is not None and trip.unwanted:
-                trip.task.cancel()
+            call = pending.call
+            if call is not None and call.task is not None and call.cancelled:
+                call.task.cancel()
             raise
 
-    def _start_trips(self) -> None:
-        while self._waiting and len(self._trips) < TRIPS:
-            trip = _Call(self._load())
-            if not trip.parcels:
+    def _start_calls(self) -> None:
+        while self._waiting and len(self._calls) < MAX_CALLS:
+            call = _Call(self._take_waiting())
+            if not call.pending:
                 return
-            for parcel in trip.parcels:
-                parcel.trip = trip
-            self._trips.add(trip)
-            # In the first sender's context: not in that of the call which made room for this one.
-            trip.task = asyncio.create_task(self._travel(trip), context=trip.parcels[0].context)
+            for pending in call.pending:
+                pending.call = call
+            self._calls.add(call)
+            # In the context of the first caller, for its trace: the current context may belong to
+            # a call that has just ended.
+            call.task = asyncio.create_task(self._run(call), context=call.pending[0].context)
 
-    def _load(self) -> list[_Pending]:
-        parcels: list[_Pending] = []
+    def _take_waiting(self) -> list[_Pending]:
+        taken: list[_Pending] = []
         texts = 0
-        while self._waiting and texts < TEXTS_A_TRIP:
-            parcel = self._waiting.popleft()
-            if not parcel.future.done():
-                parcels.append(parcel)
-                texts += len(parcel.texts)
-        return parcels
+        while self._waiting and texts < MAX_TEXTS:
+            pending = self._waiting.popleft()
+            if not pending.future.done():
+                taken.append(pending)
+                texts += len(pending.texts)
+        return taken
 
-    async def _travel(self, trip: _Call) -> None:
-        texts = [text for parcel in trip.parcels for text in parcel.texts]
-        adapters = [parcel.adapter for parcel in trip.parcels for _ in parcel.texts]
+    async def _run(self, call: _Call) -> None:
+        texts = [text for pending in call.pending for text in pending.texts]
+        adapters = [pending.adapter for pending in call.pending for _ in pending.texts]
         try:
-            vectors = await self._send(texts, adapters, max(p.seconds for p in trip.parcels))
-        except Exception as error:  # noqa: BLE001 - whatever it was, nobody may wait for ever
-            for parcel in trip.parcels:
-                if not parcel.future.done():
-                    parcel.future.set_exception(_copy(error))
+            vectors = await self._send(
+                texts, adapters, max(pending.timeout_seconds for pending in call.pending)
+            )
+        except Exception as error:  # noqa: BLE001 - callers must get every error
+            for pending in call.pending:
+                if not pending.future.done():
+                    pending.future.set_exception(_copy(error))
         else:
             start = 0
-            for parcel in trip.parcels:
-                stop = start + len(parcel.texts)
-                if not parcel.future.done():
-                    parcel.future.set_result(vectors[start:stop])
+            for pending in call.pending:
+                stop = start + len(pending.texts)
+                if not pending.future.done():
+                    pending.future.set_result(vectors[start:stop])
                 start = stop
         finally:
-            self._trips.discard(trip)
-            self._start_trips()
+            self._calls.discard(call)
+            self._start_calls()
 
 
 def _copy(error: Exception) -> Exception:
-    """One for each who is told: a traceback belongs to one task."""
-    if isinstance(error, ServerFault):
-        return ServerFault(error.outcome, error.message, error.retry_after)
+    """Return a copy for one caller, because each task adds its own traceback."""
+    if isinstance(error, ServerCallError):
+        return ServerCallError(error.outcome, error.message, error.retry_after)
     return error

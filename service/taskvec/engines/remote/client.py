@@ -1,4 +1,4 @@
-"""One exchange with a server, with a limit on time and size, and one name for each way to fail."""
+"""HTTP client for one server, with limits on time and size, and one error class."""
 
 from __future__ import annotations
 
@@ -12,96 +12,17 @@ import aiohttp
 
 from taskvec.telemetry.tracing import current_span
 
-_LONGEST_COMPLAINT, _SHOWN = 4096, 300
-_KEY_WANTED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+_MAX_ERROR_BYTES = 4096
+"""Bytes that are read of the body of an error response."""
 
+_MAX_ERROR_CHARACTERS = 300
+"""Characters of an error response that messages contain."""
 
-class Call(NamedTuple):
-    """What is posted."""
-
-    path: str
-    body: bytes
-    headers: Mapping[str, str]
-
-
-class Connection:
-    """The way to one server."""
-
-    def __init__(self, session: aiohttp.ClientSession, base: str) -> None:
-        """Nothing is opened yet.
-
-        Args:
-            session: whose connections are used.
-            base: the server's URL, without a trailing slash.
-        """
-        self._session = session
-        self._base = base
-
-    async def get(self, path: str, most_bytes: int, seconds: float) -> bytes:
-        """The body of the answer to a GET; see ``post``."""
-        return await self._exchange("GET", Call(path, b"", {}), most_bytes, seconds)
-
-    async def post(self, call: Call, most_bytes: int, seconds: float) -> bytes:
-        """The body of a 200, or one byte more than ``most_bytes`` of it.
-
-        Raises:
-            ServerFault: no connection, another status, or no whole answer in time.
-        """
-        span = current_span.get()
-        if span is None:
-            return await self._exchange("POST", call, most_bytes, seconds)
-        with span.call(self._base + call.path) as headers:
-            traced = call._replace(headers={**call.headers, **headers})
-            return await self._exchange("POST", traced, most_bytes, seconds)
-
-    async def _exchange(self, method: str, call: Call, most_bytes: int, seconds: float) -> bytes:
-        url = self._base + call.path
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._session.request(
-                    method, url, data=call.body or None, headers=call.headers, allow_redirects=False
-                ) as response,
-            ):
-                if response.status == HTTPStatus.OK:
-                    return await _read(response.content, most_bytes)
-                complaint = await _read(response.content, _LONGEST_COMPLAINT)
-                said = self._without_key(complaint.decode(errors="replace"))[:_SHOWN]
-        except TimeoutError:
-            raise ServerFault(Outcome.TIMEOUT, f"no answer within {seconds:.3g} seconds") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ServerFault(Outcome.UNREACHABLE, f"{type(error).__name__}: {error}") from None
-        busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
-        hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_WANTED else ""
-        raise ServerFault(
-            Outcome.BUSY if busy else Outcome.ERROR,
-            f"status {response.status}{hint}: {said}",
-            _seconds(response.headers.get("retry-after", "")),
-        )
-
-    def _without_key(self, complaint: str) -> str:
-        """Some servers repeat the key that they refuse."""
-        key = self._session.headers.get("authorization", "").removeprefix("Bearer ")
-        return complaint.replace(key, "***") if key else complaint
-
-
-def _seconds(retry_after: str) -> float:
-    """A Retry-After header's seconds; one where it has none that we read."""
-    return float(retry_after) if retry_after.isdecimal() and len(retry_after) < 6 else 1.0
-
-
-async def _read(stream: aiohttp.StreamReader, most_bytes: int) -> bytes:
-    parts, size = [], 0
-    async for part in stream.iter_any():
-        parts.append(part)
-        size += len(part)
-        if size > most_bytes:
-            break
-    return b"".join(parts)[: most_bytes + 1]
+_KEY_REQUIRED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
 class Outcome(enum.StrEnum):
-    """How a call ended; the label of the metric."""
+    """Result of a call; a metric label."""
 
     OK = "ok"
     BUSY = "busy"
@@ -112,17 +33,19 @@ class Outcome(enum.StrEnum):
     ABANDONED = "abandoned"
 
 
-OPENS_AT_ONCE = frozenset({Outcome.UNREACHABLE, Outcome.TIMEOUT, Outcome.WRONG})
-"""After one of these a server gets no further call until it has proven itself again."""
+OPENS_CIRCUIT = frozenset({Outcome.UNREACHABLE, Outcome.TIMEOUT, Outcome.WRONG})
+"""Outcomes that open the circuit of a server at once, until it passes its checks again."""
 
 
-class ServerFault(Exception):  # noqa: N818 - no error of ours: another server may do better
-    """One call to one server failed.
+class ServerCallError(Exception):
+    """One call to one server failed; another server may succeed.
+
+    It never leaves the remote engine, so it is not a TaskvecError.
 
     Attributes:
-        outcome: how.
-        message: what happened, after the server's name and a colon.
-        retry_after: seconds after which a busy server wants to be asked again.
+        outcome: kind of the failure.
+        message: reason, without the name of the server.
+        retry_after: seconds after which a busy server accepts calls again.
     """
 
     def __init__(self, outcome: Outcome, message: str, retry_after: float = 1.0) -> None:
@@ -130,3 +53,101 @@ class ServerFault(Exception):  # noqa: N818 - no error of ours: another server m
         self.outcome = outcome
         self.message = message
         self.retry_after = retry_after
+
+
+class HttpRequest(NamedTuple):
+    """Path, body and headers of a request."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class ServerClient:
+    """HTTP client for one server."""
+
+    def __init__(self, session: aiohttp.ClientSession, base: str) -> None:
+        """Create the client; no connection is opened yet.
+
+        Args:
+            session: connection pool and default headers.
+            base: URL of the server, without a trailing slash.
+        """
+        self._session = session
+        self._base = base
+
+    async def get(self, path: str, max_bytes: int, timeout_seconds: float) -> bytes:
+        """Send a GET request; see ``post``."""
+        return await self._exchange("GET", HttpRequest(path, b"", {}), max_bytes, timeout_seconds)
+
+    async def post(self, request: HttpRequest, max_bytes: int, timeout_seconds: float) -> bytes:
+        """Send a POST request.
+
+        Returns:
+            The body of the response. If it is longer than ``max_bytes``, its first
+            ``max_bytes + 1`` bytes.
+
+        Raises:
+            ServerCallError: the connection failed, the status is not 200, or the response was not
+                complete in time.
+        """
+        span = current_span.get()
+        if span is None:
+            return await self._exchange("POST", request, max_bytes, timeout_seconds)
+        with span.call(self._base + request.path) as headers:
+            traced = request._replace(headers={**request.headers, **headers})
+            return await self._exchange("POST", traced, max_bytes, timeout_seconds)
+
+    async def _exchange(
+        self, method: str, request: HttpRequest, max_bytes: int, timeout_seconds: float
+    ) -> bytes:
+        url = self._base + request.path
+        try:
+            async with (
+                asyncio.timeout(timeout_seconds),
+                self._session.request(
+                    method,
+                    url,
+                    data=request.body or None,
+                    headers=request.headers,
+                    allow_redirects=False,
+                ) as response,
+            ):
+                if response.status == HTTPStatus.OK:
+                    return await _read(response.content, max_bytes)
+                error_body = await _read(response.content, _MAX_ERROR_BYTES)
+                text = self._without_key(error_body.decode(errors="replace"))
+                text = text[:_MAX_ERROR_CHARACTERS]
+        except TimeoutError:
+            raise ServerCallError(
+                Outcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
+            ) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ServerCallError(Outcome.UNREACHABLE, f"{type(error).__name__}: {error}") from None
+        busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
+        hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_REQUIRED else ""
+        raise ServerCallError(
+            Outcome.BUSY if busy else Outcome.ERROR,
+            f"status {response.status}{hint}: {text}",
+            _retry_after_seconds(response.headers.get("retry-after", "")),
+        )
+
+    def _without_key(self, text: str) -> str:
+        """Mask the API key, which some servers repeat in error responses."""
+        key = self._session.headers.get("authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "***") if key else text
+
+
+def _retry_after_seconds(header: str) -> float:
+    """Return the seconds of a Retry-After header; 1 if it is missing or has another form."""
+    return float(header) if header.isdecimal() and len(header) < 6 else 1.0
+
+
+async def _read(stream: aiohttp.StreamReader, max_bytes: int) -> bytes:
+    chunks, size = [], 0
+    async for chunk in stream.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > max_bytes:
+            break
+    return b"".join(chunks)[: max_bytes + 1]

@@ -1,4 +1,4 @@
-"""Which servers there are: listed, or found by DNS and looked up again and again."""
+"""Engine URLs, and discovery of the servers behind DNS names."""
 
 from __future__ import annotations
 
@@ -10,70 +10,70 @@ from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
-"""A host name -> its addresses; raises OSError where there are none."""
+"""Resolves a host name to its addresses; raises OSError if this fails."""
 
 _URL = re.compile(r"(?:https?://|unix:///)[^\s@]+")
 _DNS = re.compile(r"dns://(?P<host>[^\s/:@]+):(?P<port>\d{1,5})")
 
 
 def check_url(url: str) -> str:
-    """A server's URL, without a trailing slash.
+    """Return the URL of a server without a trailing slash.
 
     Raises:
-        ValueError: it is none of ``http://``, ``https://``, ``unix:///path`` or ``dns://name:port``,
-            or holds a password.
+        ValueError: the URL is not ``http://``, ``https://``, ``unix:///path`` or
+            ``dns://name:port``, or it contains a user name or password.
     """
     url = url.rstrip("/")
-    if (_DNS if url.startswith("dns:") else _URL).fullmatch(url) and _has_place(url):
+    if (_DNS if url.startswith("dns:") else _URL).fullmatch(url) and _has_address(url):
         return url
     if "@" in url:
         raise ValueError(
-            "an engine URL holds no name and password, which would stand in logs and metrics: set "
-            "TASKVEC_ENGINE_API_KEY"
+            "an engine URL must not contain a user name or password, because logs and metrics show "
+            "it: set TASKVEC_ENGINE_API_KEY"
         )
     raise ValueError(
-        f"{url!r} is no engine URL: write http://host:port, https://host:port, "
+        f"{url!r} is not an engine URL: write http://host:port, https://host:port, "
         "unix:///path/to/socket, or dns://name:port for every address behind a name"
     )
 
 
-def _has_place(url: str) -> bool:
+def _has_address(url: str) -> bool:
     parts = urlsplit(url)
     try:
         return parts.scheme == "unix" or (bool(parts.hostname) and parts.port != 0)
-    except ValueError:  # the port is no number, or too large
+    except ValueError:  # the port is not a number, or too large
         return False
 
 
 async def resolve_host(host: str) -> Sequence[str]:
-    """The addresses behind a name, from the system's resolver.
+    """Return the addresses of a host name, from the resolver of the system.
 
     Raises:
-        OSError: there is no such name, or no resolver answers.
+        OSError: the name does not exist, or the resolver does not answer.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return sorted({str(address[0]) for *_, address in found})
 
 
 async def expand(urls: Sequence[str], resolve: Resolve) -> tuple[list[str], list[str]]:
-    """The servers behind some URLs.
+    """Replace ``dns://`` URLs by one URL per address.
 
     Returns:
-        The servers' own URLs, and a sentence for each name that could not be resolved.
+        The URLs of the servers without duplicates, and a message for each failed lookup.
     """
     servers: list[str] = []
     failures: list[str] = []
     for url in urls:
-        name = _DNS.fullmatch(url)
-        if name is None:
+        match = _DNS.fullmatch(url)
+        if match is None:
             servers.append(url)
             continue
         try:
-            found = await resolve(name["host"])
+            addresses = await resolve(match["host"])
         except (OSError, UnicodeError) as error:
             failures.append(f"{url} could not be resolved ({error})")
             continue
-        servers += [f"http://{_bracketed(address)}:{name['port']}" for address in found]
+        servers += [f"http://{_bracketed(address)}:{match['port']}" for address in addresses]
     return list(dict.fromkeys(servers)), failures
 
 

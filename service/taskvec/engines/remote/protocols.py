@@ -1,4 +1,4 @@
-"""How vLLM servers and taskvec servers are asked for vectors: token ids out, raw bytes back."""
+"""HTTP protocols of vLLM servers and taskvec servers: token ids in, raw float32 bytes out."""
 
 from __future__ import annotations
 
@@ -9,155 +9,181 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from taskvec.engines.base import ModelCard, TokenIds
-from taskvec.engines.remote.client import Call, Connection, Outcome, ServerFault
+from taskvec.checkpoint.backbone import ModelCard
+from taskvec.engines.base import TokenIds
+from taskvec.engines.remote.client import HttpRequest, Outcome, ServerCallError, ServerClient
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
 from taskvec.priority import Priority
 
 Vectors = NDArray[np.float32]
 
-_LONGEST_LISTING = 1 << 20
+_MAX_LISTING_BYTES = 1 << 20
+"""Bytes that are read of the response of /v1/models."""
 
 
-class Dialect(Protocol):
-    """How one kind of server is asked.
+class ServerProtocol(Protocol):
+    """The requests that one kind of server accepts.
 
     Attributes:
-        mixes: True where the texts of one call may have different adapters.
+        mixes_adapters: True if the texts of one request may have different adapters.
     """
 
-    mixes: bool
+    mixes_adapters: bool
 
-    def call(
+    def request(
         self,
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
-        seconds: float,
+        timeout_seconds: float,
         priority: Priority,
-    ) -> Call:
-        """What to send for some texts, whose vectors are wanted within so many seconds."""
+    ) -> HttpRequest:
+        """Build the request for texts.
+
+        Args:
+            texts: int32 token ids [length] of each text.
+            adapters: the adapter of each text; None for the bare backbone.
+            timeout_seconds: time after which the caller stops waiting.
+            priority: class of the request.
+        """
 
 
 class VllmProtocol:
-    """vLLM's OpenAI server: adapters are models, vectors come as bytes without a header."""
+    """OpenAI-compatible server of vLLM: an adapter is a model name; vectors are raw bytes."""
 
-    mixes = False
+    mixes_adapters = False
 
-    def __init__(self, base: str) -> None:
-        """Remember what the backbone without an adapter is called."""
-        self._base = base
+    def __init__(self, base_model: str) -> None:
+        """Create the protocol.
 
-    def call(
+        Args:
+            base_model: model name of the backbone without an adapter.
+        """
+        self._base_model = base_model
+
+    def request(
         self,
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
-        seconds: float,  # noqa: ARG002 - vLLM knows no deadline: a closed connection ends a call
-        priority: Priority,  # noqa: ARG002 - vLLM's own is a setting of its start, and strict
-    ) -> Call:
-        """See ``Dialect``."""
+        timeout_seconds: float,  # noqa: ARG002 - vLLM has no deadlines; closing the connection aborts
+        priority: Priority,  # noqa: ARG002 - vLLM's priorities need a setting at its start
+    ) -> HttpRequest:
+        """See ``ServerProtocol``."""
         body = {
-            "model": adapters[0] or self._base,
+            "model": adapters[0] or self._base_model,
             "input": [text.tolist() for text in texts],
             "encoding_format": "bytes_only",
             "embed_dtype": "float32",
             "endianness": "little",
             "use_activation": False,  # not normalised
         }
-        return Call("/v1/embeddings", orjson.dumps(body), {"content-type": "application/json"})
+        return HttpRequest(
+            "/v1/embeddings", orjson.dumps(body), {"content-type": "application/json"}
+        )
 
 
 class TaskvecProtocol:
-    """Another taskvec server, which accepts token ids."""
+    """Another taskvec server that accepts token ids; see ``taskvec.engines.wire``."""
 
-    mixes = True
+    mixes_adapters = True
 
-    def call(
+    def request(
         self,
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
-        seconds: float,
+        timeout_seconds: float,
         priority: Priority,
-    ) -> Call:
-        """See ``Dialect``."""
+    ) -> HttpRequest:
+        """See ``ServerProtocol``."""
         names, body = pack_texts(texts, adapters)
         headers = {
             "content-type": WIRE_TYPE,
             ADAPTERS_HEADER: names,
-            "x-request-timeout-ms": str(max(1, int(seconds * 1000))),
+            "x-request-timeout-ms": str(max(1, int(timeout_seconds * 1000))),
             "x-priority": priority.value,
         }
-        return Call(WIRE_PATH, body, headers)
+        return HttpRequest(WIRE_PATH, body, headers)
 
 
-async def recognise(
-    connection: Connection, card: ModelCard, max_tokens: int, seconds: float
-) -> Dialect:
-    """Find out what kind of server answers, and that it serves what we need.
+async def detect_protocol(
+    client: ServerClient, card: ModelCard, max_tokens: int, timeout_seconds: float
+) -> ServerProtocol:
+    """Detect the kind of a server from its /v1/models, and check what it serves.
+
+    Args:
+        client: client for the server.
+        card: the model that the server must serve.
+        max_tokens: longest text that will be sent, in tokens.
+        timeout_seconds: timeout of the request.
 
     Raises:
-        ServerFault: it cannot be reached, is no such server, lacks an adapter, or takes shorter
-            texts than we send.
+        ServerCallError: the server cannot be reached, is of another kind, lacks an adapter, or
+            accepts only shorter texts.
     """
-    listing = await connection.get("/v1/models", _LONGEST_LISTING, seconds)
+    listing = await client.get("/v1/models", _MAX_LISTING_BYTES, timeout_seconds)
     try:
         entries = {str(entry["id"]): entry for entry in orjson.loads(listing)["data"]}
     except (ValueError, KeyError, TypeError):
-        raise ServerFault(
-            Outcome.WRONG, "its /v1/models is no list of models: it is no vLLM or taskvec server"
+        raise ServerCallError(
+            Outcome.WRONG,
+            "its /v1/models is not a list of models: it is neither a vLLM nor a taskvec server",
         ) from None
     roots = [name for name, entry in entries.items() if not entry.get("parent")]
     if any(entry.get("owned_by") == "vllm" for entry in entries.values()) and roots:
-        base_name = roots[0]
-        longest = entries[base_name].get("max_model_len")
+        base_model = roots[0]
+        accepted_tokens = entries[base_model].get("max_model_len")
         missing = [name for name in card.adapters if name not in entries]
-        dialect: Dialect = VllmProtocol(base_name)
+        protocol: ServerProtocol = VllmProtocol(base_model)
         flag = "--max-model-len"
     elif roots and "tasks" in entries[roots[0]]:
-        tasks = {str(name) for name in _listed(entries[roots[0]]["tasks"])}
+        tasks = {str(name) for name in _as_list(entries[roots[0]]["tasks"])}
         tasks |= {name.partition(".")[0] for name in tasks}  # retrieval.query: adapter retrieval
-        longest = entries[roots[0]].get("max_tokens")
+        accepted_tokens = entries[roots[0]].get("max_tokens")
         missing = [name for name in card.adapters if name not in tasks]
         if not entries[roots[0]].get("token_input"):
-            raise ServerFault(
-                Outcome.WRONG, "it takes no token ids: start it with TASKVEC_TOKEN_INPUT=accept"
+            raise ServerCallError(
+                Outcome.WRONG,
+                "it does not accept token ids: start it with TASKVEC_TOKEN_INPUT=accept",
             )
-        dialect = TaskvecProtocol()
+        protocol = TaskvecProtocol()
         flag = "--max-tokens"
     else:
-        raise ServerFault(Outcome.WRONG, "it is neither a vLLM nor a taskvec server")
+        raise ServerCallError(Outcome.WRONG, "it is neither a vLLM nor a taskvec server")
     if missing:
-        raise ServerFault(
+        raise ServerCallError(
             Outcome.WRONG,
             f"it does not serve the adapters {', '.join(missing)}; taskvec engine-args prints the "
             "command line of a server that does",
         )
-    if isinstance(longest, int) and longest < max_tokens:
-        raise ServerFault(
+    if isinstance(accepted_tokens, int) and accepted_tokens < max_tokens:
+        raise ServerCallError(
             Outcome.WRONG,
-            f"it takes texts of {longest} tokens, this gateway sends up to {max_tokens}: raise its "
-            f"{flag}, or lower --max-tokens here",
+            f"it accepts texts of {accepted_tokens} tokens, this gateway sends up to {max_tokens}: "
+            f"raise its {flag}, or lower --max-tokens here",
         )
-    return dialect
+    return protocol
 
 
-def _listed(value: object) -> list[object]:
+def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else []
 
 
 def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
-    """The vectors in a server's answer: float32 [texts, dimension], every value finite.
+    """Return the vectors of a response.
+
+    Returns:
+        float32 [texts, dimension]; every value is finite.
 
     Raises:
-        ServerFault: it is something else.
+        ServerCallError: the response has another size, or a value is not finite.
     """
     size = texts * dimension * 4
     if len(content) != size:
-        raise ServerFault(
+        raise ServerCallError(
             Outcome.WRONG,
             f"it sent {len(content)} bytes or more for {texts} vectors of {dimension} values, not "
             f"{size}",
         )
     vectors: Vectors = np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
     if not np.isfinite(vectors).all():
-        raise ServerFault(Outcome.WRONG, "it sent values that are not finite")
+        raise ServerCallError(Outcome.WRONG, "it sent values that are not finite")
     return vectors

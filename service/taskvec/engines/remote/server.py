@@ -1,4 +1,4 @@
-"""One server of the pool: proven before it is used, dropped when it fails, proven again."""
+"""One server of the pool: checks, circuit breaker, and calls."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from typing import Protocol
 import aiohttp
 import structlog
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import ModelCard, QueueObserver, TokenIds
+from taskvec.engines.base import QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
-from taskvec.engines.remote.client import OPENS_AT_ONCE, Connection, Outcome, ServerFault
-from taskvec.engines.remote.protocols import Dialect, Vectors, read_vectors, recognise
+from taskvec.engines.remote.client import OPENS_CIRCUIT, Outcome, ServerCallError, ServerClient
+from taskvec.engines.remote.protocols import (
+    ServerProtocol,
+    Vectors,
+    detect_protocol,
+    read_vectors,
+)
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
 
-SMALL_CALL = 8
-"""Requests of up to so many texts may share a call with others."""
+MAX_BATCHED_TEXTS = 8
+"""Requests of up to this many texts may share a call with others."""
 
-BULK_CALLS = 4
-"""Bulk calls under way to one server: enough to keep it busy, too few to make others wait long
-behind them in a queue that knows no classes, such as vLLM's."""
+MAX_BULK_CALLS = 4
+"""Concurrent bulk calls to one server: enough to keep it busy, and few enough that interactive
+calls do not wait long behind them in a queue without priorities, such as vLLM's."""
 
-ERRORS_TO_OPEN = 3
-"""So many failed calls in a row and a server is dropped."""
+MAX_ERRORS = 3
+"""Consecutive failed calls that open the circuit."""
 
-PROBES_APART = 6
-"""Even a busy server is probed once in so many check intervals."""
+PROBE_INTERVALS = 6
+"""A server that answers calls is still probed once per this many check intervals."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
-"""Seconds until a dropped server is tried again; grows by half each time."""
+MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.25, 5.0
+"""Delay until the checks are repeated while the circuit is open; it grows by half each time."""
 
 
 class ServerState(enum.StrEnum):
-    """A server's circuit: only a closed one gets calls."""
+    """State of the circuit breaker of a server; only a closed circuit allows calls."""
 
     JOINING = "joining"
     CLOSED = "closed"
@@ -51,13 +57,13 @@ class ServerState(enum.StrEnum):
 
 
 class PoolObserver(QueueObserver, Protocol):
-    """What a pool reports while it works; called from its event loop."""
+    """Observer of a pool; notified from the event loop of the pool."""
 
     def server_changed(self, server: str, *, serving: bool) -> None:
         """A server may now be called, or no longer."""
 
     def server_left(self, server: str) -> None:
-        """A server is no longer listed."""
+        """A server was removed from the pool."""
 
     def call_ended(self, server: str, outcome: str, seconds: float) -> None:
         """A call to a server ended."""
@@ -66,18 +72,18 @@ class PoolObserver(QueueObserver, Protocol):
         """A failed call was sent again."""
 
     def lookup_failed(self) -> None:
-        """A name could not be resolved."""
+        """A DNS lookup failed."""
 
 
 class Server:
-    """A server, its circuit, and how much it has to do.
+    """A server with a circuit breaker.
 
     Attributes:
-        url: where it is.
-        name: what logs, metrics and messages call it.
-        state: its circuit.
-        reason: why it is not called, where it is not.
-        tokens: sent to it and not yet answered.
+        url: URL of the server.
+        name: name in logs, metrics and messages.
+        state: state of the circuit breaker.
+        reason: why the server is not called; empty while it is.
+        tokens: tokens of the calls in progress.
     """
 
     def __init__(
@@ -92,67 +98,67 @@ class Server:
         check_seconds: float,
         observer: PoolObserver | None,
     ) -> None:
-        """A server that has yet to prove itself.
+        """Create a server that has not been checked.
 
         Args:
-            url: where it is, without a trailing slash.
-            session: the connections to it.
+            url: URL of the server, without a trailing slash.
+            session: connection pool and default headers.
             card: the model that it must serve.
-            golden: the vectors that it must give.
-            max_tokens: longest text that it will be sent.
-            call_seconds: how long a call may take before the server counts as hung.
-            check_seconds: a server that answered nothing for so long is checked.
-            observer: told of every call and change.
+            golden: the vectors that it must return for the probes.
+            max_tokens: longest text that it will be sent, in tokens.
+            call_seconds: timeout of a call, after which the server counts as hung.
+            check_seconds: a server without an answer for this long is probed.
+            observer: notified of every call and every change of ``serving``.
         """
         self.url = url
         self.name = f"unix:{PurePath(url).name}" if url.startswith("unix:") else url
         self.state = ServerState.JOINING
-        self.reason = "it has not proven its adapters yet"
+        self.reason = "it has not been checked yet"
         self.tokens = 0
         base = "http://engine" if url.startswith("unix:") else url
-        self._connection = Connection(session, base)
+        self._client = ServerClient(session, base)
         self._card = card
         self._golden = golden
         self._max_tokens = max_tokens
         self._call_seconds = call_seconds
         self._check_seconds = check_seconds
         self._observer = observer
-        self._dialect: Dialect | None = None
-        self._courier = CallBatcher(self._send_waiting)
-        self._bulk_calls = asyncio.Semaphore(BULK_CALLS)
+        self._protocol: ServerProtocol | None = None
+        self._batcher = CallBatcher(self._send_if_serving)
+        self._bulk_calls = asyncio.Semaphore(MAX_BULK_CALLS)
         self._errors = 0
         self._answered_at = self._probed_at = 0.0
-        self._dropped = asyncio.Event()
-        self._probed = itertools.cycle(golden.adapters)
+        self._opened = asyncio.Event()
+        self._next_probe = itertools.cycle(golden.adapters)
         if observer is not None:
             observer.server_changed(self.name, serving=False)
 
     @property
     def serving(self) -> bool:
-        """True while calls may be sent."""
+        """True while calls are allowed."""
         return self.state is ServerState.CLOSED
 
-    async def keep(self) -> None:
-        """Prove the server, watch it, drop it, prove it again; until cancelled."""
-        pause = FIRST_PAUSE
+    async def run(self) -> None:
+        """Check the server until it passes, then watch it until the circuit opens; repeat."""
+        retry_delay = MIN_RETRY_SECONDS
         while True:
             try:
-                await self._prove()
-            except ServerFault as fault:
-                lies = fault.outcome is Outcome.WRONG
-                self._enter(ServerState.REFUSED if lies else ServerState.OPEN, fault.message)
-                await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-                pause = min(1.5 * pause, LONGEST_PAUSE)
+                await self._check()
+            except ServerCallError as error:
+                wrong = error.outcome is Outcome.WRONG
+                self._set_state(ServerState.REFUSED if wrong else ServerState.OPEN, error.message)
+                await asyncio.sleep(retry_delay * random.uniform(0.75, 1.25))
+                retry_delay = min(1.5 * retry_delay, MAX_RETRY_SECONDS)
                 continue
-            pause = FIRST_PAUSE
+            retry_delay = MIN_RETRY_SECONDS
             self._errors = 0
-            self._dropped.clear()
-            self._enter(ServerState.CLOSED, "")
+            self._opened.clear()
+            self._set_state(ServerState.CLOSED, "")
             await self._watch()
-            await asyncio.sleep(FIRST_PAUSE)
+            await asyncio.sleep(MIN_RETRY_SECONDS)
 
-    def leave(self) -> None:
-        """It is no longer listed: what is in flight ends unreported."""
+    def detach(self) -> None:
+        """Stop reporting to the observer, because the server was removed from the pool."""
         self._observer = None
 
     async def call(
@@ -160,125 +166,134 @@ class Server:
         ids: Sequence[TokenIds],
         adapter: str | None,
         tokens: int,
-        seconds: float,
+        timeout_seconds: float,
         priority: Priority,
     ) -> Vectors:
-        """Embed some texts on this server.
+        """Embed texts on this server.
 
         Args:
-            ids: token ids, one int32 array [length] a text.
-            adapter: one that the server has proven.
+            ids: int32 token ids [length] of each text.
+            adapter: an adapter that the server serves; None for the bare backbone.
             tokens: total number of ids.
-            seconds: how long it may take.
-            priority: bulk calls take turns, a few at a time.
+            timeout_seconds: timeout of the call.
+            priority: class of the call; few bulk calls run at a time.
 
         Returns:
             float32 [texts, dimension], not normalised.
 
         Raises:
-            ServerFault: the call failed; the server may have been dropped for it.
+            ServerCallError: the call failed. The circuit may have been opened.
         """
         self.tokens += tokens
         try:
             if priority is Priority.BULK:
-                return await self._send_in_turn(ids, [adapter] * len(ids), seconds)
-            if self._dialect is None or not self._dialect.mixes or len(ids) > SMALL_CALL:
-                return await self._send(ids, [adapter] * len(ids), seconds)
-            return await self._courier.deliver(ids, adapter, seconds)
+                return await self._send_bulk(ids, [adapter] * len(ids), timeout_seconds)
+            if (
+                self._protocol is None
+                or not self._protocol.mixes_adapters
+                or len(ids) > MAX_BATCHED_TEXTS
+            ):
+                return await self._send(ids, [adapter] * len(ids), timeout_seconds)
+            return await self._batcher.submit(ids, adapter, timeout_seconds)
         finally:
             self.tokens -= tokens
 
-    async def _send_in_turn(
-        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], seconds: float
+    async def _send_bulk(
+        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], timeout_seconds: float
     ) -> Vectors:
-        limit = time.monotonic() + seconds
+        deadline = time.monotonic() + timeout_seconds
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(timeout_seconds):
                 await self._bulk_calls.acquire()
         except TimeoutError:
-            raise ServerFault(Outcome.TIMEOUT, f"no turn within {seconds:.3g} seconds") from None
+            raise ServerCallError(
+                Outcome.TIMEOUT, f"other bulk calls took {timeout_seconds:.3g} seconds"
+            ) from None
         try:
             while True:
-                # Waiting for a turn is no fault of the server: where no client's deadline is
-                # nearer, the call has the whole of a call's time, and is a hung one after it.
-                hung = seconds >= self._call_seconds
-                left = seconds if hung else max(0.001, limit - time.monotonic())
+                # The server does not cause the wait for other bulk calls. Unless the deadline of
+                # the client is earlier, the call gets its full timeout, and the server counts as
+                # hung after that.
+                full = timeout_seconds >= self._call_seconds
+                left = timeout_seconds if full else max(0.001, deadline - time.monotonic())
                 try:
-                    return await self._send_waiting(texts, adapters, left, Priority.BULK)
-                except ServerFault as fault:
-                    pause = fault.retry_after
-                    if fault.outcome is not Outcome.BUSY or time.monotonic() + pause >= limit:
+                    return await self._send_if_serving(texts, adapters, left, Priority.BULK)
+                except ServerCallError as error:
+                    retry_delay = error.retry_after
+                    expires = time.monotonic() + retry_delay >= deadline
+                    if error.outcome is not Outcome.BUSY or expires:
                         raise
-                await asyncio.sleep(pause)  # a part of a request that was admitted: it can wait
+                await asyncio.sleep(retry_delay)  # the request was admitted, and bulk can wait
         finally:
             self._bulk_calls.release()
 
-    async def _send_waiting(
+    async def _send_if_serving(
         self,
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
-        seconds: float,
+        timeout_seconds: float,
         priority: Priority = Priority.INTERACTIVE,
     ) -> Vectors:
-        """``_send`` for texts that may have waited while the server was dropped."""
+        """Send texts that have waited, unless the circuit was opened meanwhile."""
         if not self.serving:
-            raise ServerFault(Outcome.UNREACHABLE, self.reason)
-        return await self._send(texts, adapters, seconds, priority)
+            raise ServerCallError(Outcome.UNREACHABLE, self.reason)
+        return await self._send(texts, adapters, timeout_seconds, priority)
 
     async def _send(
         self,
         texts: Sequence[TokenIds],
         adapters: Sequence[str | None],
-        seconds: float,
+        timeout_seconds: float,
         priority: Priority = Priority.INTERACTIVE,
     ) -> Vectors:
-        if self._dialect is None:
-            raise ServerFault(Outcome.UNREACHABLE, self.reason)
-        begun = time.monotonic()
+        if self._protocol is None:
+            raise ServerCallError(Outcome.UNREACHABLE, self.reason)
+        started = time.monotonic()
         outcome = Outcome.ABANDONED
         dimension = self._card.dimension
         try:
-            content = await self._connection.post(
-                self._dialect.call(texts, adapters, seconds, priority),
+            content = await self._client.post(
+                self._protocol.request(texts, adapters, timeout_seconds, priority),
                 len(texts) * dimension * 4,
-                seconds,
+                timeout_seconds,
             )
             vectors = read_vectors(content, len(texts), dimension)
             outcome = Outcome.OK
-        except ServerFault as fault:
-            outcome = fault.outcome
-            if outcome is Outcome.TIMEOUT and seconds < self._call_seconds:
-                outcome = Outcome.ABANDONED  # the client's deadline, not the server's fault
+        except ServerCallError as error:
+            outcome = error.outcome
+            if outcome is Outcome.TIMEOUT and timeout_seconds < self._call_seconds:
+                outcome = Outcome.ABANDONED  # the client's deadline passed; the server may be fine
             else:
-                self._failed(fault)
+                self._record_failure(error)
             raise
         finally:
             if self._observer is not None:
-                self._observer.call_ended(self.name, outcome, time.monotonic() - begun)
+                self._observer.call_ended(self.name, outcome, time.monotonic() - started)
         self._errors = 0
         self._answered_at = time.monotonic()
         return vectors
 
-    def _failed(self, fault: ServerFault) -> None:
-        level = log.debug if fault.outcome is Outcome.BUSY else log.warning  # overload is no fault
-        level("engine_call_failed", server=self.name, outcome=fault.outcome, reason=fault.message)
-        if fault.outcome is Outcome.BUSY:
-            self._answered_at = time.monotonic()  # a refusal shows that it is alive
+    def _record_failure(self, error: ServerCallError) -> None:
+        busy = error.outcome is Outcome.BUSY
+        level = log.debug if busy else log.warning  # overload is part of normal operation
+        level("engine_call_failed", server=self.name, outcome=error.outcome, reason=error.message)
+        if busy:
+            self._answered_at = time.monotonic()  # the server is alive
             return
         self._errors += 1
-        if self.serving and (fault.outcome in OPENS_AT_ONCE or self._errors >= ERRORS_TO_OPEN):
-            self._enter(ServerState.OPEN, fault.message)
-            self._dropped.set()
+        if self.serving and (error.outcome in OPENS_CIRCUIT or self._errors >= MAX_ERRORS):
+            self._set_state(ServerState.OPEN, error.message)
+            self._opened.set()
 
-    async def _prove(self) -> None:
-        """Every adapter is there and gives its golden vectors."""
+    async def _check(self) -> None:
+        """Check the kind of the server, its model, and the golden vectors of every adapter."""
         try:
-            self._dialect = await recognise(
-                self._connection, self._card, self._max_tokens, self._call_seconds
+            self._protocol = await detect_protocol(
+                self._client, self._card, self._max_tokens, self._call_seconds
             )
         except (TypeError, AttributeError, LookupError) as error:
-            raise ServerFault(
-                Outcome.WRONG, f"its /v1/models is not understood ({error})"
+            raise ServerCallError(
+                Outcome.WRONG, f"its /v1/models has an unexpected form ({error})"
             ) from None
         for adapter in self._golden.adapters:
             await self._probe(adapter)
@@ -287,30 +302,30 @@ class Server:
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
         vectors = await self._send(probes, [adapter] * len(probes), self._call_seconds)
-        fault = self._golden.fault(adapter, vectors)
-        if fault is not None:
-            raise ServerFault(Outcome.WRONG, fault)
+        mismatch = self._golden.mismatch(adapter, vectors)
+        if mismatch is not None:
+            raise ServerCallError(Outcome.WRONG, mismatch)
 
     async def _watch(self) -> None:
-        """Until the server is dropped; one probe where it was quiet for long, and now and then."""
+        """Probe the server after silence and at intervals, until the circuit opens."""
         while self.serving:
             due = min(
                 self._answered_at + self._check_seconds,
-                self._probed_at + PROBES_APART * self._check_seconds,
+                self._probed_at + PROBE_INTERVALS * self._check_seconds,
             )
             if time.monotonic() < due:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(due - time.monotonic()):
-                        await self._dropped.wait()
+                        await self._opened.wait()
                 continue
             self._probed_at = time.monotonic()
             try:
-                await self._probe(next(self._probed))
-            except ServerFault as fault:
-                if self.serving and fault.outcome is not Outcome.BUSY:
-                    self._enter(ServerState.OPEN, fault.message)
+                await self._probe(next(self._next_probe))
+            except ServerCallError as error:
+                if self.serving and error.outcome is not Outcome.BUSY:
+                    self._set_state(ServerState.OPEN, error.message)
 
-    def _enter(self, state: ServerState, reason: str) -> None:
+    def _set_state(self, state: ServerState, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):
             level = log.info if state is ServerState.CLOSED else log.warning
             level("engine_server", server=self.name, state=state, reason=reason)

@@ -8,7 +8,6 @@ import itertools
 import os
 import signal
 import time
-from collections import OrderedDict
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.checkpoint.golden import GoldenVectors, golden_vectors, named
+from taskvec.checkpoint.golden import GoldenVectors, adapter_label, golden_vectors
 from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.concurrency import gather_or_cancel
 from taskvec.engines.base import (
@@ -26,10 +26,10 @@ from taskvec.engines.base import (
     EngineObserver,
     EngineResult,
     EngineState,
-    ModelCard,
     TokenBatch,
     TokenIds,
 )
+from taskvec.engines.inflight import InFlight
 from taskvec.engines.vllm.arguments import VllmOptions, engine_arguments
 from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
 from taskvec.priority import Priority
@@ -39,11 +39,11 @@ log = structlog.get_logger(__name__)
 Vectors = NDArray[np.float32]
 
 PRIORITIES = {Priority.INTERACTIVE: 0, Priority.BULK: 1}
-"""VLLM's own: it takes the lower first, strictly."""
+"""Priorities of vLLM's scheduler, which always runs lower values first."""
 
 
 class VllmEngine:
-    """Embeds with vLLM: one sequence a text, batched by vLLM's scheduler, adapters as LoRA."""
+    """Engine that runs vLLM: one sequence per text, batched by vLLM, with adapters as LoRA."""
 
     def __init__(
         self,
@@ -52,18 +52,17 @@ class VllmEngine:
         options: VllmOptions | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
-        """Prepare; nothing is loaded yet.
+        """Create the engine; ``start`` loads the weights.
 
         Args:
-            checkpoint: what to serve.
-            cache: folder for the plain copy and the golden vectors.
+            checkpoint: the checkpoint to serve.
+            cache: folder for the copy for vLLM and for the golden vectors.
             options: how vLLM runs.
-            observer: told of what waits; vLLM does not tell of its forwards.
+            observer: notified of the queue only, because vLLM does not report its forwards.
         """
         self._checkpoint = checkpoint
         self._cache = cache
         self._options = options or VllmOptions()
-        self._observer = observer
         self._health = EngineHealth(EngineState.STARTING, "vLLM is loading the model")
         self._llm: Any = None
         self._started = False
@@ -71,11 +70,7 @@ class VllmEngine:
         self._adapters: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._finished = 0
-        self._texts = 0
-        self._tokens = 0
-        self._since: OrderedDict[int, float] = OrderedDict()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = InFlight(observer)
 
     @property
     def model(self) -> ModelCard:
@@ -84,8 +79,13 @@ class VllmEngine:
 
     @property
     def finished(self) -> int:
-        """See ``Engine.finished``: texts."""
+        """See ``Engine.finished``: the number of embedded texts."""
         return self._finished
+
+    @property
+    def batch_tokens(self) -> int:
+        """See ``Engine.batch_tokens``: vLLM's max_num_batched_tokens; 0 before the start."""
+        return self._batch_tokens
 
     def health(self) -> EngineHealth:
         """See ``Engine.health``."""
@@ -95,13 +95,13 @@ class VllmEngine:
 
     async def start(self) -> None:
         """See ``Engine.start``."""
-        begun = time.monotonic()
+        started = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
             golden = await loop.run_in_executor(None, golden_vectors, self._checkpoint, self._cache)
             arguments, self._llm = await loop.run_in_executor(None, self._load)
             await self._add_adapters()
-            await self._prove(golden)
+            await self._check_adapters(golden)
         except Exception as error:
             self._health = EngineHealth(EngineState.DEAD, str(error))
             if self._llm is not None:
@@ -120,7 +120,7 @@ class VllmEngine:
             adapters=list(self._adapters),
             max_batch_tokens=arguments["max_num_batched_tokens"],
             max_batch_texts=arguments["max_num_seqs"],
-            seconds=round(time.monotonic() - begun, 2),
+            seconds=round(time.monotonic() - started, 2),
         )
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
@@ -128,33 +128,25 @@ class VllmEngine:
         self.health().require_ready()
         if batch.deadline is not None and time.monotonic() > batch.deadline:
             raise DeadlineExceededError("The request's deadline passed before it was embedded.")
-        begun = time.monotonic()
-        self._since[id(batch)] = begun
-        self._count(len(batch.ids), batch.tokens)
-        batch.entered()
-        try:
-            fits = batch.tokens <= self._batch_tokens
-            vectors = await self._embed_all(
-                batch.ids, batch.adapter, batch.priority if fits else Priority.BULK
-            )
-        finally:
-            del self._since[id(batch)]
-            self._count(-len(batch.ids), -batch.tokens)
-        # vLLM does not say how long a text waited: all of it counts as computing.
-        return EngineResult(vectors, queued=0.0, computed=time.monotonic() - begun)
+        started = time.monotonic()
+        with self._in_flight.request(), self._in_flight.queued(len(batch.ids), batch.tokens):
+            batch.entered()
+            vectors = await self._embed_all(batch.ids, batch.adapter, batch.priority)
+        # vLLM does not report how long a text was queued: all of the time counts as computed.
+        return EngineResult(vectors, queued=0.0, computed=time.monotonic() - started)
 
     async def stop(self) -> None:
         """See ``Engine.stop``."""
         if self._health.state in (EngineState.READY, EngineState.STARTING):
-            self._health = EngineHealth(EngineState.STOPPING, "it finishes what was admitted")
-        # An abort inside vLLM fails every request in flight: drain here, then shut it down.
-        await self._idle.wait()
+            self._health = EngineHealth(EngineState.STOPPING, "it finishes the admitted requests")
+        # Shutting vLLM down fails every request in progress, so all of them are awaited first.
+        await self._in_flight.wait_idle()
         if self._started:
             await self._shut_down()
         self._health = EngineHealth(EngineState.DEAD, "stopped")
 
     def _load(self) -> tuple[dict[str, Any], Any]:
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no connection that no one configured
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no unrequested network traffic
         folder = make_vllm_copy(self._checkpoint, self._cache)
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - an extra
@@ -164,14 +156,14 @@ class VllmEngine:
             if missing.name != "vllm":
                 raise
             raise CheckpointError(
-                "The vllm engine needs vLLM: install taskvec[vllm], in an environment of its own."
+                "The vllm engine needs vLLM: install taskvec[vllm] in a separate environment."
             ) from None
         arguments = engine_arguments(
             self._checkpoint, folder, self._options, gpu=not current_platform.is_cpu()
         )
-        # vLLM's processes are born with the signals of a terminal and an orchestrator blocked:
-        # only this process hears them, drains, and then ends vLLM.
-        resource_tracker.ensure_running()  # its start would unblock them again
+        # vLLM's processes inherit blocked termination signals: only this process receives them, and
+        # it answers the admitted requests before it ends vLLM.
+        resource_tracker.ensure_running()  # starting it later would unblock the signals
         blocked = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
@@ -180,7 +172,7 @@ class VllmEngine:
             )
         except (RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"vLLM did not start ({error}): its log says why; see --memory-share, "
+                f"vLLM did not start ({error}): see its log; check --memory-share, "
                 "--max-batch-tokens and --vllm-args."
             ) from error
         finally:
@@ -192,27 +184,27 @@ class VllmEngine:
         for number, adapter in enumerate(self._checkpoint.adapters, start=1):
             request = LoRARequest(adapter.name, number, str(adapter.weights.parent))
             if not await self._llm.add_lora(request):
-                raise CheckpointError(f"vLLM did not take {named(adapter.name)}.")
+                raise CheckpointError(f"vLLM did not load {adapter_label(adapter.name)}.")
             self._adapters[adapter.name] = request
 
-    async def _prove(self, golden: GoldenVectors) -> None:
-        """Every adapter gives its golden vectors, all of them in one mixed batch."""
+    async def _check_adapters(self, golden: GoldenVectors) -> None:
+        """Check the golden vectors of every adapter, in one mixed batch."""
         answers = await asyncio.gather(
             *(self._embed_all(golden.probes, adapter) for adapter in golden.adapters)
         )
         for adapter, vectors in zip(golden.adapters, answers, strict=True):
-            fault = golden.fault(adapter, vectors)
-            if fault is not None:
+            mismatch = golden.mismatch(adapter, vectors)
+            if mismatch is not None:
                 raise CheckpointError(
-                    f"vLLM serves {self.model.name} wrongly on this device: {fault}. Nothing is "
-                    "served instead of wrong vectors. --engine packed serves every task here; "
-                    "stock vLLM with one task's weights merged serves that task."
+                    f"vLLM gives wrong vectors for {self.model.name} on this device: {mismatch}. "
+                    "Use --engine packed, which serves every task here, or stock vLLM with the "
+                    "weights of one task merged."
                 )
 
     async def _embed_all(
         self, ids: Any, adapter: str | None, priority: Priority = Priority.INTERACTIVE
     ) -> Vectors:
-        # Cancelling the tasks, not closing the generators, is what aborts in vLLM.
+        # vLLM aborts a request when its task is cancelled, not when its generator is closed.
         return np.stack(
             await gather_or_cancel(self._embed_one(text, adapter, priority) for text in ids)
         )
@@ -227,7 +219,7 @@ class VllmEngine:
             async for output in self._llm.encode(
                 tokens_input(ids.tolist()),
                 PoolingParams(task="embed", use_activation=False),
-                request_id=f"taskvec-{next(self._numbers)}",  # a client's own could repeat
+                request_id=f"taskvec-{next(self._numbers)}",  # ids of clients may not be unique
                 lora_request=self._adapters[adapter] if adapter is not None else None,
                 priority=PRIORITIES[priority],
             ):
@@ -236,23 +228,12 @@ class VllmEngine:
             self._health = EngineHealth(EngineState.DEAD, "vLLM's engine process died")
             self._health.require_ready()
         if vector.shape != (self.model.dimension,):  # an aborted request ends without an error
-            raise UnavailableError("vLLM gave up on a text: send the request again.", retry_after=1)
+            raise UnavailableError("vLLM aborted a text: send the request again.", retry_after=1)
         self._finished += 1
         return vector
-
-    def _count(self, texts: int, tokens: int) -> None:
-        self._texts += texts
-        self._tokens += tokens
-        if self._texts:
-            self._idle.clear()
-        else:
-            self._idle.set()
-        if self._observer is not None:
-            oldest = next(iter(self._since.values()), None)
-            self._observer.queue_changed(self._texts, self._tokens, oldest)
 
     async def _shut_down(self) -> None:
         llm, self._llm, self._started = self._llm, None, False
         await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
         del llm
-        gc.collect()  # its destructor must run before the interpreter takes its modules away
+        gc.collect()  # its destructor must run before the interpreter unloads modules

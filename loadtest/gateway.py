@@ -42,7 +42,7 @@ from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.malloc import SERVING, tune_malloc
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.server.run import server_options
 from taskvec.service import task_table, text_tokenizer
 from taskvec.settings import Settings

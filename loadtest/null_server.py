@@ -21,7 +21,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import task_table
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs

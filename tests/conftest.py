@@ -24,7 +24,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import task_table
 from taskvec.settings import Settings
 

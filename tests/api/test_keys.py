@@ -19,7 +19,8 @@ from keyfiles import entry, running_redis, wait_for_a_minute_with_room
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.wire import WIRE_PATH
-from taskvec.metrics.service import STATUSES, Metrics
+from taskvec.metrics.registry import Metrics
+from taskvec.metrics.requests import STATUSES
 from taskvec.service import task_table
 from taskvec.settings import Settings
 

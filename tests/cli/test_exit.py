@@ -24,7 +24,7 @@ from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import make_engine, task_table
 from taskvec.settings import Settings
 

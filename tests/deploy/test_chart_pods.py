@@ -11,7 +11,7 @@ from charts import CASES, CHART, Manifest, case, containers, of_kind, only, pods
 from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import task_table
 from taskvec.settings import Settings, environment_variable
 

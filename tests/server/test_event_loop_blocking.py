@@ -18,7 +18,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import Engine, EngineResult, TokenBatch
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import make_engine, task_table
 from taskvec.settings import Settings
 

@@ -36,7 +36,7 @@ from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineState
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import TaskvecError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.server.shutdown import graceful_shutdown
 from taskvec.service import answer_cache, key_source, served_name, task_table, text_tokenizer
 from taskvec.settings import LimitsDown, Settings, TokenInput

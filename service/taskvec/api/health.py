@@ -12,7 +12,7 @@ from taskvec.api.errors import error_responses
 from taskvec.core.health import ServiceHealth
 from taskvec.engines.base import EngineState
 from taskvec.errors import UnavailableError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 

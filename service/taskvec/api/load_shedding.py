@@ -15,7 +15,7 @@ from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import InvalidRequestError, QueueFullError, TaskvecError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 EMBEDDING_PATHS = frozenset({"/v1/embeddings", WIRE_PATH})
 
@@ -107,6 +107,6 @@ class EventLoopLag:
         self._late.append(self.late)
         if len(self._late) == BEATS:
             self._metrics.loop_late(max(self._late))
-            self._metrics.let_time_pass()
+            self._metrics.update_queue_age()
             self._late.clear()
         self.start()

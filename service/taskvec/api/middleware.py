@@ -15,7 +15,7 @@ from taskvec.api.errors import error_response
 from taskvec.api.load_shedding import LoadShedder
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.errors import ClientClosedError, TaskvecError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.telemetry.logs import request_log
 from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 

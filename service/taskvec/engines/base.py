@@ -103,6 +103,21 @@ class EngineState(enum.Enum):
     DEAD = "dead"
 
 
+class Outcome(enum.StrEnum):
+    """How a call to an engine server ended; a metric label.
+
+    It is defined here, not beside the client, so that the metrics need not import aiohttp.
+    """
+
+    OK = "ok"
+    BUSY = "busy"
+    UNREACHABLE = "unreachable"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    WRONG = "wrong"
+    ABANDONED = "abandoned"
+
+
 class DropReason(enum.StrEnum):
     """Why a text left the queue without being embedded; a metric label."""
 

@@ -60,7 +60,7 @@ def application(
     """
     # Where processes share their series, prometheus_client must not be imported before they do.
     from taskvec.api.app import create_app  # noqa: PLC0415
-    from taskvec.metrics.service import Metrics  # noqa: PLC0415
+    from taskvec.metrics.registry import Metrics  # noqa: PLC0415
     from taskvec.service import make_engine, served_name, task_table  # noqa: PLC0415
     from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
 

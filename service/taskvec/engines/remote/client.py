@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
 import aiohttp
 
+from taskvec.engines.base import Outcome as Outcome  # noqa: PLC0414 - exported from here
 from taskvec.telemetry.tracing import current_span
 
 _LONGEST_COMPLAINT, _SHOWN = 4096, 300
@@ -98,18 +98,6 @@ async def _read(stream: aiohttp.StreamReader, most_bytes: int) -> bytes:
         if size > most_bytes:
             break
     return b"".join(parts)[: most_bytes + 1]
-
-
-class Outcome(enum.StrEnum):
-    """How a call ended; the label of the metric."""
-
-    OK = "ok"
-    BUSY = "busy"
-    UNREACHABLE = "unreachable"
-    ERROR = "error"
-    TIMEOUT = "timeout"
-    WRONG = "wrong"
-    ABANDONED = "abandoned"
 
 
 OPENS_AT_ONCE = frozenset({Outcome.UNREACHABLE, Outcome.TIMEOUT, Outcome.WRONG})

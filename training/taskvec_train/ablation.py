@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.formats import forms_of
 from taskvec.evaluation.models import LoadedModel
-from taskvec.evaluation.run import Plan, Watch, evaluate
+from taskvec.evaluation.run import Plan, ProgressCallback, evaluate
 from taskvec.library import Embedder
 from taskvec_train.errors import RecipeError
 from taskvec_train.export import export
@@ -78,7 +78,7 @@ def ablate(
     folder: Path,
     held_out: Path,
     cpu: bool = False,
-    watch: Watch = lambda _what, _steps: lambda _done: None,
+    progress: ProgressCallback = lambda _title, _steps: lambda _done: None,
 ) -> list[Figure]:
     """Train what is not trained yet, and measure all of it; a figure's model is its variant.
 
@@ -89,7 +89,7 @@ def ablate(
         folder: of the run: its teacher's vectors, tokens and negatives are used.
         held_out: data that no stage has seen.
         cpu: leave a GPU alone.
-        watch: told of progress.
+        progress: notified of progress.
 
     Raises:
         TrainingError: data, disk or recipe refuse; see the message.
@@ -113,7 +113,7 @@ def ablate(
                 data=found,
                 forms=forms_of(model.dimension, model.matryoshka, OUTPUTS),
                 tasks=list(adapters),
-                watch=watch,
+                progress=progress,
             )
             return [
                 Figure(names[result.task], model.dimension, result)

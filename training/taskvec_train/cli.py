@@ -126,7 +126,7 @@ def measure(
     for `export --figures`.
     """
     with exit_on_error("eval"):
-        from taskvec.evaluation.report import progress  # noqa: PLC0415 - an extra
+        from taskvec.evaluation.report import progress_bar  # noqa: PLC0415 - an extra
         from taskvec_train.figures import Figure, as_json, as_markdown  # noqa: PLC0415
         from taskvec_train.measure import measure  # noqa: PLC0415
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
@@ -134,8 +134,8 @@ def measure(
         others = dict(_named(text) for text in beside or ())
         read = read_recipe(recipe, changes or ())
         found: list[Figure] = []
-        with progress() as watch:
-            for figures in measure(read, out, held_out, others, cpu=cpu, watch=watch):
+        with progress_bar() as progress:
+            for figures in measure(read, out, held_out, others, cpu=cpu, progress=progress):
                 found += figures
                 tables = as_markdown(found, read.name)
                 _write_figures(out / "figures", as_json(found), tables)
@@ -158,16 +158,16 @@ def ablate(
     The student is the run's. Writes ablation.json and ablation.md into the run's folder.
     """
     with exit_on_error("eval"):
-        from taskvec.evaluation.report import progress  # noqa: PLC0415 - an extra
+        from taskvec.evaluation.report import progress_bar  # noqa: PLC0415 - an extra
         from taskvec_train.ablation import ablate, as_markdown, variants_of  # noqa: PLC0415
         from taskvec_train.figures import as_json  # noqa: PLC0415
         from taskvec_train.recipe import read_recipe  # noqa: PLC0415
 
         read = read_recipe(recipe, changes or ())
         variants = variants_of(read, adapter, seeds)
-        with progress() as watch:
+        with progress_bar() as progress:
             found = ablate(
-                read, variants, data=data, folder=out, held_out=held_out, cpu=cpu, watch=watch
+                read, variants, data=data, folder=out, held_out=held_out, cpu=cpu, progress=progress
             )
         tables = as_markdown(found)
         _write_figures(out / "ablation", as_json(found), tables)

@@ -13,7 +13,7 @@ import orjson
 from taskvec.core.job import OutputType
 from taskvec.evaluation.data import RetrievalData
 from taskvec.evaluation.models import BASE
-from taskvec.evaluation.report import as_record
+from taskvec.evaluation.report import result_fields
 from taskvec.evaluation.run import BM25, Result
 
 Rows = dict[str, dict[str, float]]
@@ -56,7 +56,7 @@ def as_json(figures: Sequence[Figure]) -> bytes:
     document = {
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "figures": [{"model": figure.model, **as_record(figure.result)} for figure in figures],
+        "figures": [{"model": figure.model, **result_fields(figure.result)} for figure in figures],
     }
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 

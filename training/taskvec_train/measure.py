@@ -15,7 +15,7 @@ from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import Data, RetrievalData, find_data
 from taskvec.evaluation.formats import Form, forms_of
 from taskvec.evaluation.models import LoadedModel, Model, sides_of
-from taskvec.evaluation.run import Plan, Watch, evaluate
+from taskvec.evaluation.run import Plan, ProgressCallback, evaluate
 from taskvec.library import Embedder
 from taskvec_train.backbones import load_backbone, open_base
 from taskvec_train.encoders import BaseEncoder, MeasuredEncoder
@@ -37,7 +37,7 @@ def measure(
     beside: Mapping[str, str],
     *,
     cpu: bool = False,
-    watch: Watch = lambda _what, _steps: lambda _done: None,
+    progress: ProgressCallback = lambda _title, _steps: lambda _done: None,
 ) -> Iterator[list[Figure]]:
     """Measure everything there is to compare, one model after another.
 
@@ -50,7 +50,7 @@ def measure(
         held_out: data that no stage has seen.
         beside: more checkpoints by name: folders or hub ids.
         cpu: leave a GPU alone.
-        watch: told of progress.
+        progress: notified of progress.
 
     Yields:
         What one model scored: the teacher with BM25, the untrained student, each checkpoint.
@@ -66,10 +66,10 @@ def measure(
         data = find_data([held_out])
         for encoder in _encoders(recipe, run, cpu=cpu):
             bm25 = encoder.name == TEACHER
-            yield list(_measured(encoder.name, encoder, data, watch, bm25=bm25))
+            yield list(_measured(encoder.name, encoder, data, progress, bm25=bm25))
         for name, place in {**beside, recipe.name: str(run / CHECKPOINT)}.items():
             with Embedder(place, device="cpu" if cpu else "auto") as embedder:
-                yield list(_measured(name, LoadedModel(embedder), data, watch))
+                yield list(_measured(name, LoadedModel(embedder), data, progress))
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _encoders(recipe: Recipe, run: Path, *, cpu: bool) -> Iterator[MeasuredEncod
 
 
 def _measured(
-    name: str, model: Model, data: Sequence[Data], watch: Watch, *, bm25: bool = False
+    name: str, model: Model, data: Sequence[Data], progress: ProgressCallback, *, bm25: bool = False
 ) -> Iterator[Figure]:
     searches = [item for item in data if isinstance(item, RetrievalData)]
     broadest = max(searches, key=lambda item: len(item.documents), default=None)
@@ -106,7 +106,7 @@ def _measured(
             forms=forms if is_search else [Form(model.dimension, OutputType.FLOAT)],
             tasks=two_sided if is_search and item is not broadest else (),
             bm25=bm25,
-            watch=watch,
+            progress=progress,
         )
         for result in evaluate(model, plan):
             yield Figure(name, model.dimension, result)

@@ -1,4 +1,4 @@
-"""Writes taskvec.json, the Grafana dashboard, from the rows below (``make docs``)."""
+"""Write taskvec.json, the Grafana dashboard, from the rows below (``make docs``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("taskvec.json")
 WIDTH = 24
-"""Columns of Grafana's grid."""
+"""Number of columns of Grafana's grid."""
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WHERE = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
@@ -19,11 +19,11 @@ class Panel(NamedTuple):
     """One panel.
 
     Attributes:
-        title: the question it answers.
-        unit: by Grafana's name.
-        queries: legend -> PromQL; HERE stands for the chosen targets, [] for the window.
-        kind: Grafana's type of panel.
-        stack: whether the parts make a whole.
+        title: shown above the panel.
+        unit: Grafana's name of the unit.
+        queries: legend -> PromQL; HERE stands for the selected targets, [] for the rate window.
+        kind: Grafana's panel type.
+        stack: True stacks the series.
     """
 
     title: str
@@ -34,41 +34,41 @@ class Panel(NamedTuple):
 
 
 def rate(series: str, by: str, where: str = "") -> str:
-    """Events a second, by labels."""
+    """Return PromQL for events a second, by labels."""
     return f"sum by ({by}) (rate({series}{{{where}HERE}}[]))"
 
 
 def rate_by(series: str, label: str, where: str = "") -> dict[str, str]:
-    """Events a second, one line a value of a label."""
+    """Return a query for events a second, with a line for each value of a label."""
     return {f"{{{{{label}}}}}": rate(series, label, where)}
 
 
 def total(series: str, where: str = "") -> str:
-    """Events a second."""
+    """Return PromQL for events a second, in total."""
     return f"sum(rate({series}{{{where}HERE}}[]))"
 
 
-def quantiles(series: str, **shares: float) -> dict[str, str]:
-    """Quantiles of a histogram, named as given."""
+def quantiles(series: str, **levels: float) -> dict[str, str]:
+    """Return queries for quantiles of a histogram: legend=quantile."""
     buckets = rate(f"{series}_bucket", "le")
-    return {name: f"histogram_quantile({share}, {buckets})" for name, share in shares.items()}
+    return {name: f"histogram_quantile({share}, {buckets})" for name, share in levels.items()}
 
 
 def quantile_by(series: str, label: str, share: float) -> dict[str, str]:
-    """A quantile of a histogram, one line a value of a label."""
+    """Return a query for one quantile of a histogram, with a line for each value of a label."""
     buckets = rate(f"{series}_bucket", f"{label}, le")
     return {f"{{{{{label}}}}}": f"histogram_quantile({share}, {buckets})"}
 
 
-MIDDLE_AND_TAIL = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 ROWS: dict[str, list[Panel]] = {
-    "Now": [
-        Panel("Replicas that are ready", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
+    "Overview": [
+        Panel("Ready replicas", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
         Panel("Requests", "reqps", {"": total("taskvec_requests_total")}, "stat"),
         Panel("Tokens", "cps", {"": total("taskvec_tokens_total")}, "stat"),
         Panel(
-            "Requests that fail",
+            "Failed requests",
             "percentunit",
             {
                 "": total("taskvec_requests_total", 'status=~"5..", ')
@@ -78,7 +78,7 @@ ROWS: dict[str, list[Panel]] = {
             "stat",
         ),
         Panel("Latency, p99", "s", quantiles("taskvec_request_seconds", p99=0.99), "stat"),
-        Panel("Oldest text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
+        Panel("Oldest queued text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
     ],
     "Traffic": [
         Panel("Requests by task", "reqps", rate_by("taskvec_requests_total", "task")),
@@ -90,14 +90,14 @@ ROWS: dict[str, list[Panel]] = {
             "reqps",
             {"{{output}}, {{transport}}": rate("taskvec_answers_total", "output, transport")},
         ),
-        Panel("Requests in work", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
+        Panel("Requests in flight", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
     ],
     "Latency": [
-        Panel("Requests", "s", quantiles("taskvec_request_seconds", **MIDDLE_AND_TAIL)),
+        Panel("Requests", "s", quantiles("taskvec_request_seconds", **PERCENTILES)),
         Panel("Requests by task, p95", "s", quantile_by("taskvec_request_seconds", "task", 0.95)),
         Panel("Stages, p95", "s", quantile_by("taskvec_stage_seconds", "stage", 0.95)),
         Panel(
-            "Where a request's time goes",
+            "Mean time of a request by stage",
             "s",
             {
                 "{{stage}}": rate("taskvec_stage_seconds_sum", "stage")
@@ -108,25 +108,29 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "Queue": [
-        Panel("Tokens that wait", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
-        Panel("Texts that wait", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
-        Panel("Oldest text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
-        Panel("Wait of a request", "s", quantiles("taskvec_queue_seconds", **MIDDLE_AND_TAIL)),
+        Panel("Queued tokens", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
+        Panel("Queued texts", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
+        Panel("Oldest queued text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
+        Panel("Time in the queue", "s", quantiles("taskvec_queue_seconds", **PERCENTILES)),
         Panel("Rejections by code", "reqps", rate_by("taskvec_rejected_total", "code")),
         Panel("Texts dropped by reason", "cps", rate_by("taskvec_texts_dropped_total", "reason")),
     ],
     "Batches": [
-        Panel("Fill", "percentunit", quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95)),
         Panel(
-            "Tokens of a forward",
+            "Batch fill ratio",
+            "percentunit",
+            quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95),
+        ),
+        Panel(
+            "Tokens of a batch",
             "none",
             quantiles("taskvec_batch_tokens", p50=0.5, p95=0.95)
             | {"budget": "max(taskvec_batch_budget_tokens{HERE})"},
         ),
-        Panel("Texts of a forward", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)),
-        Panel("Time of a forward", "s", quantiles("taskvec_forward_seconds", **MIDDLE_AND_TAIL)),
+        Panel("Texts of a batch", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)),
+        Panel("Forward pass duration", "s", quantiles("taskvec_forward_seconds", **PERCENTILES)),
         Panel(
-            "Forwards that did not fit into memory",
+            "Forward passes out of memory",
             "cps",
             rate_by("taskvec_out_of_memory_total", "instance"),
         ),
@@ -139,15 +143,21 @@ ROWS: dict[str, list[Panel]] = {
             "state-timeline",
         ),
         Panel(
-            "Engine servers in use",
+            "Engine servers",
             "none",
             {"{{server}}": "max by (server) (taskvec_engine_server_serving{HERE})"},
             "state-timeline",
         ),
-        Panel("Calls by outcome", "reqps", rate_by("taskvec_engine_calls_total", "outcome")),
-        Panel("Calls", "s", quantiles("taskvec_engine_call_seconds", **MIDDLE_AND_TAIL)),
         Panel(
-            "Retries and failed lookups",
+            "Calls to engine servers by outcome",
+            "reqps",
+            rate_by("taskvec_engine_calls_total", "outcome"),
+        ),
+        Panel(
+            "Calls to engine servers", "s", quantiles("taskvec_engine_call_seconds", **PERCENTILES)
+        ),
+        Panel(
+            "Retries and failed DNS lookups",
             "cps",
             {
                 "retries": total("taskvec_engine_retries_total"),
@@ -155,26 +165,26 @@ ROWS: dict[str, list[Panel]] = {
             },
         ),
     ],
-    "API keys and stores": [
+    "API keys, cache and Redis": [
         Panel("Requests by key", "reqps", rate_by("taskvec_key_requests_total", "key")),
         Panel("Tokens by key", "cps", rate_by("taskvec_key_tokens_total", "key")),
         Panel(
-            "Turned away by key",
+            "Requests rejected with 429, by key",
             "reqps",
             rate_by("taskvec_key_requests_total", "key", 'status="429", '),
         ),
         Panel(
-            "Texts in the answer cache",
+            "Hit ratio of the answer cache",
             "percentunit",
             {
-                "found": total("taskvec_cache_texts_total", 'outcome="hit", ')
+                "hits": total("taskvec_cache_texts_total", 'outcome="hit", ')
                 + " / "
                 + total("taskvec_cache_texts_total")
             },
         ),
-        Panel("Answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
+        Panel("Size of the answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
         Panel(
-            "Stores that do not answer",
+            "Redis failures",
             "cps",
             {
                 "limits unchecked": total("taskvec_limits_unchecked_total"),
@@ -184,7 +194,7 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Process": [
         Panel(
-            "Lag of the event loop, p99",
+            "Event-loop lag, p99",
             "s",
             quantile_by("taskvec_event_loop_lag_seconds", "instance", 0.99),
         ),
@@ -192,11 +202,11 @@ ROWS: dict[str, list[Panel]] = {
             "Tokenizer",
             "none",
             {
-                "threads at work": "sum(taskvec_tokenizer_threads_busy{HERE})",
-                "requests that wait": "sum(taskvec_tokenizer_requests_waiting{HERE})",
+                "busy threads": "sum(taskvec_tokenizer_threads_busy{HERE})",
+                "waiting requests": "sum(taskvec_tokenizer_requests_waiting{HERE})",
             },
         ),
-        Panel("Texts cut", "cps", {"texts": total("taskvec_texts_truncated_total")}),
+        Panel("Truncated texts", "cps", {"texts": total("taskvec_texts_truncated_total")}),
         Panel(
             "Versions",
             "none",
@@ -210,18 +220,22 @@ ROWS: dict[str, list[Panel]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """What Grafana imports."""
+    """Return the dashboard as Grafana imports it."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():
-        panels.append(_placed({"type": "row", "title": title, "collapsed": False}, 0, y, WIDTH, 1))
+        panels.append(
+            _with_position({"type": "row", "title": title, "collapsed": False}, 0, y, WIDTH, 1)
+        )
         y += 1
-        height, across = (4, 6) if row[0].kind == "stat" else (8, 3)
-        width = WIDTH // across
+        height, columns = (4, 6) if row[0].kind == "stat" else (8, 3)
+        width = WIDTH // columns
         for number, panel in enumerate(row):
-            line, column = divmod(number, across)
-            panels.append(_placed(_panel(panel), column * width, y + line * height, width, height))
-        y += -(-len(row) // across) * height
+            line, column = divmod(number, columns)
+            panels.append(
+                _with_position(_panel(panel), column * width, y + line * height, width, height)
+            )
+        y += -(-len(row) // columns) * height
     for number, panel in enumerate(panels, 1):
         panel["id"] = number
     return {
@@ -238,7 +252,9 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _placed(panel: dict[str, Any], x: int, y: int, width: int, height: int) -> dict[str, Any]:
+def _with_position(
+    panel: dict[str, Any], x: int, y: int, width: int, height: int
+) -> dict[str, Any]:
     return panel | {"gridPos": {"x": x, "y": y, "w": width, "h": height}}
 
 
@@ -269,31 +285,31 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    """The data source, and which replicas are shown; each choice narrows those after it."""
+    """Return the variables; each one is filtered by the ones before it."""
     variables: list[dict[str, Any]] = [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     ]
-    chosen = ""
+    filters = ""
     for name in ("namespace", "job", "instance"):
         variables.append(
             {
                 "name": name,
                 "type": "query",
                 "datasource": DATASOURCE,
-                "query": f"label_values(taskvec_build_info{{{chosen}}}, {name})",
+                "query": f"label_values(taskvec_build_info{{{filters}}}, {name})",
                 "refresh": 2,
                 "multi": True,
                 "includeAll": True,
-                "allValue": ".*",  # also where a target has no such label
+                "allValue": ".*",  # also matches targets without this label
                 "current": {"text": "All", "value": "$__all"},
             }
         )
-        chosen += f'{", " if chosen else ""}{name}=~"${name}"'
+        filters += f'{", " if filters else ""}{name}=~"${name}"'
     return variables
 
 
 def pages() -> dict[Path, str]:
-    """Every generated file and what it should hold."""
+    """Return each generated file and its content."""
     return {FILE: json.dumps(dashboard(), indent=2) + "\n"}
 
 

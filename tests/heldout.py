@@ -1,4 +1,4 @@
-"""Tiny held-out data of every shape, for the evaluation's tests."""
+"""Tiny evaluation data of every layout, for the evaluation's tests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ QUERIES = ["a ship in the harbour", "the judge of a court", "bread from the oven
 
 
 def write_lines(file: Path, records: Iterable[Any]) -> Path:
-    """JSON lines, in a folder that is made if need be."""
+    """Write JSON lines; create the folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return file
 
 
 def write_retrieval(folder: Path) -> Path:
-    """BEIR's form: all texts, a query a topic, and the topic's texts are relevant."""
+    """Write BEIR's layout: all texts, one query for each topic; the topic's texts are relevant."""
     documents = [
         {"_id": f"d{i}", "title": "", "text": text} for i, (text, _) in enumerate(LABELLED)
     ]
@@ -47,7 +47,7 @@ def write_retrieval(folder: Path) -> Path:
 
 
 def write_pairs(file: Path) -> Path:
-    """Pairs that are alike by topic."""
+    """Write pairs that have higher scores if both texts have the same topic."""
     records = []
     for i, (text, topic) in enumerate(LABELLED[:-3]):
         other, other_topic = LABELLED[i + (3 if i % 2 else 1)]
@@ -57,14 +57,14 @@ def write_pairs(file: Path) -> Path:
 
 
 def write_labels(file: Path, begin: int = 0, end: int | None = None) -> Path:
-    """Texts with their topic."""
+    """Write texts with their topic as the label."""
     return write_lines(
         file, [{"text": text, "label": topic} for text, topic in LABELLED[begin:end]]
     )
 
 
 def write_all(folder: Path) -> Path:
-    """One of each shape in one folder."""
+    """Write a data set of each layout into one folder."""
     write_retrieval(folder / "search")
     write_pairs(folder / "pairs.jsonl")
     write_labels(folder / "topics" / "train.jsonl", 0, 18)

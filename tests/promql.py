@@ -12,7 +12,7 @@ import promql_parser
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import MatchOp, VectorSelector
 
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 TARGET_LABELS = {"namespace", "job", "instance", "pod"}
 """Labels that Prometheus adds to whatever it scrapes."""

@@ -1,4 +1,4 @@
-"""A teacher, data and a recipe so small that training takes a second."""
+"""A tiny teacher, data and recipe for tests: training takes a second."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ TOPICS = {
     "fire": ["flame", "ember", "smoke", "ash", "burn", "heat"],
     "code": ["compile", "loop", "stack", "byte", "parse", "shell"],
 }
-"""Words that belong together: what the tiny models can learn."""
+"""Words by topic: what the tiny models can learn."""
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def sentence(random: np.random.Generator, topic: str) -> str:
-    """Three to eight words of a topic."""
+    """Return three to eight words of a topic."""
     return " ".join(random.choice(TOPICS[topic], random.integers(3, 9)))
 
 
 def write_teacher(folder: Path) -> Path:
-    """A random BERT of 48 dimensions with a WordPiece tokenizer, pooling by the mean."""
+    """Write a random BERT of 48 dimensions with a WordPiece tokenizer and mean pooling."""
     words = [word for topic in TOPICS.values() for word in topic]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [":", "."]
     pieces = [*SPECIAL, "query", "document", *words, *letters, *(f"##{c}" for c in letters)]
@@ -63,7 +63,7 @@ def write_teacher(folder: Path) -> Path:
 
 
 def write_data(folder: Path) -> Path:
-    """Texts, pairs with negatives, scored pairs and labelled texts about three topics; a card."""
+    """Write texts, pairs with negatives, scored pairs and labelled texts, and a data card."""
     random = np.random.default_rng(0)
     topics = [*TOPICS] * 40
     labelled = [{"text": sentence(random, topic), "label": topic} for topic in topics]
@@ -187,6 +187,6 @@ data = "Words in random order."
 
 
 def write_recipe(file: Path, teacher: Path) -> Path:
-    """A recipe with all stages."""
+    """Write a recipe with all stages."""
     file.write_text(RECIPE.format(teacher=teacher))
     return file

@@ -19,11 +19,11 @@ class Panel(NamedTuple):
     """One panel.
 
     Attributes:
-        title: heading of the panel.
-        unit: name of a Grafana unit.
-        queries: legend -> PromQL; HERE stands for the selected targets, [] for the window.
-        kind: type of a Grafana panel.
-        stack: whether the series are stacked.
+        title: shown above the panel.
+        unit: Grafana's name of the unit.
+        queries: legend -> PromQL; HERE stands for the selected targets, [] for the rate window.
+        kind: Grafana's panel type.
+        stack: True stacks the series.
     """
 
     title: str
@@ -34,36 +34,36 @@ class Panel(NamedTuple):
 
 
 def rate(series: str, by: str, where: str = "") -> str:
-    """Return the query for events per second, by labels."""
+    """Return PromQL for events a second, by labels."""
     return f"sum by ({by}) (rate({series}{{{where}HERE}}[]))"
 
 
 def rate_by(series: str, label: str, where: str = "") -> dict[str, str]:
-    """Return the query for events per second, one series per value of a label."""
+    """Return a query for events a second, with a line for each value of a label."""
     return {f"{{{{{label}}}}}": rate(series, label, where)}
 
 
 def total(series: str, where: str = "") -> str:
-    """Return the query for events per second."""
+    """Return PromQL for events a second, in total."""
     return f"sum(rate({series}{{{where}HERE}}[]))"
 
 
-def quantiles(series: str, **shares: float) -> dict[str, str]:
-    """Return one query per quantile of a histogram, by name."""
+def quantiles(series: str, **levels: float) -> dict[str, str]:
+    """Return queries for quantiles of a histogram: legend=quantile."""
     buckets = rate(f"{series}_bucket", "le")
-    return {name: f"histogram_quantile({share}, {buckets})" for name, share in shares.items()}
+    return {name: f"histogram_quantile({share}, {buckets})" for name, share in levels.items()}
 
 
 def quantile_by(series: str, label: str, share: float) -> dict[str, str]:
-    """Return the query for a quantile of a histogram, one series per value of a label."""
+    """Return a query for one quantile of a histogram, with a line for each value of a label."""
     buckets = rate(f"{series}_bucket", f"{label}, le")
     return {f"{{{{{label}}}}}": f"histogram_quantile({share}, {buckets})"}
 
 
-MIDDLE_AND_TAIL = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 ROWS: dict[str, list[Panel]] = {
-    "Now": [
+    "Overview": [
         Panel("Ready replicas", "none", {"": "sum(taskvec_engine_ready{HERE})"}, "stat"),
         Panel("Requests", "reqps", {"": total("taskvec_requests_total")}, "stat"),
         Panel("Tokens", "cps", {"": total("taskvec_tokens_total")}, "stat"),
@@ -78,7 +78,7 @@ ROWS: dict[str, list[Panel]] = {
             "stat",
         ),
         Panel("Latency, p99", "s", quantiles("taskvec_request_seconds", p99=0.99), "stat"),
-        Panel("Oldest waiting text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
+        Panel("Oldest queued text", "s", {"": "max(taskvec_queue_oldest_seconds{HERE})"}, "stat"),
     ],
     "Traffic": [
         Panel("Requests by task", "reqps", rate_by("taskvec_requests_total", "task")),
@@ -90,14 +90,14 @@ ROWS: dict[str, list[Panel]] = {
             "reqps",
             {"{{output}}, {{transport}}": rate("taskvec_answers_total", "output, transport")},
         ),
-        Panel("Requests in progress", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
+        Panel("Requests in flight", "none", {"now": "sum(taskvec_requests_in_flight{HERE})"}),
     ],
     "Latency": [
-        Panel("Requests", "s", quantiles("taskvec_request_seconds", **MIDDLE_AND_TAIL)),
+        Panel("Requests", "s", quantiles("taskvec_request_seconds", **PERCENTILES)),
         Panel("Requests by task, p95", "s", quantile_by("taskvec_request_seconds", "task", 0.95)),
         Panel("Stages, p95", "s", quantile_by("taskvec_stage_seconds", "stage", 0.95)),
         Panel(
-            "Time per request by stage",
+            "Mean time of a request by stage",
             "s",
             {
                 "{{stage}}": rate("taskvec_stage_seconds_sum", "stage")
@@ -108,33 +108,27 @@ ROWS: dict[str, list[Panel]] = {
         ),
     ],
     "Queue": [
-        Panel("Waiting tokens", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
-        Panel("Waiting texts", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
-        Panel("Oldest waiting text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
-        Panel(
-            "Waiting time of a request", "s", quantiles("taskvec_queue_seconds", **MIDDLE_AND_TAIL)
-        ),
+        Panel("Queued tokens", "none", {"{{instance}}": "taskvec_queue_tokens{HERE}"}),
+        Panel("Queued texts", "none", {"{{instance}}": "taskvec_queue_texts{HERE}"}),
+        Panel("Oldest queued text", "s", {"{{instance}}": "taskvec_queue_oldest_seconds{HERE}"}),
+        Panel("Time in the queue", "s", quantiles("taskvec_queue_seconds", **PERCENTILES)),
         Panel("Rejections by code", "reqps", rate_by("taskvec_rejected_total", "code")),
         Panel("Texts dropped by reason", "cps", rate_by("taskvec_texts_dropped_total", "reason")),
     ],
     "Batches": [
         Panel(
-            "Batch fill", "percentunit", quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95)
+            "Batch fill ratio",
+            "percentunit",
+            quantiles("taskvec_batch_fill_ratio", p50=0.5, p95=0.95),
         ),
         Panel(
-            "Tokens per forward pass",
+            "Tokens of a batch",
             "none",
             quantiles("taskvec_batch_tokens", p50=0.5, p95=0.95)
             | {"budget": "max(taskvec_batch_budget_tokens{HERE})"},
         ),
-        Panel(
-            "Texts per forward pass", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)
-        ),
-        Panel(
-            "Duration of a forward pass",
-            "s",
-            quantiles("taskvec_forward_seconds", **MIDDLE_AND_TAIL),
-        ),
+        Panel("Texts of a batch", "none", quantiles("taskvec_batch_texts", p50=0.5, p95=0.95)),
+        Panel("Forward pass duration", "s", quantiles("taskvec_forward_seconds", **PERCENTILES)),
         Panel(
             "Forward passes out of memory",
             "cps",
@@ -149,7 +143,7 @@ ROWS: dict[str, list[Panel]] = {
             "state-timeline",
         ),
         Panel(
-            "Engine servers in use",
+            "Engine servers",
             "none",
             {"{{server}}": "max by (server) (taskvec_engine_server_serving{HERE})"},
             "state-timeline",
@@ -160,12 +154,10 @@ ROWS: dict[str, list[Panel]] = {
             rate_by("taskvec_engine_calls_total", "outcome"),
         ),
         Panel(
-            "Duration of calls to engine servers",
-            "s",
-            quantiles("taskvec_engine_call_seconds", **MIDDLE_AND_TAIL),
+            "Calls to engine servers", "s", quantiles("taskvec_engine_call_seconds", **PERCENTILES)
         ),
         Panel(
-            "Retries and failed lookups",
+            "Retries and failed DNS lookups",
             "cps",
             {
                 "retries": total("taskvec_engine_retries_total"),
@@ -173,26 +165,26 @@ ROWS: dict[str, list[Panel]] = {
             },
         ),
     ],
-    "API keys and stores": [
+    "API keys, cache and Redis": [
         Panel("Requests by key", "reqps", rate_by("taskvec_key_requests_total", "key")),
         Panel("Tokens by key", "cps", rate_by("taskvec_key_tokens_total", "key")),
         Panel(
-            "Refused with 429 by key",
+            "Requests rejected with 429, by key",
             "reqps",
             rate_by("taskvec_key_requests_total", "key", 'status="429", '),
         ),
         Panel(
-            "Hit rate of the answer cache",
+            "Hit ratio of the answer cache",
             "percentunit",
             {
-                "found": total("taskvec_cache_texts_total", 'outcome="hit", ')
+                "hits": total("taskvec_cache_texts_total", 'outcome="hit", ')
                 + " / "
                 + total("taskvec_cache_texts_total")
             },
         ),
         Panel("Size of the answer cache", "bytes", {"{{instance}}": "taskvec_cache_bytes{HERE}"}),
         Panel(
-            "Failed calls to stores",
+            "Redis failures",
             "cps",
             {
                 "limits unchecked": total("taskvec_limits_unchecked_total"),
@@ -202,7 +194,7 @@ ROWS: dict[str, list[Panel]] = {
     ],
     "Process": [
         Panel(
-            "Event loop lag, p99",
+            "Event-loop lag, p99",
             "s",
             quantile_by("taskvec_event_loop_lag_seconds", "instance", 0.99),
         ),
@@ -228,18 +220,22 @@ ROWS: dict[str, list[Panel]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """Return the dashboard that Grafana imports."""
+    """Return the dashboard as Grafana imports it."""
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in ROWS.items():
-        panels.append(_placed({"type": "row", "title": title, "collapsed": False}, 0, y, WIDTH, 1))
+        panels.append(
+            _with_position({"type": "row", "title": title, "collapsed": False}, 0, y, WIDTH, 1)
+        )
         y += 1
-        height, across = (4, 6) if row[0].kind == "stat" else (8, 3)
-        width = WIDTH // across
+        height, columns = (4, 6) if row[0].kind == "stat" else (8, 3)
+        width = WIDTH // columns
         for number, panel in enumerate(row):
-            line, column = divmod(number, across)
-            panels.append(_placed(_panel(panel), column * width, y + line * height, width, height))
-        y += -(-len(row) // across) * height
+            line, column = divmod(number, columns)
+            panels.append(
+                _with_position(_panel(panel), column * width, y + line * height, width, height)
+            )
+        y += -(-len(row) // columns) * height
     for number, panel in enumerate(panels, 1):
         panel["id"] = number
     return {
@@ -256,7 +252,9 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _placed(panel: dict[str, Any], x: int, y: int, width: int, height: int) -> dict[str, Any]:
+def _with_position(
+    panel: dict[str, Any], x: int, y: int, width: int, height: int
+) -> dict[str, Any]:
     return panel | {"gridPos": {"x": x, "y": y, "w": width, "h": height}}
 
 
@@ -287,31 +285,31 @@ def _panel(panel: Panel) -> dict[str, Any]:
 
 
 def _variables() -> list[dict[str, Any]]:
-    """Return the variables: data source, namespace, job and instance; each restricts the next."""
+    """Return the variables; each one is filtered by the ones before it."""
     variables: list[dict[str, Any]] = [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
     ]
-    chosen = ""
+    filters = ""
     for name in ("namespace", "job", "instance"):
         variables.append(
             {
                 "name": name,
                 "type": "query",
                 "datasource": DATASOURCE,
-                "query": f"label_values(taskvec_build_info{{{chosen}}}, {name})",
+                "query": f"label_values(taskvec_build_info{{{filters}}}, {name})",
                 "refresh": 2,
                 "multi": True,
                 "includeAll": True,
-                "allValue": ".*",  # also matches targets without the label
+                "allValue": ".*",  # also matches targets without this label
                 "current": {"text": "All", "value": "$__all"},
             }
         )
-        chosen += f'{", " if chosen else ""}{name}=~"${name}"'
+        filters += f'{", " if filters else ""}{name}=~"${name}"'
     return variables
 
 
 def pages() -> dict[Path, str]:
-    """Return the content of each generated file."""
+    """Return each generated file and its content."""
     return {FILE: json.dumps(dashboard(), indent=2) + "\n"}
 
 

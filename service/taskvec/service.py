@@ -32,7 +32,7 @@ from taskvec.settings import EngineKind, LimitsDown, Settings
 
 if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
     from taskvec.auth.rate_limit import RateLimiter
-    from taskvec.metrics.service import Metrics
+    from taskvec.metrics.registry import Metrics
     from taskvec.telemetry.tracing import Tracer
 
 STATE_KEY = "service"
@@ -170,7 +170,7 @@ def build_service(
     """
     # prometheus_client reads the folder that processes share when it is imported: not before.
     from taskvec.auth.rate_limit import RateLimiter  # noqa: PLC0415
-    from taskvec.metrics.service import Metrics  # noqa: PLC0415
+    from taskvec.metrics.registry import Metrics  # noqa: PLC0415
     from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
 
     checkpoint = checkpoint or open_checkpoint(settings.model, settings.revision)

@@ -20,7 +20,7 @@ from keyfiles import Redis, entry, running_redis
 from processes import total
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.errors import StartError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import build_cache
 from taskvec.settings import Settings
 

@@ -19,7 +19,8 @@ from keyfiles import avoid_the_end_of_a_minute, entry, running_redis
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.wire import WIRE_PATH
-from taskvec.metrics.service import STATUSES, Metrics
+from taskvec.metrics.registry import Metrics
+from taskvec.metrics.requests import STATUSES
 from taskvec.service import Role, build_service
 from taskvec.settings import Settings
 

@@ -1,4 +1,4 @@
-"""`taskvec eval` as a user runs it, on the default model and on a service."""
+"""`taskvec eval` on the default model and on a service."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 
 from heldout import write_all
 from taskvec.checkpoint.open import DEFAULT_MODEL
-from taskvec.cli.evaluate import Request, Source
-from taskvec.cli.evaluate import run as command
+from taskvec.cli.evaluate import EvalOptions, ModelSource, run_eval
 from taskvec.core.postprocess import OutputType
 from taskvec.errors import TaskvecError
 
@@ -31,13 +30,13 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny data of each shape."""
+    """Return a folder with a tiny data set of each layout."""
     return write_all(tmp_path_factory.mktemp("data") / "held")
 
 
 @pytest.fixture(scope="module")
 def report(data: Path) -> dict[str, Any]:
-    """What is written of the default model, by nothing but defaults and BM25."""
+    """Return the JSON, plot and printed tables for the default model, with default options."""
     files = data.parent / "report.json", data.parent / "report.png"
     done = run(
         "--data", data, "--baseline", "bm25", "--dtype", "float32",
@@ -50,18 +49,18 @@ def report(data: Path) -> dict[str, Any]:
 
 
 def test_every_task_is_measured_in_every_form(report: dict[str, Any]) -> None:
-    """All data, all adapters and the base, all Matryoshka dimensions, three output types."""
+    """Results cover all data, adapters and the base, Matryoshka dimensions and output types."""
     rows = {
         (row["data"], row["task"], row["dimensions"], row["output"]): row
         for row in report["results"]
     }
     assert len(rows) == len(report["results"])
     forms = [(d, o) for d in (256, 128, 64, 32) for o in ("float", "int8", "binary")]
-    asked = [(d, "binary, float queries") for d in (256, 128, 64, 32)]
+    asymmetric = [(d, "binary, float queries") for d in (256, 128, 64, 32)]
     expected = {("held/search", "bm25", None, "bm25")}
     for name in MEASURES:
         for task in [*ADAPTERS, "base"]:
-            kinds = forms + asked if name == "search" else forms
+            kinds = forms + asymmetric if name == "search" else forms
             expected |= {(f"held/{name}", task, *form) for form in kinds}
     assert set(rows) == expected
     for (name, _, _, _), row in rows.items():
@@ -71,8 +70,8 @@ def test_every_task_is_measured_in_every_form(report: dict[str, Any]) -> None:
     assert sizes == {"float": 256, "int8": 64, "binary": 8, "binary, float queries": 8}
 
 
-def test_a_model_finds_what_belongs_together(report: dict[str, Any]) -> None:
-    """Texts of three topics are far from chance in every measure; int8 costs next to nothing."""
+def test_scores_are_far_above_chance(report: dict[str, Any]) -> None:
+    """Texts of three topics score far above chance in every measure, in int8 about the same."""
     best = {
         (row["data"].removeprefix("held/"), row["output"]): next(iter(row["measures"].values()))
         for row in report["results"]
@@ -86,8 +85,8 @@ def test_a_model_finds_what_belongs_together(report: dict[str, Any]) -> None:
         assert best[name, "int8"] == pytest.approx(best[name, "float"], abs=0.1)
 
 
-def test_adapters_are_told_from_the_base(report: dict[str, Any]) -> None:
-    """Each adapter's figures are its own: no two tasks rank the pairs alike."""
+def test_each_adapter_has_its_own_scores(report: dict[str, Any]) -> None:
+    """No two tasks have the same score, so each ran with its own adapter."""
     figures = {
         row["task"]: row["measures"]["ndcg@10"]
         for row in report["results"]
@@ -96,8 +95,8 @@ def test_adapters_are_told_from_the_base(report: dict[str, Any]) -> None:
     assert len(set(figures.values())) == len(ADAPTERS) + 1
 
 
-def test_the_report_says_what_was_measured(report: dict[str, Any]) -> None:
-    """Model, data, seed and versions stand in it; tables are printed; the plot is a PNG."""
+def test_the_report_names_model_data_and_versions(report: dict[str, Any]) -> None:
+    """The JSON names model, data, seed and versions; tables are printed; the plot is a PNG."""
     assert report["model"] == {"name": "taskvec-mini", "source": "taskvec-mini", "dimension": 256}
     assert [item["name"] for item in report["data"]] == [
         f"held/{name}" for name in sorted(MEASURES)
@@ -114,7 +113,7 @@ def test_the_report_says_what_was_measured(report: dict[str, Any]) -> None:
 def test_a_service_scores_as_its_model_does(
     data: Path, report: dict[str, Any], server_url: str, tmp_path: Path
 ) -> None:
-    """Over HTTP the same tasks, without the base, come to the same figures but for rounding."""
+    """Over HTTP the same tasks, without the base, have the same scores except for rounding."""
     file = tmp_path / "service.json"
     done = run(
         "--url", server_url, "--data", data / "search", "--data", data / "pairs.jsonl",
@@ -135,8 +134,8 @@ def test_a_service_scores_as_its_model_does(
         assert measures == pytest.approx(truth[key], abs=0.05)
 
 
-def test_figures_repeat(data: Path, report: dict[str, Any], tmp_path: Path) -> None:
-    """The same model, data and seed give the same figures to the last digit."""
+def test_scores_are_deterministic(data: Path, report: dict[str, Any], tmp_path: Path) -> None:
+    """The same model, data and seed give exactly the same scores."""
     file = tmp_path / "again.json"
     done = run(
         "--data", data, "--task", "base", "--output", "int8", "--dtype", "float32", "--json", file
@@ -148,34 +147,34 @@ def test_figures_repeat(data: Path, report: dict[str, Any], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("changes", "url", "said"),
+    ("changes", "url", "message"),
     [
         ({"data": [Path("nowhere")]}, None, "nowhere does not exist"),
-        ({"tasks": ["poetry"]}, None, "There is no task 'poetry': it has retrieval, "),
+        ({"tasks": ["poetry"]}, None, "has no task 'poetry': choose from retrieval, "),
         ({"dimensions": [512]}, None, "--dimensions must lie between 1 and 256"),
         ({"dimensions": [100]}, None, "multiple of 8"),
         ({"json": Path("no/folder/x.json")}, None, "no/folder/x.json cannot be written"),
         ({"plot": Path()}, None, "cannot be written"),
-        ({}, "http://127.0.0.1:9", "http://127.0.0.1:9/v1/models cannot be asked"),
+        ({}, "http://127.0.0.1:9", "http://127.0.0.1:9/v1/models cannot be reached"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said_at_once(
-    data: Path, changes: dict[str, Any], url: str | None, said: str
+def test_invalid_options_are_refused_at_once(
+    data: Path, changes: dict[str, Any], url: str | None, message: str
 ) -> None:
-    """Wrong places, tasks and dimensions are refused before anything is embedded."""
-    request = Request(
+    """Invalid paths, tasks and dimensions are refused before anything is embedded."""
+    options = EvalOptions(
         data=[data], tasks=[], dimensions=[], outputs=[OutputType.BINARY], bm25=False,
         json=None, plot=None, seed=0,
     )  # fmt: skip
-    source = Source(DEFAULT_MODEL, url, None, "cpu", "auto")
+    source = ModelSource(DEFAULT_MODEL, url, None, "cpu", "auto")
     with pytest.raises(TaskvecError) as refused:
-        command(replace(request, **changes), source)
-    assert said in refused.value.message
+        run_eval(replace(options, **changes), source)
+    assert message in refused.value.message
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         (("--data", "nowhere"), 2, "nowhere does not exist"),
         (("--data", ".", "--model", "no-such-folder/"), 3, "no-such-folder"),
@@ -184,12 +183,12 @@ def test_what_cannot_be_is_said_at_once(
     ids=str,
 )
 def test_wrong_usage_is_one_sentence(
-    data: Path, options: tuple[str, ...], code: int, said: str
+    data: Path, options: tuple[str, ...], code: int, message: str
 ) -> None:
-    """The exit code is that of the other commands; there is no traceback."""
+    """Wrong usage gives the usual exit code and one sentence without a traceback."""
     done = run(*options, cwd=data)
     assert done.returncode == code, done.stderr
-    assert said in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -205,11 +204,11 @@ sys.meta_path.insert(0, Absent())
 from taskvec.cli.main import main
 main()
 """
-"""The command where a library, the first argument, is not installed."""
+"""Code that runs the command as if a library, the first argument, were not installed."""
 
 
 @pytest.mark.parametrize(
-    ("missing", "asked", "extra"),
+    ("missing", "command", "extra"),
     [
         ("sklearn", "eval", "taskvec[eval]"),
         ("bm25s", "eval", "taskvec[eval]"),
@@ -217,29 +216,31 @@ main()
         ("mteb", "eval-mteb", "taskvec[mteb]"),
     ],
 )
-def test_what_is_not_installed_is_named(data: Path, missing: str, asked: str, extra: str) -> None:
-    """Without a library, the extra that brings it is named."""
-    arguments = ["--tasks", "x"] if asked == "eval-mteb" else ["--data", str(data)]
-    done = python(ABSENT, missing, asked, *arguments)
+def test_a_missing_library_is_named_with_its_extra(
+    data: Path, missing: str, command: str, extra: str
+) -> None:
+    """The error for a missing library names the extra that installs it."""
+    arguments = ["--tasks", "x"] if command == "eval-mteb" else ["--data", str(data)]
+    done = python(ABSENT, missing, command, *arguments)
     assert done.returncode == 3, done.stderr
     assert done.stderr == f"taskvec: This command needs {missing}: install {extra}.\n"
 
 
 def test_a_service_is_evaluated_without_torch(data: Path, server_url: str) -> None:
-    """Where only a service is asked, torch need not be installed."""
+    """Evaluating a service does not need torch."""
     done = python(ABSENT, "torch", "eval", "--data", data / "pairs.jsonl", "--url", server_url)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("module", ["sklearn", "scipy", "matplotlib", "bm25s", "mteb"])
 def test_serving_needs_no_evaluation(module: str) -> None:
-    """The command line and the service load none of the evaluation's libraries."""
+    """The command line and the service import none of the evaluation's libraries."""
     code = f"import sys, taskvec.cli.main, taskvec.api.app; sys.exit({module!r} in sys.modules)"
     assert python(code).returncode == 0
 
 
 def run(*options: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`python -m taskvec eval` with these options."""
+    """Run `python -m taskvec eval` with these options."""
     started = [sys.executable, "-m", "taskvec", "eval", *map(str, options)]
     return subprocess.run(
         started, capture_output=True, text=True, check=False, timeout=300, cwd=cwd
@@ -247,6 +248,6 @@ def run(*options: object, cwd: Path | None = None) -> subprocess.CompletedProces
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Python code in a process of its own."""
+    """Run Python code in a new process."""
     started = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(started, capture_output=True, text=True, check=False, timeout=120)

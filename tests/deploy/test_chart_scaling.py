@@ -9,7 +9,7 @@ import pytest
 
 from charts import CASES, case, of_kind, only, render
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import task_table
 
 

@@ -1,4 +1,4 @@
-"""MTEB's own package on a real service, with tiny tasks of our own: its data is not in reach."""
+"""MTEB's own package on a real service, with tiny tasks of our own instead of its data."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from taskvec.evaluation.benchmark import MtebEncoder, benchmark_table, run_bench
 from taskvec.evaluation.data import PairData, RetrievalData, find_data
 from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate
-from taskvec.evaluation.service import Service
+from taskvec.evaluation.service import ServedModel
 
 TEXTS, LABELS = (list(column) for column in zip(*LABELLED, strict=True))
 
 
 def about(name: str, kind: Any, measure: str) -> TaskMetadata:
-    """What MTEB wants to know of a task."""
+    """Return the metadata of a task for MTEB."""
     return TaskMetadata(
         name=name,
         description="Tiny texts of three topics.",
@@ -46,14 +46,14 @@ class TinySearch(AbsTaskRetrieval):
     data: RetrievalData
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Make MTEB's columns of it."""
+        """Convert the data to MTEB's columns."""
         documents = [
             {"id": f"d{i}", "title": "", "text": text} for i, text in enumerate(self.data.documents)
         ]
         queries = [{"id": f"q{i}", "text": text} for i, text in enumerate(self.data.queries)]
         relevant = {
             f"q{i}": {f"d{document}": grade for document, grade in grades.items()}
-            for i, grades in enumerate(self.data.judged)
+            for i, grades in enumerate(self.data.qrels)
         }
         split = {
             "corpus": Dataset.from_list(documents),
@@ -73,7 +73,7 @@ class TinyPairs(AbsTaskSTS):
     data: PairData
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Make MTEB's columns of it."""
+        """Convert the data to MTEB's columns."""
         columns = {
             "sentence1": self.data.left, "sentence2": self.data.right, "score": self.data.scores,
         }  # fmt: skip
@@ -82,13 +82,13 @@ class TinyPairs(AbsTaskSTS):
 
 
 class TinyTopics(AbsTaskClassification):
-    """Topics to be learnt."""
+    """Classification by topic."""
 
     metadata = about("TinyTopics", "Classification", "accuracy")
     samples_per_label = 4
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Make MTEB's columns of it."""
+        """Convert the data to MTEB's columns."""
         numbers = [list(TOPICS).index(label) for label in LABELS]
         self.dataset = DatasetDict(
             {
@@ -100,27 +100,27 @@ class TinyTopics(AbsTaskClassification):
 
 
 class TinyGroups(AbsTaskClustering):
-    """Topics to be found again."""
+    """Clustering by topic."""
 
     metadata = about("TinyGroups", "Clustering", "v_measure")
     max_fraction_of_documents_to_embed = 1.0
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Make MTEB's columns of it."""
+        """Convert the data to MTEB's columns."""
         columns = {"sentences": TEXTS, "labels": LABELS}
         self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
         self.data_loaded = True
 
 
 @pytest.fixture(scope="module")
-def service(server_url: str) -> Service:
-    """A real service on the default model."""
-    return Service(server_url)
+def service(server_url: str) -> ServedModel:
+    """Return the model of a real service."""
+    return ServedModel(server_url)
 
 
 @pytest.fixture
 def searches(tmp_path: Path) -> Iterator[tuple[TinySearch, TinyPairs]]:
-    """Two tasks, and the data that they are made of."""
+    """Return two tasks made of the tests' own data."""
     root = write_all(tmp_path / "data")
     pairs, search = find_data([root / "pairs.jsonl", root / "search"])
     TinySearch.data, TinyPairs.data = search, pairs
@@ -128,10 +128,10 @@ def searches(tmp_path: Path) -> Iterator[tuple[TinySearch, TinyPairs]]:
     del TinySearch.data, TinyPairs.data
 
 
-def test_mteb_measures_what_we_measure(
-    service: Service, searches: tuple[TinySearch, TinyPairs], tmp_path: Path
+def test_mteb_agrees_with_our_measures(
+    service: ServedModel, searches: tuple[TinySearch, TinyPairs], tmp_path: Path
 ) -> None:
-    """Its nDCG@10, recall@10 and Spearman are ours, over HTTP, by the adapters that fit."""
+    """MTEB's nDCG@10, recall@10 and Spearman equal ours, with the adapters chosen by type."""
     form = Form(256, OutputType.FLOAT)
     result = run_benchmark(MtebEncoder(service, form), searches, tmp_path / "results")
     theirs = {task.task_name: task.scores["test"][0] for task in result.task_results}
@@ -153,8 +153,8 @@ def test_mteb_measures_what_we_measure(
     assert pairs["cosine_spearman"] == pytest.approx(ours["sts"]["spearman"], **near)
 
 
-def test_every_type_of_task_runs(service: Service, tmp_path: Path) -> None:
-    """Classification and clustering run in any form, are printed, and are kept in the folder."""
+def test_every_type_of_task_runs(service: ServedModel, tmp_path: Path) -> None:
+    """Classification and clustering run with any output type, and their results are stored."""
     encoder = MtebEncoder(service, Form(128, OutputType.BINARY))
     tasks = [TinyTopics(), TinyGroups()]
     result = run_benchmark(encoder, tasks, tmp_path)
@@ -177,21 +177,21 @@ def test_every_type_of_task_runs(service: Service, tmp_path: Path) -> None:
         ("MultilabelClassification", "classification"),
     ],
 )
-def test_types_of_task_have_their_adapter(service: Service, kind: str, adapter: str) -> None:
-    """Each type of task goes to the adapter that was made for it, unless one is chosen for all."""
+def test_types_of_task_have_their_adapter(service: ServedModel, kind: str, adapter: str) -> None:
+    """Each type of task gets its adapter, unless one adapter is given for all."""
     form = Form(256, OutputType.FLOAT)
     assert MtebEncoder(service, form).adapter_for(kind) == adapter
     assert MtebEncoder(service, form, "clustering").adapter_for(kind) == "clustering"
 
 
-def test_an_unknown_adapter_is_refused(service: Service) -> None:
-    """An adapter that the model has not is refused with those that it has."""
-    with pytest.raises(InvalidRequestError, match="'poetry': it has "):
+def test_an_unknown_adapter_is_refused(service: ServedModel) -> None:
+    """An unknown adapter is refused with a list of the model's adapters."""
+    with pytest.raises(InvalidRequestError, match="has no task 'poetry': choose from "):
         MtebEncoder(service, Form(256, OutputType.FLOAT), "poetry")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ((), "name --tasks or a --benchmark"),
         (("--tasks", "STS1222"), "MTEB: 'STS1222' not found"),
@@ -199,14 +199,14 @@ def test_an_unknown_adapter_is_refused(service: Service) -> None:
     ],
     ids=["nothing", "task", "benchmark"],
 )
-def test_unknown_names_are_told(
-    server_url: str, tmp_path: Path, options: tuple[str, ...], said: str
+def test_unknown_names_are_refused(
+    server_url: str, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    """What MTEB does not know is one sentence, with exit code 2."""
+    """A name that MTEB does not know gives a one-sentence error and exit code 2."""
     command = [sys.executable, "-m", "taskvec", "eval-mteb", "--url", server_url, *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
     )
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

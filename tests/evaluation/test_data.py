@@ -1,4 +1,4 @@
-"""Held-out data: every shape is found, and every fault named by file and line."""
+"""Evaluation data: every layout is found, and every error names file and line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from taskvec.evaluation.data import (
 QRELS = "query-id\tcorpus-id\tscore\n"
 
 
-def test_every_shape_is_found(tmp_path: Path) -> None:
-    """A folder gives all data below it, named by its place, whatever else lies there."""
+def test_every_layout_is_found(tmp_path: Path) -> None:
+    """A folder gives all data sets below it, named by their path; other files are ignored."""
     root = write_all(tmp_path / "held")
     (root / "README.md").write_text("About this data.")
     write_lines(root / "texts.jsonl", [{"text": "of another use"}])
@@ -44,8 +44,8 @@ def test_every_shape_is_found(tmp_path: Path) -> None:
     assert [data.texts for data in found.values()] == [36, 66, 39, 36, 18]
 
 
-def test_several_places_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files and folders side by side; a folder is called by its name even where it is the dot."""
+def test_several_paths_may_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and folders may be mixed, and the folder "." gets its real name."""
     root = write_all(tmp_path / "held")
     found = find_data([root / "groups.jsonl", root / "search"])
     assert [data.name for data in found] == ["held/groups", "held/search"]
@@ -53,8 +53,8 @@ def test_several_places_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [data.name for data in find_data([Path()])] == ["held/search"]
 
 
-def test_retrieval_is_read_as_beir_means_it(tmp_path: Path) -> None:
-    """Title and text are joined, unjudged queries left out, grades below 0 are 0."""
+def test_retrieval_is_read_as_beir_does(tmp_path: Path) -> None:
+    """Titles are joined with texts, queries without an answer left out, grades below 0 are 0."""
     folder = tmp_path / "search"
     documents = [
         {"_id": "a", "title": "Title", "text": "and text"},
@@ -71,12 +71,12 @@ def test_retrieval_is_read_as_beir_means_it(tmp_path: Path) -> None:
     assert isinstance(data, RetrievalData)
     assert data.documents == ["Title and text", "only text", " "]
     assert data.queries == ["query x", "query b"]
-    assert data.judged == [{0: 2, 1: 0}, {2: 1}]
-    assert data.twins == [None, 1]
+    assert data.qrels == [{0: 2, 1: 0}, {2: 1}]
+    assert data.identical_ids == [None, 1]
 
 
-def test_unicode_and_foreign_line_ends_are_read(tmp_path: Path) -> None:
-    """UTF-8 with a mark at its begin and CR LF, as other systems write it, is the same text."""
+def test_byte_order_mark_and_crlf_are_read(tmp_path: Path) -> None:
+    """A byte order mark and CR LF line ends are not part of the text."""
     file = tmp_path / "labels.jsonl"
     lines = [
         '{"text": "Täxt 第", "label": 1}',
@@ -91,50 +91,62 @@ def test_unicode_and_foreign_line_ends_are_read(tmp_path: Path) -> None:
 
 
 CORPUS, QUERIES_FILE, TEST = "search/corpus.jsonl", "search/queries.jsonl", "search/qrels/test.tsv"
-FAULTS: list[tuple[str, int, bytes | None, str]] = [
+ERRORS: list[tuple[str, int, bytes | None, str]] = [
     (CORPUS, 0, None, " cannot be read: No such file"),
     (QUERIES_FILE, 0, None, " cannot be read: No such file"),
     (TEST, 0, None, " cannot be read: No such file"),
     ("topics/train.jsonl", 0, None, " cannot be read: No such file"),
     ("pairs.jsonl", 0, b"", " is empty"),
     ("pairs.jsonl", 3, b" ", ":3 is an empty line"),
-    ("pairs.jsonl", 2, b'{"text_a": ', ":2 is no JSON: "),
-    ("pairs.jsonl", 2, b"[1]", ":2 is no JSON object"),
+    ("pairs.jsonl", 2, b'{"text_a": ', ":2 is not valid JSON: "),
+    ("pairs.jsonl", 2, b"[1]", ":2 is not a JSON object"),
     ("groups.jsonl", 4, b'{"text": "\xe9"}', r":4 is not UTF-8 \(byte 11"),
     ("pairs.jsonl", 0, '{"text": "a"}'.encode("utf-16"), ":1 is not UTF-8"),
-    ("pairs.jsonl", 9, b'{"text": "a", "label": "b"}', ":9 lacks text_a"),
-    ("groups.jsonl", 2, b'{"text": 3, "label": "b"}', ":2 has a text that is no string"),
-    ("groups.jsonl", 2, b'{"text": "", "label": "b"}', ":2 lacks text"),
-    ("groups.jsonl", 2, b'{"text": "a", "label": ["b"]}', ":2 lacks label"),
-    ("pairs.jsonl", 2, b'{"text_a": "a", "text_b": "b", "score": "5"}', ":2 lacks score"),
-    ("pairs.jsonl", 0, b'{"text_a": "a", "text_b": "b", "score": 1}', ": all pairs have one"),
-    ("groups.jsonl", 0, b'{"text": "a", "label": "b"}', " has one label only, 'b'"),
+    ("pairs.jsonl", 9, b'{"text": "a", "label": "b"}', ":9 needs a text_a"),
+    ("groups.jsonl", 2, b'{"text": 3, "label": "b"}', ":2 has a text that is not a string"),
+    ("groups.jsonl", 2, b'{"text": "", "label": "b"}', ":2 needs a text"),
+    ("groups.jsonl", 2, b'{"text": "a", "label": ["b"]}', ":2 needs a label"),
+    ("pairs.jsonl", 2, b'{"text_a": "a", "text_b": "b", "score": "5"}', ":2 needs a score"),
+    (
+        "pairs.jsonl",
+        0,
+        b'{"text_a": "a", "text_b": "b", "score": 1}',
+        ": all pairs have the same",
+    ),
+    ("groups.jsonl", 0, b'{"text": "a", "label": "b"}', " has only one label, 'b'"),
     (
         "groups.jsonl",
         0,
         b'{"text": "a", "label": 1}\n{"text": "b", "label": 2}',
         ": no two texts share a label",
     ),
-    ("topics/test.jsonl", 0, b'{"text": "a", "label": "sky"}', r" has no label that train\.jsonl"),
-    ("topics/train.jsonl", 0, b'{"text": "a", "label": "sea"}', " has one label only"),
+    (
+        "topics/test.jsonl",
+        0,
+        b'{"text": "a", "label": "sky"}',
+        r" shares no label with train",
+    ),
+    ("topics/train.jsonl", 0, b'{"text": "a", "label": "sea"}', " has only one label"),
     (CORPUS, 7, b'{"_id": "d1", "text": "a"}', ":7 repeats the _id 'd1'"),
-    (QUERIES_FILE, 2, b'{"text": "a"}', ":2 lacks _id"),
+    (QUERIES_FILE, 2, b'{"text": "a"}', ":2 needs a _id"),
     (TEST, 1, b"q0\td0\t1", ":1 must be the header"),
     (TEST, 3, b"q0 d0 1", ":3 has 1 fields"),
     (TEST, 3, b"q0\td0\thigh", ":3 has the grade 'high'"),
     (TEST, 3, b"q9\td0\t1", r":3 names 'q9', which is not in queries\.jsonl"),
     (TEST, 3, b"q0\td99\t1", r":3 names 'd99', which is not in corpus\.jsonl"),
-    (TEST, 5, b"q0\td0\t1", ":5 judges 'd0' for 'q0' once more"),
-    (TEST, 0, f"{QRELS}q0\td0\t0".encode(), " calls no document relevant"),
+    (TEST, 5, b"q0\td0\t1", ":5 grades 'd0' for 'q0' again"),
+    (TEST, 0, f"{QRELS}q0\td0\t0".encode(), " has no grade above 0"),
 ]
-"""File, line (0 for all of it), what comes in its place (None for nothing), what is said."""
+"""File, line (0 for the whole file), its new content (None deletes the file), expected message."""
 
 
-@pytest.mark.parametrize(("name", "line", "content", "said"), FAULTS, ids=[f[-1] for f in FAULTS])
-def test_faults_are_named_by_file_and_line(
-    tmp_path: Path, name: str, line: int, content: bytes | None, said: str
+@pytest.mark.parametrize(
+    ("name", "line", "content", "message"), ERRORS, ids=[e[-1] for e in ERRORS]
+)
+def test_errors_name_file_and_line(
+    tmp_path: Path, name: str, line: int, content: bytes | None, message: str
 ) -> None:
-    """Whatever is wrong with a file, the message says where and what."""
+    """The message for an invalid file says where and what is wrong."""
     root = write_all(tmp_path / "held")
     assert len(find_data([root])) == 5
     file = root / name
@@ -146,30 +158,30 @@ def test_faults_are_named_by_file_and_line(
         lines = file.read_bytes().splitlines()
         lines[line - 1] = content
         file.write_bytes(b"\n".join(lines))
-    with pytest.raises(InvalidRequestError, match=re.escape(str(file)) + said):
+    with pytest.raises(InvalidRequestError, match=re.escape(str(file)) + message):
         find_data([root])
 
 
-def test_places_without_data_are_named(tmp_path: Path) -> None:
-    """A folder that is not there, and one that holds none, are told apart."""
+def test_paths_without_data_are_refused(tmp_path: Path) -> None:
+    """A missing folder and a folder without data have different messages."""
     with pytest.raises(InvalidRequestError, match="nowhere does not exist"):
         find_data([tmp_path / "nowhere"])
     other = write_lines(tmp_path / "other.jsonl", [{"anchor": "a"}])
-    for place in (tmp_path, other):
-        with pytest.raises(InvalidRequestError, match=r"holds no data\. Known are folders with"):
-            find_data([place])
+    for path in (tmp_path, other):
+        with pytest.raises(InvalidRequestError, match=r"contains no data\. Known are folders with"):
+            find_data([path])
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
-    """Figures of two places would not be told apart."""
+    """Two data sets with the same name are refused, as their results could not be told apart."""
     file = write_labels(tmp_path / "held" / "groups.jsonl")
     with pytest.raises(InvalidRequestError, match="Two data sets are called held/groups"):
         find_data([file, file])
 
 
-def test_the_tiny_data_is_what_the_tests_think(tmp_path: Path) -> None:
-    """Each query has a topic's twelve documents, six of them of the higher grade."""
+def test_the_tiny_data_has_the_expected_qrels(tmp_path: Path) -> None:
+    """Each query has the twelve documents of its topic."""
     (data,) = find_data([write_retrieval(tmp_path / "search")])
     assert isinstance(data, RetrievalData)
     assert data.queries == QUERIES
-    assert [len(grades) for grades in data.judged] == [12] * len(TOPICS)
+    assert [len(grades) for grades in data.qrels] == [12] * len(TOPICS)

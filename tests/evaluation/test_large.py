@@ -1,4 +1,4 @@
-"""A corpus of a hundred thousand documents: memory and order of size of the time."""
+"""A corpus of a hundred thousand documents: memory."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ data = RetrievalData(
     name="large",
     documents=[f"Document number {n}, " + "some text in it " * 25 for n in range(DOCUMENTS)],
     queries=[f"query {n}" for n in range(QUERIES)],
-    judged=[{n: 1} for n in range(QUERIES)],
-    twins=[None] * QUERIES,
+    qrels=[{n: 1} for n in range(QUERIES)],
+    identical_ids=[None] * QUERIES,
 )
 forms = [Form(256, OutputType.FLOAT), Form(32, OutputType.BINARY)]
 results = list(evaluate(Known(), Plan(data=[data], forms=forms, bm25=True)))
 print(*(round(result.score.value, 3) for result in results))
-# Of this program alone: getrusage would count what its parent had before it began.
+# Of this process alone: getrusage includes what its parent used before the fork.
 status = Path("/proc/self/status").read_text().splitlines()
 print(*(line.split()[1] for line in status if line.startswith("VmHWM:")))
 """
 
 
 def test_a_large_corpus_takes_less_than_a_gigabyte() -> None:
-    """Scores are held some at a time, and vectors once as they came and once as they are kept."""
+    """Memory stays below 1 GB: scores are chunked, vectors exist once raw and once per format."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=300
     )

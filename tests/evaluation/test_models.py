@@ -1,4 +1,4 @@
-"""A checkpoint in this process: its adapters, and its backbone alone."""
+"""A checkpoint in this process: its adapters, and its backbone without an adapter."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from taskvec.evaluation.models import LoadedModel, Sides, sides_of
 TEXTS = [text for text, _ in LABELLED]
 
 
-def test_the_base_is_the_backbone_alone(default_checkpoint: Checkpoint) -> None:
-    """`base` has a search's prompts and no adapter: the vectors of a reference in numpy."""
+def test_base_is_the_backbone_without_adapter(default_checkpoint: Checkpoint) -> None:
+    """`base` has the retrieval prompts and no adapter: its vectors are the numpy reference's."""
     tokenizer = Tokenizer.from_file(str(default_checkpoint.tokenizer))
     with Embedder(dtype="float32") as embedder:
         model = LoadedModel(embedder)
         for task, prompt in (("base.query", "query"), ("base.passage", "document")):
-            told: list[int] = []
-            vectors = model.embed(TEXTS[:3], task, told.append)
+            advanced: list[int] = []
+            vectors = model.embed(TEXTS[:3], task, advanced.append)
             texts = [default_checkpoint.prompts[prompt] + text for text in TEXTS[:3]]
             ids = [np.array(tokenizer.encode(text).ids, dtype=np.int32) for text in texts]
             truth = reference_vectors(default_checkpoint, ids, [None] * 3)
             assert np.abs(vectors - truth).max() <= 1e-4 * np.abs(truth).max()
-            assert sum(told) == 3
+            assert sum(advanced) == 3
 
 
-def test_tasks_give_the_library_s_vectors() -> None:
-    """Many texts come out as the library embeds them, cut where too long, not normalised."""
+def test_tasks_give_the_vectors_of_the_library() -> None:
+    """Vectors are those of the library, truncated if too long and not normalised."""
     texts = [f"text {n}" for n in range(600)] + ["word " * 5000]
     with Embedder(dtype="float32") as embedder:
         model = LoadedModel(embedder)
@@ -53,12 +53,12 @@ def test_tasks_give_the_library_s_vectors() -> None:
         (("legal-search",), ["legal-search", "base"]),
         (("retrieval", "base"), ["retrieval.query", "retrieval.passage", "base"]),
     ],
-    ids=["no adapter", "no search", "an adapter of that name"],
+    ids=["no adapter", "no retrieval", "an adapter of that name"],
 )
-def test_the_base_is_there_beside_adapters(
+def test_base_is_a_task_beside_the_adapters(
     tmp_path: Path, adapters: tuple[str, ...], tasks: list[str]
 ) -> None:
-    """Whatever adapters a checkpoint has, the backbone is one more, unless the name is taken."""
+    """The backbone is one more task of a checkpoint with adapters, unless one is called `base`."""
     folder = write_checkpoint(
         tmp_path / "checkpoint", TINY_SMALL, jina=bool(adapters), adapters=adapters
     )
@@ -76,8 +76,8 @@ def test_the_base_is_there_beside_adapters(
         (["embedding"], {"embedding": Sides("embedding", "embedding")}),
         (["legal.query"], {"legal.query": Sides("legal.query", "legal.query")}),
     ],
-    ids=["two sides", "no adapter", "half a search"],
+    ids=["two sides", "no adapter", "queries only"],
 )
-def test_tasks_pair_to_sides(tasks: list[str], sides: dict[str, Sides]) -> None:
-    """Tasks of queries and passages make one adapter; any other task is both its sides."""
+def test_tasks_are_grouped_by_adapter(tasks: list[str], sides: dict[str, Sides]) -> None:
+    """Query and passage tasks are grouped to one adapter; any other task serves as both sides."""
     assert sides_of(tasks) == sides

@@ -1,4 +1,4 @@
-"""The series that Prometheus scrapes: present from the start, and counting what happened."""
+"""Metrics: series exist from the start, and count what happened."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import taskvec
-from taskvec.api.response import Transport
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
 from taskvec.engines.base import DropReason, EngineObserver, EngineState
 from taskvec.errors import CODES
-from taskvec.metrics.process import ENGINE_STATES
-from taskvec.metrics.service import (
-    NO_TASK,
-    OTHER_CODE,
-    OUTPUTS,
-    STATUSES,
-    TRANSPORTS,
-    Metrics,
-)
+from taskvec.metrics.registry import Metrics
+from taskvec.metrics.requests import NO_TASK, OTHER_CODE, STATUSES
 from taskvec.telemetry.stages import STAGES
 
 TASKS = ("retrieval.query", "clustering")
@@ -30,12 +22,12 @@ TASKS = ("retrieval.query", "clustering")
 
 @pytest.fixture
 def metrics() -> Metrics:
-    """The series of a service with two tasks."""
+    """Return the metrics of a service with two tasks."""
     return Metrics(TASKS)
 
 
 def test_every_label_is_there_before_traffic(metrics: Metrics) -> None:
-    """Each task and status has a series of 0 at once, so that a rate sees the first request."""
+    """Each known label value has a series of 0 at once, so that a rate sees the first request."""
     seen = samples(metrics)
     for task in (*TASKS, NO_TASK):
         for status in STATUSES:
@@ -55,8 +47,8 @@ def test_every_label_is_there_before_traffic(metrics: Metrics) -> None:
         assert seen[key(f"taskvec_{gauge}")] == 0
 
 
-def test_every_series_asks_a_question(metrics: Metrics) -> None:
-    """The help text of every series is the question it answers."""
+def test_every_help_text_is_a_question(metrics: Metrics) -> None:
+    """The help text of every metric is the question that it answers."""
     families = list(text_string_to_metric_families(metrics.render("ready").decode()))
     helps = {
         family.name: family.documentation
@@ -84,7 +76,7 @@ def test_an_ended_request_is_counted(metrics: Metrics) -> None:
 
 
 def test_requests_in_flight_go_up_and_down(metrics: Metrics) -> None:
-    """The gauge holds what has started and not ended, however it ended."""
+    """The gauge counts requests that have started and not ended, whatever their status."""
     for _ in range(3):
         metrics.request_started()
     metrics.request_ended("clustering", 499, texts=1, tokens=0, seconds=0.1)
@@ -93,7 +85,7 @@ def test_requests_in_flight_go_up_and_down(metrics: Metrics) -> None:
 
 
 def test_a_request_without_a_task_has_a_label_of_its_own(metrics: Metrics) -> None:
-    """What fails before its task is known counts as task "none"."""
+    """A request that fails before its task is known counts as task "none"."""
     metrics.request_started()
     metrics.request_ended(None, 400, texts=0, tokens=0, seconds=0.01)
     seen = samples(metrics)
@@ -101,20 +93,20 @@ def test_a_request_without_a_task_has_a_label_of_its_own(metrics: Metrics) -> No
     assert seen[key("taskvec_request_seconds_count", task=NO_TASK)] == 1
 
 
-def test_a_status_that_nobody_foresaw_is_counted(metrics: Metrics) -> None:
-    """A status outside the table gets its series when it happens."""
-    unforeseen = "418"
-    assert unforeseen not in STATUSES
+def test_an_unlisted_status_is_counted(metrics: Metrics) -> None:
+    """A status outside the list gets its series when it first occurs."""
+    unlisted = "418"
+    assert unlisted not in STATUSES
     for _ in range(2):
         metrics.request_started()
-        metrics.request_ended("clustering", int(unforeseen), texts=1, tokens=2, seconds=0.01)
+        metrics.request_ended("clustering", int(unlisted), texts=1, tokens=2, seconds=0.01)
     seen = samples(metrics)
-    assert seen[key("taskvec_requests_total", task="clustering", status=unforeseen)] == 2
-    assert seen[key("taskvec_tokens_total", task="clustering", status=unforeseen)] == 4
+    assert seen[key("taskvec_requests_total", task="clustering", status=unlisted)] == 2
+    assert seen[key("taskvec_tokens_total", task="clustering", status=unlisted)] == 4
 
 
 def test_an_empty_queue_has_no_age(metrics: Metrics) -> None:
-    """The oldest waiting text grows older by itself; where none waits its age is 0."""
+    """The age of the oldest text grows with time, and is 0 if the queue is empty."""
     metrics.queue_changed(1, 10, time.monotonic() - 1)
     first = samples(metrics)[key("taskvec_queue_oldest_seconds")]
     time.sleep(0.02)
@@ -123,11 +115,11 @@ def test_an_empty_queue_has_no_age(metrics: Metrics) -> None:
     assert samples(metrics)[key("taskvec_queue_oldest_seconds")] == 0
 
 
-def test_a_refusal_counts_by_its_code(metrics: Metrics) -> None:
-    """Refusals count under their code, one that is not listed under "other"; no answer counts."""
+def test_a_rejection_counts_by_its_code(metrics: Metrics) -> None:
+    """Rejections count under their code, or "other" if it is unlisted, and not as answers."""
     for code in ("input_too_long", "input_too_long", "made_up"):
         metrics.request_started()
-        output = ("float", "base64")
+        output = OutputFormat(encoding=Encoding.BASE64)
         metrics.request_ended(
             None, 400, texts=0, tokens=0, seconds=0.1, code=code, output=output, stages=[]
         )
@@ -137,20 +129,13 @@ def test_a_refusal_counts_by_its_code(metrics: Metrics) -> None:
     assert seen[key("taskvec_answers_total", output="float", transport="base64")] == 0
 
 
-def test_labels_are_those_of_the_service() -> None:
-    """Outputs, transports and engine states have the names that the other layers give them."""
-    assert set(OUTPUTS) == {output.value for output in OutputType}
-    assert set(TRANSPORTS) == {transport.value for transport in Transport}
-    assert set(ENGINE_STATES) == {state.value for state in EngineState}
-
-
 def test_every_code_is_listed() -> None:
-    """Each code that the source raises, spelled out or made of a field's name, is in CODES."""
+    """Each error code that the source raises, literal or made from a field name, is in CODES."""
     folder = Path(taskvec.__file__).parent
     sources = "".join(file.read_text() for file in folder.rglob("*.py"))
     raised = set(re.findall(r'\bcode="(\w+)"', sources))
-    calls = re.findall(r'_string\([^,]+, "(\w+)"\)', sources)
-    flags = re.findall(r"_agreed\(body, \(([^)]*)\), _boolean\)", sources)
+    calls = re.findall(r'fields\.string\([^,]+, "(\w+)"\)', sources)
+    flags = re.findall(r"fields\.agreed\(body, \(([^)]*)\), fields\.boolean\)", sources)
     fields = calls + re.findall(r"\w+", " ".join(flags))
     assert len(raised) > 15
     assert {"task", "truncation", "normalized"} <= set(fields)
@@ -159,8 +144,8 @@ def test_every_code_is_listed() -> None:
 
 
 def test_the_engine_state_is_one_of_several(metrics: Metrics) -> None:
-    """Exactly one state is 1, and ready means that the engine would answer."""
-    for state in ENGINE_STATES:
+    """Exactly one state is 1, and only `ready` sets the ready gauge."""
+    for state in (state.value for state in EngineState):
         page = metrics.render(state).decode()
         ones = re.findall(r'\ntaskvec_engine_state\{state="(\w+)"\} 1\.0', page)
         assert ones == [state]
@@ -168,14 +153,14 @@ def test_the_engine_state_is_one_of_several(metrics: Metrics) -> None:
 
 
 def test_the_build_is_described(metrics: Metrics) -> None:
-    """Version, model and engine are labels of one series that is always 1."""
+    """Version, model and engine are labels of one series with the value 1."""
     metrics.describe(version="1.2", model="m/n", engine="packed")
     labels = {"version": "1.2", "model": "m/n", "engine": "packed"}
     assert samples(metrics)[key("taskvec_build_info", **labels)] == 1
 
 
 def test_the_engine_reports_its_queue(metrics: Metrics) -> None:
-    """queue_changed sets the gauges to what waits now."""
+    """queue_changed sets the gauges to the present queue."""
     observer: EngineObserver = metrics
     observer.queue_changed(7, 900, time.monotonic())
     observer.queue_changed(2, 30, time.monotonic() - 5)
@@ -186,7 +171,7 @@ def test_the_engine_reports_its_queue(metrics: Metrics) -> None:
 
 
 def test_the_engine_reports_its_batches(metrics: Metrics) -> None:
-    """A forward is counted with its texts, tokens and seconds; a wait once for each request."""
+    """A forward pass is observed with its texts, tokens and seconds, a wait once a request."""
     observer: EngineObserver = metrics
     observer.batch_started([0.01, 0.02, 3.0])
     observer.batch_finished(5, 600, 0.04, budget=800)
@@ -206,7 +191,7 @@ def test_the_engine_reports_its_batches(metrics: Metrics) -> None:
 
 @pytest.mark.parametrize("reason", DropReason)
 def test_the_engine_reports_what_it_dropped(metrics: Metrics, reason: str) -> None:
-    """Dropped texts are counted under their reason alone."""
+    """Dropped texts are counted under their reason only."""
     observer: EngineObserver = metrics
     observer.texts_dropped(reason, 11)
     observer.texts_dropped(reason, 4)
@@ -215,15 +200,15 @@ def test_the_engine_reports_what_it_dropped(metrics: Metrics, reason: str) -> No
     assert counts == dict.fromkeys(DropReason, 0) | {reason: 15}
 
 
-def test_two_services_count_apart(metrics: Metrics) -> None:
-    """Every service has a registry of its own: two in one process do not clash or mix."""
+def test_two_services_do_not_share_metrics(metrics: Metrics) -> None:
+    """Each service has its own registry, so two in one process do not conflict or mix."""
     metrics.texts_dropped("failed", 5)
     other = samples(Metrics(TASKS))
     assert other[key("taskvec_texts_dropped_total", reason="failed")] == 0
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """Every sample of a scrape, by name and labels."""
+    """Return every sample of a scrape, by name and labels."""
     families = text_string_to_metric_families(metrics.render("starting").decode())
     return {
         key(sample.name, **sample.labels): sample.value
@@ -233,5 +218,5 @@ def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], fl
 
 
 def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
-    """How ``samples`` names one."""
+    """Return the key of a sample in ``samples``."""
     return name, frozenset(labels.items())

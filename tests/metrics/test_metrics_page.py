@@ -1,4 +1,4 @@
-"""The page about the series and the series say the same."""
+"""docs/metrics.md agrees with the declared metrics."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import runpy
 import pytest
 
 from conftest import repository
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 PAGES = runpy.run_path(str(repository() / "docs" / "render_metrics.py"))["pages"]()
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.name)
 def test_generated_pages_are_up_to_date(file: object) -> None:
-    """docs/metrics.md is what `make docs` would write."""
+    """docs/metrics.md is what `make docs` writes."""
     assert file.read_text() == PAGES[file], "run `make docs`"
 
 
 def test_every_series_has_its_row() -> None:
-    """The table lists each family of a scrape once, under the name that queries use."""
+    """The table lists each metric family of a scrape once, under the name that queries use."""
     (page,) = PAGES.values()
     rows = re.findall(r"^\| `(taskvec_\w+)` \|", page, re.MULTILINE)
     families = re.findall(r"^# TYPE (taskvec_\w+) ", scrape(), re.MULTILINE)
@@ -28,7 +28,7 @@ def test_every_series_has_its_row() -> None:
 
 
 def scrape() -> str:
-    """A page with a server of the remote engine in it."""
+    """Return a scrape that includes the series of one engine server."""
     metrics = Metrics(["clustering"])
     metrics.server_changed("http://engine", serving=True)
     return metrics.render("ready").decode()

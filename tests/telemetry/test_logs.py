@@ -1,4 +1,4 @@
-"""Log lines as the process that collects them sees them: one JSON object a line, on stderr."""
+"""Logs as a collector reads them: one JSON object a line, on standard error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from taskvec.telemetry.logs import MOST_LINES
+from taskvec.telemetry.logs import MAX_LINES
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -32,7 +32,7 @@ def test_an_event_is_one_json_object() -> None:
 
 
 def test_nothing_is_written_to_standard_output() -> None:
-    """Standard output stays free for what a command prints."""
+    """Standard output has only what a command prints."""
     done = run("structlog.get_logger().error('to stderr'); logging.error('this too')")
     assert done.stdout == b""
     assert done.stderr.count(b"\n") == 2
@@ -40,7 +40,7 @@ def test_nothing_is_written_to_standard_output() -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_level_is_honoured(level: str) -> None:
-    """What is less important than the level is left out, of structlog's events and logging's."""
+    """Events below the level are left out, of structlog and of the standard library."""
     code = "\n".join(
         f"structlog.get_logger().{name}('ours {name}')\nlogging.getLogger('lib').{name}('{name}')"
         for name in LEVELS
@@ -51,7 +51,7 @@ def test_the_level_is_honoured(level: str) -> None:
 
 
 def test_an_exception_is_in_the_line() -> None:
-    """log.exception writes the traceback into the same line, under its own key."""
+    """log.exception writes the traceback into a field of the same line."""
     (line,) = logged(
         "try:\n    {}['lost']\nexcept KeyError:\n"
         "    structlog.get_logger().exception('unhandled_error', request_id='r-1')"
@@ -64,7 +64,7 @@ def test_an_exception_is_in_the_line() -> None:
 
 
 def test_other_libraries_have_the_same_format() -> None:
-    """A record of the standard library's logging becomes a line like ours, naming its logger."""
+    """A record of the standard library becomes a line of the same format, with its logger."""
     (line,) = logged("logging.getLogger('uvicorn.error').warning('closing %d of %s', 3, 'them')")
     assert line["event"] == "closing 3 of them"
     assert line["level"] == "warning"
@@ -73,7 +73,7 @@ def test_other_libraries_have_the_same_format() -> None:
 
 
 def test_an_exception_of_another_library_is_in_the_line() -> None:
-    """A traceback given to the standard library's logging is kept."""
+    """A traceback in a record of the standard library is kept."""
     (line,) = logged(
         "try:\n    1 / 0\nexcept ZeroDivisionError:\n    logging.getLogger('lib').exception('no')"
     )
@@ -82,28 +82,28 @@ def test_an_exception_of_another_library_is_in_the_line() -> None:
 
 
 def test_a_percent_sign_in_a_message_stays() -> None:
-    """A foreign message is formatted once: what it holds then is data."""
+    """The message of a standard record is formatted only once."""
     (line,) = logged("logging.getLogger('lib').info('%s', '100 %s {done} %d')")
     assert line["event"] == "100 %s {done} %d"
 
 
 def test_a_line_break_does_not_split_a_line() -> None:
-    """Whatever a value holds, an event stays one line."""
+    """An event with line breaks in its values stays one line."""
     (line,) = logged("structlog.get_logger().info('a\\nb', id='c\\r\\nd', name='é\\u2028')")
     assert (line["event"], line["id"], line["name"]) == ("a\nb", "c\r\nd", "é\u2028")
 
 
 def test_configuring_twice_writes_once() -> None:
-    """A second call replaces the first: lines are not doubled, and the new level holds."""
+    """A second call replaces the first: lines are not doubled, and the new level applies."""
     lines = logged(
         "configure_logs('warning')\nlogging.warning('once')\nlogging.info('never')", "info"
     )
     assert [line["event"] for line in lines] == ["once"]
 
 
-def test_a_reader_that_stands_still_delays_nobody() -> None:
-    """The process goes on while nobody reads its lines; what it could not keep, it counts."""
-    lines = 3 * MOST_LINES
+def test_a_stalled_reader_does_not_block_the_process() -> None:
+    """The process continues if its lines are not read, and counts the lines that it drops."""
+    lines = 3 * MAX_LINES
     code = (
         f"for n in range({lines}):\n    structlog.get_logger().info('x' * 20, n=n)\n"
         "print('done', flush=True)\n"
@@ -114,17 +114,17 @@ def test_a_reader_that_stands_still_delays_nobody() -> None:
         assert process.stdout.readline() == b"done\n"
         _, written = process.communicate(timeout=60)
     assert process.returncode == 0
-    told = [json.loads(line) for line in written.splitlines()]
-    numbers = [line["n"] for line in told if "n" in line]
+    records = [json.loads(line) for line in written.splitlines()]
+    numbers = [line["n"] for line in records if "n" in line]
     assert numbers == sorted(numbers)
-    assert len(numbers) >= MOST_LINES
-    lost = sum(line["lines"] for line in told if line["event"] == "log_lines_lost")
+    assert len(numbers) >= MAX_LINES
+    lost = sum(line["lines"] for line in records if line["event"] == "log_lines_lost")
     assert lost + len(numbers) == lines
     assert lost > 0
 
 
-def test_no_reader_harms_nobody() -> None:
-    """The process goes on when what reads its lines has ended."""
+def test_a_closed_reader_does_not_stop_the_process() -> None:
+    """The process continues after the reader of its lines has ended."""
     code = "import time\nfor _ in range(5):\n    logging.error('x')\n    time.sleep(0.1)"
     command = [sys.executable, "-c", HEAD.format("info") + code]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -134,11 +134,11 @@ def test_no_reader_harms_nobody() -> None:
 
 
 def logged(code: str, level: str = "info") -> list[dict[str, Any]]:
-    """What code writes to a pipe on stderr, each line parsed."""
+    """Return the parsed lines that code writes to standard error."""
     return [json.loads(line) for line in run(code, level).stderr.split(b"\n") if line]
 
 
 def run(code: str, level: str = "info") -> subprocess.CompletedProcess[bytes]:
-    """Run code in a process of its own whose logs are configured."""
+    """Run code in a new process with configured logs."""
     command = [sys.executable, "-c", HEAD.format(level) + code]
     return subprocess.run(command, capture_output=True, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""An adapter without each of its losses."""
+"""Ablation: an adapter without each of its losses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from taskvec_train.recipe import read_recipe
 QUICK = ["--set", "adapt.retrieval.steps=4"]
 
 
-def test_every_mix_is_trained_with_every_seed_and_measured(
+def test_every_variant_is_trained_with_every_seed(
     tiny_run: Path, data: Path, tmp_path: Path
 ) -> None:
-    """What is left out is not computed; the table has a row a mix, with the spread over seeds."""
+    """The table has a row for each variant with its deviation; a left-out loss is not computed."""
     held_out = write_retrieval(tmp_path / "search")
     command = ["ablate", str(tiny_run.parent / "tiny.toml"), "--data", str(data), "--cpu"]
     command += ["--out", str(tiny_run), "--held-out", str(held_out), "--seeds", "2", *QUICK]
@@ -44,26 +44,26 @@ def test_every_mix_is_trained_with_every_seed_and_measured(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--adapter", "nowhere"], "no adapter 'nowhere': it has retrieval"),
-        (["--adapter", "clustering"], "learns by distill alone"),
+        (["--adapter", "nowhere"], "no adapter 'nowhere': choose from retrieval"),
+        (["--adapter", "clustering"], "has only the loss distill"),
     ],
 )
-def test_what_has_no_mix_is_refused(
-    tiny_run: Path, tmp_path: Path, options: list[str], said: str
+def test_an_adapter_that_cannot_be_ablated_is_refused(
+    tiny_run: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    """Before anything is trained, in a sentence."""
+    """An unknown adapter, or one with a single loss, is refused before anything is trained."""
     command = ["ablate", str(tiny_run.parent / "tiny.toml"), "--data", str(tmp_path)]
     command += ["--out", str(tmp_path / "run"), "--held-out", str(tmp_path), *options]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 3
-    assert said in result.output
+    assert message in result.output
     assert not (tmp_path / "run").exists()
 
 
-def test_the_whole_mix_is_among_the_variants(recipe_file: Path) -> None:
-    """Seeds are the recipe's and those after it."""
+def test_the_adapter_with_all_losses_is_a_variant(recipe_file: Path) -> None:
+    """Variants have the recipe's seed and the following ones, with and without each loss."""
     variants = variants_of(read_recipe(recipe_file), "text-matching", 3)
     assert [variant.seed for variant in variants if variant.losses == "all losses"] == [1, 2, 3]
     assert {variant.losses for variant in variants} == {

@@ -1,4 +1,4 @@
-"""Every loss equals its formula, written as plain loops over float64 numbers; so do gradients."""
+"""Every loss and its gradients equal its formula, computed with plain loops in float64."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ B, N, D, M = 4, 9, 6, 5
 
 
 def numbers(*shape: int, seed: int = 0) -> Array:
-    """Random numbers."""
+    """Return random numbers."""
     return np.random.default_rng(seed).normal(size=shape)
 
 
 def cos(a: Array, b: Array) -> float:
-    """Cosine, in loops."""
+    """Return the cosine, computed with loops."""
     dot = sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
     length_a = math.sqrt(sum(float(x) ** 2 for x in a))
     length_b = math.sqrt(sum(float(y) ** 2 for y in b))
@@ -32,26 +32,26 @@ def cos(a: Array, b: Array) -> float:
 def check(
     loss: Callable[..., torch.Tensor], reference: Callable[..., float], *inputs: Array
 ) -> None:
-    """Value and gradient of every input agree with the loop, the gradient by differences."""
+    """Check the value against the loops, and every gradient against finite differences."""
     tensors = [torch.tensor(value, requires_grad=True) for value in inputs]
     value = loss(*tensors)
     assert value.item() == pytest.approx(reference(*inputs), abs=1e-10)
     gradients = torch.autograd.grad(value, tensors)
     for which, gradient in enumerate(gradients):
-        for place in np.ndindex(*inputs[which].shape):
+        for index in np.ndindex(*inputs[which].shape):
             step = 1e-5
             sides = []
             for sign in (1, -1):
                 moved = [value.copy() for value in inputs]
-                moved[which][place] += sign * step
+                moved[which][index] += sign * step
                 sides.append(reference(*moved))
             difference = (sides[0] - sides[1]) / (2 * step)
-            assert gradient[place].item() == pytest.approx(difference, abs=1e-6, rel=1e-5)
+            assert gradient[index].item() == pytest.approx(difference, abs=1e-6, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [D, 3])
 def test_distillation_is_one_minus_the_cosine_through_the_projection(width: int) -> None:
-    """The mean over texts of 1 - cos(psi z, t); a cut z meets psi's first columns."""
+    """It is the mean of 1 - cos(psi z, t); a truncated z uses psi's first columns."""
     teacher = numbers(B, M, seed=2)
 
     def reference(z: Array, psi: Array) -> float:
@@ -68,7 +68,7 @@ def test_distillation_is_one_minus_the_cosine_through_the_projection(width: int)
 
 
 def nce(x: Array, y: Array, tau: float, ignored: Array) -> float:
-    """InfoNCE in loops; the positive of x[i] is y[i]."""
+    """Return InfoNCE, computed with loops; the positive of x[i] is y[i]."""
     total = 0.0
     for i in range(len(x)):
         below = sum(
@@ -81,7 +81,7 @@ def nce(x: Array, y: Array, tau: float, ignored: Array) -> float:
 @pytest.mark.parametrize("hard", [0, N - B])
 @pytest.mark.parametrize("masked", [False, True])
 def test_info_nce(hard: int, masked: bool) -> None:
-    """In-batch negatives, hard ones after them, and false negatives that do not count."""
+    """It uses in-batch and hard negatives, and ignores masked false negatives."""
     ignored = np.zeros((B, B + hard), dtype=bool)
     if masked:
         ignored[0, 2] = ignored[3, 1] = ignored[2, B + hard - 1] = True
@@ -96,7 +96,7 @@ def test_info_nce(hard: int, masked: bool) -> None:
 
 
 def test_global_orthogonal_regularisation() -> None:
-    """Mean squared cosines among different queries, and among different positives."""
+    """It is the mean squared cosine among different queries, plus that among positives."""
 
     def reference(q: Array, p: Array) -> float:
         total = 0.0
@@ -111,7 +111,7 @@ def test_global_orthogonal_regularisation() -> None:
 
 
 def test_cosent() -> None:
-    """Pairs of pairs whose cosines stand in another order than their scores cost; ties do not."""
+    """It penalises cosines in another order than the scores; ties do not count."""
     scores = [0.1, 0.9, 0.5, 0.5]
 
     def reference(a: Array, b: Array) -> float:
@@ -132,7 +132,7 @@ def test_cosent() -> None:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_bidirectional_info_nce(labelled: bool) -> None:
-    """Query to all documents, and positive to all queries; what has the same label is no rival."""
+    """It is InfoNCE in both directions; texts of the same label are not negatives."""
     classes = np.array([[0, 0, 1, 2], [1, 1, 0, 2], [0, 0, 2, 1], [2, 2, 0, 1]])
 
     def reference(q: Array, documents: Array) -> float:
@@ -160,7 +160,7 @@ def test_bidirectional_info_nce(labelled: bool) -> None:
 
 
 def test_relational_distillation() -> None:
-    """Distances among student vectors, relative to their mean, follow the teacher's."""
+    """It compares distances among vectors, relative to their mean, with the teacher's."""
     teacher = numbers(B, M, seed=2)
 
     def distances(vectors: Array) -> list[list[float]]:
@@ -176,7 +176,7 @@ def test_relational_distillation() -> None:
 
 
 def test_similarity() -> None:
-    """The mean squared difference of the two matrices of cosines."""
+    """It is the mean squared difference of the two matrices of cosines."""
     teacher = numbers(B, M, seed=2)
 
     def reference(s: Array) -> float:
@@ -187,7 +187,7 @@ def test_similarity() -> None:
 
 
 def test_matryoshka_is_the_weighted_mean_over_nested_dimensions() -> None:
-    """Each dimension's loss is of the vectors cut to it; weights are relative."""
+    """It is the weighted mean of the loss over truncated vectors."""
     hard = np.zeros((B, B), dtype=bool)
 
     def reference(x: Array, y: Array) -> float:
@@ -205,7 +205,7 @@ def test_matryoshka_is_the_weighted_mean_over_nested_dimensions() -> None:
 
 
 def test_identical_texts_give_finite_losses_and_gradients() -> None:
-    """A batch of one text repeated, as real data has it, breaks nothing."""
+    """A batch of identical texts, which real data has, gives finite losses and gradients."""
     same = torch.ones(B, D, requires_grad=True)
     total = (
         losses.relational(same, torch.ones(B, M))

@@ -1,4 +1,4 @@
-"""A run's figures: the model beside its teacher, its untrained self, other models and BM25."""
+"""Evaluation of a run: the model, its teacher, its untrained student, other models, BM25."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from heldout import QUERIES, write_all
 from taskvec_train.cli import app
-from taskvec_train.encoders import MeasuredEncoder
+from taskvec_train.encoders import EvaluatedEncoder
 from taskvec_train.recipe import Prompts
 from taskvec_train.teacher import load_teacher
 
@@ -21,7 +21,7 @@ from taskvec_train.teacher import load_teacher
 def measured(
     tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, object]]:
-    """What the command prints, and its figures.json."""
+    """Return what the command prints, and the content of figures.json."""
     held_out = write_all(tmp_path_factory.mktemp("held-out"))
     recipe = tiny_run.parent / "tiny.toml"
     command = ["measure", str(recipe), "--out", str(tiny_run), "--held-out", str(held_out), "--cpu"]
@@ -31,7 +31,7 @@ def measured(
 
 
 def test_every_model_is_measured_on_every_kind(measured: tuple[str, dict[str, object]]) -> None:
-    """BM25 on searches, and the others on everything: an adapter a line."""
+    """Every model has results for all kinds of data, every adapter is a task, BM25 is included."""
     _, document = measured
     figures = document["figures"]
     assert isinstance(figures, list)
@@ -47,10 +47,10 @@ def test_every_model_is_measured_on_every_kind(measured: tuple[str, dict[str, ob
     assert all(0 <= v <= 1 for f in figures for n, v in f["measures"].items() if n != "spearman")
 
 
-def test_the_tables_have_a_row_for_each_and_the_same_values(
+def test_the_tables_have_the_values_of_the_json(
     measured: tuple[str, dict[str, object]], tiny_run: Path
 ) -> None:
-    """figures.md is what is printed: the best of a column is bold, BM25 is among the searches."""
+    """figures.md is what is printed, has a row for each model and BM25, and marks best values."""
     printed, document = measured
     tables = (tiny_run / "figures.md").read_text()
     assert printed.endswith(tables)
@@ -71,32 +71,32 @@ def test_the_tables_have_a_row_for_each_and_the_same_values(
 
 
 def test_an_encoder_is_measured_with_its_prompts(teacher: Path) -> None:
-    """Queries and documents get theirs, in any order of lengths."""
+    """Queries get the query prompt, whatever the order of lengths."""
     encoder = load_teacher(str(teacher), 32, torch.device("cpu"))
-    model = MeasuredEncoder("teacher", encoder, Prompts(query="query ", document=""), 64)
-    told: list[int] = []
+    model = EvaluatedEncoder("teacher", encoder, Prompts(query="query ", document=""), 64)
+    advanced: list[int] = []
     texts = [f"snow {text}" for text in QUERIES] + ["ice"]
-    found = model.embed(texts, "teacher.query", told.append)
-    plain = MeasuredEncoder("teacher", encoder, Prompts(query="", document=""), 1 << 20)
-    truth = plain.embed([f"query {text}" for text in texts], "teacher.passage", told.append)
-    assert np.abs(found - truth).max() < 1e-2  # bfloat16, where the processor is quick at it
-    assert sum(told) == 2 * len(texts)
+    found = model.embed(texts, "teacher.query", advanced.append)
+    plain = EvaluatedEncoder("teacher", encoder, Prompts(query="", document=""), 1 << 20)
+    truth = plain.embed([f"query {text}" for text in texts], "teacher.passage", advanced.append)
+    assert np.abs(found - truth).max() < 1e-2  # bfloat16, if the processor is fast with it
+    assert sum(advanced) == 2 * len(texts)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--out", "nowhere"], "run the recipe first"),
-        (["--beside", "seed"], "is no NAME=MODEL"),
+        (["--beside", "seed"], "must be NAME=MODEL"),
         (["--held-out", "nowhere"], "nowhere does not exist"),
         (["--beside", "seed=nowhere"], "'nowhere' is neither an existing folder"),
     ],
 )
-def test_what_cannot_be_measured_is_said(tiny_run: Path, options: list[str], said: str) -> None:
-    """Before anything is computed, in a sentence."""
+def test_invalid_arguments_are_refused(tiny_run: Path, options: list[str], message: str) -> None:
+    """Invalid arguments give one sentence before anything is computed."""
     given = {"--out": str(tiny_run), "--held-out": str(tiny_run)}
     given |= dict(zip(options[::2], options[1::2], strict=True))
     words = [word for option in given.items() for word in option]
     result = CliRunner().invoke(app, ["measure", str(tiny_run.parent / "tiny.toml"), *words])
     assert result.exit_code == 3
-    assert said in result.output
+    assert message in result.output

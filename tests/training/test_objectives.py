@@ -1,4 +1,4 @@
-"""How a stage embeds a batch."""
+"""Embedding of a batch by an objective."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from torch import nn
 
 from taskvec.checkpoint.backbone import Backbone
 from taskvec_train.backbones import new_backbone
-from taskvec_train.objectives import Distillation, alike
-from taskvec_train.tokens import MULTIPLE
+from taskvec_train.objectives import Distillation, group_by_length
+from taskvec_train.tokens import PAD_MULTIPLE
 
 LENGTHS = [3, 100, 16, 17, 1, 33, 128, 64, 5]
 
 
-def test_texts_of_one_group_are_about_as_long() -> None:
-    """No text is padded to twice its length, beyond the multiple that all widths have."""
+def test_texts_of_a_group_have_similar_lengths() -> None:
+    """No text is padded to twice its length, apart from rounding to the pad multiple."""
     lengths = torch.tensor(LENGTHS)
-    groups = alike(lengths)
+    groups = group_by_length(lengths)
     assert sorted(row for rows, _ in groups for row in rows.tolist()) == list(range(len(LENGTHS)))
     for rows, width in groups:
-        assert width % MULTIPLE == 0
-        assert lengths[rows].max() <= width < lengths[rows].max() + MULTIPLE
-        assert width < 2 * lengths[rows].clamp_min(MULTIPLE).min() + MULTIPLE
+        assert width % PAD_MULTIPLE == 0
+        assert lengths[rows].max() <= width < lengths[rows].max() + PAD_MULTIPLE
+        assert width < 2 * lengths[rows].clamp_min(PAD_MULTIPLE).min() + PAD_MULTIPLE
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_vector_does_not_depend_on_the_texts_beside_it(*, causal: bool) -> None:
-    """Each text of a batch of all lengths comes out as it does alone, at its own place."""
+    """Each text of a mixed batch has the vector that it has alone, in its own row."""
     kind = "qwen3" if causal else "eurobert"
     shape = Backbone(kind, 50, 32, 2, 2, 2, 16, 48, 1e-6, 1e4, 128, causal=causal, qk_norm=causal)
     torch.manual_seed(0)

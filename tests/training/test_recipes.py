@@ -1,4 +1,4 @@
-"""The recipes in the repository, and what is said of wrong ones."""
+"""The recipes in the repository, and errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SHORT = [
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_every_recipe_is_one(file: Path) -> None:
-    """Each file can be read, and is about four adapters."""
+def test_every_recipe_is_valid(file: Path) -> None:
+    """Each file is a valid recipe with four adapters."""
     recipe = read_recipe(file)
     losses = [task.loss for task in recipe.adapt]
     assert losses == ["retrieval", "text-matching", "clustering", "classification"]
@@ -42,35 +42,37 @@ def test_every_recipe_is_one(file: Path) -> None:
 def test_a_dry_run_of_the_papers_recipes(
     size: str, teacher: Path, data: Path, tmp_path: Path
 ) -> None:
-    """On a tiny checkpoint of its architecture: data flows, losses fall, the engine loads it."""
+    """On a tiny checkpoint of its architecture, losses fall and the engine's vectors are right."""
     shape = replace(TINY_SMALL if size == "small" else TINY_NANO, vocabulary=200)
     base = write_checkpoint(
         tmp_path / "base", shape, jina=False, adapters=(), tokenizer=teacher / "tokenizer.json"
     )
     file = repository() / "training" / "recipes" / f"jina-v5-{size}.toml"
-    whole = read_recipe(file)
+    original = read_recipe(file)
     changes = [f"student.base='{base}'", f"teacher.model='{teacher}'", "teacher.max_tokens=64"]
     changes += ["dimensions=[32, 64]", "export.dtype='float32'"]
-    stages = [("distill", phase) for phase in whole.distill]
-    stages += [("adapt", task) for task in whole.adapt]
+    stages = [("distill", phase) for phase in original.distill]
+    stages += [("adapt", task) for task in original.adapt]
     for kind, stage in stages:
-        place = f"{kind}.{stage.name}"
-        changes += [change.format(place) for change in SHORT]
+        key = f"{kind}.{stage.name}"
+        changes += [change.format(key) for change in SHORT]
         changes += [
-            f"{place}.{kind_of_record}=['{kind_of_record}.jsonl']"
+            f"{key}.{kind_of_record}=['{kind_of_record}.jsonl']"
             for kind_of_record in ("texts", "pairs", "scored", "labelled")
             if getattr(stage, kind_of_record, ())
         ]
         small = {"distill": ("batch_tokens=1024", "min_tokens=4"), "adapt": ("batch=40", "rank=4")}
-        changes += [f"{place}.{change}" for change in small[kind]]
+        changes += [f"{key}.{change}" for change in small[kind]]
     recipe = read_recipe(file, changes)
     folder = run_recipe(recipe, data, tmp_path / "run", cpu=True)
     for kind, stage in stages:
         rows = read_metrics(tmp_path / "run" / kind / stage.name)
         losses = [row["loss"] for row in rows]
-        if stage.name != "text-matching":  # its batches are of two kinds
+        if stage.name != "text-matching":  # it has two kinds of batches
             assert np.mean(losses[-3:]) < np.mean(losses[:3]), stage.name
-    assert json.loads((folder / "config.json").read_text())["rope_theta"] == whole.export.rope_theta
+    assert (
+        json.loads((folder / "config.json").read_text())["rope_theta"] == original.export.rope_theta
+    )
     checkpoint = read_checkpoint(folder, size)
     transformer = load_transformer(
         checkpoint, device=torch.device("cpu"), dtype=torch.float32, merge=True
@@ -85,28 +87,28 @@ def test_a_dry_run_of_the_papers_recipes(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("distill.words.stepz=3", r"distill\.0\.stepz: Extra inputs are not permitted"),
         ("distill.words.steps=0", r"distill\.0\.steps: .*greater than or equal to 1"),
         ("adapt.retrieval.pairs=[]", r"adapt\.0\.retrieval\.pairs: .*at least 1"),
         ("adapt.retrieval.loss='other'", "'retrieval', 'text-matching'"),
-        ("adapt.clustering.labelled=[]", "name texts, labelled or both"),
-        ("adapt.clustering.name='retrieval'", "two stages have one name"),
-        ("student.base='x'", "base is a whole model: leave out"),
+        ("adapt.clustering.labelled=[]", "set texts, labelled or both"),
+        ("adapt.clustering.name='retrieval'", "two stages have the same name"),
+        ("student.base='x'", "base is a complete model: remove"),
         ("distill.none.steps=3", "--set .* cannot be applied"),
         ("distill.words.steps", "--set .* cannot be applied"),
         ("seed='a'", "seed: .*integer"),
     ],
 )
-def test_a_wrong_recipe_is_refused_by_key(recipe_file: Path, change: str, said: str) -> None:
-    """The message names the file, the key and what is wrong with it."""
-    with pytest.raises(RecipeError, match=said):
+def test_an_invalid_recipe_names_the_key(recipe_file: Path, change: str, message: str) -> None:
+    """The message names the invalid key and the reason."""
+    with pytest.raises(RecipeError, match=message):
         read_recipe(recipe_file, [change])
 
 
-def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
-    """No such file, another encoding and no TOML are told apart."""
+def test_an_unreadable_recipe_is_refused(tmp_path: Path) -> None:
+    """A missing file, another encoding and invalid TOML are errors."""
     file = tmp_path / "recipe.toml"
     with pytest.raises(RecipeError, match="cannot be read"):
         read_recipe(file)
@@ -114,5 +116,5 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_recipe(file)
     file.write_text("name = ")
-    with pytest.raises(RecipeError, match="is no TOML"):
+    with pytest.raises(RecipeError, match="is not valid TOML"):
         read_recipe(file)

@@ -1,4 +1,4 @@
-"""A run that was cut short goes on as if nothing had happened."""
+"""Interrupted runs resume with the same result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT = ("adapt=[]", "distill.words.steps=40", "distill.words.save_every=5")
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    """Every weight file of a run's checkpoint."""
+    """Return every weight file of a run's checkpoint."""
     return {
         str(file.relative_to(run)): file.read_bytes()
         for file in sorted((run / CHECKPOINT).rglob("*.safetensors"))
@@ -29,34 +29,36 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def command(recipe: Path, data: Path, out: Path, *changes: str) -> list[str]:
-    """The command line of a run."""
+    """Return the command line of a run."""
     sets = [part for change in changes for part in ("--set", change)]
-    places = [str(recipe), "--data", str(data), "--out", str(out)]
-    return [sys.executable, "-m", "taskvec_train", "run", *places, "--cpu", *sets]
+    paths = [str(recipe), "--data", str(data), "--out", str(out)]
+    return [sys.executable, "-m", "taskvec_train", "run", *paths, "--cpu", *sets]
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
     recipe_file: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Killed between two states and started again, it equals an uninterrupted one bit for bit."""
-    whole = run_recipe(read_recipe(recipe_file, SHORT), data, tmp_path / "whole", cpu=True)
-    cut = tmp_path / "cut"
-    with subprocess.Popen(command(recipe_file, data, cut, *SHORT)) as process:
-        while process.poll() is None and not saved_states(cut / "distill" / "words"):
+    """A run that is killed and started again equals an uninterrupted one bit for bit."""
+    uninterrupted = run_recipe(
+        read_recipe(recipe_file, SHORT), data, tmp_path / "uninterrupted", cpu=True
+    )
+    killed = tmp_path / "killed"
+    with subprocess.Popen(command(recipe_file, data, killed, *SHORT)) as process:
+        while process.poll() is None and not saved_states(killed / "distill" / "words"):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    assert not (cut / CHECKPOINT).exists()
-    subprocess.run(command(recipe_file, data, cut, *SHORT), check=True, capture_output=True)
-    assert weights(cut) == weights(whole.parent)
-    steps = [row["step"] for row in read_metrics(cut / "distill" / "words")]
+    assert not (killed / CHECKPOINT).exists()
+    subprocess.run(command(recipe_file, data, killed, *SHORT), check=True, capture_output=True)
+    assert weights(killed) == weights(uninterrupted.parent)
+    steps = [row["step"] for row in read_metrics(killed / "distill" / "words")]
     assert steps == sorted(set(steps))
 
 
 @pytest.mark.parametrize("step", [4, 12, 20])
-def test_an_adapter_goes_on_from_any_state(
+def test_an_adapter_resumes_from_any_state(
     tiny_run: Path, recipe_file: Path, data: Path, tmp_path: Path, step: int
 ) -> None:
-    """Before and after the step whose weights are averaged with the last ones."""
+    """Resuming before and after the snapshot step, whose weights are averaged, changes nothing."""
     changes = ["adapt.retrieval.save_every=4", "adapt.retrieval.keep=9"]
     recipe = read_recipe(recipe_file, changes)
     recipe = recipe.model_copy(update={"adapt": recipe.adapt[:1]})
@@ -74,22 +76,22 @@ def test_an_adapter_goes_on_from_any_state(
     assert weights(run) == before
 
 
-def test_a_damaged_state_is_refused_by_name(recipe_file: Path, data: Path, tmp_path: Path) -> None:
-    """A state that was cut short elsewhere is named, with what to do about it."""
+def test_a_damaged_state_is_named(recipe_file: Path, data: Path, tmp_path: Path) -> None:
+    """A truncated state is an error that says what to do; without it, the run resumes."""
     recipe = read_recipe(recipe_file, SHORT)
     run_recipe(recipe, data, tmp_path, cpu=True)
     stage = tmp_path / "distill" / "words"
     shutil.rmtree(stage / "final")
     _, newest = saved_states(stage)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="remove it to go on from an earlier state"):
+    with pytest.raises(TrainingError, match="remove it to resume from an earlier state"):
         run_recipe(recipe, data, tmp_path, cpu=True)
     newest.unlink()
     run_recipe(recipe, data, tmp_path, cpu=True)
 
 
 def test_two_processes_train_one_model(recipe_file: Path, data: Path, tmp_path: Path) -> None:
-    """Under torchrun the same command shares the batches out, and ends with one checkpoint."""
+    """Under torchrun the same command trains one model with two processes."""
     alone = command(recipe_file, data, tmp_path / "run", "adapt=[]", "distill.words.steps=6")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([alone[0], *launcher, *alone[1:]], check=True, capture_output=True)

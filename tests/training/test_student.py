@@ -1,4 +1,4 @@
-"""The student before training: its words, its shape, its first vectors."""
+"""The student before training: vocabulary, shape, first vectors."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ CPU = torch.device("cpu")
 
 
 def sentences(count: int) -> list[str]:
-    """About all topics."""
+    """Return sentences about all topics."""
     random = np.random.default_rng(1)
     return [sentence(random, topic) for topic in [*TOPICS] * (count // len(TOPICS))]
 
 
-def test_the_vocabulary_is_trimmed_to_what_occurs(teacher: Path) -> None:
-    """Unseen pieces go, letters stay, known texts are cut into the same pieces, [SEP] ends all."""
+def test_the_vocabulary_is_trimmed_to_the_corpus(teacher: Path) -> None:
+    """Unused pieces are removed, letters stay, and known texts are tokenised as before."""
     file = teacher / "tokenizer.json"
-    config = trimmed_tokenizer(file, ["snow and ice"], least=1)
+    config = trimmed_tokenizer(file, ["snow and ice"], min_count=1)
     vocabulary = config["model"]["vocab"]
     assert "snow" in vocabulary
     assert "never" not in vocabulary
     assert "##z" in vocabulary
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    whole, trimmed = Tokenizer.from_file(str(file)), Tokenizer.from_str(_json(config))
+    original, trimmed = Tokenizer.from_file(str(file)), Tokenizer.from_str(_json(config))
     text = "snow and ice: glacier"
-    assert whole.encode("snow and ice").tokens[1:] == trimmed.encode("snow and ice").tokens
+    assert original.encode("snow and ice").tokens[1:] == trimmed.encode("snow and ice").tokens
     assert trimmed.encode(text).tokens[-1] == "[SEP]"
     assert "[UNK]" not in trimmed.encode(text).tokens
 
@@ -49,17 +49,17 @@ def test_the_vocabulary_is_trimmed_to_what_occurs(teacher: Path) -> None:
 def test_an_untrained_student_already_resembles_its_teacher(
     teacher: Path, architecture: str
 ) -> None:
-    """Through its projection it is far nearer to the teacher than a random student would be."""
+    """Its projected vectors are clearly similar to the teacher's before any training."""
     loaded = load_teacher(str(teacher), 64, CPU)
     causal = architecture == "qwen3"
     shape = replace(SHAPE, architecture=architecture, causal=causal, qk_norm=causal)
     texts = sentences(60)
     model, psi, tokenizer = new_student(shape, loaded, texts, 1, 0)
-    cutter, given = Tokenizer.from_str(_json(tokenizer)), Tokenizer.from_file(str(loaded.tokenizer))
+    own, given = Tokenizer.from_str(_json(tokenizer)), Tokenizer.from_file(str(loaded.tokenizer))
     cosines = []
     with torch.inference_mode():
         for text in texts:
-            ids, theirs = (np.array([t.encode(text).ids]) for t in (cutter, given))
+            ids, theirs = (np.array([t.encode(text).ids]) for t in (own, given))
             z = last_states(
                 model, torch.from_numpy(ids), torch.tensor([ids.shape[1]]), causal=causal
             )
@@ -70,7 +70,7 @@ def test_an_untrained_student_already_resembles_its_teacher(
 
 @pytest.mark.parametrize("architecture", ["qwen3", "eurobert"])
 def test_padding_changes_no_vector(architecture: str) -> None:
-    """A text in a padded batch has the vector that it has alone, as it is served."""
+    """A text in a padded batch has the vector that it has alone."""
     causal = architecture == "qwen3"
     shape = replace(SHAPE, vocabulary=50, architecture=architecture, causal=causal, qk_norm=causal)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_padding_changes_no_vector(architecture: str) -> None:
 
 
 def test_a_new_adapter_changes_nothing_yet_and_learns_alone(teacher: Path) -> None:
-    """B is zero, the backbone is frozen, and every linear layer has its pair."""
+    """A new adapter has B = 0, and only its own weights are trained, in every linear layer."""
     model, _, _ = new_student(SHAPE, load_teacher(str(teacher), 64, CPU), sentences(30), 1, 0)
     ids, lengths = torch.tensor([[5, 6, 7, 3]]), torch.tensor([4])
     before = last_states(model, ids, lengths, causal=True)
@@ -99,11 +99,11 @@ def test_a_new_adapter_changes_nothing_yet_and_learns_alone(teacher: Path) -> No
 
 
 def test_tokenizers_that_cannot_be_trimmed_are_refused(tmp_path: Path) -> None:
-    """A BPE vocabulary has merges that trimming would break."""
+    """A BPE tokenizer is refused, since trimming would break its merges."""
     file = tmp_path / "tokenizer.json"
     file.write_text('{"model": {"type": "BPE"}}')
     with pytest.raises(TrainingError, match="is a BPE tokenizer"):
-        trimmed_tokenizer(file, [], least=1)
+        trimmed_tokenizer(file, [], min_count=1)
 
 
 def _json(config: object) -> str:

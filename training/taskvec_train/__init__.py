@@ -1,1 +1,1 @@
-"""The training recipe: distil a student from a teacher, train its task adapters, export it."""
+"""Training: distil a student from a teacher, train a LoRA adapter for each task, export them."""

@@ -1,4 +1,4 @@
-"""``python -m taskvec_train``, as torchrun starts it."""
+"""``python -m taskvec_train``, the entry point for torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each loss of a task's mix is good for: the adapter trained without it, by several seeds."""
+"""Ablation: train an adapter without each of its losses, with several seeds, and compare."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from statistics import fmean, stdev
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.formats import forms_of
 from taskvec.evaluation.models import LoadedModel
-from taskvec.evaluation.run import Plan, Watch, evaluate
+from taskvec.evaluation.run import Plan, ProgressCallback, evaluate
 from taskvec.library import Embedder
 from taskvec_train.errors import RecipeError
 from taskvec_train.export import export
-from taskvec_train.figures import Figure
 from taskvec_train.measure import OUTPUTS, as_training_errors
 from taskvec_train.recipe import AnyAdapter, Recipe
+from taskvec_train.results import ModelResult
 from taskvec_train.run import distill_recipe, open_run, open_student
 from taskvec_train.stages.adapt import adapt, loss_weights
 
-ALL = "all losses"
-FOLDER = Path("ablation", "checkpoint")
-"""Of a run's folder: one checkpoint with every variant as an adapter."""
+ALL_LOSSES = "all losses"
+CHECKPOINT_FOLDER = Path("ablation", "checkpoint")
+"""Below a run's folder: one checkpoint with every variant as an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """An adapter to be compared.
+    """One adapter of the comparison.
 
     Attributes:
-        losses: what it is called in tables.
+        losses: label in tables.
         seed: of its training.
-        task: its recipe; its name is the adapter's.
+        task: its recipe, under a name that is unique among the variants.
     """
 
     losses: str
@@ -41,31 +41,34 @@ class Variant:
 
 
 def variants_of(recipe: Recipe, adapter: str, seeds: int) -> list[Variant]:
-    """The whole mix, and the mix without each of its losses, with each seed.
+    """Return variants with all losses and without each of them, for each seed.
 
     Raises:
-        RecipeError: the recipe has no such adapter, or it learns by one loss alone.
+        RecipeError: the recipe has no such adapter, or the adapter has only one loss.
     """
     found = [task for task in recipe.adapt if task.name == adapter]
     if not found:
         names = ", ".join(task.name for task in recipe.adapt)
-        raise RecipeError(f"The recipe has no adapter {adapter!r}: it has {names}.")
+        raise RecipeError(f"The recipe has no adapter {adapter!r}: choose from {names}.")
     (task,) = found
-    mix = [name for name, weight in loss_weights(task).items() if weight]
-    if len(mix) < 2:
+    losses = [name for name, weight in loss_weights(task).items() if weight]
+    if len(losses) < 2:
         raise RecipeError(
-            f"The adapter {adapter!r} learns by {mix[0]} alone: nothing to leave out."
+            f"The adapter {adapter!r} has only the loss {losses[0]}: there is none to leave out."
         )
-    without: Mapping[str, Mapping[str, float]] = {ALL: {}, **{f"no {n}": {n: 0.0} for n in mix}}
+    without: Mapping[str, Mapping[str, float]] = {
+        ALL_LOSSES: {},
+        **{f"no {n}": {n: 0.0} for n in losses},
+    }
     return [
         Variant(
-            losses,
+            label,
             seed,
             task.model_copy(
-                update={**change, "name": f"{adapter}-{losses.replace(' ', '-')}-{seed}"}
+                update={**change, "name": f"{adapter}-{label.replace(' ', '-')}-{seed}"}
             ),
         )
-        for losses, change in without.items()
+        for label, change in without.items()
         for seed in range(recipe.seed, recipe.seed + seeds)
     ]
 
@@ -78,57 +81,62 @@ def ablate(
     folder: Path,
     held_out: Path,
     cpu: bool = False,
-    watch: Watch = lambda _what, _steps: lambda _done: None,
-) -> list[Figure]:
-    """Train what is not trained yet, and measure all of it; a figure's model is its variant.
+    progress: ProgressCallback = lambda _title, _steps: lambda _done: None,
+) -> list[ModelResult]:
+    """Train the variants that are not trained yet, and evaluate all of them.
 
     Args:
-        recipe: whose student is trained, in ``folder``.
+        recipe: the recipe of the run.
         variants: see ``variants_of``.
-        data: what the recipe's paths are relative to.
-        folder: of the run: its teacher's vectors, tokens and negatives are used.
-        held_out: data that no stage has seen.
-        cpu: leave a GPU alone.
-        watch: told of progress.
+        data: folder that the recipe's paths are relative to.
+        folder: of the run; its student, teacher vectors, tokens and negatives are reused.
+        held_out: evaluation data that no stage has seen.
+        cpu: True ignores a GPU.
+        progress: notified of progress.
+
+    Returns:
+        One result for each variant, data set and form; its model is the variant's label.
 
     Raises:
-        TrainingError: data, disk or recipe refuse; see the message.
+        TrainingError: the data or the recipe is invalid, or a file cannot be written.
     """
-    space = open_run(recipe, data, folder, cpu=cpu)
-    student, made = distill_recipe(space, recipe)
+    context = open_run(recipe, data, folder, cpu=cpu)
+    student, digest = distill_recipe(context, recipe)
     base = open_student(student, recipe)
     adapters = {}
     for variant in variants:
         task = variant.task
-        space.claim(folder / "adapt" / task.name, made, task.model_dump(mode="json"))
-        adapters[task.name] = adapt(replace(space, seed=variant.seed), task, base)
-    (folder / FOLDER).parent.mkdir(exist_ok=True)
-    export(recipe, student, adapters, folder / FOLDER, run=folder, data=data)
+        context.claim(folder / "adapt" / task.name, digest, task.model_dump(mode="json"))
+        adapters[task.name] = adapt(replace(context, seed=variant.seed), task, base)
+    (folder / CHECKPOINT_FOLDER).parent.mkdir(exist_ok=True)
+    export(recipe, student, adapters, folder / CHECKPOINT_FOLDER, run=folder, data=data)
     names = {variant.task.name: variant.losses for variant in variants}
     with as_training_errors():
         found = find_data([held_out])
-        with Embedder(str(folder / FOLDER), device="cpu" if cpu else "auto") as embedder:
+        with Embedder(str(folder / CHECKPOINT_FOLDER), device="cpu" if cpu else "auto") as embedder:
             model = LoadedModel(embedder)
             plan = Plan(
                 data=found,
                 forms=forms_of(model.dimension, model.matryoshka, OUTPUTS),
                 tasks=list(adapters),
-                watch=watch,
+                progress=progress,
             )
             return [
-                Figure(names[result.task], model.dimension, result)
+                ModelResult(names[result.task], model.dimension, result)
                 for result in evaluate(model, plan)
             ]
 
 
-def as_markdown(figures: Sequence[Figure]) -> str:
-    """A table: losses by output type and dimensions; means over data, spread over seeds."""
+def as_markdown(results: Sequence[ModelResult]) -> str:
+    """Return a table, losses by output format: means over data, deviations over seeds."""
     scores: dict[tuple[str, str, str], list[float]] = {}
-    for figure in figures:
-        result = figure.result
+    for model_result in results:
+        result = model_result.result
         if result.form is not None and result.queries is None:
             column = f"{result.output} {result.form.dimensions}"
-            scores.setdefault((figure.model, column, result.task), []).append(result.score.value)
+            scores.setdefault((model_result.model, column, result.task), []).append(
+                result.score.value
+            )
     rows: dict[str, dict[str, list[float]]] = {}
     for (losses, column, _), values in scores.items():
         rows.setdefault(losses, {}).setdefault(column, []).append(fmean(values))
@@ -141,5 +149,5 @@ def as_markdown(figures: Sequence[Figure]) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+    """Return the mean and standard deviation as text."""
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

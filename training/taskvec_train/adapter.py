@@ -1,4 +1,4 @@
-"""A task of one's own: one more adapter on a model that is already trained."""
+"""Train one more adapter, for a user's own task, on a finished model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.errors import CheckpointError
 from taskvec_train.backbones import load_backbone
+from taskvec_train.context import RunContext
 from taskvec_train.encoders import BaseEncoder
 from taskvec_train.errors import TrainingError
 from taskvec_train.export import check_served, copy_adapter
-from taskvec_train.files import whole_folder
+from taskvec_train.files import atomic_folder
 from taskvec_train.loop import new_accelerator
-from taskvec_train.pool import TeacherPool
 from taskvec_train.recipe import AnyAdapter, Prompts
 from taskvec_train.stages.adapt import Base, adapt
-from taskvec_train.teacher import fast_bfloat16
-from taskvec_train.workspace import Workspace
+from taskvec_train.teacher import bfloat16_is_fast
+from taskvec_train.teacher_cache import TeacherCache
 
 _BATCH_TOKENS = 8192
 
 
 def open_model(name: str) -> Checkpoint:
-    """The model that gets an adapter: a folder, a hub id, or the built-in one.
+    """Open a model: a folder, a hub id, or the built-in one.
 
     Raises:
-        TrainingError: it is missing or damaged, or cannot be served.
+        TrainingError: it is missing, damaged or unsupported.
     """
     try:
         return open_checkpoint(name)
@@ -50,55 +50,57 @@ def add_adapter(
     cpu: bool = False,
     work: Path | None = None,
 ) -> Path:
-    """Train an adapter and put it beside the model's others; returns the model's folder.
+    """Train an adapter and add it to the model; returns the model's folder.
 
-    The model itself is the teacher, its vectors the ones to keep close to.
+    The teacher is the model's own backbone, so that the adapter stays close to its vectors.
 
     Args:
         base: the model.
-        task: what to train; its name is the folder's and the task's.
-        out: the model's own folder, which gets the new adapter at one stroke, or a new folder,
-            which gets a copy of the model with it.
-        data: what the task's paths are relative to.
-        seed: of all that is drawn.
-        cpu: leave a GPU alone.
-        work: keeps states of the run, to go on from; a temporary folder if None.
+        task: the adapter's recipe; its name becomes the task's name and the adapter's folder.
+        out: the model's own folder, to which the adapter is added atomically, or a new folder for
+            a copy of the model with the adapter.
+        data: folder that the recipe's paths are relative to.
+        seed: of all random numbers.
+        cpu: True ignores a GPU.
+        work: folder for the training states, which make the run resumable; None for a temporary
+            folder.
 
     Raises:
-        TrainingError: the model has such an adapter, or data or disk refuse; see the message.
+        TrainingError: the model has an adapter of this name, the data is invalid, or a file cannot
+            be written.
     """
     if task.name in base.card.adapters:
         raise TrainingError(
-            f"{base.folder} has an adapter {task.name!r} already: choose another name for --task, "
-            "or remove that folder."
+            f"{base.folder} already has an adapter {task.name!r}: choose another name for --task, "
+            "or remove that adapter's folder."
         )
     accelerator = new_accelerator(cpu=cpu)
     device = accelerator.device
     hidden = base.backbone.hidden
     prompts = Prompts(**{k: v for k, v in base.prompts.items() if k in ("query", "document")})
 
-    def itself() -> BaseEncoder:
+    def load_base() -> BaseEncoder:
         return BaseEncoder(load_backbone(base).to(device), base, device)
 
-    with _room(work) as folder:
-        space = Workspace(
+    with _work_folder(work) as folder:
+        context = RunContext(
             folder,
             data,
             seed,
             base.card.matryoshka or (hidden,),
-            TeacherPool(folder / "teacher", "base", itself, _BATCH_TOKENS),
+            TeacherCache(folder / "teacher", "base", load_base, _BATCH_TOKENS),
             accelerator,
-            fast_bfloat16(device),
+            bfloat16_is_fast(device),
         )
-        space.claim(folder / "adapt" / task.name, task.model_dump(mode="json"), str(base.folder))
+        context.claim(folder / "adapt" / task.name, task.model_dump(mode="json"), str(base.folder))
         own = task.prompts or prompts
-        # What the teacher sees is what the student sees: the text with its prompt.
-        trained = adapt(space, task, Base(base, torch.eye(hidden), prompts, own))
+        # The teacher gets the same input as the student: the text with its prompt.
+        trained = adapt(context, task, Base(base, torch.eye(hidden), prompts, own))
         if accelerator.is_main_process:
             if out.resolve() == base.folder.resolve():
                 _add(trained, out, task.name)
             else:
-                with whole_folder(out) as unfinished:
+                with atomic_folder(out) as unfinished:
                     shutil.copytree(base.folder, unfinished, dirs_exist_ok=True)
                     _add(trained, unfinished, task.name)
                     check_served(unfinished)
@@ -107,12 +109,12 @@ def add_adapter(
 
 
 def _add(trained: Path, model: Path, name: str) -> None:
-    with whole_folder(model / "adapters" / name) as unfinished:
+    with atomic_folder(model / "adapters" / name) as unfinished:
         copy_adapter(trained, unfinished, torch.float32)
 
 
 @contextmanager
-def _room(work: Path | None) -> Iterator[Path]:
+def _work_folder(work: Path | None) -> Iterator[Path]:
     if work is not None:
         yield work
         return

@@ -1,4 +1,4 @@
-"""The student's two shapes in transformers: Qwen3 (causal) and EuroBERT (bidirectional)."""
+"""Student backbones in transformers: Qwen3 (causal) and EuroBERT (bidirectional)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Model = Qwen3Model | EuroBertModel
 
 
 def new_backbone(shape: Backbone) -> Model:
-    """A backbone of random weights, in float32."""
+    """Return a backbone with random weights, in float32."""
     common: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -31,7 +31,7 @@ def new_backbone(shape: Backbone) -> Model:
         "rms_norm_eps": shape.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "max_position_embeddings": shape.max_positions,
-        "pad_token_id": None,  # row 0 would not be trained otherwise
+        "pad_token_id": None,  # otherwise row 0 of the embedding table is not trained
         "bos_token_id": None,
         "eos_token_id": None,
         "attn_implementation": "sdpa",
@@ -42,10 +42,10 @@ def new_backbone(shape: Backbone) -> Model:
 
 
 def open_base(folder: Path) -> Checkpoint:
-    """A checkpoint to train on, checked as the service checks it.
+    """Open a checkpoint to train on, with the service's checks.
 
     Raises:
-        TrainingError: it is missing, damaged, or of a kind that is not served.
+        TrainingError: it is missing, damaged or unsupported.
     """
     try:
         return read_checkpoint(folder, folder.name)
@@ -54,22 +54,22 @@ def open_base(folder: Path) -> Checkpoint:
 
 
 def load_backbone(base: Checkpoint) -> Model:
-    """The backbone of a checkpoint, in float32, without its adapters."""
+    """Load the backbone of a checkpoint without its adapters, in float32."""
     model = new_backbone(base.backbone)
     tensors: dict[str, Tensor] = {}
     for file in sorted({file for file, _ in base.weights.values()}):
         loaded = load_file(file)
         tensors |= {
             name: loaded[key].float()
-            for name, (place, key) in base.weights.items()
-            if place == file
+            for name, (source, key) in base.weights.items()
+            if source == file
         }
     model.load_state_dict(tensors)
     return model
 
 
 def set_rope_theta(model: Model, theta: float) -> None:
-    """Turn positions by other angles: training uses a smaller theta than serving."""
+    """Set the base of the rotary position embedding; training uses a smaller one than serving."""
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     device = model.embed_tokens.weight.device
     kind: Any = type(model.rotary_emb)
@@ -77,13 +77,13 @@ def set_rope_theta(model: Model, theta: float) -> None:
 
 
 def last_states(model: nn.Module, ids: Tensor, lengths: Tensor, *, causal: bool) -> Tensor:
-    """The state of each text's last token, as the service pools it.
+    """Return the hidden state of each text's last token: last-token pooling, as in the service.
 
     Args:
-        model: a backbone, or a LoRA around one.
-        ids: [texts, length], padded on the right.
-        lengths: [texts].
-        causal: right padding needs no mask then: nothing before it sees it.
+        model: a backbone, or a PEFT model around one.
+        ids: int64 [texts, length], padded on the right.
+        lengths: int64 [texts].
+        causal: True for causal attention, which needs no mask for right padding.
 
     Returns:
         float32 [texts, hidden], not normalised.

@@ -1,4 +1,4 @@
-"""Which rows go into which batch: a pure function of the seed and the batch's number."""
+"""Assign rows to batches: a pure function of the seed and the batch number."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskvec_train.data.records import DataError
-from taskvec_train.tokens import MULTIPLE
+from taskvec_train.tokens import PAD_MULTIPLE
 
 Rows = NDArray[np.int64]
-BATCHES_SORTED_TOGETHER = 64
+SORT_BATCHES = 64
+"""Rows are sorted by length within chunks of about this number of batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Length-bucketed batches, in another order every epoch, shared out among processes.
+    """Batches of rows of similar length, in a different order each epoch, split among processes.
 
-    Rows are shuffled, sorted by length within chunks of about 64 batches, cut, and the batches
-    shuffled: little padding, yet no batch is the same twice. Nothing is remembered from batch to
-    batch, so a run can be continued from any number.
+    Rows are shuffled, sorted by length within chunks of about ``SORT_BATCHES`` batches, split into
+    batches, and the batches shuffled: padding is small, yet batches differ between epochs. There
+    is no state between batches, so that a run can be resumed at any batch number.
 
     Attributes:
-        lengths: tokens of each row, [rows].
-        tokens: most tokens of a batch, padding counted; 0 where ``items`` decides.
-        items: rows of each batch; 0 where ``tokens`` decides.
-        rank: which process this is, of ``processes``.
+        lengths: int64 [rows], tokens of each row.
+        seed: of the shuffling.
+        tokens: maximum number of tokens of a batch, padding included; 0 if ``items`` is set.
+        items: number of rows of each batch; 0 if ``tokens`` is set.
+        rank: index of this process.
+        processes: number of processes.
     """
 
     lengths: Rows
@@ -37,68 +40,73 @@ class BatchPlan:
     processes: int = 1
 
     def check(self, where: str) -> None:
-        """Refuse data that gives not even one batch to every process.
+        """Check that the data makes at least one batch for every process.
+
+        Args:
+            where: the name of the data in error messages.
 
         Raises:
-            DataError: there are too few rows, or a row is longer than a whole batch.
+            DataError: there are too few rows, or a row has more tokens than a batch may have.
         """
         rows = len(self.lengths)
         if rows < max(self.items * self.processes, 1):
             raise DataError(
                 f"{where}: {rows} records are fewer than a batch of {self.items} for each of "
-                f"{self.processes} processes: give more data, or lower `batch`."
+                f"{self.processes} processes: add data, or lower `batch`."
             )
-        if self.tokens and (longest := int(self.lengths.max())) + MULTIPLE > self.tokens:
+        if self.tokens and (longest := int(self.lengths.max())) + PAD_MULTIPLE > self.tokens:
             raise DataError(
-                f"{where}: a text of {longest} tokens does not fit a batch of {self.tokens}: raise "
-                "`tokens`, or lower `max_tokens`."
+                f"{where}: a text of {longest} tokens does not fit into a batch of {self.tokens}: "
+                "raise `tokens`, or lower `max_tokens`."
             )
         if len(self.epoch(0)) == 0:
             raise DataError(
                 f"{where}: {rows} records make fewer batches of {self.tokens} tokens than there "
-                f"are processes, {self.processes}: give more data, or lower `tokens`."
+                f"are processes ({self.processes}): add data, or lower `tokens`."
             )
 
     def epoch(self, number: int) -> list[Rows]:
-        """This process's batches of one epoch."""
+        """Return this process's batches of one epoch."""
         random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.lengths))
         if self.items:
-            size = self.items * BATCHES_SORTED_TOGETHER
+            size = self.items * SORT_BATCHES
         else:
             mean = max(float(self.lengths.mean()), 1.0)
-            size = max(int(self.tokens / mean) * BATCHES_SORTED_TOGETHER, 1)
+            size = max(int(self.tokens / mean) * SORT_BATCHES, 1)
         batches: list[Rows] = []
         for start in range(0, len(order), size):
             chunk = order[start : start + size]
             chunk = chunk[np.argsort(self.lengths[chunk], kind="stable")]
-            batches += self._cut(chunk)
+            batches += self._split(chunk)
         shuffled = [batches[i] for i in random.permutation(len(batches))]
         whole = len(shuffled) // self.processes * self.processes
         return shuffled[self.rank : whole : self.processes]
 
-    def _cut(self, chunk: Rows) -> list[Rows]:
-        """A chunk sorted by length, in batches; of a fixed size only whole ones."""
+    def _split(self, chunk: Rows) -> list[Rows]:
+        """Split a sorted chunk into batches; with a fixed size, drop an incomplete one."""
         if self.items:
             whole = len(chunk) // self.items * self.items
             return list(chunk[:whole].reshape(-1, self.items))
-        return cut_by_tokens(chunk, self.lengths, self.tokens)
+        return split_by_tokens(chunk, self.lengths, self.tokens)
 
 
-def cut_by_tokens(rows: Rows, lengths: Rows, tokens: int) -> list[Rows]:
-    """Rows in batches of at most ``tokens`` tokens with padding, or of one row.
+def split_by_tokens(rows: Rows, lengths: Rows, tokens: int) -> list[Rows]:
+    """Split rows into batches of at most ``tokens`` tokens, padding included.
+
+    A row with more tokens makes a batch of its own.
 
     Args:
-        rows: sorted by length.
-        lengths: of all rows.
-        tokens: the budget.
+        rows: int64 [n], sorted by length.
+        lengths: int64, tokens of all rows.
+        tokens: the token budget of a batch.
     """
-    padded = -(-lengths[rows] // MULTIPLE) * MULTIPLE
+    padded = -(-lengths[rows] // PAD_MULTIPLE) * PAD_MULTIPLE
     batches, start = [], 0
     while start < len(rows):
-        # The batch that starts here may take n rows while n times its longest row fits.
+        # A batch of n rows fits if n times its longest (last) row is within the budget.
         ahead = padded[start : start + tokens]
-        most = int(np.count_nonzero(ahead * np.arange(1, len(ahead) + 1) <= tokens))
-        batches.append(rows[start : start + max(most, 1)])
-        start += max(most, 1)
+        count = int(np.count_nonzero(ahead * np.arange(1, len(ahead) + 1) <= tokens))
+        batches.append(rows[start : start + max(count, 1)])
+        start += max(count, 1)
     return batches

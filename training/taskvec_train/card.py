@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is, what it was made from, and how."""
+"""Write the model card of a checkpoint: architecture, data, training, results, hashes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from taskvec_train.metrics import read_metrics
 from taskvec_train.recipe import Recipe
 
 DATA = "DATA.md"
-"""Of a checkpoint's folder: its corpus's data card."""
+"""File name of the corpus's data card in a checkpoint's folder."""
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
 def model_card(recipe: Recipe, shape: Backbone, folder: Path, *, run: Path, figures: str) -> str:
-    """The README.md of a checkpoint.
+    """Return the README.md of a checkpoint.
 
     Args:
-        recipe: what made it.
-        shape: of the backbone.
-        folder: of the checkpoint, its weights written.
-        run: whose metrics are summed up.
-        figures: Markdown: what was measured; empty for nothing.
+        recipe: the recipe of the run.
+        shape: the backbone.
+        folder: of the checkpoint, with its weights already written.
+        run: folder of the run, whose metrics are summarised.
+        figures: Markdown with evaluation results; empty to leave that section out.
     """
     head = f"license: {recipe.export.licence}\nlanguage: {recipe.export.language}"
     stages = [("distill", phase.name) for phase in recipe.distill]

@@ -1,4 +1,4 @@
-"""Encoders that are no teacher of transformers: a student, and what the evaluation measures."""
+"""The student's backbone as an encoder, and encoders as models under evaluation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.evaluation.formats import Matrix
 from taskvec.evaluation.models import Advance
 from taskvec_train.backbones import Model, last_states
-from taskvec_train.batches import cut_by_tokens
+from taskvec_train.batches import split_by_tokens
 from taskvec_train.recipe import Prompts
-from taskvec_train.teacher import Encoder, fast_bfloat16
+from taskvec_train.teacher import Encoder, bfloat16_is_fast
 from taskvec_train.tokens import tokens_of
 
 
 @dataclass(frozen=True)
 class BaseEncoder:
-    """A model without an adapter: what a new one keeps close to, or a student to be measured."""
+    """A backbone without an adapter: the teacher of a new adapter, or a student to evaluate."""
 
     model: Model
     base: Checkpoint
@@ -45,24 +45,26 @@ class BaseEncoder:
 
     @torch.inference_mode()
     def embed(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Tensor:
-        """Unit vectors, float32 [texts, dimension], of ids padded on the right."""
-        tokens, counts = (torch.from_numpy(part).to(self.device) for part in (ids, lengths))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
+        """Return float32 unit vectors [texts, dimension] of ids padded on the right."""
+        tokens, counts = (torch.from_numpy(array).to(self.device) for array in (ids, lengths))
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=bfloat16_is_fast(self.device)
+        ):
             states = last_states(self.model, tokens, counts, causal=self.base.backbone.causal)
         return functional.normalize(states, dim=-1)
 
 
-class MeasuredEncoder:
-    """An encoder with a prompt for each side of a search; see ``evaluation.models.Model``."""
+class EvaluatedEncoder:
+    """An encoder with prompts for queries and documents; see ``evaluation.models.Model``."""
 
     def __init__(self, name: str, encoder: Encoder, prompts: Prompts, batch_tokens: int) -> None:
-        """Wire it.
+        """Wrap an encoder.
 
         Args:
-            name: its tasks are ``NAME.query`` and ``NAME.passage``.
-            encoder: see there.
+            name: name of the model; its tasks are ``NAME.query`` and ``NAME.passage``.
+            encoder: computes the vectors.
             prompts: put before queries and documents.
-            batch_tokens: most tokens of a batch.
+            batch_tokens: maximum number of tokens of a batch.
         """
         self.name = name
         self.dimension = encoder.dimension
@@ -71,7 +73,7 @@ class MeasuredEncoder:
         self._encoder, self._prompts, self._batch_tokens = encoder, prompts, batch_tokens
 
     def embed(self, texts: Sequence[str], task: str, advance: Advance) -> Matrix:
-        """See ``Model.embed``; these are of length 1."""
+        """Return unit vectors; see ``Model.embed``."""
         prompt = self._prompts.query if task.endswith(".query") else self._prompts.document
         prompted = [(prompt, text) for text in texts]
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -79,7 +81,7 @@ class MeasuredEncoder:
             encoder = self._encoder
             store = tokens_of(Path(folder), prompted, encoder.tokenizer, encoder.limit)
             rows = np.argsort(store.lengths, kind="stable")
-            for batch in cut_by_tokens(rows, store.lengths, self._batch_tokens):
+            for batch in split_by_tokens(rows, store.lengths, self._batch_tokens):
                 vectors[batch] = encoder.embed(*store.padded(batch)).cpu().numpy()
                 advance(len(batch))
         return vectors

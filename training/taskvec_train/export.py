@@ -1,4 +1,4 @@
-"""The checkpoint that is served: the layout of jina-embeddings-v5-text, and a card."""
+"""Export a checkpoint to serve, in the layout of jina-embeddings-v5-text, with a model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from taskvec_train.backbones import open_base
 from taskvec_train.card import DATA, model_card
 from taskvec_train.data.card import DATA_CARD
 from taskvec_train.errors import TrainingError
-from taskvec_train.files import whole_folder
+from taskvec_train.files import atomic_folder
 from taskvec_train.recipe import Recipe
 from taskvec_train.tensors import save_tensors
 
@@ -33,23 +33,23 @@ def export(
     data: Path,
     figures: str = "",
 ) -> None:
-    """Write a checkpoint; one of that name is replaced at one stroke.
+    """Write a checkpoint, atomically replacing an existing one.
 
     Args:
-        recipe: what made it.
-        student: the distilled student.
-        adapters: name -> folder of stage 2.
+        recipe: the recipe of the run.
+        student: folder of the distilled student.
+        adapters: adapter name -> folder of the trained adapter.
         folder: of the checkpoint.
-        run: folder of the run, whose metrics go into the card.
-        data: folder of the corpus: its data card, where it has one, comes along as DATA.md.
-        figures: Markdown for the card: what was measured.
+        run: folder of the run, whose metrics go into the model card.
+        data: folder of the corpus; its data card, if it has one, is copied as DATA.md.
+        figures: Markdown with evaluation results for the model card.
 
     Raises:
-        TrainingError: the result cannot be served, or the disk refuses it.
+        TrainingError: the checkpoint cannot be served, or a file cannot be written.
     """
     base = open_base(student)
     dtype = getattr(torch, recipe.export.dtype)
-    with whole_folder(folder, replace=True) as unfinished:
+    with atomic_folder(folder, replace=True) as unfinished:
         _save(student / "model.safetensors", unfinished / "model.safetensors", dtype)
         shutil.copy(base.tokenizer, unfinished / "tokenizer.json")
         _write(unfinished / "config.json", _config(recipe, base, list(adapters)))
@@ -59,9 +59,9 @@ def export(
         _write(unfinished / PROMPTS_FILE, prompts | default | {"similarity_fn_name": "cosine"})
         _write_sentence_transformers(unfinished, base.backbone.hidden)
         for name, source in adapters.items():
-            place = unfinished / "adapters" / name
-            place.mkdir(parents=True)
-            copy_adapter(source, place, dtype)
+            target = unfinished / "adapters" / name
+            target.mkdir(parents=True)
+            copy_adapter(source, target, dtype)
         if (data / DATA_CARD).is_file():
             shutil.copy(data / DATA_CARD, unfinished / DATA)
         card = model_card(recipe, base.backbone, unfinished, run=run, figures=figures)
@@ -69,20 +69,20 @@ def export(
         check_served(unfinished)
 
 
-def copy_adapter(source: Path, place: Path, dtype: torch.dtype) -> None:
-    """Copy an adapter's files into a folder, its weights as another number type."""
-    _save(source / "adapter_model.safetensors", place / "adapter_model.safetensors", dtype)
+def copy_adapter(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy an adapter's files into a folder, and convert its weights."""
+    _save(source / "adapter_model.safetensors", target / "adapter_model.safetensors", dtype)
     config = json.loads((source / "adapter_config.json").read_text())
-    _write(place / "adapter_config.json", config | {"base_model_name_or_path": None})
+    _write(target / "adapter_config.json", config | {"base_model_name_or_path": None})
     if (source / PROMPTS_FILE).is_file():
-        shutil.copy(source / PROMPTS_FILE, place)
+        shutil.copy(source / PROMPTS_FILE, target)
 
 
 def check_served(folder: Path) -> Checkpoint:
-    """Read a checkpoint as the service does.
+    """Read a checkpoint with the service's checks.
 
     Raises:
-        TrainingError: the service would refuse it.
+        TrainingError: the service cannot serve it.
     """
     try:
         return read_checkpoint(folder, folder.name)
@@ -118,7 +118,7 @@ def _config(recipe: Recipe, base: Checkpoint, adapters: Sequence[str]) -> dict[s
     }
     if shape.causal:
         return config
-    # Of the tokens that transformers would presume, this vocabulary may have none.
+    # The defaults of transformers may be ids that this vocabulary does not have.
     absent = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return config | {"is_decoder": False, "mask_token_id": 0, **absent}
 

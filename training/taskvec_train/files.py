@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic files and folders: complete under their name, or absent."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from taskvec_train.errors import TrainingError
 
 
 @contextmanager
-def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder to fill; it takes its name when all went well, and is removed otherwise.
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a new folder that is renamed at the end; it is deleted after an error.
 
     Args:
-        folder: the name it gets.
-        replace: take the place of a folder of that name.
+        folder: the final name.
+        replace: True replaces an existing folder.
 
     Raises:
-        TrainingError: it exists already, or the disk refuses it.
+        TrainingError: the folder exists, or cannot be written.
     """
     if folder.exists() and not replace:
-        raise TrainingError(f"{folder} exists already: name another folder, or remove it.")
+        raise TrainingError(f"{folder} already exists: choose another folder, or remove it.")
     unfinished = folder.with_name(f".{folder.name}.part")
-    with _clear_disk_errors(folder):
+    with _readable_disk_errors(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
             if folder.exists():
-                aside = folder.with_name(f".{folder.name}.old")
-                folder.rename(aside)
+                old = folder.with_name(f".{folder.name}.old")
+                folder.rename(old)
                 unfinished.rename(folder)
-                shutil.rmtree(aside)
+                shutil.rmtree(old)
             else:
                 unfinished.rename(folder)
         finally:
@@ -46,17 +46,17 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def resumable_folder(folder: Path) -> Iterator[Path]:
-    """As ``whole_folder``, but what was done before a kill or Ctrl-C is found again.
+    """As ``atomic_folder``, but an interrupted run finds its partial content again.
 
-    An error empties it: what is kept is only what was cut short from outside.
+    Ctrl-C or a kill keeps the content; an error deletes it.
 
     Raises:
-        TrainingError: the folder exists already, or the disk refuses it.
+        TrainingError: the folder exists, or cannot be written.
     """
     if folder.exists():
-        raise TrainingError(f"{folder} exists already: name another folder, or remove it.")
+        raise TrainingError(f"{folder} already exists: choose another folder, or remove it.")
     unfinished = folder.with_name(f".{folder.name}.part")
-    with _clear_disk_errors(folder):
+    with _readable_disk_errors(folder):
         unfinished.mkdir(parents=True, exist_ok=True)
         try:
             yield unfinished
@@ -67,14 +67,14 @@ def resumable_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A name to write to; it becomes ``file`` when all went well, and is removed otherwise.
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield a temporary file name that is renamed at the end; the file is deleted after an error.
 
     Raises:
-        TrainingError: the disk refuses it.
+        TrainingError: the file cannot be written.
     """
     unfinished = file.with_name(f".{file.name}.part")
-    with _clear_disk_errors(file):
+    with _readable_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield unfinished
@@ -87,36 +87,37 @@ def write_jsonl(file: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write one JSON object a line.
 
     Raises:
-        TrainingError: the disk refuses it.
+        TrainingError: the file cannot be written.
     """
-    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
+    with atomic_file(file) as unfinished, unfinished.open("wb") as stream:
         stream.writelines(orjson.dumps(record) + b"\n" for record in records)
 
 
 @contextmanager
-def _clear_disk_errors(place: Path) -> Iterator[None]:
+def _readable_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is None:
             raise
-        raise disk_error(place, error) from error
+        raise disk_error(path, error) from error
 
 
-def disk_error(place: Path, error: Exception) -> TrainingError:
-    """What to say where a file or folder cannot be written."""
+def disk_error(path: Path, error: Exception) -> TrainingError:
+    """Return the error for a file or folder that cannot be written."""
     return TrainingError(
-        f"{place} cannot be written ({getattr(error, 'strerror', None) or error}): free some space "
-        "or name another folder. Nothing half-written was left; the same command goes on from what "
-        "is whole."
+        f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): free some space "
+        "or choose another folder. No incomplete file was left; the same command resumes."
     )
 
 
-def reserve(file: Path) -> None:
-    """Take the disk space of a sparse file now: a mapped one would die of a full disk later.
+def reserve_space(file: Path) -> None:
+    """Allocate the disk space of a sparse file.
+
+    Otherwise a full disk would kill the process (SIGBUS) when it writes to the mapped file.
 
     Raises:
-        OSError: there is not enough.
+        OSError: the disk is full.
     """
     if hasattr(os, "posix_fallocate"):
         with file.open("rb+") as stream:

@@ -1,10 +1,11 @@
-"""The losses of jina-embeddings-v5 (arXiv 2602.15547), each a plain function of vectors.
+"""The losses of jina-embeddings-v5 (arXiv 2602.15547), each a function of vectors.
 
 All take float32 vectors and return a scalar. Vectors need not have length 1: a cosine normalises.
-``z[:, :d]`` is a vector cut to its first d values, as it is served.
+``z[:, :d]`` is a vector truncated to its first d values, as the service does.
 
-How Matryoshka dimensions (Kusupati et al., arXiv 2205.13147) enter is not in the paper. Here each
-loss is computed at every nested dimension, on the vectors cut to it, and averaged: ``matryoshka``.
+The paper does not say how Matryoshka dimensions (Kusupati et al., arXiv 2205.13147) enter the
+losses. Here each loss is computed at every nested dimension, on truncated vectors, and averaged:
+``matryoshka``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 
 def cut(vectors: Tensor, dimension: int) -> Tensor:
-    """Unit vectors of the first ``dimension`` values; [..., n] -> [..., dimension]."""
+    """Truncate vectors and scale them to length 1: [..., n] -> [..., dimension]."""
     return functional.normalize(vectors[..., :dimension], dim=-1)
 
 
@@ -30,9 +31,9 @@ def matryoshka(
     """``sum_d w_d loss(d) / sum_d w_d``: a loss averaged over nested dimensions.
 
     Args:
-        loss: the loss on vectors cut to d values.
+        loss: the loss on vectors truncated to d values.
         dimensions: the values of d.
-        weights: one for each dimension; all alike if None.
+        weights: one for each dimension; None for equal weights.
     """
     weights = weights or [1.0] * len(dimensions)
     total = torch.stack([w * loss(d) for w, d in zip(weights, dimensions, strict=True)]).sum()
@@ -45,8 +46,8 @@ def distillation(student: Tensor, projection: Tensor, teacher: Tensor) -> Tensor
     This is the mean over one side of a batch of pairs; the paper adds the two sides.
 
     Args:
-        student: [B, d], cut or whole.
-        projection: psi, [m, n] with n >= d: its first d columns act on cut vectors.
+        student: [B, d], truncated or full.
+        projection: psi, [m, n] with n >= d: its first d columns act on truncated vectors.
         teacher: [B, m].
     """
     projected = student @ projection[:, : student.shape[1]].T
@@ -62,11 +63,10 @@ def info_nce(
 
     Args:
         anchors: x, [B, d].
-        candidates: [N, d] with N >= B: row i is the positive of anchor i; for every anchor all
-            other rows are negatives, the rows after B being hard ones.
+        candidates: [N, d] with N >= B: row i is the positive of anchor i; all other rows are its
+            negatives; rows from B on are hard negatives.
         temperature: tau.
-        ignored: bool [B, N], True where a candidate is a false negative; a positive's own place
-            must be False.
+        ignored: bool [B, N], True for false negatives; [i, i] must be False.
     """
     scores = cut(anchors, anchors.shape[1]) @ cut(candidates, candidates.shape[1]).T / temperature
     if ignored is not None:
@@ -87,7 +87,7 @@ def global_orthogonal(queries: Tensor, positives: Tensor) -> Tensor:
 
 
 def _mean_squared_cosine(vectors: Tensor) -> Tensor:
-    """Over all pairs of different rows."""
+    """Return the mean of squared cosines over all pairs of different rows."""
     count = len(vectors)
     unit = cut(vectors, vectors.shape[1])
     squares = (unit @ unit.T).square()
@@ -98,12 +98,12 @@ def cosent(first: Tensor, second: Tensor, scores: Tensor, temperature: float) ->
     """``ln(1 + sum over s_i > s_j of exp((cos_j - cos_i) / tau'))``: CoSENT.
 
     Su, "CoSENT: a more effective sentence vector scheme than Sentence-BERT" (2022); 2602.15547
-    prints the exponent misplaced.
+    misplaces the exponent.
 
     Args:
         first: one text of each pair, [B, d].
         second: the other, [B, d].
-        scores: s, [B]: how alike the two are, in any unit.
+        scores: s, [B]: similarity of the two texts, in any unit.
         temperature: tau'.
     """
     cosines = functional.cosine_similarity(first, second, dim=-1) / temperature
@@ -126,23 +126,23 @@ def bidirectional_info_nce(
         queries: q, [B, d].
         documents: [B, 1 + K, d], the positive first.
         temperature: tau.
-        labels: of queries [B] and documents [B, 1 + K], stacked as [B, 2 + K]: what has the
-            query's label is no negative of it. None: everything else is.
+        labels: of queries [B] and documents [B, 1 + K], stacked as [B, 2 + K]: documents with the
+            query's label are not its negatives. None: all other documents are negatives.
     """
     positives = documents[:, 0]
     candidates = torch.cat([positives, documents[:, 1:].flatten(0, 1)])
-    forth, back = None, None
+    query_mask, document_mask = None, None
     if labels is not None:
         of_query, of_documents = labels[:, 0], labels[:, 1:]
         same = of_query[:, None] == torch.cat([of_documents[:, 0], of_documents[:, 1:].flatten()])
-        forth = _others(same)
-        back = _others(of_documents[:, 0][:, None] == of_query)
-    there = info_nce(queries, candidates, temperature, forth)
-    return (there + info_nce(positives, queries, temperature, back)) / 2
+        query_mask = _without_own(same)
+        document_mask = _without_own(of_documents[:, 0][:, None] == of_query)
+    forward = info_nce(queries, candidates, temperature, query_mask)
+    return (forward + info_nce(positives, queries, temperature, document_mask)) / 2
 
 
-def _others(same: Tensor) -> Tensor:
-    """``same`` without each row's own positive."""
+def _without_own(same: Tensor) -> Tensor:
+    """Return ``same`` with False for each row's own positive."""
     own = torch.eye(len(same), same.shape[1], dtype=torch.bool, device=same.device)
     return same & ~own
 
@@ -163,11 +163,11 @@ def relational(student: Tensor, teacher: Tensor) -> Tensor:
 def _relative_distances(vectors: Tensor) -> Tensor:
     unit = cut(vectors, vectors.shape[1])
     distances = 1 - unit @ unit.T
-    return distances / distances.mean().clamp_min(1e-6)  # texts all alike have no distances
+    return distances / distances.mean().clamp_min(1e-6)  # identical texts have distances of 0
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``: ours, no part of the paper.
+    """``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``: an addition to the paper.
 
     Args:
         student: s, [M, d].

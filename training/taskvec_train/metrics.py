@@ -1,4 +1,4 @@
-"""What a run tells while it learns: a CSV file, TensorBoard, a plot, a progress bar or lines."""
+"""Training metrics: a CSV file, TensorBoard, a plot, and a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from taskvec_train.files import whole_file
+from taskvec_train.files import atomic_file
 
 METRICS = "metrics.csv"
 
 
-class Metrics:
-    """Writes each row to metrics.csv, TensorBoard and the progress bar.
+class MetricsWriter:
+    """Writes rows of metrics to metrics.csv, TensorBoard, a plot and the progress bar.
 
-    A run that goes on from a step drops the rows after it.
+    A stage that resumes from a step drops the rows after it.
     """
 
     def __init__(self, folder: Path, title: str, *, step: int, steps: int) -> None:
-        """Open the files of a run.
+        """Open the files of a stage.
 
         Args:
-            folder: of the run.
-            title: beside the progress bar.
-            step: the run goes on after this one.
-            steps: the last one.
+            folder: of the stage.
+            title: label of the progress bar.
+            step: number of steps already done.
+            steps: number of the last step.
         """
         self._file = folder / METRICS
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -63,11 +63,11 @@ class Metrics:
         self._board.close()
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Update the progress bar."""
         self._bar.update(self._task, completed=step)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add a row; its ``step`` says where, its other columns what."""
+        """Add a row of metrics by name; ``step`` is its step."""
         step = int(row["step"])
         self._rows.append(dict(row))
         for name, value in row.items():
@@ -76,24 +76,24 @@ class Metrics:
         self._bar.update(self._task, description=f"{self._title} {row['loss']:.4f}")
 
     def flush(self) -> None:
-        """Write what there is to disk, and draw it; where nobody sees a bar, say how far it is."""
+        """Write all rows to disk and plot them; without a terminal, print a line of progress."""
         self._board.flush()
         if not self._rows:
             return
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
-        with whole_file(self._file) as unfinished, unfinished.open("w", newline="") as file:
+        with atomic_file(self._file) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self._rows)
         draw_losses(self._rows, self._title, self._file.with_name("loss.png"))
         if self._bar.disable:
             last = self._rows[-1]
-            said = f"{self._title}: step {last['step']:,.0f} of {self._steps:,}"
-            self._bar.console.out(f"{said}, loss {last['loss']:.4f}", highlight=False)
+            line = f"{self._title}: step {last['step']:,.0f} of {self._steps:,}"
+            self._bar.console.out(f"{line}, loss {last['loss']:.4f}", highlight=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv; none where there is no file."""
+    """Return the rows of a stage's metrics.csv; an empty list if there is no file."""
     file = folder / METRICS
     if not file.is_file():
         return []
@@ -105,7 +105,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_losses(rows: list[dict[str, float]], title: str, file: Path) -> None:
-    """Plot every loss and measure against the step."""
+    """Plot every loss and validation metric against the step."""
     names = dict.fromkeys(name for row in rows for name in row)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -116,5 +116,5 @@ def draw_losses(rows: list[dict[str, float]], title: str, file: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     axes.set(xlabel="step", title=title)
     axes.legend(frameon=False)
-    with whole_file(file) as unfinished:
+    with atomic_file(file) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)

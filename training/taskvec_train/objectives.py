@@ -1,4 +1,4 @@
-"""What a training step computes: a batch in, one loss and its parts out."""
+"""Training objectives: a batch in, the weighted loss and each of its terms out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from taskvec_train import losses
 from taskvec_train.backbones import Model, last_states
-from taskvec_train.tokens import MULTIPLE
+from taskvec_train.tokens import PAD_MULTIPLE
 
 Batch = Mapping[str, Tensor]
-Parts = dict[str, Tensor]
+Terms = dict[str, Tensor]
 Weights = Mapping[str, float]
 
 
@@ -22,10 +22,10 @@ class Objective(nn.Module):
     """A student, its projection, and the weighted losses of one stage.
 
     Attributes:
-        parts: the losses that it may report.
+        loss_names: the losses that this objective can compute.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ()
+    loss_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -37,18 +37,21 @@ class Objective(nn.Module):
         weights: Weights,
         bfloat16: bool,
     ) -> None:
-        """Wire a stage.
+        """Combine a student with losses.
 
         Args:
-            student: a backbone, or a LoRA around a frozen one.
-            projection: psi, [teacher, hidden].
-            causal: of the backbone.
-            dimensions: the nested ones that are trained.
-            weights: loss -> weight; what is missing or zero is not computed.
-            bfloat16: multiply in bfloat16 (the losses always in float32).
+            student: a backbone, or a PEFT model around a frozen backbone.
+            projection: psi, [teacher dimension, hidden].
+            causal: True if the backbone's attention is causal.
+            dimensions: the Matryoshka dimensions.
+            weights: loss name -> weight; losses without a weight or with 0 are not computed.
+            bfloat16: True for matrix products in bfloat16; losses are always in float32.
+
+        Raises:
+            ValueError: a weight for an unknown loss.
         """
         super().__init__()
-        unknown = sorted(set(weights) - set(self.parts))
+        unknown = sorted(set(weights) - set(self.loss_names))
         if unknown:
             raise ValueError(f"{type(self).__name__} has no losses {unknown}.")
         self.student = student
@@ -59,74 +62,79 @@ class Objective(nn.Module):
         self._bfloat16 = bfloat16
 
     def embed(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Float32 vectors [texts, hidden], not normalised.
+        """Return float32 vectors [texts, hidden], not normalised.
 
-        Texts of about one length go through the student together: one long text among many short
-        ones, as a mined negative may be, would have all of them padded to its length.
+        Texts of similar length are embedded together: one long text among many short ones, such
+        as a mined negative, would pad all of them to its length.
+
+        Args:
+            ids: int64 [texts, length], padded on the right.
+            lengths: int64 [texts].
         """
-        groups = alike(lengths)
+        groups = group_by_length(lengths)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self._bfloat16):
-            parts = [
+            vectors = [
                 last_states(self.student, ids[rows, :width], lengths[rows], causal=self._causal)
                 for rows, width in groups
             ]
-        vectors: Tensor = torch.cat(parts)[torch.cat([rows for rows, _ in groups]).argsort()]
-        return vectors
+        ordered: Tensor = torch.cat(vectors)[torch.cat([rows for rows, _ in groups]).argsort()]
+        return ordered
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Parts]:
-        """The weighted sum, and each loss before it is weighted."""
-        parts = {
+    def forward(self, batch: Batch) -> tuple[Tensor, Terms]:
+        """Return the weighted sum of the losses, and each loss before weighting."""
+        terms = {
             name: losses.matryoshka(loss, self._dimensions)
             for name, loss in self.losses(batch).items()
         }
-        total = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
-        return total, {name: part.detach() for name, part in parts.items()}
+        total = torch.stack([self._weights[name] * term for name, term in terms.items()]).sum()
+        return total, {name: term.detach() for name, term in terms.items()}
 
     def losses(self, batch: Batch) -> dict[str, Callable[[int], Tensor]]:
-        """Each loss that has a weight, as a function of the dimension."""
+        """Return each loss that has a weight, as a function of the dimension."""
         raise NotImplementedError
 
-    def wants(self, name: str) -> bool:
-        """Whether a loss has a weight."""
+    def has_loss(self, name: str) -> bool:
+        """Return whether a loss has a weight."""
         return name in self._weights
 
     def distilled(self, vectors: Tensor, teacher: Tensor) -> Callable[[int], Tensor]:
-        """Embedding distillation as a function of the dimension."""
+        """Return the embedding distillation loss as a function of the dimension."""
         return lambda d: losses.distillation(vectors[:, :d], self.projection, teacher)
 
 
-def alike(lengths: Tensor) -> list[tuple[Tensor, int]]:
-    """Rows whose lengths lie between one power of two and the next, and the width they need.
+def group_by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Group texts whose lengths lie between one power of two and the next.
 
     Args:
-        lengths: tokens of each text, [texts].
+        lengths: int64 [texts], tokens of each text.
 
     Returns:
-        Rows [n] and a multiple of ``MULTIPLE`` for each group, the shortest first.
+        For each group, shortest texts first: its rows, int64 [n], and its padded length, a
+        multiple of ``PAD_MULTIPLE``.
     """
-    classes = lengths.clamp_min(MULTIPLE).double().log2().ceil()
+    classes = lengths.clamp_min(PAD_MULTIPLE).double().log2().ceil()
     groups = []
-    for one in torch.unique(classes).tolist():
-        (rows,) = torch.nonzero(classes == one, as_tuple=True)
+    for length_class in torch.unique(classes).tolist():
+        (rows,) = torch.nonzero(classes == length_class, as_tuple=True)
         longest = int(lengths[rows].max())
-        groups.append((rows, -(-longest // MULTIPLE) * MULTIPLE))
+        groups.append((rows, -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE))
     return groups
 
 
 class Distillation(Objective):
-    """Stage 1, and the clustering adapter: follow the teacher's vectors.
+    """Stage 1 and the clustering adapter: match the teacher's vectors.
 
-    ``similarity`` is an addition to the paper: the two matrices of cosines are held together, too.
+    ``similarity`` is an addition to the paper: it also matches the matrices of cosines.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("distill", "similarity")
+    loss_names: ClassVar[tuple[str, ...]] = ("distill", "similarity")
 
     def losses(self, batch: Batch) -> dict[str, Callable[[int], Tensor]]:
         z, teacher = self.embed(batch["ids"], batch["lengths"]), batch["teacher"]
         chosen = {}
-        if self.wants("distill"):
+        if self.has_loss("distill"):
             chosen["distill"] = self.distilled(z, teacher)
-        if self.wants("similarity"):
+        if self.has_loss("similarity"):
             chosen["similarity"] = lambda d: losses.similarity(z[:, :d], teacher)
         return chosen
 
@@ -134,10 +142,10 @@ class Distillation(Objective):
 class Retrieval(Objective):
     """InfoNCE with in-batch and mined negatives, distillation of both sides, GOR."""
 
-    parts: ClassVar[tuple[str, ...]] = ("infonce", "distill", "gor")
+    loss_names: ClassVar[tuple[str, ...]] = ("infonce", "distill", "gor")
 
     def __init__(self, *args: object, temperature: float, **options: object) -> None:
-        """As ``Objective``, with InfoNCE's temperature."""
+        """Add InfoNCE's temperature to the arguments of ``Objective``."""
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._temperature = temperature
 
@@ -147,18 +155,18 @@ class Retrieval(Objective):
         return self.contrast(x, y, batch)
 
     def contrast(self, x: Tensor, y: Tensor, batch: Batch) -> dict[str, Callable[[int], Tensor]]:
-        """The losses of anchors and candidates; the first candidates are the positives."""
+        """Return the losses of anchors and candidates; the first candidates are the positives."""
         positives = y[: len(x)]
         chosen: dict[str, Callable[[int], Tensor]] = {}
-        if self.wants("infonce"):
+        if self.has_loss("infonce"):
             chosen["infonce"] = lambda d: losses.info_nce(
                 losses.cut(x, d), losses.cut(y, d), self._temperature, batch["ignored"]
             )
-        if self.wants("distill"):
+        if self.has_loss("distill"):
             first = self.distilled(x, batch["anchor_teacher"])
             second = self.distilled(positives, batch["positive_teacher"])
             chosen["distill"] = lambda d: first(d) + second(d)
-        if self.wants("gor"):
+        if self.has_loss("gor"):
             chosen["gor"] = lambda d: losses.global_orthogonal(
                 losses.cut(x, d), losses.cut(positives, d)
             )
@@ -166,12 +174,12 @@ class Retrieval(Objective):
 
 
 class TextMatching(Retrieval):
-    """CoSENT where a batch has scores, InfoNCE and distillation where it has pairs."""
+    """CoSENT for batches with scores, InfoNCE and distillation for batches of pairs."""
 
-    parts: ClassVar[tuple[str, ...]] = ("cosent", "infonce", "distill", "gor")
+    loss_names: ClassVar[tuple[str, ...]] = ("cosent", "infonce", "distill", "gor")
 
     def __init__(self, *args: object, score_temperature: float, **options: object) -> None:
-        """As ``Retrieval``, with CoSENT's temperature."""
+        """Add CoSENT's temperature to the arguments of ``Retrieval``."""
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._score_temperature = score_temperature
 
@@ -188,12 +196,12 @@ class TextMatching(Retrieval):
 
 
 class Classification(Objective):
-    """Bidirectional InfoNCE over groups, and the relations that the base sees among the texts."""
+    """Bidirectional InfoNCE over groups, and relational distillation from the base model."""
 
-    parts: ClassVar[tuple[str, ...]] = ("infonce", "relational")
+    loss_names: ClassVar[tuple[str, ...]] = ("infonce", "relational")
 
     def __init__(self, *args: object, temperature: float, **options: object) -> None:
-        """As ``Objective``, with InfoNCE's temperature."""
+        """Add InfoNCE's temperature to the arguments of ``Objective``."""
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._temperature = temperature
 
@@ -202,11 +210,11 @@ class Classification(Objective):
         z = self.embed(batch["ids"], batch["lengths"])
         x, documents = z[:queries], z[queries:].reshape(queries, -1, z.shape[1])
         chosen: dict[str, Callable[[int], Tensor]] = {}
-        if self.wants("infonce"):
+        if self.has_loss("infonce"):
             chosen["infonce"] = lambda d: losses.bidirectional_info_nce(
                 losses.cut(x, d), losses.cut(documents, d), self._temperature, labels
             )
-        if self.wants("relational") and isinstance(self.student, PeftModel):
+        if self.has_loss("relational") and isinstance(self.student, PeftModel):
             with torch.no_grad(), self.student.disable_adapter():
                 base = self.embed(batch["ids"], batch["lengths"])
             chosen["relational"] = lambda d: losses.relational(z[:, :d], base)

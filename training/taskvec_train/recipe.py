@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training run makes, read from one TOML file."""
+"""Recipes: the complete configuration of a training run, read from one TOML file."""
 
 from __future__ import annotations
 
@@ -12,119 +12,125 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from taskvec_train.errors import RecipeError
 
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Paths = tuple[str, ...]
 
 
-class Part(BaseModel):
-    """A table of the file: unknown keys are refused."""
+class Table(BaseModel):
+    """A table of the file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Prompts(Part):
-    """What is put before a text, joined to it before tokenising."""
+class Prompts(Table):
+    """Prompts that are put before a text, before it is tokenised."""
 
     query: str = "Query: "
     document: str = "Document: "
 
 
-class Teacher(Part):
-    """Whose vectors are followed."""
+class Teacher(Table):
+    """The teacher model."""
 
     model: str = Field(description="A folder, package:NAME/FOLDER, or a hub id.")
-    max_tokens: Size = 512
-    batch_tokens: Size = 16_384
+    max_tokens: PositiveInt = 512
+    batch_tokens: PositiveInt = 16_384
     query_instruction: str = Field(
-        default="", description="Put before queries, for the teacher alone."
+        default="", description="Put before queries, only for the teacher."
     )
     document_instruction: str = ""
 
 
-class Student(Part):
-    """Where the student comes from: a pretrained checkpoint, or a shape filled from the teacher."""
+class Student(Table):
+    """The student: a pretrained checkpoint, or a shape that is initialised from the teacher."""
 
     base: str | None = Field(
-        default=None, description="A checkpoint folder or hub id; no shape then."
+        default=None, description="A checkpoint folder or hub id, instead of a shape."
     )
     architecture: Literal["qwen3", "eurobert"] = "qwen3"
-    hidden: Size = 256
-    layers: Size = 4
-    heads: Size = 4
-    kv_heads: Size = 4
-    head_dim: Size = 64
-    intermediate: Size = 768
-    norm_eps: Positive = 1e-6
-    rope_theta: Positive = 100_000.0
-    max_positions: Size = 2048
-    least_count: Size = Field(default=1, description="Pieces seen less often leave the vocabulary.")
+    hidden: PositiveInt = 256
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 4
+    head_dim: PositiveInt = 64
+    intermediate: PositiveInt = 768
+    norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 100_000.0
+    max_positions: PositiveInt = 2048
+    least_count: PositiveInt = Field(
+        default=1, description="Vocabulary pieces that occur less often are removed."
+    )
     projection: Literal["words", "random"] = Field(
         default="words",
-        description="psi starts as the inverse of the words' projection, or at random.",
+        description="Initial psi: the inverse of the embeddings' projection, or random.",
     )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         shape = self.model_fields_set - {"base", "projection"}
         if self.base is not None and shape:
-            raise ValueError(f"base is a whole model: leave out {', '.join(sorted(shape))}")
+            raise ValueError(f"base is a complete model: remove {', '.join(sorted(shape))}")
         return self
 
 
-class Steps(Part):
-    """How long and how fast a stage learns."""
+class Steps(Table):
+    """Steps, learning rates, schedule and saved states of a stage."""
 
-    steps: Size
-    lr: Positive
-    embedding_lr: Positive | None = Field(
-        default=None, description="Of the embedding table; lr if none."
+    steps: PositiveInt
+    lr: PositiveFloat
+    embedding_lr: PositiveFloat | None = Field(
+        default=None, description="Learning rate of the embedding table; default: lr."
     )
-    projection_lr: Positive | None = Field(default=None, description="Of psi; lr if none.")
-    warmup: Count = Field(default=0, description="Steps in which the rate rises from zero.")
+    projection_lr: PositiveFloat | None = Field(
+        default=None, description="Learning rate of psi; default: lr."
+    )
+    warmup: NonNegativeInt = Field(default=0, description="Steps in which the rate rises from 0.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Rate = 0.01
-    clip: Positive = 1.0
-    accumulate: Size = Field(default=1, description="Batches of a step.")
+    weight_decay: NonNegativeFloat = 0.01
+    clip: PositiveFloat = 1.0
+    accumulate: PositiveInt = Field(default=1, description="Batches of one step.")
     checkpointing: bool = Field(
-        default=False, description="Compute states twice, keep fewer of them."
+        default=False, description="Gradient checkpointing: less memory, more computation."
     )
     compile: bool = Field(default=False, description="torch.compile the backbone.")
-    save_every: Size = 500
-    keep: Size = Field(default=2, description="States of a run that are kept to go on from.")
-    log_every: Size = 10
-    sample: Count = Field(
-        default=0, description="Most records of each kind of data; 0 for all. See data/sampling.py."
+    save_every: PositiveInt = 500
+    keep: PositiveInt = Field(default=2, description="Number of saved states that are kept.")
+    log_every: PositiveInt = 10
+    sample: NonNegativeInt = Field(
+        default=0,
+        description="Maximum records of each kind of data, see data/sampling.py; 0: all.",
     )
 
 
 class Phase(Steps):
-    """A phase of stage 1: the whole student follows the teacher."""
+    """A phase of stage 1, distillation: all weights of the student are trained."""
 
     name: Name
     texts: Paths = Field(default=(), description="Files or folders of texts, as documents.")
     pairs: Paths = Field(
-        default=(), description="Of pairs: anchors as queries, positives as documents."
+        default=(),
+        description="Files or folders of pairs; anchors are queries, positives documents.",
     )
     held_out: Paths = Field(
-        default=(), description="Texts on which the cosine is measured, never learnt."
+        default=(), description="Texts for validation: their cosine to the teacher is measured."
     )
-    batch_tokens: Size = 8192
-    max_tokens: Size = 512
-    min_tokens: Count = Field(default=0, description="Shorter texts are left out.")
-    rope_theta: Positive | None = Field(
-        default=None, description="In training; the student's if none."
+    batch_tokens: PositiveInt = 8192
+    max_tokens: PositiveInt = 512
+    min_tokens: NonNegativeInt = Field(default=0, description="Shorter texts are dropped.")
+    rope_theta: PositiveFloat | None = Field(
+        default=None, description="During training; default: the student's."
     )
-    distill: Rate = 1.0
-    similarity: Rate = 0.0
+    distill: NonNegativeFloat = 1.0
+    similarity: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
         if not self.texts and not self.pairs:
-            raise ValueError("name texts, pairs or both")
+            raise ValueError("set texts, pairs or both")
         return self
 
 
@@ -132,100 +138,102 @@ class Adapter(Steps):
     """Stage 2: one LoRA adapter on the frozen student."""
 
     name: Name
-    rank: Size = 32
-    alpha: Size = 32
-    batch: Size = Field(description="Records of a batch of one process.")
-    max_tokens: Size = 512
+    rank: PositiveInt = 32
+    alpha: PositiveInt = 32
+    batch: PositiveInt = Field(description="Records of one batch of one process.")
+    max_tokens: PositiveInt = 512
     prompts: Prompts | None = Field(
-        default=None, description="The adapter's own; the model's if none."
+        default=None, description="The adapter's own prompts; default: the model's."
     )
-    rope_theta: Positive | None = Field(
-        default=None, description="In training; the student's if none."
+    rope_theta: PositiveFloat | None = Field(
+        default=None, description="During training; default: the student's."
     )
 
 
-class Mine(Part):
-    """Hard negatives from the positives of other pairs, by the teacher."""
+class Mine(Table):
+    """Mining of hard negatives, with the teacher, from the positives of other pairs."""
 
-    count: Size = Field(default=20, description="Of each pair, at most.")
+    count: PositiveInt = Field(default=20, description="Maximum negatives of a pair.")
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.95, description="Of the positive's teacher cosine: a negative stays below."
+        default=0.95,
+        description="Maximum teacher cosine of a negative, as a share of the positive's.",
     )
-    first: Count = Field(default=0, description="First rank looked at.")
-    last: Size = Field(default=100, description="Rank at which looking ends.")
+    first: NonNegativeInt = Field(default=0, description="First rank of the candidates.")
+    last: PositiveInt = Field(default=100, description="End rank of the candidates (exclusive).")
 
 
 class RetrievalAdapter(Adapter):
-    """Queries find documents."""
+    """Retrieval: queries and the documents that answer them."""
 
     loss: Literal["retrieval"]
     pairs: Annotated[Paths, Field(min_length=1)]
-    temperature: Positive = 0.02
-    infonce: Rate = 1.0
-    distill: Rate = 2.0
-    gor: Rate = 1.0
-    hard_negatives: Count = 1
-    margin: Positive = Field(
-        default=0.95, description="Of the positive's teacher cosine: more is no foe."
+    temperature: PositiveFloat = 0.02
+    infonce: NonNegativeFloat = 1.0
+    distill: NonNegativeFloat = 2.0
+    gor: NonNegativeFloat = 1.0
+    hard_negatives: NonNegativeInt = 1
+    margin: PositiveFloat = Field(
+        default=0.95,
+        description="Candidates above this share of the positive's teacher cosine are ignored.",
     )
-    mine: Mine | None = Field(default=None, description="Where the pairs have no negatives.")
+    mine: Mine | None = Field(default=None, description="Mine negatives, if the pairs have none.")
     average_with: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.5,
-        description="Part of the steps whose weights are averaged with the last; 0 for none.",
+        description="Share of the steps after which weights are averaged with the last; 0: none.",
     )
 
 
 class TextMatchingAdapter(Adapter):
-    """Texts that mean the same lie close."""
+    """Semantic similarity: texts with the same meaning have similar vectors."""
 
     loss: Literal["text-matching"]
     scored: Paths = ()
     pairs: Paths = ()
-    score_temperature: Positive = 0.05
-    temperature: Positive = 0.02
-    cosent: Rate = 1.0
-    infonce: Rate = 1.0
-    distill: Rate = 2.0
-    margin: Positive = 0.95
+    score_temperature: PositiveFloat = 0.05
+    temperature: PositiveFloat = 0.02
+    cosent: NonNegativeFloat = 1.0
+    infonce: NonNegativeFloat = 1.0
+    distill: NonNegativeFloat = 2.0
+    margin: PositiveFloat = 0.95
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
         if not self.scored and not self.pairs:
-            raise ValueError("name scored, pairs or both")
+            raise ValueError("set scored, pairs or both")
         return self
 
 
 class ClusteringAdapter(Adapter):
-    """Texts on one topic lie close."""
+    """Clustering: texts on the same topic have similar vectors."""
 
     loss: Literal["clustering"]
     texts: Paths = ()
     labelled: Paths = ()
-    instruction: str = Field(default="", description="For the teacher, before every text.")
-    centroid: Rate = Field(
-        default=0.0, description="Of the label's mean teacher vector, added to each."
+    instruction: str = Field(default="", description="Put before every text, only for the teacher.")
+    centroid: NonNegativeFloat = Field(
+        default=0.0, description="Weight of the label's mean teacher vector, added to each target."
     )
-    distill: Rate = 1.0
-    similarity: Rate = 0.0
+    distill: NonNegativeFloat = 1.0
+    similarity: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
         if not self.texts and not self.labelled:
-            raise ValueError("name texts, labelled or both")
+            raise ValueError("set texts, labelled or both")
         if self.centroid and not self.labelled:
             raise ValueError("centroid needs labelled")
         return self
 
 
 class ClassificationAdapter(Adapter):
-    """Texts of a class lie close."""
+    """Classification: texts of the same class have similar vectors."""
 
     loss: Literal["classification"]
     labelled: Annotated[Paths, Field(min_length=1)]
-    temperature: Positive = 0.02
-    negatives: Size = 7
-    infonce: Rate = 1.0
-    relational: Rate = 20.0
+    temperature: PositiveFloat = 0.02
+    negatives: PositiveInt = 7
+    infonce: NonNegativeFloat = 1.0
+    relational: NonNegativeFloat = 20.0
 
 
 AnyAdapter = Annotated[
@@ -234,15 +242,15 @@ AnyAdapter = Annotated[
 ]
 
 
-class Export(Part):
-    """What the checkpoint says of itself."""
+class Export(Table):
+    """Configuration and model card of the exported checkpoint."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
-    rope_theta: Positive | None = Field(
-        default=None, description="When serving; the student's if none."
+    rope_theta: PositiveFloat | None = Field(
+        default=None, description="When serving; default: the student's."
     )
-    max_tokens: Size | None = Field(
-        default=None, description="Of a text when serving; positions if none."
+    max_tokens: PositiveInt | None = Field(
+        default=None, description="Maximum tokens of a text when serving; default: positions."
     )
     default_prompt: Literal["query", "document"] | None = "document"
     licence: str = "apache-2.0"
@@ -251,12 +259,12 @@ class Export(Part):
     data: str = Field(description="The card's paragraph on text, sources and licences.")
 
 
-class Recipe(Part):
-    """All stages of a model."""
+class Recipe(Table):
+    """All stages of a model, from the teacher to the export."""
 
     name: Name
-    seed: Count = 0
-    dimensions: Annotated[tuple[Size, ...], Field(min_length=1)]
+    seed: NonNegativeInt = 0
+    dimensions: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     prompts: Prompts = Prompts()
     teacher: Teacher
     student: Student = Student()
@@ -266,9 +274,9 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        for names in ([part.name for part in self.distill], [part.name for part in self.adapt]):
+        for names in ([phase.name for phase in self.distill], [task.name for task in self.adapt]):
             if len(set(names)) < len(names):
-                raise ValueError(f"two stages have one name: {', '.join(names)}")
+                raise ValueError(f"two stages have the same name: {', '.join(names)}")
         return self
 
 
@@ -277,21 +285,21 @@ def read_recipe(file: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         file: TOML.
-        changes: ``key=value``, the key with dots (``distill.0.steps``, or a stage's name for its
-            number), the value as TOML; each replaces what the file says.
+        changes: ``key=value`` overrides. The key has dots (``distill.0.steps``; a stage's name may
+            replace its number), the value is TOML.
 
     Raises:
-        RecipeError: it cannot be read; every wrong key is named.
+        RecipeError: the file cannot be read or is invalid; the message names every invalid key.
     """
     try:
         content = tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"The recipe {file} cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{file} is no TOML: {error}.") from None
+        raise RecipeError(f"{file} is not valid TOML: {error}.") from None
     for change in changes:
-        _change(content, change)
-    with _clear_faults(f"{file} is no recipe that can be run"):
+        _apply_change(content, change)
+    with _readable_validation_errors(f"{file} is not a valid recipe"):
         return Recipe.model_validate(content)
 
 
@@ -304,73 +312,73 @@ def adapter_recipe(
     prompts: Mapping[str, str],
     changes: Sequence[str] = (),
 ) -> AnyAdapter:
-    """The recipe of one adapter from a command line.
+    """Build the recipe of one adapter from command-line options.
 
     Args:
-        name: of the task.
-        loss: of ``retrieval``, ``text-matching``, ``clustering``, ``classification``.
-        data: paths; pairs, or what the loss learns from (text-matching: scored pairs too).
+        name: name of the task.
+        loss: ``retrieval``, ``text-matching``, ``clustering`` or ``classification``.
+        data: paths of the records that the loss needs, see ``_DATA_KEYS``.
         options: keys of ``Adapter``.
         prompts: ``query`` and ``document``.
-        changes: ``key=value`` over all that.
+        changes: ``key=value`` overrides.
 
     Raises:
-        RecipeError: a key is unknown, or a value cannot be.
+        RecipeError: a key is unknown, or a value is invalid.
     """
     content = {
         "name": name,
         "loss": loss,
-        _DATA_OF[loss]: list(data),
+        _DATA_KEYS[loss]: list(data),
         "prompts": {side: prompts[side] for side in ("query", "document") if side in prompts},
         **options,
     }
     for change in changes:
-        _change(content, change)
-    with _clear_faults(f"The adapter {name!r} cannot be trained so"):
+        _apply_change(content, change)
+    with _readable_validation_errors(f"The adapter {name!r} has invalid options"):
         return TypeAdapter[AnyAdapter](AnyAdapter).validate_python(content)
 
 
-_DATA_OF = {
+_DATA_KEYS = {
     "retrieval": "pairs",
     "text-matching": "scored",
     "clustering": "labelled",
     "classification": "labelled",
 }
-"""Where the command line's data goes."""
+"""Recipe key for the data of each loss."""
 
 
 @contextmanager
-def _clear_faults(what: str) -> Iterator[None]:
+def _readable_validation_errors(what: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        faults = [
-            f"  {'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg']}"
-            for fault in error.errors()
+        lines = [
+            f"  {'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg']}"
+            for problem in error.errors()
         ]
-        raise RecipeError("\n".join([f"{what}:", *faults])) from None
+        raise RecipeError("\n".join([f"{what}:", *lines])) from None
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _apply_change(content: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     *path, last = key.split(".")
-    place: Any = content
+    table: Any = content
     try:
         for step in path:
-            place = _inside(place, step)
-        place[last] = tomllib.loads(f"value {equals} {value}")["value"]
+            table = _child(table, step)
+        table[last] = tomllib.loads(f"value {equals} {value}")["value"]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RecipeError(
             f"--set {change!r} cannot be applied ({error}): write key=value, for example "
-            "distill.0.steps=10 or adapt.retrieval.lr=1e-4, and strings in quotes."
+            "distill.0.steps=10 or adapt.retrieval.lr=1e-4; strings need quotes."
         ) from None
 
 
-def _inside(place: Any, step: str) -> Any:
-    """A table's entry; of a list the one with that number or name."""
-    if isinstance(place, list):
+def _child(table: Any, step: str) -> Any:
+    """Return an entry of a table, or of a list by its index or name."""
+    if isinstance(table, list):
         if step.isdecimal():
-            return place[int(step)]
-        (named,) = [entry for entry in place if entry.get("name") == step]
+            return table[int(step)]
+        (named,) = [entry for entry in table if entry.get("name") == step]
         return named
-    return place[step]
+    return table[step]

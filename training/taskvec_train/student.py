@@ -1,4 +1,4 @@
-"""The student before training: its tokenizer, its weights, its projection to the teacher."""
+"""The student before training: tokenizer, weights, and projection to the teacher."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ from taskvec_train.tensors import save_tensors
 from taskvec_train.vocabulary import END, trimmed_tokenizer
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_WORDS_AT_ONCE = 1024
+_CHUNK_WORDS = 1024
 
 
 def new_student(
-    shape: Backbone, teacher: Teacher, texts: Iterable[str], least: int, seed: int
+    shape: Backbone, teacher: Teacher, texts: Iterable[str], min_count: int, seed: int
 ) -> tuple[Model, Tensor, dict[str, Any]]:
-    """A student that knows the teacher's words before it is trained.
+    """Make a student that is initialised from the teacher's word vectors.
 
-    Each piece of the trimmed vocabulary goes through the teacher alone; its vector, less the mean
-    of all and projected on their principal directions, is its embedding. Layer 0 attends evenly
-    and passes values through, the other layers start close to doing nothing: the last token's
-    state is about the mean of the text's words.
+    The teacher embeds each piece of the trimmed vocabulary by itself. The centred vectors,
+    projected on their principal components, become the student's embedding table. Layer 0 attends
+    uniformly and copies values, the other layers start close to the identity, so that the last
+    token's state is about the mean of the text's word vectors.
 
     Args:
-        shape: the backbone; its vocabulary is replaced by the trimmed one.
-        teacher: of WordPiece tokens.
+        shape: the backbone; its vocabulary size is replaced by that of the trimmed one.
+        teacher: with a WordPiece tokenizer.
         texts: the corpus that decides which pieces are kept.
-        least: how often a piece must occur in it.
+        min_count: minimum number of occurrences of a piece in the corpus.
         seed: of the random weights.
 
     Returns:
-        The model in float32, the projection psi [teacher, hidden] that undoes the one of the
-        embeddings, and tokenizer.json.
+        The model in float32, the projection psi [teacher dimension, hidden] that inverts the
+        projection of the embeddings, and the content of tokenizer.json.
 
     Raises:
-        TrainingError: the teacher's tokenizer cannot be trimmed, or the shape is wider than it.
+        TrainingError: the tokenizer cannot be trimmed, or the shape is wider than the teacher.
     """
     if shape.hidden > teacher.dimension:
         raise TrainingError(
-            f"A student {shape.hidden} wide cannot start from a teacher's words of "
-            f"{teacher.dimension} dimensions: make it narrower, or name a wider teacher."
+            f"A student of {shape.hidden} dimensions cannot start from a teacher of "
+            f"{teacher.dimension}: lower student.hidden, or choose a wider teacher."
         )
-    tokenizer = trimmed_tokenizer(teacher.tokenizer, texts, least)
+    tokenizer = trimmed_tokenizer(teacher.tokenizer, texts, min_count)
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     vectors = _word_vectors(teacher, list(vocabulary))
-    vectors -= vectors.mean(0)  # what all words share says nothing, and would drown the rest
-    vectors[vocabulary[END]] = 0  # pooled: what the text says is added to nothing
-    directions = _top_directions(vectors, shape.hidden)
+    vectors -= vectors.mean(0)  # the common component carries no information
+    vectors[vocabulary[END]] = 0  # the pooled token adds nothing of its own
+    directions = _principal_directions(vectors, shape.hidden)
     torch.manual_seed(seed)
     model = new_backbone(replace(shape, vocabulary=len(vocabulary)))
-    _prepare(model)
+    _initialise_layers(model)
     with torch.no_grad():
         embedded = vectors @ directions.T
         embedded *= 1 / embedded.square().mean().sqrt().clamp_min(1e-6)
@@ -72,28 +72,28 @@ def new_student(
 
 
 def _word_vectors(teacher: Teacher, pieces: list[str]) -> Tensor:
-    """Each vocabulary piece through the teacher: float32 [pieces, dimension]."""
+    """Embed each vocabulary piece with the teacher; returns float32 [pieces, dimension]."""
     tokenizer = Tokenizer.from_file(str(teacher.tokenizer))
     start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id(END)
     ids = np.array([[start, tokenizer.token_to_id(piece), end] for piece in pieces])
     lengths = np.full(len(ids), 3)
-    parts = [
-        teacher.embed(ids[first : first + _WORDS_AT_ONCE], lengths[first : first + _WORDS_AT_ONCE])
-        for first in track(range(0, len(ids), _WORDS_AT_ONCE), "words", transient=True)
+    vectors = [
+        teacher.embed(ids[first : first + _CHUNK_WORDS], lengths[first : first + _CHUNK_WORDS])
+        for first in track(range(0, len(ids), _CHUNK_WORDS), "words", transient=True)
     ]
-    return torch.cat(parts).float().cpu().clone()
+    return torch.cat(vectors).float().cpu().clone()
 
 
-def _top_directions(vectors: Tensor, count: int) -> Tensor:
-    """The eigenvectors of ``V^T V`` with the largest eigenvalues: [count, dimension]."""
+def _principal_directions(vectors: Tensor, count: int) -> Tensor:
+    """Return the eigenvectors of ``V^T V`` with the largest eigenvalues: [count, dimension]."""
     moments = vectors.double().T @ vectors.double()
     _, columns = torch.linalg.eigh(moments)
     top: Tensor = columns.T.flip(0)[:count].float()
     return top
 
 
-def _prepare(model: Model) -> None:
-    """Layer 0 averages its values; every layer's other contributions start small."""
+def _initialise_layers(model: Model) -> None:
+    """Make layer 0 average its values, and all other contributions of all layers small."""
     layers: Any = model.layers
     for number, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -101,10 +101,10 @@ def _prepare(model: Model) -> None:
         torch.nn.init.normal_(attention.o_proj.weight, std=1e-3)
         if number:
             continue
-        _evenly_attending(attention)
+        _attend_uniformly(attention)
         groups = attention.num_key_value_groups
         with torch.no_grad():
-            # Values of one key head serve `groups` query heads: their sum gives each value back.
+            # Each value head serves `groups` query heads: the sum of their outputs is the value.
             torch.nn.init.eye_(attention.v_proj.weight)
             out = attention.v_proj.weight.T.reshape(model.config.hidden_size, -1)
             heads = out.reshape(len(out), -1, attention.head_dim)
@@ -112,7 +112,7 @@ def _prepare(model: Model) -> None:
             attention.o_proj.weight.copy_(repeated)
 
 
-def _evenly_attending(attention: Any) -> None:
+def _attend_uniformly(attention: Any) -> None:
     if hasattr(attention, "q_norm"):
         torch.nn.init.constant_(attention.q_norm.weight, 0.1)
     else:
@@ -120,7 +120,7 @@ def _evenly_attending(attention: Any) -> None:
 
 
 def with_adapter(model: Model, name: str, rank: int, alpha: int, seed: int) -> PeftModel:
-    """A frozen backbone with one new LoRA adapter on every linear layer; B is zero."""
+    """Add one LoRA adapter to every linear layer of a frozen backbone; B is 0."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
@@ -136,7 +136,7 @@ def with_adapter(model: Model, name: str, rank: int, alpha: int, seed: int) -> P
 def save_student(
     folder: Path, model: Model, projection: Tensor, tokenizer: dict[str, Any] | Path
 ) -> None:
-    """Write a student that ``open_base`` reads, with its projection beside it."""
+    """Write a student's checkpoint for ``open_base``, and its projection."""
     weights = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }

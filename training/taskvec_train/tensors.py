@@ -1,4 +1,4 @@
-"""Weights as files."""
+"""Write weights to safetensors files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file that may be read by whom the umask says, as any other file.
+    """Write a safetensors file with the permissions of the umask.
 
-    ``save_file`` alone lets nobody but the writer read it, so no container of another user.
+    ``save_file`` alone makes files that only their owner can read, so that a container of another
+    user cannot serve them.
 
     Args:
         tensors: contiguous, on any device.
-        file: is replaced.
+        file: replaced if it exists.
 
     Raises:
-        OSError, SafetensorError: the disk refuses it.
+        OSError, SafetensorError: the file cannot be written.
     """
     file.touch()
     mode = file.stat().st_mode

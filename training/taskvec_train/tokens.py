@@ -1,4 +1,4 @@
-"""Texts as token ids on disk: tokenised once, mapped into memory, gathered without loops."""
+"""Token ids of texts on disk: tokenised once, memory-mapped, gathered with numpy."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from taskvec_train.files import reserve, whole_folder
+from taskvec_train.files import atomic_folder, reserve_space
 
-CHUNK = 8192
+CHUNK_TEXTS = 8192
 """Texts that are tokenised at a time."""
 
-MULTIPLE = 16
-"""Padded lengths are multiples of this: kernels like it, and compiled code sees few shapes."""
+PAD_MULTIPLE = 16
+"""Padded lengths are multiples of this: kernels are faster, and compiled code has few shapes."""
 
 Texts = Sequence[tuple[str, str]]
-"""(prompt, text): joined before they are tokenised, as they are when served."""
+"""(prompt, text), concatenated before tokenising, as the service does."""
 
 
 class TokenStore:
-    """The token ids of many texts.
+    """Token ids of many texts, memory-mapped.
 
     Attributes:
-        lengths: int64 [texts].
+        lengths: int64 [texts], tokens of each text.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Map what ``write_tokens`` wrote."""
+        """Open what ``tokens_of`` wrote."""
         self._ids: NDArray[np.int32] = np.load(folder / "ids.npy", mmap_mode="r")
         self._starts: NDArray[np.int64] = np.load(folder / "starts.npy")
         self.lengths = np.diff(self._starts)
@@ -39,47 +39,47 @@ class TokenStore:
         return len(self.lengths)
 
     def padded(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Texts side by side, padded on the right with token 0.
+        """Return texts as a matrix, padded on the right with token 0.
 
         Args:
-            rows: which texts, [n].
+            rows: int64 [n], rows of texts.
 
         Returns:
-            int64 ids [n, length] and lengths [n].
+            int64 ids [n, length] and int64 lengths [n].
         """
         lengths = self.lengths[rows]
         width = padded_length(lengths)
-        places = np.arange(width)
-        inside = places < lengths[:, None]
-        flat = np.where(inside, self._starts[rows][:, None] + places, 0)
-        return np.where(inside, self._ids[flat], 0).astype(np.int64), lengths
+        positions = np.arange(width)
+        mask = positions < lengths[:, None]
+        flat = np.where(mask, self._starts[rows][:, None] + positions, 0)
+        return np.where(mask, self._ids[flat], 0).astype(np.int64), lengths
 
 
 def padded_length(lengths: NDArray[np.int64]) -> int:
-    """The width of a matrix that holds texts of these lengths."""
-    return int(-(-lengths.max() // MULTIPLE) * MULTIPLE)
+    """Return the padded length of texts of these lengths."""
+    return int(-(-lengths.max() // PAD_MULTIPLE) * PAD_MULTIPLE)
 
 
-def tokens_of(home: Path, texts: Texts, tokenizer: Path, limit: int) -> TokenStore:
-    """Tokenise texts, or find that it was done before.
+def tokens_of(folder: Path, texts: Texts, tokenizer: Path, limit: int) -> TokenStore:
+    """Tokenise texts, or open the store that an earlier call wrote.
 
     Args:
-        home: folder of such stores; each is named after what it holds.
-        texts: with their prompts.
-        tokenizer: tokenizer.json.
-        limit: tokens a text is cut to; what the tokenizer appends stays.
+        folder: of all stores; each is named by a digest of its texts and tokenizer.
+        texts: (prompt, text).
+        tokenizer: path of tokenizer.json.
+        limit: maximum number of tokens of a text, special tokens included.
 
     Raises:
-        TrainingError: the disk refuses it.
+        TrainingError: a file cannot be written.
     """
     digest = hashlib.sha256(tokenizer.read_bytes() + limit.to_bytes(8, "little"))
     for prompt, text in texts:
         digest.update(f"{len(prompt)} {len(text)} {prompt}{text}".encode())
-    folder = home / digest.hexdigest()[:24]
-    if not folder.is_dir():
-        with whole_folder(folder) as unfinished:
+    store = folder / digest.hexdigest()[:24]
+    if not store.is_dir():
+        with atomic_folder(store) as unfinished:
             _write(unfinished, texts, tokenizer, limit)
-    return TokenStore(folder)
+    return TokenStore(store)
 
 
 def _write(folder: Path, texts: Texts, file: Path, limit: int) -> None:
@@ -97,7 +97,7 @@ def _write(folder: Path, texts: Texts, file: Path, limit: int) -> None:
     ids = np.lib.format.open_memmap(
         folder / "ids.npy", mode="w+", dtype=np.int32, shape=(starts[-1],)
     )
-    reserve(folder / "ids.npy")
+    reserve_space(folder / "ids.npy")
     ids[:] = np.memmap(folder / "ids.raw", dtype=np.int32, mode="r")
     ids.flush()
     (folder / "ids.raw").unlink()
@@ -105,4 +105,4 @@ def _write(folder: Path, texts: Texts, file: Path, limit: int) -> None:
 
 
 def _chunks(texts: Texts) -> Iterable[Texts]:
-    return (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
+    return (texts[start : start + CHUNK_TEXTS] for start in range(0, len(texts), CHUNK_TEXTS))

@@ -1,4 +1,4 @@
-"""The student's tokenizer: the teacher's WordPiece, trimmed to what the corpus uses."""
+"""The student's tokenizer: the teacher's WordPiece vocabulary, trimmed to the corpus."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from tokenizers import Tokenizer
 from taskvec_train.errors import TrainingError
 
 END = "[SEP]"
-"""Appended to every text: the token whose state is the embedding."""
+"""Token that is appended to every text; its final state is the embedding."""
 
 _CHUNK = 8192
 
 
-def trimmed_tokenizer(file: Path, texts: Iterable[str], least: int) -> dict[str, Any]:
-    """A tokenizer.json with the pieces that texts use, in their old order, under new ids.
+def trimmed_tokenizer(file: Path, texts: Iterable[str], min_count: int) -> dict[str, Any]:
+    """Return a tokenizer.json with only the pieces that texts use, in their order, with new ids.
 
-    Special tokens stay, and single characters with their continuations, so that any word of known
-    characters can still be spelled.
+    Special tokens and single characters, with their continuations, are kept, so that any word of
+    known characters can still be tokenised.
 
     Args:
         file: a WordPiece tokenizer.json.
         texts: the corpus, prompts included.
-        least: how often a piece must occur.
+        min_count: minimum number of occurrences of a piece.
 
     Raises:
-        TrainingError: it is no WordPiece tokenizer, or has no [SEP].
+        TrainingError: it is not a WordPiece tokenizer, or has no [SEP].
     """
     config: dict[str, Any] = json.loads(file.read_text())
     model = config["model"]
     if model.get("type") != "WordPiece":
         raise TrainingError(
             f"{file} is a {model.get('type')} tokenizer: only WordPiece vocabularies can be "
-            "trimmed; start from a pretrained student instead."
+            "trimmed; use a pretrained student (student.base) instead."
         )
     old: dict[str, int] = model["vocab"]
     counts = _counts(Tokenizer.from_file(str(file)), texts, max(old.values()) + 1)
     special = {token["content"] for token in config["added_tokens"]}
     if END not in special:
-        raise TrainingError(f"{file} has no special token {END}, which the student pools.")
+        raise TrainingError(f"{file} has no special token {END}, whose state the student pools.")
     mark = model.get("continuing_subword_prefix", "##")
     kept = [
         piece
         for piece, number in sorted(old.items(), key=lambda item: item[1])
-        if piece in special or (counts[number] >= least) or len(piece.removeprefix(mark)) == 1
+        if piece in special or (counts[number] >= min_count) or len(piece.removeprefix(mark)) == 1
     ]
     new = {piece: number for number, piece in enumerate(kept)}
     model["vocab"] = new

@@ -18,7 +18,7 @@ from taskvec.api.errors import error_response, error_responses
 from taskvec.api.load_shedding import EventLoopLag, LoadShedder
 from taskvec.core.health import ServiceHealth
 from taskvec.errors import TaskvecError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 from taskvec.service import Role, Service
 from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 

@@ -13,7 +13,7 @@ from taskvec.auth.keys import Key
 from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.errors import InvalidRequestError, QueueFullError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 MAX_LAG = 0.1
 """Seconds of event-loop lag above which requests are refused. The rest of a slow iteration's
@@ -64,7 +64,7 @@ class EventLoopLag:
         self._lags.append(self.seconds)
         if len(self._lags) == INTERVALS_PER_REPORT:
             self._metrics.loop_late(max(self._lags))
-            self._metrics.let_time_pass()
+            self._metrics.update_queue_age()
             self._lags.clear()
         self.start()
 

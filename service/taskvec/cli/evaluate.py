@@ -1,4 +1,4 @@
-"""``taskvec eval`` and ``taskvec eval-mteb``: from their options to what they print and write."""
+"""``taskvec eval`` and ``taskvec eval-mteb``: load a model, evaluate it, write reports."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from taskvec.core.postprocess import OutputType
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.formats import forms_of
 from taskvec.evaluation.models import LoadedModel, Model
-from taskvec.evaluation.report import as_json, plot, progress, require_place, tables, write_whole
+from taskvec.evaluation.report import (
+    as_json,
+    check_writable,
+    plot,
+    progress_bar,
+    tables,
+    write_atomically,
+)
 from taskvec.evaluation.run import Plan, evaluate
-from taskvec.evaluation.service import Service
+from taskvec.evaluation.service import ServedModel
 
-PLAIN_WIDTH = 120
-"""Columns of a table that goes to no terminal."""
+PIPE_WIDTH = 120
+"""Columns of a table if standard output is not a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where the model is.
+class ModelSource:
+    """The model to evaluate: a checkpoint, or a running service.
 
     Attributes:
-        model: a folder, a hub id or a name; not read where there is a URL.
-        url: a running service; None for a model in this process.
-        revision: see ``Embedder``.
-        device: see there.
-        dtype: see there.
+        model: a folder, a hub id or a name; ignored if there is a URL.
+        url: address of a running service; None to load the model in this process.
+        revision: see ``taskvec.library.Embedder``.
+        device: see ``taskvec.library.Embedder``.
+        dtype: see ``taskvec.library.Embedder``.
     """
 
     model: str
@@ -41,17 +48,18 @@ class Source:
     dtype: str
 
     @contextmanager
-    def opened(self) -> Iterator[Model]:
-        """The model, for as long as it is used.
+    def open(self) -> Iterator[Model]:
+        """Load the model or connect to the service; close it at the end.
 
         Raises:
-            CheckpointError: it cannot be loaded.
+            CheckpointError: the model cannot be loaded.
             UnavailableError: the service does not answer.
         """
         if self.url is not None:
-            yield Service(self.url)
+            yield ServedModel(self.url)
             return
-        from taskvec.library import Embedder  # noqa: PLC0415 - torch, which a service spares
+        # Imports torch, which a running service does not need here.
+        from taskvec.library import Embedder  # noqa: PLC0415
 
         with Embedder(
             self.model, revision=self.revision, device=self.device, dtype=self.dtype
@@ -60,8 +68,19 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What ``taskvec eval`` is asked for; empty ``tasks`` and ``dimensions`` mean all."""
+class EvalOptions:
+    """Options of ``taskvec eval``.
+
+    Attributes:
+        data: files and folders of evaluation data.
+        tasks: adapters, or ``base``; empty for all.
+        dimensions: numbers of dimensions; empty for the model's Matryoshka dimensions.
+        outputs: output types of the vectors.
+        bm25: True scores retrieval data with BM25 as well.
+        json: file for all results; None for no file.
+        plot: PNG file for a plot; None for no file.
+        seed: of the k-means starts.
+    """
 
     data: Sequence[Path]
     tasks: Sequence[str]
@@ -73,33 +92,33 @@ class Request:
     seed: int
 
 
-def run(request: Request, source: Source) -> None:
-    """Evaluate, print tables, write files.
+def run_eval(options: EvalOptions, source: ModelSource) -> None:
+    """Evaluate a model, print tables and write the files.
 
     Raises:
-        TaskvecError: data, options or the service are at fault; the message says where.
-        CheckpointError: see ``Source.opened``.
+        TaskvecError: the data, an option or the service is invalid.
+        CheckpointError: the model cannot be loaded.
     """
-    for file in (request.json, request.plot):
+    for file in (options.json, options.plot):
         if file is not None:
-            require_place(file)
-    data = find_data(request.data)
-    with source.opened() as model, progress() as watch:
-        dimensions = request.dimensions or model.matryoshka
+            check_writable(file)
+    data = find_data(options.data)
+    with source.open() as model, progress_bar() as progress:
+        dimensions = options.dimensions or model.matryoshka
         plan = Plan(
             data=data,
-            forms=forms_of(model.dimension, dimensions, request.outputs),
-            tasks=request.tasks,
-            seed=request.seed,
-            bm25=request.bm25,
-            watch=watch,
+            forms=forms_of(model.dimension, dimensions, options.outputs),
+            tasks=options.tasks,
+            seed=options.seed,
+            bm25=options.bm25,
+            progress=progress,
         )
         results = list(evaluate(model, plan))
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     for title, table in tables(data, results):
         console.print(title, table, sep="\n", highlight=False, markup=False)
-    if request.json is not None:
-        place = source.url or source.model
-        write_whole(request.json, as_json(model, place, data, results, request.seed))
-    if request.plot is not None:
-        write_whole(request.plot, plot(results, model.name))
+    if options.json is not None:
+        name = source.url or source.model
+        write_atomically(options.json, as_json(model, name, data, results, options.seed))
+    if options.plot is not None:
+        write_atomically(options.plot, plot(results, model.name))

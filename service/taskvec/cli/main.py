@@ -282,10 +282,14 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
     with exit_on_error(), name_missing_extra():
         configure_logs("warning")
         Settings(device=device)
-        from taskvec.cli.evaluate import Request, Source, run  # noqa: PLC0415 - loads scikit-learn
+        from taskvec.cli.evaluate import (  # noqa: PLC0415 - loads scikit-learn
+            EvalOptions,
+            ModelSource,
+            run_eval,
+        )
 
-        run(
-            Request(
+        run_eval(
+            EvalOptions(
                 data=data,
                 tasks=task or [],
                 dimensions=dimensions or [],
@@ -295,7 +299,7 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
                 plot=plot,
                 seed=seed,
             ),
-            Source(model, url, revision, device, dtype),
+            ModelSource(model, url, revision, device, dtype),
         )
 
 
@@ -335,10 +339,10 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
         Settings(device=device)
         if not tasks and benchmark is None:
             exit_with("Nothing to run: set --tasks or --benchmark.", EXIT_USAGE)
-        from taskvec.cli.evaluate import Source  # noqa: PLC0415
+        from taskvec.cli.evaluate import ModelSource  # noqa: PLC0415
         from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
 
-        with Source(model, url, revision, device, dtype).opened() as opened:
+        with ModelSource(model, url, revision, device, dtype).open() as opened:
             run_named(
                 opened,
                 tasks=tasks or [],

@@ -77,6 +77,21 @@ class EngineState(enum.Enum):
     DEAD = "dead"
 
 
+class CallOutcome(enum.StrEnum):
+    """How a call to an engine server ended; a metric label.
+
+    It is defined here, not beside the client, so that the metrics need not import aiohttp.
+    """
+
+    OK = "ok"
+    BUSY = "busy"
+    UNREACHABLE = "unreachable"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    WRONG = "wrong"
+    ABANDONED = "abandoned"
+
+
 class DropReason(enum.StrEnum):
     """Reason why a text left the queue without being embedded; a metric label."""
 

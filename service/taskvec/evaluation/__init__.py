@@ -1,1 +1,1 @@
-"""How good the vectors are: per task, number of dimensions and output type, on held-out data."""
+"""Evaluation of embedding quality: retrieval, STS, classification, clustering, and MTEB."""

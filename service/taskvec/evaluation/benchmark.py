@@ -1,4 +1,4 @@
-"""The public benchmark MTEB, by its own package, on any model here."""
+"""Run the public benchmark MTEB, through its own package, on a model under evaluation."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ _ADAPTERS = {
     "MultilabelClassification": "classification",
     "Regression": "classification",
 }
-"""The adapter of each type of task; pairs, bitexts and summaries are matched."""
+"""Adapter for each type of MTEB task."""
 
-_OTHERWISE = "text-matching"
+_DEFAULT_ADAPTER = "text-matching"
+"""Adapter for all other types: pairs, bitexts, summaries."""
 
 
 class MtebEncoder(AbsEncoder):
-    """A model as MTEB wants it: each of its tasks by the adapter made for it, in one form."""
+    """A model behind MTEB's encoder interface: one output format, an adapter for each task."""
 
     mteb_model_meta: ModelMeta
 
@@ -46,17 +47,17 @@ class MtebEncoder(AbsEncoder):
         """Wrap a model.
 
         Args:
-            model: what is evaluated.
-            form: what is kept of each vector.
-            adapter: for every task; None for the one that fits.
+            model: the model under evaluation.
+            form: dimensions and output type of the vectors.
+            adapter: adapter for every task; None to choose by the type of task.
 
         Raises:
-            InvalidRequestError: there is no such adapter.
+            InvalidRequestError: the model does not have this adapter.
         """
         self._sides = sides_of(model.tasks)
         if adapter is not None and adapter not in self._sides:
             raise InvalidRequestError(
-                f"There is no task {adapter!r}: it has {', '.join(self._sides)}."
+                f"The model has no task {adapter!r}: choose from {', '.join(self._sides)}."
             )
         self._model = model
         self._form = form
@@ -79,28 +80,28 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **_: Any,
     ) -> Matrix:
-        """Rows [texts, dimensions] for one task; see ``Form.rows``."""
+        """Return rows [texts, dimensions] for one MTEB task; see ``Form.rows``."""
         texts = [text or " " for batch in inputs for text in batch["text"]]
         query, passage = self._sides[self.adapter_for(task_metadata.type)]
         task = query if prompt_type is PromptType.query else passage
         return self._form.rows(self._model.embed(texts, task, lambda _: None))
 
     def adapter_for(self, kind: str) -> str:
-        """The adapter for a type of task; the only one, where the model has no more.
+        """Return the adapter for a type of task; a model with a single adapter uses that one.
 
         Raises:
-            InvalidRequestError: the model has several, and none that fits.
+            InvalidRequestError: the model has several adapters, but not the one for this type.
         """
         if self._adapter is not None:
             return self._adapter
-        wanted = _ADAPTERS.get(kind, _OTHERWISE)
+        wanted = _ADAPTERS.get(kind, _DEFAULT_ADAPTER)
         if wanted in self._sides:
             return wanted
         if len(self._sides) == 1:
             return next(iter(self._sides))
         raise InvalidRequestError(
-            f"MTEB's {kind} needs the task {wanted}, and the model has {', '.join(self._sides)}: "
-            "choose one by --task."
+            f"MTEB's {kind} needs the task {wanted}, but the model has {', '.join(self._sides)}: "
+            "choose one with --task."
         )
 
 
@@ -114,10 +115,10 @@ def run_named(
     output: OutputType,
     folder: Path,
 ) -> None:
-    """Run tasks by their names, and those of a benchmark, and print their main scores.
+    """Run MTEB tasks by name, and those of a benchmark, and print their main scores.
 
     Raises:
-        InvalidRequestError: MTEB knows no such, or the model no such adapter or dimensions.
+        InvalidRequestError: a name is unknown to MTEB, or the adapter or dimensions to the model.
     """
     (form,) = forms_of(model.dimension, [dimensions] if dimensions else [], [output])
     encoder = MtebEncoder(model, form, adapter)
@@ -126,12 +127,12 @@ def run_named(
 
 
 def run_benchmark(encoder: MtebEncoder, tasks: Sequence[AbsTask], folder: Path) -> ModelResult:
-    """Run tasks; those that the folder has results of, from this form, are not run again."""
+    """Run MTEB tasks; results of this format that are in the folder already are reused."""
     return mteb.evaluate(encoder, tasks, cache=mteb.ResultCache(folder))
 
 
 def benchmark_table(tasks: Sequence[AbsTask], result: ModelResult) -> Table:
-    """The main score of each task."""
+    """Return a table of the main score of each task."""
     about = {task.metadata.name: task.metadata for task in tasks}
     table = Table("task", "type", "measure", "score")
     for scored in result.task_results:
@@ -146,6 +147,6 @@ def _named(tasks: Sequence[str], benchmark: str | None) -> list[AbsTask]:
         if benchmark is not None:
             named += mteb.get_benchmark(benchmark).tasks
     except KeyError as error:
-        fault = str(error.args[0]).removeprefix("KeyError: ")
-        raise InvalidRequestError(f"MTEB: {fault}") from None
+        message = str(error.args[0]).removeprefix("KeyError: ")
+        raise InvalidRequestError(f"MTEB: {message}") from None
     return named

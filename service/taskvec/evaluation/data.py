@@ -1,4 +1,4 @@
-"""Held-out data: found in folders by its shape, read and checked."""
+"""Evaluation data: find data sets in folders by their file names and fields, read, check them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from taskvec.errors import InvalidRequestError
-from taskvec.evaluation.jsonl import Record, decoded, read_lines, read_records
+from taskvec.evaluation.jsonl import Record, decode_line, read_lines, read_records
 
 CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels/test.tsv"
 TRAIN, TEST = "train.jsonl", "test.jsonl"
 HEADER = "query-id\tcorpus-id\tscore"
 
-SHAPES = (
+KNOWN_LAYOUTS = (
     f"Known are folders with {CORPUS}, {QUERIES} and {QRELS} (retrieval), folders with {TRAIN} and "
     f"{TEST} of text and label (classification, clustering), and files of JSON lines with text_a, "
     "text_b and score (sts) or with text and label (clustering)"
@@ -23,20 +23,20 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Queries, documents, and which of them belong together.
+    """Queries, documents and relevance judgements.
 
     Attributes:
-        judged: for each query, document -> grade; each has one above 0, and none has below.
-        twins: for each query, the document with the same id, which is no answer where it is not
-            judged one; None where there is no such.
+        qrels: for each query, document index -> grade; at least one is above 0, none is below.
+        identical_ids: for each query, the index of the document with the same id, or None. It is
+            not an answer unless it is in ``qrels``.
     """
 
     kind: ClassVar[str] = "retrieval"
     name: str
     documents: Sequence[str]
     queries: Sequence[str]
-    judged: Sequence[Mapping[int, int]]
-    twins: Sequence[int | None]
+    qrels: Sequence[Mapping[int, int]]
+    identical_ids: Sequence[int | None]
 
     @property
     def texts(self) -> int:
@@ -46,7 +46,7 @@ class RetrievalData:
 
 @dataclass(frozen=True, slots=True)
 class PairData:
-    """Pairs of texts, and how alike people found them."""
+    """Pairs of texts with human similarity scores, in any unit."""
 
     kind: ClassVar[str] = "sts"
     name: str
@@ -62,7 +62,7 @@ class PairData:
 
 @dataclass(frozen=True, slots=True)
 class LabelledTexts:
-    """Texts, each with its label."""
+    """Texts and their labels, in the same order."""
 
     texts: Sequence[str]
     labels: Sequence[str]
@@ -70,9 +70,9 @@ class LabelledTexts:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationData:
-    """Labelled texts to learn from, and others to prove it on.
+    """Labelled texts for training and testing a classifier.
 
-    Some labels may be among the latter only: no probe can guess them.
+    A label that occurs only in the test texts cannot be predicted, and counts as a mistake.
     """
 
     kind: ClassVar[str] = "classification"
@@ -88,7 +88,7 @@ class ClassificationData:
 
 @dataclass(frozen=True, slots=True)
 class ClusteringData:
-    """Labelled texts; the labels are to be found again without being seen."""
+    """Labelled texts; the labels are only used to score the clusters."""
 
     kind: ClassVar[str] = "clustering"
     name: str
@@ -104,30 +104,32 @@ Data = RetrievalData | PairData | ClassificationData | ClusteringData
 
 
 def find_data(paths: Sequence[Path]) -> list[Data]:
-    """Read all data at these places.
+    """Read all data sets at these paths.
 
     Args:
-        paths: folders and files; in a folder that is no data itself, everything below is taken.
+        paths: files and folders; a folder that is not a data set is searched recursively.
 
     Raises:
-        InvalidRequestError: naming the file and line at fault, or the place without any data.
+        InvalidRequestError: a file is invalid (file and line are named), or a path has no data.
     """
     found: dict[str, Data] = {}
     for path in paths:
         if not path.exists():
-            raise InvalidRequestError(f"{path} does not exist: --data wants a folder or a file.")
+            raise InvalidRequestError(f"{path} does not exist: --data must be a folder or a file.")
         before = len(found)
-        whole = path.resolve()  # the name of "." is that of the folder
-        above = f"{whole.parent.name}/" if path.is_file() or _is_data(path) else ""
-        for data in _below(path, above + (whole.stem if path.is_file() else whole.name)):
+        absolute = path.resolve()  # "." has no name
+        prefix = f"{absolute.parent.name}/" if path.is_file() or _is_data(path) else ""
+        for data in _find_below(
+            path, prefix + (absolute.stem if path.is_file() else absolute.name)
+        ):
             if data.name in found:
                 raise InvalidRequestError(
-                    f"Two data sets are called {data.name}: name the folder above, or one of them "
-                    "only."
+                    f"Two data sets are called {data.name}: name their common folder, or only one "
+                    "of them."
                 )
             found[data.name] = data
         if len(found) == before:
-            raise InvalidRequestError(f"{path} holds no data. {SHAPES}.")
+            raise InvalidRequestError(f"{path} contains no data. {KNOWN_LAYOUTS}.")
     return list(found.values())
 
 
@@ -135,7 +137,7 @@ def _is_data(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CORPUS, QUERIES, TRAIN, TEST))
 
 
-def _below(path: Path, name: str) -> Iterator[Data]:
+def _find_below(path: Path, name: str) -> Iterator[Data]:
     if path.is_file():
         yield from _labels_or_pairs(path, name)
     elif (path / CORPUS).exists() or (path / QUERIES).exists():
@@ -145,20 +147,20 @@ def _below(path: Path, name: str) -> Iterator[Data]:
     else:
         for child in sorted(path.iterdir()):
             if child.is_dir():
-                yield from _below(child, f"{name}/{child.name}")
+                yield from _find_below(child, f"{name}/{child.name}")
             elif child.suffix == ".jsonl":
-                yield from _below(child, f"{name}/{child.stem}")
+                yield from _find_below(child, f"{name}/{child.stem}")
 
 
 def _labels_or_pairs(file: Path, name: str) -> Iterator[Data]:
-    """Nothing where the first record has no field of ours: folders hold other files, too."""
+    """Read a JSON lines file; yield nothing if its first record has no known field."""
     first = next(read_records(file)).fields
     if {"text_a", "text_b"} & first.keys():
         yield _pairs(file, name)
     elif "label" in first:
         labelled = _labelled(file)
         if not _shared(labelled):
-            raise InvalidRequestError(f"{file}: no two texts share a label: nothing to cluster.")
+            raise InvalidRequestError(f"{file}: no two texts share a label.")
         yield ClusteringData(name, labelled)
 
 
@@ -166,15 +168,15 @@ def _pairs(file: Path, name: str) -> PairData:
     records = [(r.text("text_a"), r.text("text_b"), r.number("score")) for r in read_records(file)]
     left, right, scores = zip(*records, strict=True)
     if len(set(scores)) == 1:
-        raise InvalidRequestError(f"{file}: all pairs have one score: there is no order to find.")
+        raise InvalidRequestError(f"{file}: all pairs have the same score.")
     return PairData(name, left, right, scores)
 
 
 def _labelled_folder(folder: Path, name: str) -> Iterator[Data]:
-    """The test texts are clustered, too, where that makes sense."""
+    """Yield classification data, and the test texts as clustering data if labels repeat."""
     train, test = _labelled(folder / TRAIN), _labelled(folder / TEST)
     if not set(train.labels) & set(test.labels):
-        raise InvalidRequestError(f"{folder / TEST} has no label that {TRAIN} has, too.")
+        raise InvalidRequestError(f"{folder / TEST} shares no label with {TRAIN}.")
     yield ClassificationData(name, train, test)
     if len(set(test.labels)) > 1 and _shared(test):
         yield ClusteringData(f"{name}/{Path(TEST).stem}", test)
@@ -189,7 +191,7 @@ def _labelled(file: Path) -> LabelledTexts:
     texts, labels = zip(*records, strict=True)
     if len(set(labels)) == 1 and file.name != TEST:
         raise InvalidRequestError(
-            f"{file} has one label only, {labels[0]!r}: there is nothing to tell apart."
+            f"{file} has only one label, {labels[0]!r}: at least two are needed."
         )
     return LabelledTexts(texts, labels)
 
@@ -197,30 +199,30 @@ def _labelled(file: Path) -> LabelledTexts:
 def _retrieval(folder: Path, name: str) -> RetrievalData:
     documents = _by_id(folder / CORPUS, _document)
     queries = _by_id(folder / QUERIES, lambda record: record.text("text"))
-    places = {name: place for place, name in enumerate(documents)}
-    judged: dict[str, dict[int, int]] = {}
-    for place, query, document, grade in _judgements(folder / QRELS):
+    positions = {name: position for position, name in enumerate(documents)}
+    qrels: dict[str, dict[int, int]] = {}
+    for location, query, document, grade in _read_qrels(folder / QRELS):
         for known, wanted, file in ((queries, query, QUERIES), (documents, document, CORPUS)):
             if wanted not in known:
-                raise InvalidRequestError(f"{place} names {wanted!r}, which is not in {file}.")
-        grades = judged.setdefault(query, {})
-        if places[document] in grades:
-            raise InvalidRequestError(f"{place} judges {document!r} for {query!r} once more.")
-        grades[places[document]] = max(grade, 0)
-    asked = [query for query, grades in judged.items() if any(grades.values())]
-    if not asked:
-        raise InvalidRequestError(f"{folder / QRELS} calls no document relevant.")
+                raise InvalidRequestError(f"{location} names {wanted!r}, which is not in {file}.")
+        grades = qrels.setdefault(query, {})
+        if positions[document] in grades:
+            raise InvalidRequestError(f"{location} grades {document!r} for {query!r} again.")
+        grades[positions[document]] = max(grade, 0)
+    answerable = [query for query, grades in qrels.items() if any(grades.values())]
+    if not answerable:
+        raise InvalidRequestError(f"{folder / QRELS} has no grade above 0.")
     return RetrievalData(
         name,
         documents=list(documents.values()),
-        queries=[queries[query] for query in asked],
-        judged=[judged[query] for query in asked],
-        twins=[places.get(query) for query in asked],
+        queries=[queries[query] for query in answerable],
+        qrels=[qrels[query] for query in answerable],
+        identical_ids=[positions.get(query) for query in answerable],
     )
 
 
 def _document(record: Record) -> str:
-    """Title and text, as BEIR joins them; public corpora hold documents with neither."""
+    """Return title and text, joined as BEIR does; public corpora have documents with neither."""
     return f"{record.optional_text('title')} {record.optional_text('text')}".strip() or " "
 
 
@@ -229,27 +231,28 @@ def _by_id(file: Path, read: Callable[[Record], str]) -> dict[str, str]:
     for record in read_records(file):
         name = record.text("_id")
         if name in texts:
-            record.refuse(f"repeats the _id {name!r}")
+            record.fail(f"repeats the _id {name!r}")
         texts[name] = read(record)
     return texts
 
 
-def _judgements(file: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Place, query, document and grade of each line."""
+def _read_qrels(file: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Yield location, query, document and grade of each line."""
     lines = read_lines(file)
-    place, header = next(lines)
-    if decoded(place, header) != HEADER:
-        raise InvalidRequestError(f"{place} must be the header {HEADER!r}.")
-    for place, line in lines:
-        fields = decoded(place, line).split("\t")
+    location, header = next(lines)
+    if decode_line(location, header) != HEADER:
+        raise InvalidRequestError(f"{location} must be the header {HEADER!r}.")
+    for location, line in lines:
+        fields = decode_line(location, line).split("\t")
         if len(fields) != len(HEADER.split("\t")):
             raise InvalidRequestError(
-                f"{place} has {len(fields)} fields: query, document and grade, between tabs."
+                f"{location} has {len(fields)} fields: it must have query, document and grade, "
+                "separated by tabs."
             )
         query, document, grade = fields
         try:
-            yield place, query, document, int(grade)
+            yield location, query, document, int(grade)
         except ValueError:
             raise InvalidRequestError(
-                f"{place} has the grade {grade[:80]!r}: it must be a whole number."
+                f"{location} has the grade {grade[:80]!r}: it must be a whole number."
             ) from None

@@ -1,4 +1,4 @@
-"""JSON lines, one checked record at a time: what is wrong is named by file and line."""
+"""Read JSON lines one checked record at a time; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file, each with its place, ``file:line``.
+    """Yield the location, ``file:line``, and content of each line of a file.
 
     Raises:
-        InvalidRequestError: it cannot be read, is empty, or a line of it is.
+        InvalidRequestError: it cannot be read, is empty, or has an empty line.
     """
-    place = str(file)
+    location = str(file)
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                place = f"{file}:{number}"
+                location = f"{file}:{number}"
                 content = line.rstrip(b"\r\n")
                 if number == 1:
-                    content = content.removeprefix(_BOM)  # as some editors save UTF-8
+                    content = content.removeprefix(_BOM)  # some editors write a byte order mark
                 if not content.strip():
-                    raise InvalidRequestError(f"{place} is an empty line: remove it.")
-                yield place, content
+                    raise InvalidRequestError(f"{location} is an empty line: remove it.")
+                yield location, content
     except OSError as error:
         raise InvalidRequestError(f"{file} cannot be read: {error.strerror}.") from None
-    if place == str(file):
-        raise InvalidRequestError(f"{file} is empty: there is nothing to evaluate on.")
+    if location == str(file):
+        raise InvalidRequestError(f"{file} is empty.")
 
 
-def decoded(place: str, line: bytes) -> str:
-    """A line as text.
+def decode_line(location: str, line: bytes) -> str:
+    """Decode a line.
 
     Raises:
         InvalidRequestError: it is not UTF-8.
@@ -48,70 +48,72 @@ def decoded(place: str, line: bytes) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(
-            f"{place} is not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8."
+            f"{location} is not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8."
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One object of a JSON lines file.
+    """One object of a JSON lines file, with accessors that check a field.
+
+    Each accessor raises InvalidRequestError if the field is missing or has another type.
 
     Attributes:
-        place: ``file:line``.
+        location: ``file:line``.
     """
 
-    place: str
+    location: str
     fields: dict[str, Any]
 
     def text(self, field: str) -> str:
-        """A string that is not empty."""
+        """Return a string that must not be empty."""
         value = self.optional_text(field)
         if not value:
-            self.refuse(f"lacks {field}, or it is empty: a text is needed")
+            self.fail(f"needs a {field} that is not empty")
         return value
 
     def optional_text(self, field: str) -> str:
-        """A string; empty where there is none."""
+        """Return a string; empty if the field is missing or null."""
         value = self.fields.get(field)
         if value is None:
             return ""
         if not isinstance(value, str):
-            self.refuse(f"has a {field} that is no string")
+            self.fail(f"has a {field} that is not a string")
         return value
 
     def number(self, field: str) -> float:
-        """A finite number."""
+        """Return a finite number."""
         value = self.fields.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(f"lacks {field}, or it is no number")
+            self.fail(f"needs a {field} that is a number")
         if not math.isfinite(value):
-            self.refuse(f"has a {field} that is not finite")
+            self.fail(f"has a {field} that is not finite")
         return float(value)
 
     def label(self, field: str) -> str:
-        """A string or a whole number, as a string."""
+        """Return a string or an integer as a string."""
         value = self.fields.get(field)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            self.refuse(f"lacks {field}, or it is neither a string nor a whole number")
+            self.fail(f"needs a {field} that is a string or an integer")
         return str(value)
 
-    def refuse(self, fault: str) -> NoReturn:
-        """Raise the error that names this record."""
-        raise InvalidRequestError(f"{self.place} {fault}.")
+    def fail(self, problem: str) -> NoReturn:
+        """Raise InvalidRequestError with the location of this record."""
+        raise InvalidRequestError(f"{self.location} {problem}.")
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """The objects of a JSON lines file.
+    """Yield the objects of a JSON lines file.
 
     Raises:
-        InvalidRequestError: see ``read_lines``; or a line is no JSON object in UTF-8.
+        InvalidRequestError: see ``read_lines``; or a line is not a JSON object in UTF-8.
     """
-    for place, line in read_lines(file):
+    for location, line in read_lines(file):
         try:
             fields = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            decoded(place, line)
-            raise InvalidRequestError(f"{place} is no JSON: {error.msg}.") from None
+            decode_line(location, line)
+            raise InvalidRequestError(f"{location} is not valid JSON: {error.msg}.") from None
         if not isinstance(fields, dict):
-            raise InvalidRequestError(f"{place} is no JSON object: one object a line is wanted.")
-        yield Record(place, fields)
+            raise InvalidRequestError(f"{location} is not a JSON object: write one object a line.")
+        yield Record(location, fields)

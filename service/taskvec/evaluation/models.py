@@ -1,4 +1,4 @@
-"""What is evaluated: something that turns texts into vectors, by task."""
+"""Models under evaluation: the protocol, and a checkpoint loaded in this process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from taskvec.core.tasks import Task
 from taskvec.evaluation.formats import Matrix
 
 if TYPE_CHECKING:
-    from taskvec.library import Embedder  # loads torch, which a service spares
+    from taskvec.library import Embedder  # loads torch, which a served model does not need
 
 BASE = "base"
-"""What the backbone without an adapter is called."""
+"""Task name of the backbone without an adapter."""
 
 Advance = Callable[[int], None]
-"""Told of each batch, how many texts were embedded."""
+"""Called after each batch with the number of texts embedded."""
 
 _QUERY, _PASSAGE = ".query", ".passage"
-_TEXTS_AT_ONCE = 512
+_CHUNK_TEXTS = 512
+"""Texts between two progress reports."""
 
 
 class Sides(NamedTuple):
-    """The tasks that embed the two sides of a search; one task for both where there is no other.
+    """The tasks of one adapter for queries and passages; the same task if it has only one.
 
-    What is no search is embedded as a passage.
+    Texts of data other than retrieval are embedded as passages.
     """
 
     query: str
@@ -35,13 +36,13 @@ class Sides(NamedTuple):
 
 
 class Model(Protocol):
-    """A checkpoint in this process, or a service.
+    """A model under evaluation.
 
     Attributes:
-        name: what it is called.
-        dimension: width of its vectors.
-        matryoshka: dimensions that it was trained to be cut at; empty where unknown.
-        tasks: names that ``embed`` takes.
+        name: its name in reports.
+        dimension: dimensions of its vectors.
+        matryoshka: dimensions that it was trained to be truncated to; empty if unknown.
+        tasks: task names that ``embed`` accepts.
     """
 
     name: str
@@ -50,16 +51,21 @@ class Model(Protocol):
     tasks: Sequence[str]
 
     def embed(self, texts: Sequence[str], task: str, advance: Advance) -> Matrix:
-        """Embed texts, cut where they are too long.
+        """Embed texts; texts that are too long are truncated.
+
+        Args:
+            texts: to embed.
+            task: one of ``tasks``.
+            advance: called with the number of texts done, after each batch.
 
         Returns:
-            float32 [texts, dimension], as the engine gives them, not normalised.
+            float32 [texts, dimension], not normalised.
         """
         ...
 
 
 def sides_of(tasks: Sequence[str]) -> dict[str, Sides]:
-    """Adapter -> the tasks of its two sides."""
+    """Group tasks by adapter: adapter -> its tasks for queries and passages."""
     sides: dict[str, Sides] = {}
     for task in tasks:
         adapter = task.removesuffix(_QUERY).removesuffix(_PASSAGE)
@@ -71,10 +77,10 @@ def sides_of(tasks: Sequence[str]) -> dict[str, Sides]:
 
 
 class LoadedModel:
-    """A checkpoint in this process, and its backbone alone as the task ``base``."""
+    """A checkpoint in this process; its backbone without an adapter is the task ``base``."""
 
     def __init__(self, embedder: Embedder) -> None:
-        """Take a loaded model; whoever loaded it closes it."""
+        """Wrap a loaded model; the caller closes it."""
         card = embedder.model
         self.name = card.name
         self.dimension = card.dimension
@@ -86,7 +92,7 @@ class LoadedModel:
         self.tasks: Sequence[str] = list(self._tasks)
 
     def _base(self) -> dict[str, Task]:
-        """The backbone with the prompts of a search, where the model has such."""
+        """Return the tasks of the backbone, with the retrieval prompts if the model has them."""
         bare = {name: replace(task, adapter=None) for name, task in self._tasks.items()}
         searches = [name for name in bare if name.endswith((_QUERY, _PASSAGE))]
         if not searches:
@@ -96,10 +102,10 @@ class LoadedModel:
     def embed(self, texts: Sequence[str], task: str, advance: Advance) -> Matrix:
         """See ``Model.embed``."""
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-            piece = texts[begin : begin + _TEXTS_AT_ONCE]
-            vectors[begin : begin + len(piece)] = self._embedder.embed(
-                piece, self._tasks[task], normalized=False, truncate=True
+        for start in range(0, len(texts), _CHUNK_TEXTS):
+            chunk = texts[start : start + _CHUNK_TEXTS]
+            vectors[start : start + len(chunk)] = self._embedder.embed(
+                chunk, self._tasks[task], normalized=False, truncate=True
             )
-            advance(len(piece))
+            advance(len(chunk))
         return vectors

@@ -1,4 +1,7 @@
-"""Results as tables and as JSON."""
+"""Reports of an evaluation: tables, JSON, a plot, and the progress bar while it runs.
+
+The plot shows the main measure against the bytes of a vector. Files are written atomically.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,28 @@ from taskvec import __version__
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import Data
 from taskvec.evaluation.models import Model
-from taskvec.evaluation.run import BM25, Result, Watch
+from taskvec.evaluation.run import BM25, ProgressCallback, Result
 
-SHOWN = ("ndcg@10", "recall@100", "spearman", "accuracy", "v_measure")
-"""Measures with a table; JSON has all."""
+TABLE_MEASURES = ("ndcg@10", "recall@100", "spearman", "accuracy", "v_measure")
+"""Measures that get a table; JSON contains all."""
+
+PANEL_INCHES = (3.4, 2.8)
+"""Width and height of one panel of the plot."""
 
 
 def tables(data: Iterable[Data], results: Sequence[Result]) -> Iterator[tuple[str, Table]]:
-    """For each data set and measure a title and a table: tasks and output types by dimensions.
+    """Yield a title and a table for each data set and measure: output types by dimensions.
 
-    The best task of each output type and width is bold.
+    The best task of each output type and number of dimensions is bold.
     """
     for item in data:
-        mine = [result for result in results if result.data == item.name]
-        error = max(result.score.error for result in mine)
-        for place, measure in enumerate(mine[0].score.measures):
-            if measure in SHOWN:
-                about = "" if place else f", standard error up to {error:.3f}"
-                title = f"{item.name}: {measure} ({item.kind}, {item.texts} texts{about})"
-                yield title, _table(mine, measure)
+        own = [result for result in results if result.data == item.name]
+        error = max(result.score.error for result in own)
+        for position, measure in enumerate(own[0].score.measures):
+            if measure in TABLE_MEASURES:
+                error_note = "" if position else f", standard error up to {error:.3f}"
+                title = f"{item.name}: {measure} ({item.kind}, {item.texts} texts{error_note})"
+                yield title, _table(own, measure)
 
 
 def _table(results: Sequence[Result], measure: str) -> Table:
@@ -75,13 +81,13 @@ def _cell(value: float | None, best: float | None) -> Text:
 def as_json(
     model: Model, source: str, data: Sequence[Data], results: Sequence[Result], seed: int
 ) -> bytes:
-    """Everything that was measured, and with what.
+    """Return all results as JSON, with the model, the data and the library versions.
 
     Args:
-        model: what was evaluated.
-        source: where it was: a folder, a name, or a URL.
-        data: on what.
-        results: see ``evaluate``.
+        model: the evaluated model.
+        source: its folder, hub id or URL.
+        data: the data sets.
+        results: see ``taskvec.evaluation.run.evaluate``.
         seed: of the k-means starts.
     """
     document: dict[str, Any] = {
@@ -91,13 +97,13 @@ def as_json(
         "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
         "seed": seed,
         "data": [{"name": item.name, "kind": item.kind, "texts": item.texts} for item in data],
-        "results": [as_record(result) for result in results],
+        "results": [result_fields(result) for result in results],
     }
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def as_record(result: Result) -> dict[str, Any]:
-    """A result as JSON has it."""
+def result_fields(result: Result) -> dict[str, Any]:
+    """Return the JSON fields of one result."""
     return {
         "data": result.data,
         "kind": result.kind,
@@ -110,57 +116,29 @@ def as_record(result: Result) -> dict[str, Any]:
     }
 
 
-def require_place(path: Path) -> None:
-    """Refuse a file that could not be written, before hours are spent on what goes into it.
-
-    Raises:
-        InvalidRequestError: its folder is not there, or not ours to write to.
-    """
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InvalidRequestError(f"{path} cannot be written: name a file in a folder that is.")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it.
-
-    Raises:
-        InvalidRequestError: it cannot be written.
-    """
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.") from None
-
-
-PANEL = (3.4, 2.8)
-"""Inches."""
-
-
 def plot(results: Sequence[Result], title: str) -> bytes:
-    """One panel for each data set (down) and task (across), one line for each output type.
+    """Draw the main measure against the bytes per vector.
 
     Args:
-        results: see ``evaluate``.
-        title: above all panels.
+        results: see ``taskvec.evaluation.run.evaluate``.
+        title: shown above all panels.
 
     Returns:
-        A PNG.
+        A PNG: a row of panels for each data set, a column for each task, a line for each output
+        type.
     """
     data = list(dict.fromkeys(result.data for result in results))
     tasks = list(dict.fromkeys(result.task for result in results if result.form))
-    size = PANEL[0] * len(tasks), PANEL[1] * len(data) + 0.8
+    size = PANEL_INCHES[0] * len(tasks), PANEL_INCHES[1] * len(data) + 0.8
     figure = Figure(size, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(len(data), len(tasks), sharex=True, sharey="row", squeeze=False)
     for row, name in zip(panels, data, strict=True):
-        mine = [result for result in results if result.data == name]
+        own = [result for result in results if result.data == name]
         for axes, task in zip(row, tasks, strict=True):
-            _draw(axes, [result for result in mine if result.task in (task, BM25)])
+            _draw(axes, [result for result in own if result.task in (task, BM25)])
             axes.set_title(f"{name}\n{task}", fontsize=9)
-        row[0].set_ylabel(next(iter(mine[0].score.measures)))
+        row[0].set_ylabel(next(iter(own[0].score.measures)))
     for axes in panels[-1]:
         axes.set_xlabel("bytes per vector")
     lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
@@ -187,9 +165,36 @@ def _draw(axes: Axes, results: Sequence[Result]) -> None:
     axes.grid(alpha=0.3)
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before a long evaluation starts.
+
+    Raises:
+        InvalidRequestError: its folder does not exist or is not writable.
+    """
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InvalidRequestError(
+            f"{path} cannot be written: its folder must exist and be writable."
+        )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file and rename it, so that no reader sees a partial file.
+
+    Raises:
+        InvalidRequestError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.") from None
+
+
 @contextmanager
-def progress() -> Iterator[Watch]:
-    """One bar on standard error, where that is a terminal."""
+def progress_bar() -> Iterator[ProgressCallback]:
+    """Show one progress bar on standard error if that is a terminal."""
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -201,8 +206,8 @@ def progress() -> Iterator[Watch]:
     with bars:
         bar = bars.add_task("", total=None)
 
-        def watch(what: str, steps: int) -> Callable[[int], None]:
-            bars.reset(bar, description=what, total=steps)
+        def start(title: str, steps: int) -> Callable[[int], None]:
+            bars.reset(bar, description=title, total=steps)
             return lambda done: bars.advance(bar, done)
 
-        yield watch
+        yield start

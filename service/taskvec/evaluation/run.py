@@ -1,4 +1,7 @@
-"""Every task on all data, in every form; each text is embedded once a task."""
+"""Run an evaluation: every task on all data, in every output format.
+
+Each text is embedded once for each task; the formats are made from these vectors.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,20 @@ from taskvec.evaluation.formats import Form, Matrix
 from taskvec.evaluation.metrics import (
     Score,
     bm25_scores,
-    cluster_quality,
+    classification_score,
+    clustering_score,
     dot_products,
-    order_quality,
-    probe_quality,
-    rank_quality,
+    retrieval_score,
+    sts_score,
 )
 from taskvec.evaluation.models import Model, Sides, sides_of
 
 BM25 = "bm25"
+"""Name of the BM25 baseline among the tasks."""
 
-Watch = Callable[[str, int], Callable[[int], None]]
-"""Told what begins and of how many steps; returns what is told of steps done."""
+ProgressCallback = Callable[[str, int], Callable[[int], None]]
+"""Called with the title and number of steps of the work that starts; returns a function that is
+called with the number of steps done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +39,9 @@ class Result:
         data: name of the data.
         kind: ``retrieval``, ``sts``, ``classification`` or ``clustering``.
         task: the adapter, ``base``, or ``bm25``.
-        form: of the vectors; None for ``bm25``.
-        queries: the queries' output type where it is another than the documents'.
+        score: its measures.
+        form: format of the vectors; None for ``bm25``.
+        queries: output type of the queries; None if it is the documents' one.
     """
 
     data: str
@@ -47,21 +53,24 @@ class Result:
 
     @property
     def output(self) -> str:
-        """What to call the output type."""
+        """Label of the output type in reports."""
         if self.form is None:
             return self.task
-        asked = f", {self.queries.value} queries" if self.queries else ""
-        return f"{self.form.output.value}{asked}"
+        suffix = f", {self.queries.value} queries" if self.queries else ""
+        return f"{self.form.output.value}{suffix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is evaluated.
+    """Options of an evaluation.
 
     Attributes:
-        tasks: adapters; all where empty.
+        data: the data sets.
+        forms: formats of the vectors.
+        tasks: names of adapters; empty for all.
         seed: of the k-means starts.
-        bm25: also score retrieval by BM25.
+        bm25: True scores retrieval data with BM25 as well.
+        progress: notified of progress.
     """
 
     data: Sequence[Data]
@@ -69,39 +78,41 @@ class Plan:
     tasks: Sequence[str] = ()
     seed: int = 0
     bm25: bool = False
-    watch: Watch = field(default=lambda _what, _steps: lambda _done: None)
+    progress: ProgressCallback = field(default=lambda _title, _steps: lambda _done: None)
 
 
 def evaluate(model: Model, plan: Plan) -> Iterator[Result]:
-    """Score a model.
+    """Yield the scores of a model.
 
     Raises:
-        InvalidRequestError: a task that the model has not.
-        TaskvecError: what the model's ``embed`` raises.
+        InvalidRequestError: the model does not have one of the tasks.
+        TaskvecError: raised by the model's ``embed``.
     """
     sides = sides_of(model.tasks)
     for task in plan.tasks:
         if task not in sides:
-            raise InvalidRequestError(f"There is no task {task!r}: it has {', '.join(sides)}.")
+            raise InvalidRequestError(
+                f"The model has no task {task!r}: choose from {', '.join(sides)}."
+            )
     for data in plan.data:
         if plan.bm25 and isinstance(data, RetrievalData):
-            yield _bm25(data, plan.watch)
+            yield _bm25(data, plan.progress)
         for task in plan.tasks or sides:
             for form, queries, score in _scores(model, data, sides[task], task, plan):
                 yield Result(data.name, data.kind, task, score, form, queries)
 
 
-def _bm25(data: RetrievalData, watch: Watch) -> Result:
-    done = watch(f"{data.name}: {BM25}", 1)
-    result = Result(data.name, data.kind, BM25, rank_quality(bm25_scores(data), data))
-    done(1)
+def _bm25(data: RetrievalData, progress: ProgressCallback) -> Result:
+    advance = progress(f"{data.name}: {BM25}", 1)
+    result = Result(data.name, data.kind, BM25, retrieval_score(bm25_scores(data), data))
+    advance(1)
     return result
 
 
 def _scores(
     model: Model, data: Data, sides: Sides, task: str, plan: Plan
 ) -> Iterator[tuple[Form, OutputType | None, Score]]:
-    advance = plan.watch(f"{data.name}: embedding as {task}", data.texts)
+    advance = plan.progress(f"{data.name}: embedding as {task}", data.texts)
 
     def embed(texts: Sequence[str]) -> Matrix:
         return model.embed(texts, sides.passage, advance)
@@ -113,7 +124,7 @@ def _scores(
     elif isinstance(data, PairData):
         left, right = embed(data.left), embed(data.right)
         measured = (
-            (form, None, order_quality(form.rows(left), form.rows(right), data.scores))
+            (form, None, sts_score(form.rows(left), form.rows(right), data.scores))
             for form in plan.forms
         )
     elif isinstance(data, ClassificationData):
@@ -122,7 +133,7 @@ def _scores(
             (
                 form,
                 None,
-                probe_quality(
+                classification_score(
                     form.rows(train), data.train.labels, form.rows(test), data.test.labels
                 ),
             )
@@ -131,10 +142,10 @@ def _scores(
     else:
         texts = embed(data.labelled.texts)
         measured = (
-            (form, None, cluster_quality(form.rows(texts), data.labelled, plan.seed))
+            (form, None, clustering_score(form.rows(texts), data.labelled, plan.seed))
             for form in plan.forms
         )
-    done = plan.watch(f"{data.name}: measuring {task}", len(plan.forms))
+    done = plan.progress(f"{data.name}: measuring {task}", len(plan.forms))
     for form, queries_as, score in measured:
         yield form, queries_as, score
         done(queries_as is None)
@@ -143,10 +154,14 @@ def _scores(
 def _retrieval(
     queries: Matrix, documents: Matrix, data: RetrievalData, forms: Sequence[Form]
 ) -> Iterator[tuple[Form, OutputType | None, Score]]:
-    """Binary documents are asked with float queries, too, which cost no memory in an index."""
+    """Yield form, output type of the queries, and score.
+
+    Binary documents are scored with binary and with float queries: the latter cost an index no
+    memory.
+    """
     for form in forms:
         stored = form.rows(documents)
-        yield form, None, rank_quality(dot_products(form.rows(queries), stored), data)
+        yield form, None, retrieval_score(dot_products(form.rows(queries), stored), data)
         if form.output.packed:
             exact = Form(form.dimensions, OutputType.FLOAT).rows(queries)
-            yield form, OutputType.FLOAT, rank_quality(dot_products(exact, stored), data)
+            yield form, OutputType.FLOAT, retrieval_score(dot_products(exact, stored), data)

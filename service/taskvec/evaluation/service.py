@@ -1,4 +1,4 @@
-"""A running service, asked over HTTP as any client would."""
+"""A running taskvec service as a model under evaluation, called over HTTP."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from taskvec.evaluation.formats import Matrix
 from taskvec.evaluation.models import Advance
 
 KEY_VARIABLE = "TASKVEC_EVAL_KEY"
-"""Where the service's API key is looked for: what a command line has, all can see."""
+"""Environment variable with the service's API key; command lines are visible to all users."""
 
-TEXTS_A_REQUEST, REQUESTS_AT_ONCE = 32, 4
-ATTEMPTS = 10
-"""Times that a request is sent to a service that has no room for it now."""
+REQUEST_TEXTS, MAX_CONCURRENT_REQUESTS = 32, 4
+MAX_ATTEMPTS = 10
+"""Attempts of a request to a service that answers 429 or 503."""
 
-_SECONDS = 300.0
+_TIMEOUT_SECONDS = 300.0
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-_LONGEST_WAIT = 30.0
+_MAX_RETRY_SECONDS = 30.0
+"""Limit of a Retry-After header."""
+
 _RAW = "application/octet-stream"
 
 
-class Service:
-    """A taskvec service; whatever engine it has."""
+class ServedModel:
+    """The model of a taskvec service, with any engine; see ``evaluation.models.Model``."""
 
     def __init__(self, url: str) -> None:
-        """Ask what it serves.
+        """Request the model's name, dimensions and tasks.
 
         Args:
-            url: its address, with or without /v1.
+            url: the service's address, with or without /v1.
 
         Raises:
-            UnavailableError: it does not answer, or not as a taskvec service does.
+            UnavailableError: it does not answer, or is not a taskvec service.
         """
         self._url = url.rstrip("/").removesuffix("/v1")
         key = os.environ.get(KEY_VARIABLE)
@@ -54,14 +56,14 @@ class Service:
             self.tasks: Sequence[str] = [str(task) for task in model["tasks"]]
         except (ValueError, LookupError, TypeError):
             raise UnavailableError(
-                f"{self._url} is no taskvec service: its /v1/models names no tasks."
+                f"{self._url} is not a taskvec service: its /v1/models lists no tasks."
             ) from None
 
     def embed(self, texts: Sequence[str], task: str, advance: Advance) -> Matrix:
         """See ``Model.embed``.
 
         Raises:
-            UnavailableError: the service does not answer, or with an error; its sentence is told.
+            UnavailableError: the service does not answer, or answers with an error.
         """
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         asyncio.run(self._fill(vectors, texts, task, advance))
@@ -75,16 +77,16 @@ class Service:
     async def _fill(
         self, vectors: Matrix, texts: Sequence[str], task: str, advance: Advance
     ) -> None:
-        begins = iter(range(0, len(texts), TEXTS_A_REQUEST))
+        starts = iter(range(0, len(texts), REQUEST_TEXTS))
 
         async def work(session: aiohttp.ClientSession) -> None:
-            for begin in begins:  # shared: each worker takes the next one
-                piece = texts[begin : begin + TEXTS_A_REQUEST]
-                vectors[begin : begin + len(piece)] = await self._embed(session, piece, task)
-                advance(len(piece))
+            for start in starts:  # shared: each worker takes the next one
+                chunk = texts[start : start + REQUEST_TEXTS]
+                vectors[start : start + len(chunk)] = await self._embed(session, chunk, task)
+                advance(len(chunk))
 
         async with self._session() as session:
-            await gather_or_cancel(work(session) for _ in range(REQUESTS_AT_ONCE))
+            await gather_or_cancel(work(session) for _ in range(MAX_CONCURRENT_REQUESTS))
 
     async def _embed(
         self, session: aiohttp.ClientSession, texts: Sequence[str], task: str
@@ -94,8 +96,8 @@ class Service:
             "input": texts,
             "task": task,
             "truncate": True,
-            # The scaled vector, cut and scaled again, would differ in its last bits from the cut
-            # one: then some values of int8 would be others than the service gives.
+            # A normalised vector that is truncated and normalised again differs in its last bits
+            # from one that is normalised once: some int8 values would differ from the service's.
             "normalized": False,
         }
         headers, answer = await self._exchange(session, "POST", "/v1/embeddings", body)
@@ -104,20 +106,19 @@ class Service:
             self.dimension
         ):
             raise UnavailableError(
-                f"{self._url} sent no vectors as bytes for {len(texts)} texts: is it a taskvec "
-                "service?"
+                f"{self._url} did not send {len(texts)} vectors as bytes: is it a taskvec service?"
             )
         return np.frombuffer(answer, dtype="<f4").reshape(len(texts), self.dimension)
 
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            headers=self._headers, timeout=aiohttp.ClientTimeout(total=_SECONDS)
+            headers=self._headers, timeout=aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
         )
 
     async def _exchange(
         self, session: aiohttp.ClientSession, method: str, path: str, body: Any = None
     ) -> tuple[Mapping[str, str], bytes]:
-        """Headers and body of a 200; while the service is full, it is asked again."""
+        """Return headers and body of a 200; retry while the service answers 429 or 503."""
         headers = {"content-type": "application/json", "accept": _RAW, "x-priority": "bulk"}
         data = None if body is None else orjson.dumps(body)
         attempts = 0
@@ -130,27 +131,27 @@ class Service:
                     answer = await response.read()
             except TimeoutError:
                 raise UnavailableError(
-                    f"{self._url}{path} gave no answer within {_SECONDS:.0f} seconds."
+                    f"{self._url}{path} did not answer within {_TIMEOUT_SECONDS:.0f} seconds."
                 ) from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 raise UnavailableError(
-                    f"{self._url}{path} cannot be asked: {type(error).__name__}: {error}"
+                    f"{self._url}{path} cannot be reached: {type(error).__name__}: {error}"
                 ) from None
             if response.status == HTTPStatus.OK:
                 return response.headers, answer
-            if response.status not in _BUSY or attempts == ATTEMPTS:
-                raise UnavailableError(self._complaint(path, response.status, answer))
+            if response.status not in _BUSY or attempts == MAX_ATTEMPTS:
+                raise UnavailableError(self._error_message(path, response.status, answer))
             await asyncio.sleep(_seconds(response.headers.get("retry-after", "")))
 
-    def _complaint(self, path: str, status: int, answer: bytes) -> str:
+    def _error_message(self, path: str, status: int, answer: bytes) -> str:
         try:
-            said = str(orjson.loads(answer)["error"]["message"])
+            message = str(orjson.loads(answer)["error"]["message"])
         except (ValueError, LookupError, TypeError):
-            said = answer[:200].decode(errors="replace")
-        refused = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-        cure = f" Put a key into {KEY_VARIABLE}." if refused else ""
-        return f"{self._url}{path} answers with status {status}: {said}{cure}"
+            message = answer[:200].decode(errors="replace")
+        unauthorised = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+        hint = f" Set {KEY_VARIABLE}." if unauthorised else ""
+        return f"{self._url}{path} answers with status {status}: {message}{hint}"
 
 
 def _seconds(retry_after: str) -> float:
-    return min(float(retry_after), _LONGEST_WAIT) if retry_after.isdecimal() else 1.0
+    return min(float(retry_after), _MAX_RETRY_SECONDS) if retry_after.isdecimal() else 1.0

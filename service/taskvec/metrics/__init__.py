@@ -1,1 +1,1 @@
-"""Prometheus series."""
+"""Prometheus metrics: one module for each part that reports, composed in ``registry``."""

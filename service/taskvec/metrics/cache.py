@@ -1,4 +1,4 @@
-"""The series of the answer cache; see ``taskvec.cache.embeddings.CacheObserver``."""
+"""Metrics of the embedding cache; see ``taskvec.cache.embeddings.CacheObserver``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class CacheMetrics:
-    """What an answer cache reports to."""
+    """Observer of an embedding cache."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Declare the series."""
+        """Declare the metrics in a registry."""
         texts = Counter(
             "taskvec_cache_texts",
             "How many texts were looked up in the answer cache: found (hit) or not (miss)?",
@@ -19,31 +19,31 @@ class CacheMetrics:
         self._cache_hits, self._cache_misses = texts.labels("hit"), texts.labels("miss")
         self._cache_hit_tokens = Counter(
             "taskvec_cache_hit_tokens",
-            "How many tokens were not embedded again, as the answer cache had their texts?",
+            "How many tokens did the answer cache save the engine?",
             registry=registry,
         )
         self._cache_bytes = Gauge(
             "taskvec_cache_bytes",
-            "How much memory does the answer cache take (0: none, or it is in Redis)?",
+            "How much memory does the answer cache use (0: disabled, or stored in Redis)?",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._cache_failures = Counter(
             "taskvec_cache_failures",
-            "How many calls to the answer cache's Redis failed or were left out as it was slow?",
+            "How many calls to the answer cache's Redis failed or were skipped as it was slow?",
             registry=registry,
         )
 
     def cache_lookup(self, *, hits: int, misses: int, hit_tokens: int) -> None:
-        """See ``CacheObserver``."""
+        """Count one lookup; see ``CacheObserver``."""
         self._cache_hits.inc(hits)
         self._cache_misses.inc(misses)
         self._cache_hit_tokens.inc(hit_tokens)
 
     def cache_size(self, size: int) -> None:
-        """See ``CacheObserver``."""
+        """Set the size of the cache in bytes; see ``CacheObserver``."""
         self._cache_bytes.set(size)
 
     def cache_failed(self) -> None:
-        """See ``CacheObserver``."""
+        """Count one failed or skipped call to Redis; see ``CacheObserver``."""
         self._cache_failures.inc()

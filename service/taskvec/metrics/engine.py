@@ -1,4 +1,4 @@
-"""The series of an engine in this process; see ``taskvec.engines.base.EngineObserver``."""
+"""Metrics of an engine in this process; see ``taskvec.engines.base.EngineObserver``."""
 
 from __future__ import annotations
 
@@ -9,80 +9,82 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from taskvec.engines.base import DropReason
 
-SECONDS = (
+DURATION_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
-_FILL = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-_TOKENS = tuple(float(4**n) for n in range(1, 10))
+"""Histogram buckets in seconds, for whatever may take from a millisecond to minutes."""
+
+_FILL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_COUNT_BUCKETS = tuple(float(4**n) for n in range(1, 10))
 
 
 class EngineMetrics:
-    """What an engine reports to."""
+    """Observer of an engine."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Declare the series."""
+        """Declare the metrics in a registry."""
         self._queue_texts = Gauge(
             "taskvec_queue_texts",
-            "How many texts wait for a forward (vllm, remote: or are in one)?",
+            "How many texts wait for a forward pass (vllm, remote: or are in one)?",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._queue_tokens = Gauge(
             "taskvec_queue_tokens",
-            "How many tokens wait for a forward (vllm, remote: or are in one)?",
+            "How many tokens wait for a forward pass (vllm, remote: or are in one)?",
             registry=registry,
             multiprocess_mode="livesum",
         )
         self._queue_oldest = Gauge(
             "taskvec_queue_oldest_seconds",
-            "How long has the oldest text waited (vllm, remote: or is in a forward)?",
+            "How long has the oldest text waited (vllm, remote: or been in a forward pass)?",
             registry=registry,
             multiprocess_mode="livemax",
         )
         self._queue_seconds = Histogram(
             "taskvec_queue_seconds",
-            "How long does a request wait for its first forward?",
-            buckets=SECONDS,
+            "How long does a request wait for its first forward pass?",
+            buckets=DURATION_BUCKETS,
             registry=registry,
         )
         self._batch_texts = Histogram(
             "taskvec_batch_texts",
-            "How many texts does a forward hold?",
-            buckets=_TOKENS,
+            "How many texts does a forward pass contain?",
+            buckets=_COUNT_BUCKETS,
             registry=registry,
         )
         self._batch_tokens = Histogram(
             "taskvec_batch_tokens",
-            "How many tokens does a forward hold: are batches full?",
-            buckets=_TOKENS,
+            "How many tokens does a forward pass contain: are batches full?",
+            buckets=_COUNT_BUCKETS,
             registry=registry,
         )
         self._batch_fill = Histogram(
             "taskvec_batch_fill_ratio",
-            "Which share of its token budget does a forward use (above 1: one text over it)?",
-            buckets=_FILL,
+            "Which share of its token budget does a forward pass use (above 1: one larger text)?",
+            buckets=_FILL_BUCKETS,
             registry=registry,
         )
         self._forward_seconds = Histogram(
             "taskvec_forward_seconds",
-            "How long does a forward take?",
-            buckets=SECONDS,
+            "How long does a forward pass take?",
+            buckets=DURATION_BUCKETS,
             registry=registry,
         )
         self._batch_budget = Gauge(
             "taskvec_batch_budget_tokens",
-            "How many tokens may a forward hold (fewer after memory ran out; 0: not known)?",
+            "How many tokens may a forward pass contain (lower after out of memory; 0: unknown)?",
             registry=registry,
             multiprocess_mode="livemax",
         )
         self._out_of_memory = Counter(
             "taskvec_out_of_memory",
-            "How many forwards did not fit into memory and were split?",
+            "How many forward passes ran out of memory and were split?",
             registry=registry,
         )
         self._dropped = Counter(
             "taskvec_texts_dropped",
-            "How many texts left the queue unembedded, by reason?",
+            "How many texts left the queue without being embedded, by reason?",
             ("reason",),
             registry=registry,
         )
@@ -91,18 +93,18 @@ class EngineMetrics:
             self._dropped.labels(reason)
 
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
-        """See ``EngineObserver``."""
+        """Set the queue's size and the arrival of its oldest text; see ``EngineObserver``."""
         self._oldest = oldest
         self._queue_texts.set(texts)
         self._queue_tokens.set(tokens)
 
     def batch_started(self, waited: Sequence[float]) -> None:
-        """See ``EngineObserver``."""
+        """Observe the waiting times of requests, in seconds; see ``EngineObserver``."""
         for seconds in waited:
             self._queue_seconds.observe(seconds)
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
-        """See ``EngineObserver``."""
+        """Observe one forward pass; see ``EngineObserver``."""
         self._batch_budget.set(budget)
         self._batch_fill.observe(tokens / budget)
         self._batch_texts.observe(texts)
@@ -110,15 +112,15 @@ class EngineMetrics:
         self._forward_seconds.observe(seconds)
 
     def memory_ran_out(self, budget: int) -> None:
-        """See ``EngineObserver``."""
+        """Count one out-of-memory error; see ``EngineObserver``."""
         self._out_of_memory.inc()
         self._batch_budget.set(budget)
 
     def texts_dropped(self, reason: DropReason, texts: int) -> None:
-        """See ``EngineObserver``."""
+        """Count texts that were not embedded; see ``EngineObserver``."""
         self._dropped.labels(reason).inc(texts)
 
-    def let_time_pass(self) -> None:
-        """Renew what changes while nothing happens: the age of what waits."""
+    def update_queue_age(self) -> None:
+        """Set the age of the oldest text in the queue, in seconds; called before each scrape."""
         oldest = self._oldest
         self._queue_oldest.set(0.0 if oldest is None else time.monotonic() - oldest)

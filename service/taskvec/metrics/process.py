@@ -1,4 +1,4 @@
-"""The series of what a process is and how it copes: event loop, tokenizer threads, engine state."""
+"""Metrics of a process: build, engine state, event-loop lag, tokenizer threads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable under which processes share their series; see prometheus_client's multiprocess
-mode. It must be set before prometheus_client is imported."""
+from taskvec.engines.base import EngineState
 
-ENGINE_STATES = ("starting", "ready", "unavailable", "stopping", "dead")
-_LATE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable that enables prometheus_client's multiprocess mode: the folder in which
+processes share their series. It must be set before prometheus_client is imported."""
+
+_LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
 class ProcessMetrics:
-    """What the application and its tokenizer report to."""
+    """Observer of the application, its event loop and its tokenizer."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Declare the series, and Python's own where one process has them to itself."""
+        """Declare the metrics in a registry.
+
+        Python's own collectors are registered only if the series are of one process.
+        """
         self._build = Gauge(
             "taskvec_build_info",
             "Which version serves which model with which engine (always 1)?",
@@ -35,26 +39,26 @@ class ProcessMetrics:
         )
         self._ready = Gauge(
             "taskvec_engine_ready",
-            "Would the engine answer now (1 or 0)?",
+            "Is the engine ready to answer (1 or 0)?",
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
         states = Gauge(
             "taskvec_engine_state",
-            "In which state is the engine (1 for it, 0 for the others)?",
+            "In which state is the engine (1 for that state, 0 for the others)?",
             ("state",),
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
         self._loop_lag = Histogram(
             "taskvec_event_loop_lag_seconds",
-            "How much too late does the event loop wake a timer: is something blocking it?",
-            buckets=_LATE,
+            "How late does the event loop run a timer: is something blocking it?",
+            buckets=_LAG_BUCKETS,
             registry=registry,
         )
         self._tokenizer_busy = Gauge(
             "taskvec_tokenizer_threads_busy",
-            "How many tokenizer threads are at work?",
+            "How many tokenizer threads are busy?",
             registry=registry,
             multiprocess_mode="livesum",
         )
@@ -66,39 +70,39 @@ class ProcessMetrics:
         )
         self._texts_cut = Counter(
             "taskvec_texts_truncated",
-            "How many texts were too long and cut, as truncate: true allows?",
+            "How many texts were too long and were truncated, as `truncate: true` allows?",
             registry=registry,
         )
         self._tokens_cut = Counter(
             "taskvec_tokens_truncated",
-            "How many tokens were cut off (of very long texts estimated: their end is not read)?",
+            "How many tokens were truncated (very long texts: an estimate)?",
             registry=registry,
         )
-        self._states = {state: states.labels(state) for state in ENGINE_STATES}
-        if SHARED_FOLDER not in os.environ:
+        self._states = {state.value: states.labels(state.value) for state in EngineState}
+        if MULTIPROCESS_VARIABLE not in os.environ:
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
 
     def describe(self, *, version: str, model: str, engine: str) -> None:
-        """Say what is served."""
+        """Set the labels of the build: version, served model name, engine kind."""
         self._build.labels(version, model, engine).set(1)
 
     def engine_state(self, state: str) -> None:
-        """The engine is in this one of ``ENGINE_STATES``."""
+        """Set the engine's state, a value of ``EngineState``."""
         for name, gauge in self._states.items():
             gauge.set(1 if name == state else 0)
-        self._ready.set(1 if state == "ready" else 0)
+        self._ready.set(1 if state == EngineState.READY.value else 0)
 
     def loop_late(self, seconds: float) -> None:
-        """The event loop woke a timer so much too late."""
+        """Observe how late a timer ran, in seconds."""
         self._loop_lag.observe(seconds)
 
     def tokenizer_changed(self, busy: int, waiting: int) -> None:
-        """See ``TokenizerObserver``."""
+        """Set the number of busy threads and waiting requests; see ``TokenizerObserver``."""
         self._tokenizer_busy.set(busy)
         self._tokenizer_waiting.set(waiting)
 
     def text_cut(self, tokens: int) -> None:
-        """See ``TokenizerObserver``."""
+        """Count one truncated text and the tokens it lost; see ``TokenizerObserver``."""
         self._texts_cut.inc()
         self._tokens_cut.inc(tokens)

@@ -1,1 +1,1 @@
-"""What the service tells about itself."""
+"""Logs, traces, and the timing of a request's stages."""

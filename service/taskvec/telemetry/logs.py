@@ -1,4 +1,4 @@
-"""Log lines to stderr, never a text or a key: JSON, or columns where a person reads along."""
+"""Logs on standard error: JSON, or columns if it is a terminal; never a text or an API key."""
 
 from __future__ import annotations
 
@@ -15,63 +15,62 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-MOST_LINES = 20_000
-"""Lines that wait to be written: some megabytes."""
+MAX_LINES = 20_000
+"""Maximum number of lines in the buffer: a few megabytes."""
 
-PAUSE = 0.05
-"""Seconds for which lines are collected before they are written."""
+FLUSH_INTERVAL = 0.05
+"""Seconds between two writes."""
 
-AT_THE_END = 1.0
-"""Seconds that a process which ends waits for its last lines to be written."""
+SHUTDOWN_TIMEOUT = 1.0
+"""Seconds that an ending process waits for its last lines to be written."""
 
 
 class LineWriter:
-    """Writes lines from a thread, so that whoever reads them slowly, or not at all, delays nobody.
+    """A file-like object that writes lines from a thread, so that a slow reader delays nothing.
 
-    Looks like a file to structlog. Beyond ``MOST_LINES`` lines are lost; a later line says how
-    many.
+    Lines are lost if the buffer has ``MAX_LINES``; a later line says how many were lost.
     """
 
     def __init__(self, descriptor: int) -> None:
-        """Write to an open file, which others may write to, too."""
+        """Start the thread that writes to an open file descriptor."""
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
         self._lost = 0
-        self._losing = threading.Lock()
-        self._hurry = threading.Event()
+        self._lost_lock = threading.Lock()
+        self._flush_requested = threading.Event()
         self._written = threading.Event()
-        threading.Thread(target=self._work, name="log-writer", daemon=True).start()
+        threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
     def write(self, line: bytes) -> None:
-        """Take a line, to be written soon."""
-        if len(self._lines) < MOST_LINES:
+        """Append a line to the buffer."""
+        if len(self._lines) < MAX_LINES:
             self._lines.append(line)
         else:
-            self._lose(1)
+            self._count_lost(1)
 
     def flush(self) -> None:
-        """Nothing: structlog calls it after every line."""
+        """Do nothing: structlog calls this after every line."""
 
     def finish(self) -> None:
-        """Return when all lines are written, or after ``AT_THE_END`` seconds."""
+        """Wait until all lines are written, or for ``SHUTDOWN_TIMEOUT`` seconds."""
         self._written.clear()
-        self._hurry.set()
-        self._written.wait(AT_THE_END)
+        self._flush_requested.set()
+        self._written.wait(SHUTDOWN_TIMEOUT)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
-            asked = self._hurry.wait(PAUSE)
-            self._hurry.clear()
+            requested = self._flush_requested.wait(FLUSH_INTERVAL)
+            self._flush_requested.clear()
             self._write_all()
-            if lost := self._lose(0):
-                self._lose(-lost)
+            if lost := self._count_lost(0):
+                self._count_lost(-lost)
                 log.warning("log_lines_lost", lines=lost)
                 self._write_all()
-            if asked:
+            if requested:
                 self._written.set()
 
-    def _lose(self, lines: int) -> int:
-        with self._losing:
+    def _count_lost(self, lines: int) -> int:
+        with self._lost_lock:
             self._lost += lines
             return self._lost
 
@@ -80,37 +79,42 @@ class LineWriter:
             self._write(b"".join(self._lines.popleft() for _ in range(len(self._lines))))
 
     def _write(self, lines: bytes) -> None:
-        rest = memoryview(lines)
+        remaining = memoryview(lines)
         try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            while remaining:
+                remaining = remaining[os.write(self._descriptor, remaining) :]
         except OSError:
-            self._lose(bytes(rest).count(b"\n"))  # nobody reads any more, or the disk is full
+            self._count_lost(
+                bytes(remaining).count(b"\n")
+            )  # the reader is gone, or the disk is full
 
 
 class RequestLog:
-    """The lines of requests: one each, so they go by the shortest way."""
+    """Writes the access log: one line for each request, so it avoids structlog's overhead."""
 
     writer: LineWriter | None = None
-    """Where lines go as JSON; None where the level or a terminal wants structlog's way."""
+    """Writer of JSON lines; None if structlog must filter or format them (level, terminal)."""
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write what happened to one request, as the event ``request``."""
+        """Write the fields of one request as the event ``request``."""
         if self.writer is None:
             log.info("request", **line)
             return
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        told = {**line, "event": "request", "level": "info", "timestamp": now}
-        self.writer.write(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+        record = {**line, "event": "request", "level": "info", "timestamp": now}
+        self.writer.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
 request_log = RequestLog()
 
 
 def configure_logs(level: str) -> None:
-    """Send structlog's events, and those of libraries that use logging, to stderr.
+    """Send structlog's events, and records of the standard library's logging, to standard error.
 
-    ``logging.shutdown`` writes what still waits; Python calls it when it ends.
+    ``logging.shutdown``, which Python calls at exit, flushes buffered lines.
+
+    Args:
+        level: ``debug``, ``info``, ``warning`` or ``error``.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -120,7 +124,7 @@ def configure_logs(level: str) -> None:
     if sys.stderr.isatty():
         structlog.configure(
             processors=[
-                *shared,  # plain: the default shows local variables, which hold texts
+                *shared,  # the default shows local variables, which contain texts
                 structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -144,7 +148,7 @@ def configure_logs(level: str) -> None:
 
 
 class _ToStructlog(logging.Handler):
-    """Hands standard log records on, so that there is one format."""
+    """Forwards standard log records to structlog, so that all logs have one format."""
 
     def __init__(self, writer: LineWriter | None) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class _ToStructlog(logging.Handler):
         )
 
     def close(self) -> None:
-        """As logging calls it at the end, and when it is configured anew."""
+        """Flush the writer; logging calls this at exit, and when it is configured again."""
         super().close()
         if self._writer is not None:
             self._writer.finish()

@@ -1,4 +1,4 @@
-"""Spans by OpenTelemetry, sent as OTLP over HTTP; imported only where traces are asked for."""
+"""Spans through OpenTelemetry, exported as OTLP over HTTP; imported only if traces are enabled."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_
 
 from taskvec import __version__
 from taskvec.telemetry.stages import Stage
+from taskvec.telemetry.tracing import Attributes
 
-_NANO = 1_000_000_000
+_NANOSECONDS = 1_000_000_000
 
 
 class OtelSpan:
-    """See ``RequestSpan``."""
+    """See ``taskvec.telemetry.tracing.RequestSpan``."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
-        """Take over a span that has begun."""
+        """Wrap a started span."""
         self._tracer = tracer
         self._span = span
         self._context = set_span_in_context(span)
@@ -31,7 +32,7 @@ class OtelSpan:
 
     @contextmanager
     def call(self, url: str) -> Iterator[Mapping[str, str]]:
-        """See ``RequestSpan``."""
+        """Start a client span; see ``RequestSpan``."""
         span = self._tracer.start_span(
             "engine call", self._context, SpanKind.CLIENT, {"url.full": url}
         )
@@ -47,20 +48,17 @@ class OtelSpan:
             span.end()
 
     def end(
-        self,
-        status: int,
-        code: str | None,
-        stages: Iterable[Stage],
-        attributes: Mapping[str, str | int],
+        self, status: int, code: str | None, stages: Iterable[Stage], attributes: Attributes
     ) -> None:
-        """See ``RequestSpan``."""
+        """End the span, with a child for each stage; see ``RequestSpan``."""
         span = self._span
         if span.is_recording():
-            clock = time.time_ns() - round(time.perf_counter() * _NANO)
+            # Offset from the clock of time.perf_counter to Unix time, in nanoseconds.
+            clock = time.time_ns() - round(time.perf_counter() * _NANOSECONDS)
             for stage in stages:
-                began = clock + round(stage.began * _NANO)
-                child = self._tracer.start_span(stage.name, self._context, start_time=began)
-                child.end(began + round(stage.seconds * _NANO))
+                start = clock + round(stage.start * _NANOSECONDS)
+                child = self._tracer.start_span(stage.name, self._context, start_time=start)
+                child.end(start + round(stage.seconds * _NANOSECONDS))
             span.set_attributes(attributes)
             span.set_attribute("http.response.status_code", status)
             if code is not None:
@@ -71,13 +69,13 @@ class OtelSpan:
 
 
 class OtelTracer:
-    """See ``Tracer``."""
+    """See ``taskvec.telemetry.tracing.Tracer``."""
 
     def __init__(self, model: str) -> None:
-        """Start the thread that sends.
+        """Start the exporter's thread.
 
         Args:
-            model: an attribute of every request's span.
+            model: served name, an attribute of every request's span.
         """
         self._model = model
         self._provider = TracerProvider(resource=_resource())
@@ -85,7 +83,7 @@ class OtelTracer:
         self._tracer = self._provider.get_tracer("taskvec", __version__)
 
     def begin(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> OtelSpan:
-        """See ``Tracer``."""
+        """Start a server span; see ``taskvec.telemetry.tracing.Tracer``."""
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         span = self._tracer.start_span(
             f"{method} {route}",
@@ -96,12 +94,12 @@ class OtelTracer:
         return OtelSpan(self._tracer, span)
 
     def close(self) -> None:
-        """See ``Tracer``."""
+        """Export the remaining spans; see ``taskvec.telemetry.tracing.Tracer``."""
         self._provider.shutdown()
 
 
 def _resource() -> Resource:
-    """What the variables say of this process; by default it is called taskvec."""
+    """Return the resource from the ``OTEL_*`` variables; the default service name is taskvec."""
     resource = Resource.create()
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "taskvec"}))

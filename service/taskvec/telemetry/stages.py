@@ -1,4 +1,4 @@
-"""Where the time of one request goes: stages that follow one another."""
+"""Timing of one request, split into consecutive stages."""
 
 from __future__ import annotations
 
@@ -6,54 +6,65 @@ import time
 from typing import NamedTuple
 
 STAGES = ("tokenize", "cache", "queue", "engine", "encode")
-"""In the order in which a request goes through them; ``cache`` only where there is one."""
+"""Names in order; ``cache`` occurs only if the embedding cache is enabled."""
 
 
 class Stage(NamedTuple):
-    """One stage that is over; ``began`` is on the clock of ``time.perf_counter``, in seconds."""
+    """One finished stage.
+
+    Attributes:
+        name: one of ``STAGES``.
+        start: on the clock of ``time.perf_counter``, in seconds.
+        seconds: duration.
+    """
 
     name: str
-    began: float
+    start: float
     seconds: float
 
 
 class Stages:
-    """The stages of one request; of one that fails, those that happened.
+    """The stages of one request; a failed request has those that it reached.
 
     Attributes:
-        over: the stages that have ended, in order.
+        over: the finished stages, in order.
     """
 
-    __slots__ = ("_began", "_name", "over")
+    __slots__ = ("_name", "_start", "over")
 
     def __init__(self) -> None:
         self.over: list[Stage] = []
         self._name: str | None = None
-        self._began = 0.0
+        self._start = 0.0
 
     def begin(self, name: str) -> None:
-        """Begin a stage; the one before it, if any, ends."""
+        """Start a stage, and end the previous one."""
         now = time.perf_counter()
         if self._name is not None:
-            self.over.append(Stage(self._name, self._began, now - self._began))
-        self._name, self._began = name, now
+            self.over.append(Stage(self._name, self._start, now - self._start))
+        self._name, self._start = name, now
 
     def entered(self) -> None:
-        """The engine's stage begins, if the request still waits for it; from any thread."""
+        """Start the engine's stage if the request is still in the queue; called from any thread."""
         if self._name == "queue":
             self.begin("engine")
 
     def end(self) -> None:
-        """End the present stage, if any."""
+        """End the current stage, if there is one."""
         if self._name is not None:
-            self.over.append(Stage(self._name, self._began, time.perf_counter() - self._began))
+            self.over.append(Stage(self._name, self._start, time.perf_counter() - self._start))
             self._name = None
 
     def embedded(self, queued: float, computed: float) -> None:
-        """The engine has answered: it knows better than this clock how the wait was spent."""
+        """Replace the queue and engine stages by the engine's own measurements.
+
+        Args:
+            queued: seconds until the first text entered a forward pass.
+            computed: seconds from then to the last vector.
+        """
         self._name = None
         while self.over and self.over[-1].name in {"queue", "engine"}:
             self.over.pop()
-        began = time.perf_counter() - computed - queued
-        self.over.append(Stage("queue", began, queued))
-        self.over.append(Stage("engine", began + queued, computed))
+        start = time.perf_counter() - computed - queued
+        self.over.append(Stage("queue", start, queued))
+        self.over.append(Stage("engine", start + queued, computed))

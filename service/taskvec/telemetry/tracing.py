@@ -1,6 +1,6 @@
-"""Traces of requests across servers, without OpenTelemetry where nobody asks for them.
+"""Protocols for distributed tracing, so that OpenTelemetry is imported only if it is enabled.
 
-A call that carries texts of several requests belongs to the trace of the first of them.
+A call with texts of several requests belongs to the trace of the first request.
 """
 
 from __future__ import annotations
@@ -26,33 +26,40 @@ class RequestSpan(Protocol):
     trace_id: str
 
     def call(self, url: str) -> AbstractContextManager[Mapping[str, str]]:
-        """A span around a call to another server; gives the headers that continue the trace."""
+        """Trace a call to another server; yields the headers that propagate the trace."""
 
     def end(
         self, status: int, code: str | None, stages: Iterable[Stage], attributes: Attributes
     ) -> None:
-        """The request was answered: a child span for each stage, then the end."""
+        """End the span of an answered request, with a child span for each stage.
+
+        Args:
+            status: HTTP status of the answer.
+            code: error code of the answer; None for a success.
+            stages: the stages that the request went through.
+            attributes: attributes of the span.
+        """
 
 
 class Tracer(Protocol):
-    """What makes spans and sends them."""
+    """Creates and exports spans."""
 
     def begin(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestSpan:
-        """The span of a request, in the trace that its headers name, if any."""
+        """Start the span of a request, in the trace of its headers or in a new one."""
 
     def close(self) -> None:
-        """Send what is left; takes seconds where the collector is away."""
+        """Export the remaining spans; takes seconds if the collector is unreachable."""
 
 
 current_span: ContextVar[RequestSpan | None] = ContextVar("current_span", default=None)
-"""The span of the request that is being worked on; None where it is not traced."""
+"""The span of the current request; None if it is not traced."""
 
 
 def make_tracer(model: str) -> Tracer:
-    """A tracer that sends to where the standard ``OTEL_*`` variables say.
+    """Create a tracer that is configured by the standard ``OTEL_*`` variables.
 
     Args:
-        model: the served name.
+        model: the served model name.
 
     Raises:
         CheckpointError: OpenTelemetry's SDK or exporter is not installed.

@@ -23,7 +23,7 @@ from taskvec.engines.base import TokenBatch, TokenIds
 from taskvec.engines.remote.discovery import Resolve, resolve_host
 from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 BROKEN = ("truncated", "endless", "silent", "closing")
 SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}

@@ -12,9 +12,9 @@ import pytest
 from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
 from fakes import hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.base import TokenIds
+from taskvec.engines.base import CallOutcome, TokenIds
 from taskvec.engines.remote.batcher import MAX_CALLS, MAX_TEXTS, CallBatcher
-from taskvec.engines.remote.client import Outcome, ServerCallError
+from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.protocols import Vectors
 
 WIDTH = 8
@@ -133,11 +133,13 @@ async def test_a_failed_call_is_told_to_all_in_it() -> None:
     """Each of those who shared it learns the reason, and the next call is made."""
     road = Road()
     batcher = CallBatcher(road.send)
-    road.fault = ServerCallError(Outcome.ERROR, "status 500: no, sorry")
+    road.fault = ServerCallError(CallOutcome.ERROR, "status 500: no, sorry")
     parcels = [submit(batcher, i) for i in range(MAX_CALLS + 2)]
     road.open.set()
     done = await asyncio.gather(*parcels, return_exceptions=True)
-    assert [getattr(fault, "outcome", None) for fault in done] == [Outcome.ERROR] * (MAX_CALLS + 2)
+    assert [getattr(fault, "outcome", None) for fault in done] == [CallOutcome.ERROR] * (
+        MAX_CALLS + 2
+    )
     assert {str(fault) for fault in done} == {"status 500: no, sorry"}
     assert len({id(fault) for fault in done}) == len(done)
     road.fault = None
@@ -154,7 +156,7 @@ async def test_one_who_waits_too_long_goes_alone() -> None:
     hasty = submit(batcher, 9, seconds=0.05)
     with pytest.raises(ServerCallError, match=r"no answer within 0\.05 seconds") as raised:
         await hasty
-    assert raised.value.outcome is Outcome.TIMEOUT
+    assert raised.value.outcome is CallOutcome.TIMEOUT
     road.open.set()
     await asyncio.gather(*patient)
     assert len(road.sent) == MAX_CALLS

@@ -25,7 +25,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.engine import MAX_RETRY_BALANCE
 from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
-from taskvec.metrics.service import Metrics
+from taskvec.metrics.registry import Metrics
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 
@@ -334,7 +334,7 @@ async def test_a_server_that_reports_its_queue_is_not_counted_twice(
 
 def queued(metrics: Metrics) -> tuple[float, ...]:
     """Texts, tokens, and the seconds of the oldest."""
-    metrics.let_time_pass()
+    metrics.update_queue_age()
     return tuple(
         samples(metrics.registry, f"taskvec_queue_{name}")[()]
         for name in ("texts", "tokens", "oldest_seconds")

@@ -1,4 +1,4 @@
-"""The commands that make data."""
+"""The commands `corpus` and `mine`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from taskvec_train.data import Pair, read_pairs
 from taskvec_train.data.commands import corpus, mine
-from taskvec_train.failures import FAILED
+from taskvec_train.exit import FAILED
 
 app = typer.Typer()
 app.command()(corpus)
@@ -24,7 +24,7 @@ PAIRS = [
 
 
 def arguments(folder: Path) -> list[str]:
-    """Write pairs and vectors, and return the command that mines them."""
+    """Write pairs and vectors; return the arguments of the command that mines them."""
     lines = (json.dumps({"anchor": anchor, "positive": text}) for anchor, text in PAIRS)
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     np.save(folder / "anchors.npy", np.array([[1, 0], [0, 1]], np.float32))
@@ -38,7 +38,7 @@ def arguments(folder: Path) -> list[str]:
 
 
 def test_mine_writes_pairs_that_can_be_read(tmp_path: Path):
-    """The command's file has the pairs in order, each with its negatives."""
+    """The written file has the pairs in order, each with its negatives."""
     result = CliRunner().invoke(app, arguments(tmp_path), catch_exceptions=False)
     assert result.exit_code == 0
     (barks, dog), (purrs, cat) = PAIRS
@@ -49,29 +49,29 @@ def test_mine_writes_pairs_that_can_be_read(tmp_path: Path):
 
 
 def test_mine_with_bad_vectors_writes_nothing(tmp_path: Path):
-    """Vectors of another number of rows are refused, and no file is left behind."""
+    """Vectors with another number of rows are refused, and no file is written."""
     command = arguments(tmp_path)
     np.save(tmp_path / "anchors.npy", np.ones((3, 2), np.float32))
     result = CliRunner().invoke(app, command)
     assert result.exit_code == FAILED
-    assert "anchors.npy: has the shape (3, 2), wanted are 2 rows" in result.stderr
+    assert "anchors.npy: has the shape (3, 2), but must have 2 rows" in result.stderr
     assert not (tmp_path / "mined.jsonl").exists()
 
 
-def test_a_corpus_is_not_built_over_something(tmp_path: Path):
-    """A folder that is there is refused before anything is fetched."""
+def test_a_corpus_does_not_replace_a_folder(tmp_path: Path):
+    """An existing folder is refused before anything is downloaded."""
     command = ["corpus", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == FAILED
-    assert "exists already" in result.stderr
+    assert "already exists" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_refuses_is_reported(tmp_path: Path):
-    """An error of the system is told in a sentence, and exits like every failure."""
+def test_a_failed_write_is_reported(tmp_path: Path):
+    """A file that cannot be written gives one sentence and the usual exit code."""
     command = arguments(tmp_path)
     (tmp_path / "mined.jsonl").mkdir()
     result = CliRunner().invoke(app, command)
     assert result.exit_code == FAILED
-    assert "Nothing half-written was left" in result.stderr
+    assert "No incomplete file was left" in result.stderr
     assert not list(tmp_path.glob("*.partial"))

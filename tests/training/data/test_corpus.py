@@ -1,4 +1,4 @@
-"""The corpus from sources to files."""
+"""The corpus, from sources to files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskvec_train.data import (
     read_scored,
     read_texts,
 )
-from taskvec_train.data.cleaning import Part, cleaned, deduplicate
+from taskvec_train.data.cleaning import SourceEntries, clean, deduplicate
 from taskvec_train.data.corpus import parse, write
 from taskvec_train.data.entries import MAX_WORDS, Entry
 from taskvec_train.data.packages import Package
@@ -24,7 +24,7 @@ from taskvec_train.data.sources import Source
 from taskvec_train.data.split import HELD_OUT_SHARE, is_held_out
 from taskvec_train.data.wordnet import Synset
 from taskvec_train.errors import TrainingError
-from taskvec_train.files import whole_folder, write_jsonl
+from taskvec_train.files import atomic_folder, write_jsonl
 
 ANIMALS = ("cat", "dog", "horse", "cow", "sheep", "goat", "pig", "hen", "duck", "goose")
 VERBS = ("eats", "hunts", "sees", "hears", "follows", "likes", "fears", "finds", "hides")
@@ -51,7 +51,7 @@ def animal_entries(_folders: Sequence[Path], name: str) -> Iterator[Entry]:
 
 
 def spelled(number: int) -> str:
-    """A word without digits, which do not count when texts are compared."""
+    """Return a number as letters, since digits are ignored when texts are compared."""
     return "lemma " + "".join(chr(97 + int(digit)) for digit in str(number))
 
 
@@ -104,7 +104,7 @@ def held_out_texts(corpus: Path) -> set[str]:
 
 
 def test_no_stage_sees_a_held_out_text(corpus: Path):
-    """Texts, pairs (which mining takes), grades and classes have no held-out text."""
+    """Training texts, pairs, scored pairs and labelled texts contain no held-out text."""
     pairs = read_pairs(corpus / "pairs")
     graded = read_scored(corpus / "scored")
     seen = {
@@ -120,7 +120,7 @@ def test_no_stage_sees_a_held_out_text(corpus: Path):
 
 
 def test_no_long_text_has_a_held_out_text_in_it(corpus: Path):
-    """Long texts are joined from passages to train on, and reach what a model reads."""
+    """Long texts are joined from training passages, up to the length that a model reads."""
     long = read_texts(corpus / "long")
     assert all(150 <= len(text.split()) <= MAX_WORDS for text in long)
     held = held_out_texts(corpus)
@@ -128,7 +128,7 @@ def test_no_long_text_has_a_held_out_text_in_it(corpus: Path):
 
 
 def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path):
-    """Every file of two builds is equal, the card with its hashes among them."""
+    """All files of two builds are equal, including the card with its hashes."""
     again = built(tmp_path / "b")
     files = sorted(path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
@@ -137,7 +137,7 @@ def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path):
 
 
 def test_every_query_has_an_answer_in_its_corpus(corpus: Path):
-    """The retrieval sets have BEIR's layout, and relevance names ids that are there."""
+    """The retrieval sets have BEIR's layout, and their qrels refer to existing ids."""
     for folder in (corpus / "heldout/retrieval").iterdir():
         ids = [
             {json.loads(line)["_id"] for line in (folder / name).read_text().splitlines()}
@@ -151,7 +151,7 @@ def test_every_query_has_an_answer_in_its_corpus(corpus: Path):
 
 
 def test_the_card_counts_and_names_everything(corpus: Path):
-    """Sources with licences, versions and counts, and each file with its hash, are in the card."""
+    """The card lists sources with licences, versions and counts, and files with hashes."""
     card = json.loads((corpus / "card.json").read_text())
     assert [row["licence"] for row in card["sources"]] == ["MIT", "MIT"]
     texts = sum(row["passages"] + row["pairs"] for row in card["sources"])
@@ -160,17 +160,17 @@ def test_the_card_counts_and_names_everything(corpus: Path):
     assert "| northern | MIT | Nobody | northern 1.0 |" in (corpus / "card.md").read_text()
 
 
-def test_about_the_share_is_held_out():
-    """The hash of an entity's name decides, and holds out close to the share that it should."""
+def test_the_expected_share_is_held_out():
+    """The share of held-out entities is close to the configured one."""
     held = sum(is_held_out("x", str(number)) for number in range(10_000))
     assert abs(held / 10_000 - HELD_OUT_SHARE) < 0.01
 
 
 def test_a_text_of_two_sources_is_kept_once_and_never_held_out():
-    """A near-duplicate is dropped from the later source; a held-out one is always the one to go."""
+    """A near-duplicate is dropped from the later source, and always from the held-out data."""
     text = "A widget is a small part of a machine that is made in a factory from steel and wood."
-    first = Part(SOURCES[0], train=[Entry("a", text)])
-    second = Part(
+    first = SourceEntries(SOURCES[0], train=[Entry("a", text)])
+    second = SourceEntries(
         SOURCES[1],
         train=[Entry("b", text.replace("wood.", "wool."))],
         held_out=[
@@ -185,24 +185,24 @@ def test_a_text_of_two_sources_is_kept_once_and_never_held_out():
     ]
 
 
-def test_a_query_for_many_passages_is_no_query():
+def test_a_query_for_many_passages_is_dropped():
     """An anchor of more than three passages is dropped, one of three is kept."""
     vague = [Entry(one, f"{one} is a letter of the alphabet", ("Examples",)) for one in "abcd"]
     clear = [Entry(one, f"{one} is a letter of the alphabet", ("Notes",)) for one in "xyz"]
-    (part,) = deduplicate([Part(SOURCES[0], train=[*vague, *clear])])
+    (part,) = deduplicate([SourceEntries(SOURCES[0], train=[*vague, *clear])])
     assert [entry.anchors for entry in part.train] == [()] * 4 + [("Notes",)] * 3
 
 
-def test_what_is_no_prose_is_dropped():
-    """Numbers, other scripts, a word or two and huge passages are left out."""
+def test_passages_that_are_not_prose_are_dropped():
+    """Numbers, other scripts, one or two words and huge passages are dropped."""
     texts = ["1 2 3 4 5 6 7 8", "текст на другом языке", "two words", "a b " * 400]
     good = Entry("x", "These  words\tare prose.", ("", "why  so"))
-    kept = list(cleaned([*(Entry("x", text) for text in texts), good]))
+    kept = list(clean([*(Entry("x", text) for text in texts), good]))
     assert kept == [Entry("x", "These words are prose.", ("why so",))]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
-    """A file is replaced when the new one is whole, and not before."""
+    """A file is replaced only when the new one is complete."""
     file = tmp_path / "a.jsonl"
     write_jsonl(file, [{"text": "old"}])
     with pytest.raises(TypeError):
@@ -212,19 +212,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
 
 
 def build_halfway(out: Path):
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "half").write_text("written")
         (folder / "nowhere" / "half").write_text("not written")
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path: Path):
-    """The folder gets its name at the end; one that is there is not touched."""
+    """A failed build leaves no folder, and an existing folder is not replaced."""
     out = tmp_path / "corpus"
     with pytest.raises(TrainingError):
         build_halfway(out)
     assert list(tmp_path.iterdir()) == []
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "whole").write_text("written")
     assert (out / "whole").exists()
-    with pytest.raises(TrainingError, match="exists already"), whole_folder(out):
+    with pytest.raises(TrainingError, match="already exists"), atomic_folder(out):
         pass

@@ -1,4 +1,4 @@
-"""HTML documentation."""
+"""The parser of HTML documentation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ INDENTED = (
 )
 
 
-def test_headings_and_terms_ask_for_what_stands_below_them():
-    """A long definition is asked for by its name and by its first sentence."""
+def test_headings_and_terms_are_queries_for_the_text_below():
+    """The queries of a long definition are its name and its first sentence."""
     entries = list(parse_page(SPHINX, "json.html", "python"))
     texts = [entry.text for entry in entries]
     assert texts == [
@@ -53,8 +53,8 @@ def test_headings_and_terms_ask_for_what_stands_below_them():
     assert {(entry.entity, entry.label) for entry in entries} == {("json.html", "python")}
 
 
-def test_a_long_section_is_cut_between_sentences():
-    """No passage has more words than a model reads; only the first part has the heading."""
+def test_a_long_section_is_split_between_sentences():
+    """No passage is longer than a model reads, and only the first one has the heading."""
     sentence = "This sentence has exactly seven words here. "
     page = f"<html><body><h1>A long section here</h1><p>{sentence * 100}</p></body></html>"
     entries = list(parse_page(page.encode(), "long.html", "x"))
@@ -64,8 +64,8 @@ def test_a_long_section_is_cut_between_sentences():
     assert [bool(entry.anchors) for entry in entries] == [True, False, False]
 
 
-def test_pages_without_text_are_left_out(tmp_path: Path):
-    """Indexes, other languages and empty pages give nothing."""
+def test_pages_without_text_are_skipped(tmp_path: Path):
+    """Indexes, other languages and empty pages yield nothing."""
     body = "<html><body><h1>Title</h1><p>Some words of text.</p></body></html>"
     for name, content in {
         "guide.html": body,

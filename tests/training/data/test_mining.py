@@ -1,4 +1,4 @@
-"""Hard negatives."""
+"""Mining of hard negatives."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def first(mining: Mining, pairs: list[Pair] = PAIRS) -> tuple[str, ...]:
 
 
 def test_negatives_are_the_nearest_texts_that_do_not_repeat_the_positive():
-    """The nearest come first; a near-duplicate of the positive is left out."""
+    """The most similar texts come first, without near-duplicates of the positive."""
     assert first(Mining(count=2)) == (TEXTS[1], TEXTS[3])
 
 
 def test_a_text_nearly_as_similar_as_the_positive_is_a_likely_answer():
-    """Nothing at or above the share of the positive's similarity is taken."""
+    """Texts at or above the share of the positive's similarity are not taken."""
     assert first(Mining(count=2, share=0.8)) == (TEXTS[3], TEXTS[4])
 
 
-def test_ranks_outside_the_window_are_not_looked_at():
-    """The window counts the texts other than the answers, from the nearest on."""
+def test_ranks_outside_the_window_are_ignored():
+    """Ranks count from the most similar text, without the answers."""
     assert first(Mining(first=2, last=3)) == (TEXTS[3],)
 
 
-def test_another_answer_to_the_same_question_is_no_negative():
-    """A text that another pair gives as the answer to the same anchor is left out."""
+def test_another_answer_to_the_same_query_is_not_a_negative():
+    """The positive of another pair with the same anchor is not a negative."""
     pairs = [*PAIRS]
     pairs[1] = Pair(PAIRS[0].anchor, TEXTS[1])
     assert first(Mining(count=1), pairs) == (TEXTS[3],)
 
 
 def test_a_text_of_several_pairs_is_taken_once():
-    """A positive that repeats in other pairs is one candidate."""
+    """A positive of several pairs is a single candidate."""
     pairs = [*PAIRS, Pair("question f", TEXTS[3])]
     anchors = np.vstack([ANCHORS, ANCHORS[:1]])
     positives = np.vstack([POSITIVES, POSITIVES[3:4]])
@@ -66,7 +66,7 @@ def test_a_text_of_several_pairs_is_taken_once():
 
 
 def test_chunks_change_nothing():
-    """Chunks smaller than the data and than the window give the same negatives as one chunk."""
+    """Small chunks give the same negatives as one chunk."""
     order = np.random.default_rng(5)
     pairs = [Pair(f"q {number} {'x' * number}", f"{'y' * number} t") for number in range(40)]
     anchors = order.normal(size=(40, 8)).astype(np.float16)
@@ -78,27 +78,29 @@ def test_chunks_change_nothing():
 
 
 def test_vectors_are_mapped_and_counted(tmp_path: Path):
-    """A matrix with another number of rows than pairs, or no matrix, is refused by name."""
+    """A matrix with a wrong number of rows, or another file, is an error that names the file."""
     file = tmp_path / "anchors.npy"
     np.save(file, ANCHORS)
     assert isinstance(load_vectors(file, 5), np.memmap)
-    with pytest.raises(DataError, match=r"anchors\.npy: has the shape \(5, 2\), wanted are 6 rows"):
+    with pytest.raises(
+        DataError, match=r"anchors\.npy: has the shape \(5, 2\), but must have 6 rows"
+    ):
         load_vectors(file, 6)
     file.write_bytes(b"no matrix")
-    with pytest.raises(DataError, match=r"anchors\.npy: is no \.npy file"):
+    with pytest.raises(DataError, match=r"anchors\.npy: is not a readable \.npy file"):
         load_vectors(file, 5)
 
 
 def test_vectors_of_different_sizes_are_refused():
-    """Anchors and positives have one row a pair."""
-    with pytest.raises(DataError, match="want one row a pair"):
+    """Anchors and positives must have one row a pair."""
+    with pytest.raises(DataError, match="must have one row a pair"):
         next(mine(PAIRS, ANCHORS[:4], POSITIVES, Mining()))
 
 
 @pytest.mark.parametrize(
     "wrong", [{"first": 5, "last": 5}, {"count": 0}, {"share": 0.0}, {"share": 1.1}]
 )
-def test_settings_that_find_nothing_are_refused(wrong: dict[str, int]):
+def test_invalid_options_are_refused(wrong: dict[str, int]):
     """An empty window, no negatives, and a share outside 0 to 1 are refused."""
-    with pytest.raises(DataError, match="want 0 <= first < last"):
+    with pytest.raises(DataError, match="must have 0 <= first < last"):
         Mining(**wrong)

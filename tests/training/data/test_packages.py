@@ -1,4 +1,4 @@
-"""Archives of packages."""
+"""Unpacking of package archives."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_a_wheel_and_an_npm_package_are_unpacked_and_named(tmp_path: Path):
 
 
 def test_an_archive_cannot_write_outside_of_its_folder(tmp_path: Path):
-    """A member that climbs out is refused, and the package does not count as unpacked."""
+    """A member outside the folder is refused, and the package does not count as unpacked."""
     archive = tgz(tmp_path / "evil-1.0.tgz", "../../escaped")
     for _ in range(2):
-        with pytest.raises(DataError, match="lies outside"):
+        with pytest.raises(DataError, match="is outside its folder"):
             unpack(archive, tmp_path / "out")
     assert not (tmp_path / "escaped").exists()
     assert not (tmp_path / "out/evil-1.0.tgz").exists()
 
 
-def test_an_unpacked_package_is_used_again(tmp_path: Path):
-    """The second time, what was unpacked stays as it is."""
+def test_an_unpacked_package_is_reused(tmp_path: Path):
+    """The second time, the unpacked folder is left unchanged."""
     archive = tgz(tmp_path / "a-1.0.tgz", "a")
     folder = unpack(archive, tmp_path / "out").folder
     (folder / "mark").write_text("kept")

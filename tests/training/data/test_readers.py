@@ -1,4 +1,4 @@
-"""Readers of training data."""
+"""Readers of JSONL and Parquet."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ def test_parquet_lists_become_negatives(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b'{"text": "a"}\n{"text": }\n', "bad.jsonl:2: malformed JSON"),
         (b'{"text": "a"}\n\n{"text": "b"}\n', "bad.jsonl:2: malformed JSON"),
-        (b'{"text": "a"}\n["b"]\n', "bad.jsonl:2: is no JSON object"),
+        (b'{"text": "a"}\n["b"]\n', "bad.jsonl:2: is not a JSON object"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "bad.jsonl:2: byte 13 is not UTF-8"),
         (b'\xef\xbb\xbf{"text": "a"}\n', "bad.jsonl:1: starts with a byte order mark"),
         ('{"text": "a"}\n'.encode("utf-16"), "bad.jsonl:1: byte 0 is not UTF-8"),
-        (b'{"text": "a", "lang": "en"}\n', ":1: has the fields lang, text, wanted are text"),
-        (b'{"body": "a"}\n', "bad.jsonl:1: has the fields body, wanted are text"),
+        (b'{"text": "a", "lang": "en"}\n', ":1: has the fields lang, text, but must have text"),
+        (b'{"body": "a"}\n', "bad.jsonl:1: has the fields body, but must have text"),
         (b'{"text": 3}\n', "bad.jsonl:1: text is int, make it a string"),
         (b'{"text": null}\n', "bad.jsonl:1: text is NoneType, make it a string"),
         (b'{"text": " "}\n', "bad.jsonl:1: text is blank"),
-        (b"", "bad.jsonl: has no record"),
+        (b"", "bad.jsonl: has no records"),
         (b'{"text": "' + b"a" * MAX_LINE + b'"}\n', "bad.jsonl:1: the line has more than"),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: bytes, says: str):
-    """Each way a file can be wrong is reported with file, line and what to do."""
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, content: bytes, message: str):
+    """Each kind of invalid file is reported with file and line."""
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_texts(file)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("score", ["NaN", "Infinity", '"1.0"', "true", "null", "1e999"])
@@ -95,7 +95,7 @@ def test_a_score_is_a_finite_number(tmp_path: Path, score: str):
 
 
 def test_a_nan_in_parquet_is_refused(tmp_path: Path):
-    """Parquet can hold NaN: it is refused with its row."""
+    """A NaN, which Parquet can contain, is refused with its row."""
     file = tmp_path / "s.parquet"
     columns = {"text_a": ["a", "b"], "text_b": ["c", "d"], "score": [0.5, float("nan")]}
     parquet.write_table(pa.table(columns), file)
@@ -103,16 +103,16 @@ def test_a_nan_in_parquet_is_refused(tmp_path: Path):
         read_scored(file)
 
 
-def test_a_file_that_only_looks_like_parquet_is_refused(tmp_path: Path):
+def test_damaged_parquet_is_refused(tmp_path: Path):
     """A damaged Parquet file is reported by its name."""
     file = tmp_path / "s.parquet"
     file.write_bytes(b"PAR1 but not really PAR1")
-    with pytest.raises(DataError, match=r"s\.parquet: is no readable Parquet"):
+    with pytest.raises(DataError, match=r"s\.parquet: is not a readable Parquet"):
         read_texts(file)
 
 
 def test_records_of_one_folder_have_the_same_fields(tmp_path: Path):
-    """Pairs with and without negatives in one folder are refused, with both places."""
+    """Pairs with and without negatives in one folder are refused, with both locations."""
     write(tmp_path / "a.jsonl", {"anchor": "a", "positive": "b"})
     write(tmp_path / "b.jsonl", {"anchor": "a", "positive": "b", "negatives": ["c"]})
     with pytest.raises(DataError) as caught:
@@ -122,15 +122,15 @@ def test_records_of_one_folder_have_the_same_fields(tmp_path: Path):
 
 
 def test_negatives_are_a_list_of_strings(tmp_path: Path):
-    """A single string where a list belongs is refused."""
+    """A string instead of a list is refused."""
     file = write(tmp_path / "p.jsonl", {"anchor": "a", "positive": "b", "negatives": "c"})
     with pytest.raises(DataError, match="negatives is str, make it a list of strings"):
         read_pairs(file)
 
 
 def test_a_path_without_data_is_refused(tmp_path: Path):
-    """A folder with no data file and a path that is not there are both named."""
-    with pytest.raises(DataError, match="holds no"):
+    """A folder without data files and a missing path are errors."""
+    with pytest.raises(DataError, match="contains no"):
         read_texts(tmp_path)
     with pytest.raises(DataError, match="no such file or folder"):
         read_texts(tmp_path / "nowhere")

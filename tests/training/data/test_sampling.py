@@ -1,4 +1,4 @@
-"""A sample of a corpus."""
+"""Samples of a corpus."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SMALL = [f"small {n}" for n in range(500)]
 TINY = ["one", "two", "three"]
 
 
-def test_it_keeps_the_order_and_takes_of_every_file() -> None:
-    """Sixteen times the records are drawn eight times as often: 16 ** 0.75."""
+def test_a_sample_keeps_the_order_and_has_every_file() -> None:
+    """Records stay in order, every file is sampled, and sizes count with the power 0.75."""
     taken = sample([LARGE, SMALL, TINY], 900)
     assert 897 <= len(taken) <= 900
     assert taken == [text for text in [*LARGE, *SMALL, *TINY] if text in set(taken)]
@@ -29,26 +29,26 @@ def test_it_keeps_the_order_and_takes_of_every_file() -> None:
     assert taken[-1] in TINY
 
 
-def test_what_a_small_file_lacks_comes_from_the_others() -> None:
-    """A file gives all it has, and the sample still has as many records as asked for."""
+def test_a_small_file_is_supplemented_by_the_others() -> None:
+    """If a small file is exhausted, the other files supply the rest."""
     taken = sample([LARGE, SMALL, TINY], 6000)
     assert 5997 <= len(taken) <= 6000
     assert set(SMALL) | set(TINY) <= set(taken)
 
 
-def test_more_than_there_is_is_all_there_is() -> None:
-    """Nothing is repeated."""
+def test_a_larger_sample_than_the_corpus_is_the_corpus() -> None:
+    """A sample larger than the corpus is the corpus, without repetition."""
     assert sample([SMALL, TINY], 10_000) == [*SMALL, *TINY]
 
 
-def test_a_smaller_sample_is_a_part_of_a_larger_one() -> None:
-    """Also when the files are read in another order."""
+def test_a_smaller_sample_is_a_subset_of_a_larger_one() -> None:
+    """A smaller sample is a subset of a larger one, whatever the order of the files."""
     small, large = set(sample([LARGE, SMALL], 200)), set(sample([SMALL, LARGE], 2000))
     assert small < large
 
 
 def test_records_of_one_text_are_taken_together() -> None:
-    """Pairs are chosen by their positive, so as texts they are what the teacher has read."""
+    """Pairs are sampled by their positive, so that they match the sampled texts."""
     texts = set(sample([LARGE], 100))
     pairs = sample([[Pair(f"query {text}", text) for text in LARGE]], 100)
     labelled = sample([[Labelled(text, "label") for text in LARGE]], 100)
@@ -58,10 +58,8 @@ def test_records_of_one_text_are_taken_together() -> None:
     assert {record.a for record in scored} == texts
 
 
-def test_a_stage_learns_from_its_sample_alone(
-    recipe_file: Path, data: Path, tmp_path: Path
-) -> None:
-    """The teacher is asked for no more texts than are sampled; the vocabulary is of all."""
+def test_a_stage_uses_only_its_sample(recipe_file: Path, data: Path, tmp_path: Path) -> None:
+    """The teacher embeds only the sample, but the vocabulary covers all texts."""
     changes = ["adapt=[]", "distill.words.steps=1", "distill.words.pairs=[]"]
     changes += ["distill.words.held_out=[]", "distill.words.sample=30"]
     run_recipe(read_recipe(recipe_file, changes), data, tmp_path / "run", cpu=True)

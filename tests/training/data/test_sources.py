@@ -9,7 +9,7 @@ import pytest
 
 from taskvec_train.data.descriptions import parse_descriptions
 from taskvec_train.data.docstrings import parse_module
-from taskvec_train.data.entries import Entry, spoken
+from taskvec_train.data.entries import Entry, split_identifier
 from taskvec_train.data.records import DataError
 from taskvec_train.data.references import (
     parse_dictionary,
@@ -49,8 +49,8 @@ Description-en: not in the list of packages
 """
 
 
-def test_short_descriptions_ask_for_long_ones(tmp_path: Path):
-    """Paragraphs are joined, the entity is the source package, the class is the section."""
+def test_short_descriptions_are_queries_for_long_ones(tmp_path: Path):
+    """Paragraphs are joined; the entity is the source package, the label the section."""
     (tmp_path / "deb_main_binary-amd64_Packages").write_text(PACKAGES)
     (tmp_path / "deb_main_i18n_Translation-en").write_text(DESCRIPTIONS)
     (tmp_path / "deb_InRelease").write_text("Origin: Debian\nCodename: bookworm\n")
@@ -69,14 +69,14 @@ def test_short_descriptions_ask_for_long_ones(tmp_path: Path):
 
 
 def test_without_a_debian_release_there_are_no_descriptions(tmp_path: Path):
-    """On another system than Debian the error says so."""
+    """Lists without a Debian release are an error."""
     (tmp_path / "b_InRelease").write_text("Origin: Elsewhere\nCodename: bookworm\n")
     with pytest.raises(DataError, match="has no list of a Debian release"):
         next(parse_descriptions([tmp_path]))
 
 
-def test_docstrings_are_asked_for_by_name_and_summary():
-    """Code, rulers and markup are left out; a file that is no Python gives nothing."""
+def test_names_and_summaries_are_queries_for_docstrings():
+    """Code, rulers and markup are removed; a file that is not Python yields nothing."""
     source = '''
 class Circle:
     """A round thing."""
@@ -106,7 +106,7 @@ class Circle:
 
 
 def test_a_service_model_gives_operations_and_fields():
-    """Markup is removed; descriptions of a few words are left out."""
+    """Markup is removed, and descriptions of a few words are dropped."""
     model = {
         "metadata": {"serviceFullName": "Amazon Queues"},
         "operations": {
@@ -133,7 +133,7 @@ def test_a_service_model_gives_operations_and_fields():
 
 
 def test_a_discovery_document_gives_methods_and_fields():
-    """Methods of nested resources are found, each with its parameters."""
+    """Methods of nested resources are found, with their parameters."""
     document = {
         "title": "Books API",
         "schemas": {
@@ -163,7 +163,7 @@ def test_a_discovery_document_gives_methods_and_fields():
 
 
 def test_a_dictionary_is_read_through_its_index(tmp_path: Path):
-    """Offsets are numbers in base 64; the headword and the database's own entries are left out."""
+    """Offsets are base-64 numbers; the headword and the database's own entries are dropped."""
     info, article = b"00-database-info\nAbout.\n", b"CYNIC, n. One who sees {things} as they are.\n"
     (tmp_path / "x.dict.dz").write_bytes(gzip.compress(info + article))
     (tmp_path / "x.index").write_text("00databaseinfo\tA\tY\ncynic\tY\tt\n")
@@ -173,7 +173,7 @@ def test_a_dictionary_is_read_through_its_index(tmp_path: Path):
 
 
 def test_a_country_profile_gives_one_passage_a_field():
-    """Nested values are joined, what is not available is left out, the chapter is the class."""
+    """Nested values are joined, unavailable ones dropped, and the chapter is the label."""
     profile = {
         "Government": {"Country name": {"conventional short form": {"text": "Freedonia"}}},
         "Economy": {
@@ -188,8 +188,8 @@ def test_a_country_profile_gives_one_passage_a_field():
     assert list(parse_profile({"Economy": {}}, "xx")) == []
 
 
-def test_a_health_record_element_is_asked_for_by_its_short_description():
-    """Definition and requirements are passages; a list of codes is no question."""
+def test_short_descriptions_are_queries_for_health_record_elements():
+    """Definition and requirements are passages; a list of codes is not a query."""
     structure = {
         "id": "Patient",
         "snapshot": {
@@ -208,8 +208,8 @@ def test_a_health_record_element_is_asked_for_by_its_short_description():
     assert why.anchors == ("why patient gender",)
 
 
-def test_a_security_rule_is_asked_for_by_its_title():
-    """Title, description and rationale are read from XCCDF; the entity has no product's name."""
+def test_titles_are_queries_for_security_rules():
+    """Title, description and rationale are read from XCCDF; the entity has no product name."""
     source = b"""<Benchmark xmlns="urn:x" xmlns:h="urn:h"><Rule id="xccdf_org.content_rule_no_root">
     <title>Disable Root Login</title><description>Set <h:code>no</h:code> in the file.</description>
     <rationale>Root can do anything.</rationale></Rule></Benchmark>"""
@@ -219,13 +219,17 @@ def test_a_security_rule_is_asked_for_by_its_title():
     ]
 
 
-def test_identifiers_are_spoken():
-    """Words of both spellings are found, abbreviations among them."""
-    assert spoken("CreateHTTPQueue") == spoken("create_http_queue") == "create http queue"
+def test_identifiers_are_split_into_words():
+    """CamelCase and snake_case give the same words, including abbreviations."""
+    assert (
+        split_identifier("CreateHTTPQueue")
+        == split_identifier("create_http_queue")
+        == "create http queue"
+    )
 
 
-def test_every_source_names_a_licence_and_has_a_name_of_its_own():
-    """Names are file names: two sources of one name would overwrite each other."""
+def test_every_source_has_a_licence_and_a_unique_name():
+    """Every source has a permissive licence, a credit, and a unique name for its file."""
     assert len({source.name for source in SOURCES}) == len(SOURCES)
     for source in SOURCES:
         assert source.licence

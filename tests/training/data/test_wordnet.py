@@ -1,4 +1,4 @@
-"""WordNet's files."""
+"""The parser of WordNet's files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_line_is_read_with_its_examples_apart(folder: Path):
+def test_a_line_is_read_into_a_synset(folder: Path):
     """Lemmas, gloss, examples, class and hypernym come from one line; markers are removed."""
     synsets = read_synsets(folder)
     animal = synsets["n00000002"]
@@ -49,8 +49,8 @@ def test_a_line_is_read_with_its_examples_apart(folder: Path):
     assert synsets["n00000001"].hypernym == ""
 
 
-def test_lemmas_ask_for_the_gloss(folder: Path):
-    """Each lemma asks once; examples are texts of the same entity; the class is the lexname."""
+def test_lemmas_are_queries_for_the_gloss(folder: Path):
+    """Each lemma is one query; examples are texts of the same entity; the label is the lexname."""
     entries = list(parse_wordnet([folder]))
     gloss, *rest = [entry for entry in entries if entry.entity == "n00000002"]
     assert gloss.text == "a living thing that moves"
@@ -66,7 +66,7 @@ def test_lemmas_ask_for_the_gloss(folder: Path):
 
 
 def test_wu_palmer_counts_shared_ancestors(folder: Path):
-    """Twice the depth of the lowest common ancestor over the sum of both depths, in steps."""
+    """It is twice the depth of the lowest common ancestor over the sum of both depths."""
     taxonomy = Taxonomy(read_synsets(folder))
     assert taxonomy.wu_palmer("n00000003", "n00000005") == 2 * 1 / (2 + 2)
     assert taxonomy.wu_palmer("n00000004", "n00000003") == 2 * 2 / (3 + 2)
@@ -75,8 +75,8 @@ def test_wu_palmer_counts_shared_ancestors(folder: Path):
     assert taxonomy.wu_palmer("n00000004", "n00000004") == 1
 
 
-def test_graded_pairs_stay_among_the_synsets_asked_for(folder: Path):
-    """Only texts of the given synsets appear, graded alike for the same seed."""
+def test_graded_pairs_have_only_the_given_synsets(folder: Path):
+    """Pairs have only texts of the given synsets, and are deterministic."""
     synsets = read_synsets(folder)
     keys = ["n00000002", "n00000003", "n00000005", "v00000006"]
     pairs = list(graded_pairs(synsets, keys, seed=1))

@@ -1,4 +1,4 @@
-"""Data: readers, the corpus built from packages, hard-negative mining."""
+"""Training data: readers, a corpus built from packages, mining of hard negatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data card: what the corpus is made of, in Markdown and JSON."""
+"""Write the data card of a corpus: sources, licences and counts, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import orjson
 
-from taskvec_train.data.cleaning import Part
+from taskvec_train.data.cleaning import SourceEntries
 from taskvec_train.data.packages import Package
 from taskvec_train.data.split import HELD_OUT_SHARE
 
 DATA_CARD = "card.md"
-"""Of a corpus's folder: sources, licences, credits and counts."""
+"""File name of the data card in a corpus's folder."""
 
 _INTRODUCTION = f"""# Data card
 
@@ -30,7 +30,7 @@ Near-duplicates across all sources are removed.
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One source's line in the card."""
+    """One source in the card."""
 
     name: str
     licence: str
@@ -41,8 +41,10 @@ class Row:
     held_out: int
 
 
-def write_card(folder: Path, parts: Sequence[Part], packages: Mapping[str, Package]) -> None:
-    """Write `card.json` and `card.md` about everything that is in `folder`."""
+def write_card(
+    folder: Path, parts: Sequence[SourceEntries], packages: Mapping[str, Package]
+) -> None:
+    """Write `card.json` and `card.md` about all files in `folder`."""
     rows = [_row(part, packages) for part in parts]
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -56,13 +58,13 @@ def write_card(folder: Path, parts: Sequence[Part], packages: Mapping[str, Packa
     }
     (folder / "card.json").write_bytes(orjson.dumps(card, option=orjson.OPT_INDENT_2) + b"\n")
     table = "\n".join(map(_line, rows))
-    listed = "\n".join(f"| {name} | {file['lines']:,} |" for name, file in files.items())
+    file_rows = "\n".join(f"| {name} | {file['lines']:,} |" for name, file in files.items())
     (folder / DATA_CARD).write_text(
-        f"{_INTRODUCTION}{table}\n\n## Files\n\n| file | lines |\n|---|---|\n{listed}\n", "utf-8"
+        f"{_INTRODUCTION}{table}\n\n## Files\n\n| file | lines |\n|---|---|\n{file_rows}\n", "utf-8"
     )
 
 
-def _row(part: Part, packages: Mapping[str, Package]) -> Row:
+def _row(part: SourceEntries, packages: Mapping[str, Package]) -> Row:
     source = part.source
     found = [packages[name] for name in source.packages]
     return Row(
@@ -70,7 +72,8 @@ def _row(part: Part, packages: Mapping[str, Package]) -> Row:
         licence=source.licence,
         credit=source.credit,
         packages=tuple(
-            {"name": each.name, "version": each.version, "sha256": each.sha256} for each in found
+            {"name": package.name, "version": package.version, "sha256": package.sha256}
+            for package in found
         ),
         passages=len(part.train),
         pairs=sum(len(entry.anchors) for entry in part.train),

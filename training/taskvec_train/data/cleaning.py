@@ -1,4 +1,4 @@
-"""Keep passages and queries worth learning from, each only once."""
+"""Filter the entries of all sources, and remove near-duplicates."""
 
 from __future__ import annotations
 
@@ -7,69 +7,71 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from taskvec_train.data.duplicates import Index
-from taskvec_train.data.entries import MAX_WORDS, Entry, is_prose, tidy
+from taskvec_train.data.duplicates import DuplicateIndex
+from taskvec_train.data.entries import MAX_WORDS, Entry, is_prose, normalise_text
 from taskvec_train.data.sources import Source
 
-LEAST_WORDS = 4
-"""Words a passage must have."""
+MIN_WORDS = 4
+"""Minimum number of words of a passage."""
 MAX_ANCHOR = 200
-"""Characters a query may have."""
+"""Maximum number of characters of a query."""
 MAX_CHARACTERS = 3_000
 MAX_POSITIVES = 3
-"""A query that asks for more passages than this asks for none in particular."""
+"""Maximum number of passages of a query: queries with more are too vague."""
 
 
 @dataclass(slots=True)
-class Part:
-    """What one source gives: entries to train on, and entries held out."""
+class SourceEntries:
+    """The entries of one source: for training, and held out."""
 
     source: Source
     train: list[Entry] = field(default_factory=list)
     held_out: list[Entry] = field(default_factory=list)
 
 
-def cleaned(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Drop passages that are no prose or too long, and anchors that say nothing."""
+def clean(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Drop passages that are not prose or are too long, and anchors without content."""
     for entry in entries:
-        text = tidy(entry.text)
+        text = normalise_text(entry.text)
         if len(text) > MAX_CHARACTERS or text.count(" ") >= MAX_WORDS:
             continue
-        if is_prose(text, LEAST_WORDS):
-            anchors = map(tidy, entry.anchors)
+        if is_prose(text, MIN_WORDS):
+            anchors = map(normalise_text, entry.anchors)
             kept = tuple(a for a in anchors if 2 < len(a) <= MAX_ANCHOR and is_prose(a, 1))
             yield replace(entry, text=text, anchors=kept)
 
 
-def deduplicate(parts: Sequence[Part]) -> list[Part]:
-    """Keep the first of texts that are nearly the same, across all sources.
+def deduplicate(parts: Sequence[SourceEntries]) -> list[SourceEntries]:
+    """Keep only the first of texts that are near-duplicates, across all sources.
 
-    What is held out comes last: a held-out passage or query that nearly repeats something to
-    train on is dropped, so that no stage sees a held-out text by another name.
+    Held-out entries are checked last: a held-out passage or query that is a near-duplicate of a
+    training text is dropped, so that no stage sees a held-out text in another form.
     """
-    index = Index()
-    trained = _first_of_each(index, [part.train for part in parts])
+    index = DuplicateIndex()
+    trained = _without_duplicates(index, [part.train for part in parts])
     trained = _without_vague_anchors(trained)
     index.add(_anchors(trained))
-    known = index.size
-    held = _first_of_each(index, [part.held_out for part in parts])
-    queries = _anchors(held)
+    train_size = index.size
+    held_out = _without_duplicates(index, [part.held_out for part in parts])
+    queries = _anchors(held_out)
     new = {
         query
         for query, earlier in zip(queries, index.add(queries), strict=True)
-        if earlier is None or earlier >= known
+        if earlier is None or earlier >= train_size
     }
-    held = [
+    held_out = [
         [replace(entry, anchors=tuple(a for a in entry.anchors if a in new)) for entry in entries]
-        for entries in held
+        for entries in held_out
     ]
     return [
-        Part(part.source, train, held_out)
-        for part, train, held_out in zip(parts, trained, held, strict=True)
+        SourceEntries(part.source, train, held)
+        for part, train, held in zip(parts, trained, held_out, strict=True)
     ]
 
 
-def _first_of_each(index: Index, groups: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+def _without_duplicates(
+    index: DuplicateIndex, groups: Sequence[Sequence[Entry]]
+) -> list[list[Entry]]:
     return [
         [
             entry
@@ -98,6 +100,6 @@ def _without_vague_anchors(groups: Sequence[Sequence[Entry]]) -> list[list[Entry
 
 
 def _anchors(groups: Sequence[Sequence[Entry]]) -> list[str]:
-    """Return every anchor once, in order."""
+    """Return every distinct anchor, in order."""
     entries = chain.from_iterable(groups)
     return list(dict.fromkeys(anchor for entry in entries for anchor in entry.anchors))

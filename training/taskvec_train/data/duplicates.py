@@ -1,4 +1,4 @@
-"""Find texts that are nearly the same, by MinHash over word shingles (Broder, 1997)."""
+"""Find near-duplicate texts by MinHash over word shingles (Broder, 1997)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE = 3
-"""Words of a shingle."""
+"""Number of words of a shingle."""
 BANDS = 6
 ROWS = 4
-"""Two texts are compared if all ROWS minima of one of BANDS bands agree."""
+"""Two texts are compared if all ROWS minima of at least one of BANDS bands are equal."""
 THRESHOLD = 0.8
-"""Jaccard similarity of the shingles from which on two texts count as one."""
+"""Minimum Jaccard similarity of the shingles of near-duplicates."""
 _CHUNK = 20_000
 _WORD = re.compile(r"\w+")
 
@@ -23,9 +23,9 @@ Shingles = NDArray[np.uint32]
 
 
 def fingerprint(text: str) -> Shingles:
-    """Return the sorted hashes of a text's shingles; one hash for a text of fewer words.
+    """Return the sorted hashes of a text's shingles; one hash for a shorter text.
 
-    Case, digits' values and punctuation do not count.
+    Case, the values of digits, and punctuation are ignored.
     """
     words = [zlib.crc32(word.encode()) for word in _WORD.findall(re.sub(r"\d+", "0", text.lower()))]
     hashes = np.array(words, np.uint32)
@@ -37,20 +37,20 @@ def fingerprint(text: str) -> Shingles:
     return np.unique(mixed)
 
 
-def likeness(one: Shingles, other: Shingles) -> float:
+def jaccard(one: Shingles, other: Shingles) -> float:
     """Return the Jaccard similarity of two fingerprints."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared / (len(one) + len(other) - shared)
 
 
-def repeats(text: str, known: Iterable[Shingles]) -> bool:
-    """Whether a text is nearly the same as one of those with these fingerprints."""
-    mark = fingerprint(text)
-    return any(likeness(mark, other) >= THRESHOLD for other in known)
+def is_near_duplicate(text: str, known: Iterable[Shingles]) -> bool:
+    """Return whether a text is a near-duplicate of one with these fingerprints."""
+    shingles = fingerprint(text)
+    return any(jaccard(shingles, other) >= THRESHOLD for other in known)
 
 
-class Index:
-    """Texts seen so far; finds the earlier one that a text repeats."""
+class DuplicateIndex:
+    """Index of texts; finds the earlier near-duplicate of a text."""
 
     def __init__(self) -> None:
         multipliers = np.random.default_rng(1).integers(1, 1 << 63, BANDS * ROWS, np.uint64)
@@ -60,13 +60,13 @@ class Index:
 
     @property
     def size(self) -> int:
-        """How many texts were added."""
+        """Number of texts added."""
         return len(self._fingerprints)
 
     def add(self, texts: Sequence[str]) -> list[int | None]:
-        """Return for each text the number of the earlier text that it repeats, or None.
+        """Add texts; return for each the number of an earlier near-duplicate, or None.
 
-        Texts are numbered in the order in which they were added, from 0.
+        Texts are numbered from 0, in the order in which they were added.
         """
         found: list[int | None] = []
         for start in range(0, len(texts), _CHUNK):
@@ -76,13 +76,13 @@ class Index:
     def _add_chunk(self, texts: Sequence[str]) -> list[int | None]:
         fingerprints = [fingerprint(text) for text in texts]
         return [
-            self._add(mark, keys)
-            for mark, keys in zip(fingerprints, self._band_keys(fingerprints), strict=True)
+            self._add(shingles, keys)
+            for shingles, keys in zip(fingerprints, self._band_keys(fingerprints), strict=True)
         ]
 
     def _band_keys(self, fingerprints: Sequence[Shingles]) -> list[list[int]]:
-        """Return BANDS keys a fingerprint, each a hash of ROWS minima."""
-        lengths = [len(mark) for mark in fingerprints]
+        """Return BANDS keys for each fingerprint, each a hash of ROWS minima."""
+        lengths = [len(shingles) for shingles in fingerprints]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         flat = np.concatenate(fingerprints).astype(np.uint64)
         keys = np.zeros((len(fingerprints), BANDS), np.uint64)
@@ -94,13 +94,13 @@ class Index:
         rows: list[list[int]] = keys.tolist()
         return rows
 
-    def _add(self, mark: Shingles, keys: Sequence[int]) -> int | None:
+    def _add(self, shingles: Shingles, keys: Sequence[int]) -> int | None:
         number = len(self._fingerprints)
-        self._fingerprints.append(mark)
+        self._fingerprints.append(shingles)
         earlier = None
         for bucket, key in zip(self._buckets, keys, strict=True):
             candidate = bucket.setdefault(key, number)
             if earlier is None and candidate != number:
-                same = likeness(mark, self._fingerprints[candidate]) >= THRESHOLD
+                same = jaccard(shingles, self._fingerprints[candidate]) >= THRESHOLD
                 earlier = candidate if same else None
         return earlier

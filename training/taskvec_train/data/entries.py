@@ -1,4 +1,4 @@
-"""What a source's parser gives: one passage, what asks for it, and what it is about."""
+"""Entries that the parsers yield, and functions that they share to make them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_WORDS = 330
-"""Words a passage may have: about 512 tokens of a WordPiece vocabulary."""
+"""Maximum number of words of a passage: about 512 tokens of a WordPiece vocabulary."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\ufeff]")
@@ -19,8 +19,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\ufeff]")
 class Entry:
     """One passage of a source.
 
-    `entity` is what the passage tells about: all passages of one entity are trained on, or none.
-    `anchors` are queries which the passage answers; `label` is its class, if it has one.
+    Attributes:
+        entity: the subject of the passage; all passages of one entity are held out, or none.
+        text: the passage.
+        anchors: queries that the passage answers.
+        label: its class; empty if it has none.
     """
 
     entity: str
@@ -29,53 +32,53 @@ class Entry:
     label: str = ""
 
 
-def tidy(text: str) -> str:
-    """Composed characters, single spaces, no control characters."""
+def normalise_text(text: str) -> str:
+    """Normalise a text to NFC and single spaces, without control characters."""
     return " ".join(_CONTROL.sub(" ", unicodedata.normalize("NFC", text)).split())
 
 
-def is_prose(text: str, least: int) -> bool:
-    """Whether a text has that many words and is mostly made of Latin letters."""
+def is_prose(text: str, min_words: int) -> bool:
+    """Return whether a text has enough words and is mostly made of Latin letters."""
     letters = sum(char.isascii() and (char.isalpha() or char == " ") for char in text)
-    return text.count(" ") + 1 >= least and letters >= 0.75 * len(text)
+    return text.count(" ") + 1 >= min_words and letters >= 0.75 * len(text)
 
 
 def sentences(text: str) -> list[str]:
-    """Split after full stops that a capital letter follows."""
+    """Split a text after sentence ends that a capital letter or digit follows."""
     return _SENTENCE_END.split(text)
 
 
 def passages(blocks: Sequence[str]) -> Iterator[str]:
-    """Join blocks of text to passages of at most MAX_WORDS words, cut between sentences."""
+    """Join blocks of text into passages of at most MAX_WORDS words, split between sentences."""
     words = 0
-    kept: list[str] = []
+    current: list[str] = []
     for sentence in (part for block in blocks for part in sentences(block)):
         length = sentence.count(" ") + 1
-        if kept and words + length > MAX_WORDS:
-            yield " ".join(kept)
-            kept, words = [], 0
-        kept.append(" ".join(sentence.split()[:MAX_WORDS]))
+        if current and words + length > MAX_WORDS:
+            yield " ".join(current)
+            current, words = [], 0
+        current.append(" ".join(sentence.split()[:MAX_WORDS]))
         words += length
-    if kept:
-        yield " ".join(kept)
+    if current:
+        yield " ".join(current)
 
 
-def summary_and_rest(text: str, least: int = 12) -> tuple[str, str]:
-    """Cut off the first sentence when enough words remain; else `("", text)`."""
+def summary_and_rest(text: str, min_words: int = 12) -> tuple[str, str]:
+    """Split off the first sentence if enough words remain; otherwise return `("", text)`."""
     first, *rest = sentences(text)
     remaining = " ".join(rest)
-    if remaining.count(" ") + 1 < least:
+    if remaining.count(" ") + 1 < min_words:
         return "", text
     return first.rstrip("."), remaining
 
 
-def spoken(name: str) -> str:
-    """Turn an identifier into words: `CreateHTTPQueue` and `create_http_queue` alike."""
+def split_identifier(name: str) -> str:
+    """Split an identifier into words: both `CreateHTTPQueue` and `create_http_queue`."""
     parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+", name)
     return " ".join(parts).lower()
 
 
-def ask(templates: Sequence[str], **values: str) -> str:
-    """Fill one of the templates, the same one for the same values."""
+def fill_template(templates: Sequence[str], **values: str) -> str:
+    """Fill one of the templates, chosen by a hash of the values."""
     key = zlib.crc32("|".join(values.values()).encode())
     return templates[key % len(templates)].format(**values)

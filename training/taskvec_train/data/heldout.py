@@ -1,4 +1,4 @@
-"""Write what no stage sees: retrieval in BEIR's layout, graded pairs, classes, texts."""
+"""Write the held-out data: retrieval in BEIR's layout, scored pairs, labelled texts, texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from taskvec_train.data.cleaning import Part
+from taskvec_train.data.cleaning import SourceEntries
 from taskvec_train.data.entries import Entry
 from taskvec_train.data.split import unit_hash
 from taskvec_train.data.trainset import (
@@ -21,15 +21,15 @@ from taskvec_train.data.wordnet import Synset
 from taskvec_train.files import write_jsonl
 
 MAX_QUERIES = 1_000
-"""Queries of one group."""
+"""Maximum number of queries of one group."""
 MAX_MIXED_QUERIES = 400
-"""Queries that one group gives to the mixed set."""
+"""Maximum number of queries of one group in the mixed set."""
 MAX_DOCUMENTS = 15_000
-"""Documents of one retrieval set."""
+"""Maximum number of documents of one retrieval set."""
 MAX_GRADED = 3_000
 MAX_LABELLED = 4_000
 MAX_TEXTS = 5_000
-LEAST_MEMBERS = 20
+MIN_CLASS_SIZE = 20
 
 Item = TypeVar("Item")
 
@@ -41,29 +41,32 @@ class Collection:
     documents: Mapping[str, str]
     queries: Mapping[str, frozenset[str]]
 
-    def cut(self, queries: int, documents: int) -> Collection:
-        """Keep so many queries and documents at most, all answers among them."""
-        asked = {query: self.queries[query] for query in _sample(self.queries, str, queries)}
-        needed: set[str] = set().union(*asked.values())
+    def sample(self, queries: int, documents: int) -> Collection:
+        """Return at most this number of queries and documents; all answers are kept."""
+        sampled = {query: self.queries[query] for query in _sample(self.queries, str, queries)}
+        needed: set[str] = set().union(*sampled.values())
         others = _sample(self.documents.keys() - needed, str, max(0, documents - len(needed)))
         kept = needed.union(others)
         texts = {key: text for key, text in self.documents.items() if key in kept}
-        return Collection(texts, asked)
+        return Collection(texts, sampled)
 
 
 def write_held_out(
-    folder: Path, parts: Sequence[Part], synsets: dict[str, Synset], seen: frozenset[str]
+    folder: Path, parts: Sequence[SourceEntries], synsets: dict[str, Synset], seen: frozenset[str]
 ) -> None:
     """Write `retrieval/`, `sts/`, `labelled/` and `texts.jsonl`.
 
-    `seen` has every text to train on, in lower case: what is in it is left out.
+    `seen` has every training text in lower case; these texts are left out.
     """
     parts = [replace(part, held_out=list(_unseen(part.held_out, seen))) for part in parts]
     collections = collect(parts)
-    mixed = [each.cut(MAX_MIXED_QUERIES, MAX_DOCUMENTS // 4) for each in collections.values()]
+    mixed = [
+        collection.sample(MAX_MIXED_QUERIES, MAX_DOCUMENTS // 4)
+        for collection in collections.values()
+    ]
     for name, collection in collections.items():
-        write_retrieval(folder / "retrieval" / name, collection.cut(MAX_QUERIES, MAX_DOCUMENTS))
-    write_retrieval(folder / "retrieval" / "mixed", merged(mixed))
+        write_retrieval(folder / "retrieval" / name, collection.sample(MAX_QUERIES, MAX_DOCUMENTS))
+    write_retrieval(folder / "retrieval" / "mixed", merge_collections(mixed))
     graded = [
         pair
         for pair in graded_synsets(synsets, held_out=True)
@@ -84,8 +87,8 @@ def _unseen(entries: Iterable[Entry], seen: frozenset[str]) -> Iterator[Entry]:
             yield replace(entry, anchors=anchors)
 
 
-def collect(parts: Sequence[Part]) -> dict[str, Collection]:
-    """Return each group's held-out passages and queries; groups without a query are left out."""
+def collect(parts: Sequence[SourceEntries]) -> dict[str, Collection]:
+    """Return each group's held-out passages and queries, except groups without a query."""
     documents: dict[str, dict[str, str]] = defaultdict(dict)
     answers: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for part in parts:
@@ -103,8 +106,8 @@ def collect(parts: Sequence[Part]) -> dict[str, Collection]:
     }
 
 
-def merged(collections: Sequence[Collection]) -> Collection:
-    """Put collections into one; a query of several of them has all their answers."""
+def merge_collections(collections: Sequence[Collection]) -> Collection:
+    """Merge collections; a query of several collections has all their answers."""
     documents: dict[str, str] = {}
     queries: dict[str, frozenset[str]] = {}
     for collection in collections:
@@ -136,8 +139,8 @@ def write_retrieval(folder: Path, collection: Collection) -> None:
 
 
 def _write_labelled(folder: Path, entries: Sequence[Entry]) -> None:
-    """Write `train.jsonl` and `test.jsonl` for a probe; an entity is in one of them only."""
-    classes = frequent_classes(entries, LEAST_MEMBERS)
+    """Write `train.jsonl` and `test.jsonl` of labelled texts; they have no entity in common."""
+    classes = frequent_classes(entries, MIN_CLASS_SIZE)
     usable = [entry for entry in entries if entry.label in classes]
     for name, wanted in (("train", True), ("test", False)):
         half = [entry for entry in usable if (unit_hash(entry.entity) < 0.5) == wanted]
@@ -149,6 +152,6 @@ def _write_labelled(folder: Path, entries: Sequence[Entry]) -> None:
             write_jsonl(folder / f"{name}.jsonl", records)
 
 
-def _sample(items: Iterable[Item], name: Callable[[Item], str], most: int) -> list[Item]:
-    """Return at most so many items, chosen and ordered by the hashes of their names."""
-    return sorted(items, key=lambda item: unit_hash(name(item)))[:most]
+def _sample(items: Iterable[Item], name: Callable[[Item], str], max_items: int) -> list[Item]:
+    """Return at most ``max_items`` items, chosen and ordered by a hash of their names."""
+    return sorted(items, key=lambda item: unit_hash(name(item)))[:max_items]

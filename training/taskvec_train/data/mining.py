@@ -1,7 +1,7 @@
-"""Hard negatives: texts that the teacher finds near a query, and that do not answer it.
+"""Mine hard negatives: texts that are similar to a query, but do not answer it.
 
-A candidate nearly as similar as the positive is probably an answer nobody marked; it is left out
-(as in NV-Retriever, Moreira et al. 2024, "positive-aware" mining).
+A candidate that is nearly as similar as the positive is probably an unlabelled answer, and is left
+out ("positive-aware" mining of NV-Retriever, Moreira et al. 2024).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from taskvec_train.data.duplicates import fingerprint, repeats
+from taskvec_train.data.duplicates import fingerprint, is_near_duplicate
 from taskvec_train.data.records import DataError, Pair
 
-Vectors = NDArray[np.floating]
+Matrix = NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
 class Mining:
-    """What counts as a hard negative.
+    """Definition of a hard negative.
 
-    Of the texts most similar to the anchor, those of ranks `first` to `last` (from 0, `last`
-    excluded, the positive itself not counted) whose similarity is below `share` of the positive's;
-    the `count` most similar ones are kept.
+    Texts are ranked by similarity to the anchor, without its answers. Candidates have ranks from
+    `first` to `last` (from 0, `last` excluded) and a similarity below `share` of the positive's;
+    the `count` most similar candidates are the negatives.
     """
 
     count: int = 7
@@ -35,24 +35,22 @@ class Mining:
     first: int = 0
     last: int = 100
     chunk: int = 4096
-    """Anchors and texts of one product: memory is some chunk squared floats."""
+    """Anchors and texts of one matrix product; memory grows with its square."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last or self.count < 1 or not 0 < self.share <= 1:
-            raise DataError(
-                f"{self}: want 0 <= first < last, count of at least 1, share above 0 and up to 1."
-            )
+            raise DataError(f"{self}: must have 0 <= first < last, count >= 1 and 0 < share <= 1.")
 
 
-def load_vectors(path: Path, rows: int) -> Vectors:
-    """Map a .npy matrix into memory. Raises DataError if it does not have so many rows."""
+def load_vectors(path: Path, rows: int) -> Matrix:
+    """Memory-map a .npy matrix. Raises DataError if it has another number of rows."""
     try:
-        vectors: Vectors = np.load(path, mmap_mode="r")
+        vectors: Matrix = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no .npy file that can be read ({error}).") from None
+        raise DataError(f"{path}: is not a readable .npy file ({error}).") from None
     if vectors.ndim != 2 or len(vectors) != rows:
         raise DataError(
-            f"{path}: has the shape {vectors.shape}, wanted are {rows} rows, one for each pair. "
+            f"{path}: has the shape {vectors.shape}, but must have {rows} rows, one for each pair. "
             "Embed the data again."
         )
     return vectors
@@ -60,8 +58,8 @@ def load_vectors(path: Path, rows: int) -> Vectors:
 
 def mine(
     pairs: Sequence[Pair],
-    anchors: Vectors,
-    positives: Vectors,
+    anchors: Matrix,
+    positives: Matrix,
     mining: Mining,
     *,
     device: str = "cpu",
@@ -69,13 +67,13 @@ def mine(
 ) -> Iterator[Pair]:
     """Yield the pairs with their hard negatives, taken from the positives of all pairs.
 
-    `anchors` and `positives` hold the teacher's vectors, one row a pair, normalised or not. The
-    same input gives the same output. Raises DataError for vectors of other sizes.
+    `anchors` and `positives` are the teacher's vectors, one row a pair, normalised or not. Raises
+    DataError if their shapes do not fit.
     """
     if anchors.shape != positives.shape or len(anchors) != len(pairs):
         raise DataError(
             f"{len(pairs)} pairs, anchors of shape {anchors.shape}, positives of shape "
-            f"{positives.shape}: want one row a pair and equal dimensions."
+            f"{positives.shape}: must have one row a pair and equal dimensions."
         )
     texts, rows = _distinct([pair.positive for pair in pairs])
     answers = _answers(pairs)
@@ -95,7 +93,7 @@ def mine(
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
-    """Return every text once, and the first row of each."""
+    """Return the distinct texts, and the first row of each."""
     rows: dict[str, int] = {}
     for row, text in enumerate(texts):
         rows.setdefault(text, row)
@@ -103,32 +101,32 @@ def _distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
 
 
 def _answers(pairs: Sequence[Pair]) -> dict[str, set[str]]:
-    """Return all texts marked as an answer to an anchor, in any of the pairs."""
+    """Return for each anchor its positives in all pairs."""
     answers: dict[str, set[str]] = {}
     for pair in pairs:
         answers.setdefault(pair.anchor, set()).add(pair.positive)
     return answers
 
 
-def _normalised(rows: Vectors, device: str) -> torch.Tensor:
+def _normalised(rows: Matrix, device: str) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(rows, np.float32)).to(device)
     return torch.nn.functional.normalize(tensor, dim=1)
 
 
 def _nearest(
-    queries: torch.Tensor, vectors: Vectors, rows: NDArray[np.intp], count: int, chunk: int
+    queries: torch.Tensor, vectors: Matrix, rows: NDArray[np.intp], count: int, chunk: int
 ) -> list[tuple[list[float], list[int]]]:
     """Return for each query the `count` best scores and their positions in `rows`, best first."""
     best = torch.empty(len(queries), 0, device=queries.device)
-    places = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(rows), chunk):
         block = _normalised(vectors[rows[start : start + chunk]], str(queries.device))
-        scores, here = (queries @ block.T).topk(min(count, len(block)), dim=1)
+        scores, indices = (queries @ block.T).topk(min(count, len(block)), dim=1)
         best = torch.cat([best, scores], dim=1)
-        places = torch.cat([places, here + start], dim=1)
+        positions = torch.cat([positions, indices + start], dim=1)
         best, order = best.topk(min(count, best.shape[1]), dim=1)
-        places = places.gather(1, order)
-    return list(zip(best.tolist(), places.tolist(), strict=True))
+        positions = positions.gather(1, order)
+    return list(zip(best.tolist(), positions.tolist(), strict=True))
 
 
 def _choose(
@@ -143,6 +141,6 @@ def _choose(
     chosen = (
         text
         for score, text in others[mining.first : mining.last]
-        if score < limit and not repeats(text, known)
+        if score < limit and not is_near_duplicate(text, known)
     )
     return tuple(islice(chosen, mining.count))

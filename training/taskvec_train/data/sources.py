@@ -1,8 +1,8 @@
 """The corpus's sources, each with its licence.
 
-A source is here only if its licence lets anyone use and pass on the text without conditions on
-what is made from it, beyond keeping a notice: no copyleft, no share-alike, nothing unclear. The
-licences were read in the packages' own copyright files.
+A source is listed only if its licence permits use and redistribution without conditions on derived
+works, except for keeping a notice: no copyleft, no share-alike, no unclear licences. The licences
+were read in the packages' copyright files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPENSTACK = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where text comes from, what it is, and who may be thanked.
+    """One source of texts: its packages, parser, licence and credit.
 
     `packages` are `debian:NAME`, `pypi:NAME==VERSION`, `npm:NAME@VERSION` or APT_LISTS. Sources of
     one `group` are evaluated together.

@@ -1,4 +1,4 @@
-"""Write what is trained on: texts, pairs, graded pairs and classes."""
+"""Write the training data: texts, pairs, scored pairs and labelled texts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from taskvec_train.data.cleaning import Part
+from taskvec_train.data.cleaning import SourceEntries
 from taskvec_train.data.entries import Entry, passages
 from taskvec_train.data.records import Scored
 from taskvec_train.data.split import is_held_out
 from taskvec_train.data.wordnet import Synset, graded_pairs
 from taskvec_train.files import write_jsonl
 
-LEAST_MEMBERS = 30
-"""Passages a class must have."""
-LEAST_LONG = 150
-"""Words of a long text."""
+MIN_CLASS_SIZE = 30
+"""Minimum number of passages of a class."""
+MIN_LONG_WORDS = 150
+"""Minimum number of words of a long text."""
 SEED = 6
 
 
 def write_training(
-    folder: Path, parts: Sequence[Part], synsets: dict[str, Synset]
+    folder: Path, parts: Sequence[SourceEntries], synsets: dict[str, Synset]
 ) -> frozenset[str]:
     """Write `texts/`, `long/`, `pairs/`, `scored/`, `labelled/`; return all texts, lower case."""
     seen: set[str] = set()
@@ -37,7 +37,7 @@ def write_training(
                 folder / "pairs" / name, ({"anchor": a, "positive": text} for a, text in pairs)
             )
     for group, labelled in by_group(parts, "train").items():
-        classes = frequent_classes(labelled, LEAST_MEMBERS)
+        classes = frequent_classes(labelled, MIN_CLASS_SIZE)
         records = ({"text": e.text, "label": e.label} for e in labelled if e.label in classes)
         if classes:
             write_jsonl(folder / "labelled" / f"{group}.jsonl", records)
@@ -56,14 +56,14 @@ def _new_texts(entries: Iterable[Entry], seen: set[str]) -> Iterator[str]:
 
 
 def long_texts(entries: Iterable[Entry]) -> Iterator[str]:
-    """Join passages of one entity that follow each other, to about what a model reads."""
+    """Join consecutive passages of one entity, up to the length that a model reads."""
     for _, group in groupby(entries, key=lambda entry: entry.entity):
         for text in passages([entry.text for entry in group]):
-            if text.count(" ") + 1 >= LEAST_LONG:
+            if text.count(" ") + 1 >= MIN_LONG_WORDS:
                 yield text
 
 
-def by_group(parts: Sequence[Part], side: str) -> dict[str, list[Entry]]:
+def by_group(parts: Sequence[SourceEntries], side: str) -> dict[str, list[Entry]]:
     """Return the entries of one side, `train` or `held_out`, that have a label, by group."""
     groups: dict[str, list[Entry]] = defaultdict(list)
     for part in parts:
@@ -72,19 +72,19 @@ def by_group(parts: Sequence[Part], side: str) -> dict[str, list[Entry]]:
     return groups
 
 
-def frequent_classes(entries: Iterable[Entry], least: int) -> set[str]:
-    """Return the labels of at least `least` entries; none if there are not two such labels."""
+def frequent_classes(entries: Iterable[Entry], min_entries: int) -> set[str]:
+    """Return the labels with enough entries; an empty set if there are fewer than two."""
     counts = Counter(entry.label for entry in entries)
-    found = {label for label, count in counts.items() if count >= least}
+    found = {label for label, count in counts.items() if count >= min_entries}
     return found if len(found) > 1 else set()
 
 
 def graded_synsets(synsets: dict[str, Synset], *, held_out: bool) -> Iterator[Scored]:
-    """Graded pairs among the synsets that are held out, or among the others."""
+    """Yield scored pairs among the held-out synsets, or among the others."""
     keys = [key for key in synsets if is_held_out("wordnet", key) == held_out]
     return graded_pairs(synsets, keys, SEED)
 
 
 def scored_record(pair: Scored) -> dict[str, object]:
-    """Return the pair as it is written."""
+    """Return the JSON record of a pair."""
     return {"text_a": pair.a, "text_b": pair.b, "score": pair.score}

@@ -1,6 +1,6 @@
-"""WordNet's database files: glosses, examples, classes, and graded likeness.
+"""Parse WordNet's database files: glosses, examples, classes, and scored pairs.
 
-The file format is WordNet's own, wndb(5WN); the similarity is Wu and Palmer's (1994).
+The file format is wndb(5WN); the similarity is that of Wu and Palmer (1994).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from taskvec_train.data.entries import Entry, ask, tidy
+from taskvec_train.data.entries import Entry, fill_template, normalise_text
 from taskvec_train.data.records import Scored
 
 _FILES = ("noun", "verb", "adj", "adv")
@@ -70,7 +70,7 @@ _OTHER_QUESTIONS = ("what does {lemma} mean", "{lemma}", "meaning of {lemma}")
 
 @dataclass(frozen=True, slots=True)
 class Synset:
-    """One sense: its synonyms, gloss, examples, lexicographer's class and first hypernym."""
+    """One sense: synonyms, gloss, examples, lexicographer class and first hypernym."""
 
     key: str
     lemmas: tuple[str, ...]
@@ -81,7 +81,7 @@ class Synset:
 
 
 def read_synsets(folder: Path) -> dict[str, Synset]:
-    """Read `data.noun` and its sisters below `folder`; keys are like `n00001740`."""
+    """Read `data.noun`, `data.verb`, ... below `folder`; keys are like `n00001740`."""
     found = {}
     for part in _FILES:
         data = next(iter(folder.rglob(f"data.{part}")))
@@ -104,8 +104,8 @@ def _synset(line: str) -> Synset:
         for at in range(0, 4 * int(fields[end]), 4)
         if pointers[at] in {"@", "@i"}
     )
-    examples = tuple(tidy(text) for text in re.findall(r'"([^"]+)"', explained))
-    gloss = tidy(re.sub(r'[;:]?\s*"[^"]*"', "", explained)).strip(" ;")
+    examples = tuple(normalise_text(text) for text in re.findall(r'"([^"]+)"', explained))
+    gloss = normalise_text(re.sub(r'[;:]?\s*"[^"]*"', "", explained)).strip(" ;")
     return Synset(
         key=("a" if kind == "s" else kind) + offset,
         lemmas=tuple(lemma.replace("_", " ") for lemma in lemmas),
@@ -117,14 +117,14 @@ def _synset(line: str) -> Synset:
 
 
 def parse_wordnet(folders: Sequence[Path]) -> Iterator[Entry]:
-    """Lemmas ask for glosses, synonyms for glosses with the hypernym; examples are texts."""
+    """Yield glosses with lemmas as queries, synonyms with their hypernym, and examples."""
     synsets = read_synsets(folders[0])
     for synset in synsets.values():
         questions = {"n": _NOUN_QUESTIONS, "v": _VERB_QUESTIONS}.get(
             synset.key[0], _OTHER_QUESTIONS
         )
         label = "" if synset.lexname in _UNCLASSED else synset.lexname
-        anchors = tuple(ask(questions, lemma=lemma) for lemma in synset.lemmas)
+        anchors = tuple(fill_template(questions, lemma=lemma) for lemma in synset.lemmas)
         yield Entry(synset.key, synset.gloss, anchors, label)
         for example in synset.examples:
             yield Entry(synset.key, example)
@@ -141,7 +141,7 @@ class Taxonomy:
         self._synsets = synsets
 
     def path(self, key: str) -> list[str]:
-        """From the synset up to its root."""
+        """Return the keys from a synset up to its root."""
         path = [key]
         while (above := self._synsets[path[-1]].hypernym) and above not in path:
             path.append(above)
@@ -150,7 +150,8 @@ class Taxonomy:
     def wu_palmer(self, one: str, other: str) -> float:
         """Return 2 depth(lowest common ancestor) / (depth(one) + depth(other)).
 
-        Depth is counted in steps from the root: what shares the root alone, or nothing, gets 0.
+        Depth is the number of steps from the root, so synsets that share only the root, or nothing,
+        get 0.
         """
         if one == other:
             return 1.0
@@ -161,10 +162,11 @@ class Taxonomy:
 
 
 def graded_pairs(synsets: dict[str, Synset], keys: Sequence[str], seed: int) -> Iterator[Scored]:
-    """Pairs of texts of the noun and verb synsets `keys`, graded by their place in the taxonomy.
+    """Yield pairs of texts of the noun and verb synsets `keys`, scored by the taxonomy.
 
-    Synonyms, and a gloss with its own example, get 1; glosses and lemmas of two synsets get
-    Wu-Palmer's similarity. Partners are siblings, cousins and strangers, all among `keys`.
+    Synonyms, and a gloss with its own example, get 1. Glosses or lemmas of two synsets get their
+    Wu-Palmer similarity. The second synset is drawn, among `keys`, from those with a common
+    hypernym one to three levels up, and from all.
     """
     order = random.Random(seed)
     taxonomy = Taxonomy(synsets)

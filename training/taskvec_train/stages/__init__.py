@@ -1,1 +1,1 @@
-"""The stages of a recipe."""
+"""The training stages of a recipe: distillation, then adapters."""

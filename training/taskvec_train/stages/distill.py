@@ -1,4 +1,4 @@
-"""Stage 1: the whole student follows the teacher through a projection that learns with it."""
+"""Stage 1: distil the teacher into the student, through a projection that is trained as well."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from torch.nn import functional
 
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec_train.backbones import load_backbone, open_base, set_rope_theta
-from taskvec_train.batches import cut_by_tokens
+from taskvec_train.batch_sources import TextSource, VectorLookup
+from taskvec_train.batches import split_by_tokens
+from taskvec_train.context import RunContext
 from taskvec_train.data.readers import read_pairs, read_texts
 from taskvec_train.data.records import DataError
-from taskvec_train.files import whole_folder
-from taskvec_train.loop import Run, train
+from taskvec_train.files import atomic_folder
+from taskvec_train.loop import Stage, train
 from taskvec_train.objectives import Distillation
 from taskvec_train.recipe import Phase, Prompts, Teacher
-from taskvec_train.sources import TextSource, Vectors
 from taskvec_train.student import save_student
 from taskvec_train.tokens import TokenStore
-from taskvec_train.workspace import Workspace
 
 FINAL = "final"
-"""Folder of what a stage made; there when it is done."""
+"""Folder with the result of a stage; it exists once the stage is done."""
 
 _HELD_OUT_TOKENS = 16_384
 
 
 def distill(
-    space: Workspace,
+    context: RunContext,
     phase: Phase,
     start: Path,
     prompts: Prompts,
     teacher: Teacher,
 ) -> Path:
-    """Train a phase, or find that it was done; returns the folder of the student it made.
+    """Train a phase unless it is done already; returns the folder of its student.
 
     Args:
-        space: the run.
-        phase: what to do.
-        start: a student with projection.safetensors.
+        context: of the run.
+        phase: the phase's recipe.
+        start: folder of the student to start from, with projection.safetensors.
         prompts: put before texts for the student.
-        teacher: whose instructions are put before them for the teacher.
+        teacher: its instructions are put before texts for the teacher.
 
     Raises:
-        TrainingError: data, disk or recipe refuse; see the message.
+        TrainingError: the data or the recipe is invalid, or a file cannot be written.
     """
-    folder = space.folder / "distill" / phase.name
+    folder = context.folder / "distill" / phase.name
     final = folder / FINAL
     if final.is_dir():
         return final
@@ -64,29 +64,29 @@ def distill(
         model,
         projection,
         causal=base.backbone.causal,
-        dimensions=space.dimensions,
+        dimensions=context.dimensions,
         weights={"distill": phase.distill, "similarity": phase.similarity},
-        bfloat16=space.bfloat16,
+        bfloat16=context.bfloat16,
     )
-    source = _source(space, phase, base, prompts, teacher)
-    measure = None
+    source = _source(context, phase, base, prompts, teacher)
+    validate = None
     if phase.held_out:
-        unseen = _held_out(space, phase, base, prompts, teacher)
-        measure = partial(held_out_cosines, objective, *unseen, space.dimensions)
-    run = Run(f"distill {phase.name}", folder, objective, source, phase, space.seed, measure)
-    train(run, space.accelerator)
-    if space.accelerator.is_main_process:
-        with whole_folder(final) as unfinished:
+        held_out = _held_out(context, phase, base, prompts, teacher)
+        validate = partial(held_out_cosines, objective, *held_out, context.dimensions)
+    stage = Stage(f"distill {phase.name}", folder, objective, source, phase, context.seed, validate)
+    train(stage, context.accelerator)
+    if context.accelerator.is_main_process:
+        with atomic_folder(final) as unfinished:
             save_student(unfinished, model, projection.detach().cpu(), base.tokenizer)
-    space.accelerator.wait_for_everyone()
+    context.accelerator.wait_for_everyone()
     return final
 
 
 def _source(
-    space: Workspace, phase: Phase, base: Checkpoint, prompts: Prompts, teacher: Teacher
+    context: RunContext, phase: Phase, base: Checkpoint, prompts: Prompts, teacher: Teacher
 ) -> TextSource:
-    pairs = space.read(phase.pairs, read_pairs, phase.sample)
-    texts = space.read(phase.texts, read_texts, phase.sample)
+    pairs = context.read(phase.pairs, read_pairs, phase.sample)
+    texts = context.read(phase.texts, read_texts, phase.sample)
     documents = dict.fromkeys([*texts, *(pair.positive for pair in pairs)])
     queries = dict.fromkeys(pair.anchor for pair in pairs)
     sides = (
@@ -95,34 +95,34 @@ def _source(
     )
     where = f"distill.{phase.name}"
     prompted = [(prompt, text) for side, prompt, _ in sides for text in side]
-    store = space.tokens(prompted, base.tokenizer, text_limit(phase.max_tokens, base))
+    store = context.tokens(prompted, base.tokenizer, text_limit(phase.max_tokens, base))
     chosen = np.flatnonzero(store.lengths >= phase.min_tokens)
     if not len(chosen):
         raise DataError(
             f"{where}: none of {len(store)} texts has {phase.min_tokens} tokens: lower min_tokens, "
-            "or name longer texts."
+            "or add longer texts."
         )
-    asked = [(instruction, text) for side, _, instruction in sides for text in side]
-    vectors = space.teach([asked[i] for i in chosen])
-    plan = space.plan(store.lengths[chosen], tokens=phase.batch_tokens)
+    instructed = [(instruction, text) for side, _, instruction in sides for text in side]
+    vectors = context.teacher_vectors([instructed[i] for i in chosen])
+    plan = context.plan(store.lengths[chosen], tokens=phase.batch_tokens)
     return TextSource(plan, where, store, chosen, vectors)
 
 
-def text_limit(asked: int, base: Checkpoint) -> int:
-    """Most tokens of a text: no more than the base has positions."""
-    return min(asked, base.backbone.max_positions)
+def text_limit(max_tokens: int, base: Checkpoint) -> int:
+    """Return the maximum number of tokens of a text, at most the positions of the base."""
+    return min(max_tokens, base.backbone.max_positions)
 
 
 def held_out_cosines(
-    objective: Distillation, store: TokenStore, teacher: Vectors, dimensions: Sequence[int]
+    objective: Distillation, store: TokenStore, teacher: VectorLookup, dimensions: Sequence[int]
 ) -> dict[str, float]:
-    """Mean cosine of psi z to the teacher's vector, whole and cut to each dimension."""
+    """Return the mean cosine of psi z and the teacher's vector, z truncated to each dimension."""
     rows = np.argsort(store.lengths, kind="stable")
     device = objective.projection.device
     sums = dict.fromkeys(dimensions, 0.0)
     with torch.no_grad():
-        for batch in cut_by_tokens(rows, store.lengths, _HELD_OUT_TOKENS):
-            ids, lengths = (torch.from_numpy(part).to(device) for part in store.padded(batch))
+        for batch in split_by_tokens(rows, store.lengths, _HELD_OUT_TOKENS):
+            ids, lengths = (torch.from_numpy(array).to(device) for array in store.padded(batch))
             z, given = objective.embed(ids, lengths), torch.from_numpy(teacher(batch)).to(device)
             for d in dimensions:
                 projected = z[:, :d] @ objective.projection[:, :d].T
@@ -131,10 +131,10 @@ def held_out_cosines(
 
 
 def _held_out(
-    space: Workspace, phase: Phase, base: Checkpoint, prompts: Prompts, teacher: Teacher
-) -> tuple[TokenStore, Vectors]:
-    texts = list(dict.fromkeys(space.read(phase.held_out, read_texts)))
+    context: RunContext, phase: Phase, base: Checkpoint, prompts: Prompts, teacher: Teacher
+) -> tuple[TokenStore, VectorLookup]:
+    texts = list(dict.fromkeys(context.read(phase.held_out, read_texts)))
     prompted = [(prompts.document, text) for text in texts]
-    store = space.tokens(prompted, base.tokenizer, text_limit(phase.max_tokens, base))
-    vectors = space.teach([(teacher.document_instruction, text) for text in texts])
+    store = context.tokens(prompted, base.tokenizer, text_limit(phase.max_tokens, base))
+    vectors = context.teacher_vectors([(teacher.document_instruction, text) for text in texts])
     return store, vectors

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
-from taskvec.engines.base import TokenIds
-from taskvec.engines.remote.client import Outcome, ServerCallError
+from taskvec.engines.base import CallOutcome, TokenIds
+from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.protocols import Vectors
 
 MAX_CALLS = 2
@@ -94,7 +94,7 @@ class CallBatcher:
                 return await pending.future
         except TimeoutError:  # it waited for another call; its own call has time left
             raise ServerCallError(
-                Outcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
+                CallOutcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
             ) from None
         except asyncio.CancelledError:
             call = pending.call

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
 import aiohttp
 
+from taskvec.engines.base import CallOutcome
 from taskvec.telemetry.tracing import current_span
 
 _MAX_ERROR_BYTES = 4096
@@ -21,19 +21,7 @@ _MAX_ERROR_CHARACTERS = 300
 _KEY_REQUIRED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
-class Outcome(enum.StrEnum):
-    """Result of a call; a metric label."""
-
-    OK = "ok"
-    BUSY = "busy"
-    UNREACHABLE = "unreachable"
-    ERROR = "error"
-    TIMEOUT = "timeout"
-    WRONG = "wrong"
-    ABANDONED = "abandoned"
-
-
-OPENS_CIRCUIT = frozenset({Outcome.UNREACHABLE, Outcome.TIMEOUT, Outcome.WRONG})
+OPENS_CIRCUIT = frozenset({CallOutcome.UNREACHABLE, CallOutcome.TIMEOUT, CallOutcome.WRONG})
 """Outcomes that open the circuit of a server at once, until it passes its checks again."""
 
 
@@ -48,7 +36,7 @@ class ServerCallError(Exception):
         retry_after: seconds after which a busy server accepts calls again.
     """
 
-    def __init__(self, outcome: Outcome, message: str, retry_after: float = 1.0) -> None:
+    def __init__(self, outcome: CallOutcome, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.outcome = outcome
         self.message = message
@@ -120,14 +108,16 @@ class ServerClient:
                 text = text[:_MAX_ERROR_CHARACTERS]
         except TimeoutError:
             raise ServerCallError(
-                Outcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
+                CallOutcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ServerCallError(Outcome.UNREACHABLE, f"{type(error).__name__}: {error}") from None
+            raise ServerCallError(
+                CallOutcome.UNREACHABLE, f"{type(error).__name__}: {error}"
+            ) from None
         busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
         hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_REQUIRED else ""
         raise ServerCallError(
-            Outcome.BUSY if busy else Outcome.ERROR,
+            CallOutcome.BUSY if busy else CallOutcome.ERROR,
             f"status {response.status}{hint}: {text}",
             _retry_after_seconds(response.headers.get("retry-after", "")),
         )

@@ -19,6 +19,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
 from taskvec.concurrency import gather_or_cancel
 from taskvec.engines.base import (
+    CallOutcome,
     EngineHealth,
     EngineResult,
     EngineState,
@@ -26,7 +27,7 @@ from taskvec.engines.base import (
     TokenIds,
 )
 from taskvec.engines.inflight import InFlight
-from taskvec.engines.remote.client import Outcome, ServerCallError
+from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.discovery import Resolve, expand, resolve_host
 from taskvec.engines.remote.protocols import Vectors
 from taskvec.engines.remote.server import PoolObserver, Server
@@ -242,7 +243,7 @@ class RemoteEngine:
             try:
                 vectors = await server.call(ids, batch.adapter, tokens, left, batch.priority)
             except ServerCallError as error:
-                busy = error.outcome is Outcome.BUSY
+                busy = error.outcome is CallOutcome.BUSY
                 tried.append(server)
                 reasons.append(f"{server.name}: {error.message}")
                 busy_delays += [error.retry_after] if busy else []

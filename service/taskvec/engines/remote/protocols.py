@@ -10,8 +10,8 @@ import orjson
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import ModelCard
-from taskvec.engines.base import TokenIds
-from taskvec.engines.remote.client import HttpRequest, Outcome, ServerCallError, ServerClient
+from taskvec.engines.base import CallOutcome, TokenIds
+from taskvec.engines.remote.client import HttpRequest, ServerCallError, ServerClient
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
 from taskvec.priority import Priority
 
@@ -124,7 +124,7 @@ async def detect_protocol(
         entries = {str(entry["id"]): entry for entry in orjson.loads(listing)["data"]}
     except (ValueError, KeyError, TypeError):
         raise ServerCallError(
-            Outcome.WRONG,
+            CallOutcome.WRONG,
             "its /v1/models is not a list of models: it is neither a vLLM nor a taskvec server",
         ) from None
     roots = [name for name, entry in entries.items() if not entry.get("parent")]
@@ -141,22 +141,22 @@ async def detect_protocol(
         missing = [name for name in card.adapters if name not in tasks]
         if not entries[roots[0]].get("token_input"):
             raise ServerCallError(
-                Outcome.WRONG,
+                CallOutcome.WRONG,
                 "it does not accept token ids: start it with TASKVEC_TOKEN_INPUT=accept",
             )
         protocol = TaskvecProtocol()
         flag = "--max-tokens"
     else:
-        raise ServerCallError(Outcome.WRONG, "it is neither a vLLM nor a taskvec server")
+        raise ServerCallError(CallOutcome.WRONG, "it is neither a vLLM nor a taskvec server")
     if missing:
         raise ServerCallError(
-            Outcome.WRONG,
+            CallOutcome.WRONG,
             f"it does not serve the adapters {', '.join(missing)}; taskvec engine-args prints the "
             "command line of a server that does",
         )
     if isinstance(accepted_tokens, int) and accepted_tokens < max_tokens:
         raise ServerCallError(
-            Outcome.WRONG,
+            CallOutcome.WRONG,
             f"it accepts texts of {accepted_tokens} tokens, this gateway sends up to {max_tokens}: "
             f"raise its {flag}, or lower --max-tokens here",
         )
@@ -179,11 +179,11 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
     size = texts * dimension * 4
     if len(content) != size:
         raise ServerCallError(
-            Outcome.WRONG,
+            CallOutcome.WRONG,
             f"it sent {len(content)} bytes or more for {texts} vectors of {dimension} values, not "
             f"{size}",
         )
     vectors: Vectors = np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
     if not np.isfinite(vectors).all():
-        raise ServerCallError(Outcome.WRONG, "it sent values that are not finite")
+        raise ServerCallError(CallOutcome.WRONG, "it sent values that are not finite")
     return vectors

@@ -17,9 +17,9 @@ import structlog
 
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.engines.base import QueueObserver, TokenIds
+from taskvec.engines.base import CallOutcome, QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
-from taskvec.engines.remote.client import OPENS_CIRCUIT, Outcome, ServerCallError, ServerClient
+from taskvec.engines.remote.client import OPENS_CIRCUIT, ServerCallError, ServerClient
 from taskvec.engines.remote.protocols import (
     ServerProtocol,
     Vectors,
@@ -145,7 +145,7 @@ class Server:
             try:
                 await self._check()
             except ServerCallError as error:
-                wrong = error.outcome is Outcome.WRONG
+                wrong = error.outcome is CallOutcome.WRONG
                 self._set_state(ServerState.REFUSED if wrong else ServerState.OPEN, error.message)
                 await asyncio.sleep(retry_delay * random.uniform(0.75, 1.25))
                 retry_delay = min(1.5 * retry_delay, MAX_RETRY_SECONDS)
@@ -207,7 +207,7 @@ class Server:
                 await self._bulk_calls.acquire()
         except TimeoutError:
             raise ServerCallError(
-                Outcome.TIMEOUT, f"other bulk calls took {timeout_seconds:.3g} seconds"
+                CallOutcome.TIMEOUT, f"other bulk calls took {timeout_seconds:.3g} seconds"
             ) from None
         try:
             while True:
@@ -221,7 +221,7 @@ class Server:
                 except ServerCallError as error:
                     retry_delay = error.retry_after
                     expires = time.monotonic() + retry_delay >= deadline
-                    if error.outcome is not Outcome.BUSY or expires:
+                    if error.outcome is not CallOutcome.BUSY or expires:
                         raise
                 await asyncio.sleep(retry_delay)  # the request was admitted, and bulk can wait
         finally:
@@ -236,7 +236,7 @@ class Server:
     ) -> Vectors:
         """Send texts that have waited, unless the circuit was opened meanwhile."""
         if not self.serving:
-            raise ServerCallError(Outcome.UNREACHABLE, self.reason)
+            raise ServerCallError(CallOutcome.UNREACHABLE, self.reason)
         return await self._send(texts, adapters, timeout_seconds, priority)
 
     async def _send(
@@ -247,9 +247,9 @@ class Server:
         priority: Priority = Priority.INTERACTIVE,
     ) -> Vectors:
         if self._protocol is None:
-            raise ServerCallError(Outcome.UNREACHABLE, self.reason)
+            raise ServerCallError(CallOutcome.UNREACHABLE, self.reason)
         started = time.monotonic()
-        outcome = Outcome.ABANDONED
+        outcome = CallOutcome.ABANDONED
         dimension = self._card.dimension
         try:
             content = await self._client.post(
@@ -258,11 +258,13 @@ class Server:
                 timeout_seconds,
             )
             vectors = read_vectors(content, len(texts), dimension)
-            outcome = Outcome.OK
+            outcome = CallOutcome.OK
         except ServerCallError as error:
             outcome = error.outcome
-            if outcome is Outcome.TIMEOUT and timeout_seconds < self._call_seconds:
-                outcome = Outcome.ABANDONED  # the client's deadline passed; the server may be fine
+            if outcome is CallOutcome.TIMEOUT and timeout_seconds < self._call_seconds:
+                outcome = (
+                    CallOutcome.ABANDONED
+                )  # the client's deadline passed; the server may be fine
             else:
                 self._record_failure(error)
             raise
@@ -274,7 +276,7 @@ class Server:
         return vectors
 
     def _record_failure(self, error: ServerCallError) -> None:
-        busy = error.outcome is Outcome.BUSY
+        busy = error.outcome is CallOutcome.BUSY
         level = log.debug if busy else log.warning  # overload is part of normal operation
         level("engine_call_failed", server=self.name, outcome=error.outcome, reason=error.message)
         if busy:
@@ -293,7 +295,7 @@ class Server:
             )
         except (TypeError, AttributeError, LookupError) as error:
             raise ServerCallError(
-                Outcome.WRONG, f"its /v1/models has an unexpected form ({error})"
+                CallOutcome.WRONG, f"its /v1/models has an unexpected form ({error})"
             ) from None
         for adapter in self._golden.adapters:
             await self._probe(adapter)
@@ -304,7 +306,7 @@ class Server:
         vectors = await self._send(probes, [adapter] * len(probes), self._call_seconds)
         mismatch = self._golden.mismatch(adapter, vectors)
         if mismatch is not None:
-            raise ServerCallError(Outcome.WRONG, mismatch)
+            raise ServerCallError(CallOutcome.WRONG, mismatch)
 
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
@@ -322,7 +324,7 @@ class Server:
             try:
                 await self._probe(next(self._next_probe))
             except ServerCallError as error:
-                if self.serving and error.outcome is not Outcome.BUSY:
+                if self.serving and error.outcome is not CallOutcome.BUSY:
                     self._set_state(ServerState.OPEN, error.message)
 
     def _set_state(self, state: ServerState, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked: a sentence on stderr, and an exit code."""
+"""Exit of failed commands: one sentence on standard error, and an exit code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from taskvec_train.errors import TrainingError
 
 FAILED = 3
-"""Exit code of a command that could not be done."""
+"""Exit code of a command that failed."""
 
-NEEDED = {
+MODULES = {
     "train": (
         "torch",
         "transformers",
@@ -27,14 +27,18 @@ NEEDED = {
     ),
     "eval": ("bm25s", "scipy", "sklearn"),
 }
-"""Modules of each extra."""
+"""Modules that each extra installs."""
 
 
 @contextmanager
 def exit_on_error(*extras: str) -> Iterator[None]:
-    """Tell failures that the user can cure in a sentence; ``extras`` are needed beside `train`."""
+    """Turn errors that a user can fix into one sentence and an exit code.
+
+    Args:
+        extras: extras that are needed in addition to ``train``.
+    """
     extras = ("train", *extras)
-    needed = [name for extra in extras for name in NEEDED[extra]]
+    needed = [name for extra in extras for name in MODULES[extra]]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         install = f"pip install 'taskvec[{','.join(extras)}]'"
@@ -46,8 +50,11 @@ def exit_on_error(*extras: str) -> Iterator[None]:
         typer.echo(str(error), err=True)
         sys.exit(FAILED)
     except OSError as error:
-        typer.echo(f"{error}. Nothing half-written was left; cure it and run it again.", err=True)
+        typer.echo(
+            f"{error}. No incomplete file was left; fix the cause and run the command again.",
+            err=True,
+        )
         sys.exit(FAILED)
     except KeyboardInterrupt:
-        typer.echo("Interrupted: the same command goes on from the last state.", err=True)
+        typer.echo("Interrupted: the same command resumes from the last saved state.", err=True)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""From tokenised records to batches of tensors: any batch at any time, by its number alone."""
+"""Batches of tensors from tokenised records, each a function of its number alone."""
 
 from __future__ import annotations
 
@@ -14,39 +14,43 @@ from taskvec_train.batches import BatchPlan, Rows
 from taskvec_train.data.records import DataError
 from taskvec_train.tokens import TokenStore
 
-Numbers = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 Tensors = dict[str, Tensor]
 
 
-class Vectors(Protocol):
-    """Looks up the teacher's vectors of a store's texts."""
+class VectorLookup(Protocol):
+    """Lookup of the teacher's vectors by row."""
 
-    def __call__(self, rows: Rows) -> Numbers:
-        """float32 [rows, dimension]."""
+    def __call__(self, rows: Rows) -> FloatArray:
+        """Return float32 [rows, dimension]."""
         ...
 
 
-class Source(Protocol):
-    """Batches for one stage."""
+class BatchSource(Protocol):
+    """Batches of one stage."""
 
     def batch(self, number: int) -> Tensors:
-        """A batch of this process, the same for the same number."""
+        """Return one batch of this process; the same number gives the same batch."""
         ...
 
     @property
     def per_epoch(self) -> int:
-        """Batches in which every record comes once, about."""
+        """Approximate number of batches in which every record occurs once."""
         ...
 
 
-class Planned:
-    """A source over a plan: subclasses say how chosen rows become tensors."""
+class PlannedSource:
+    """A source that follows a ``BatchPlan``; subclasses turn rows into tensors."""
 
     def __init__(self, plan: BatchPlan, where: str) -> None:
-        """Make the first epoch.
+        """Plan the first epoch.
+
+        Args:
+            plan: assigns rows to batches.
+            where: name of the data in error messages.
 
         Raises:
-            DataError: there is not one batch.
+            DataError: the data does not make a single batch.
         """
         plan.check(where)
         self._plan = plan
@@ -58,44 +62,44 @@ class Planned:
         return self._ends[0]
 
     def batch(self, number: int) -> Tensors:
-        """Epochs follow on each other; each cuts its batches anew."""
+        """See ``BatchSource.batch``; each epoch has its own batches."""
         while number >= self._ends[-1]:
-            self._open(len(self._ends))
+            self._start_epoch(len(self._ends))
             self._ends.append(self._ends[-1] + len(self._batches))
         epoch = int(np.searchsorted(self._ends, number, side="right"))
         if epoch != self._epoch:
-            self._open(epoch)
+            self._start_epoch(epoch)
         rows = self._batches[number - (self._ends[epoch - 1] if epoch else 0)]
         return self.assemble(
             rows, np.random.default_rng([self._plan.seed, self._plan.rank, number])
         )
 
-    def _open(self, epoch: int) -> None:
+    def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._batches = epoch, self._plan.epoch(epoch)
 
     def assemble(self, rows: Rows, random: np.random.Generator) -> Tensors:
-        """The tensors of these records; what is drawn at random comes from ``random``."""
+        """Return the tensors of these rows; ``random`` is the only source of randomness."""
         raise NotImplementedError
 
 
-class TextSource(Planned):
-    """Texts and the vectors to give them."""
+class TextSource(PlannedSource):
+    """Texts and the teacher's vectors as targets."""
 
     def __init__(
-        self, plan: BatchPlan, where: str, store: TokenStore, chosen: Rows, teacher: Vectors
+        self, plan: BatchPlan, where: str, store: TokenStore, chosen: Rows, teacher: VectorLookup
     ) -> None:
-        """Wire it; ``plan`` counts the chosen rows of the store."""
+        """Combine tokenised texts and targets; ``plan`` is over the chosen rows of the store."""
         super().__init__(plan, where)
         self._store, self._chosen, self._teacher = store, chosen, teacher
 
     def assemble(self, rows: Rows, random: np.random.Generator) -> Tensors:
         del random
         rows = self._chosen[rows]
-        return _texts(self._store, rows) | {"teacher": torch.from_numpy(self._teacher(rows))}
+        return _text_tensors(self._store, rows) | {"teacher": torch.from_numpy(self._teacher(rows))}
 
 
-class PairSource(Planned):
-    """Anchors, their positives, and hard negatives for all of the batch."""
+class PairSource(PlannedSource):
+    """Anchors, their positives, and hard negatives that the whole batch shares."""
 
     def __init__(
         self,
@@ -105,22 +109,22 @@ class PairSource(Planned):
         pairs: Rows,
         *,
         negatives: Rows,
-        teacher: Vectors,
+        teacher: VectorLookup,
         hard: int,
         margin: float,
     ) -> None:
-        """Wire it.
+        """Combine pairs, negatives and the teacher.
 
         Args:
             plan: over the pairs.
-            where: how errors call the data.
-            store: all texts, anchors with one prompt and the others with another.
-            pairs: [pairs, 2]: each anchor's and positive's row in the store.
-            negatives: [pairs, most]: rows, filled up with -1.
-            teacher: of the store's rows.
-            hard: negatives drawn for each anchor.
-            margin: a candidate whose teacher cosine to the anchor is above this part of the
-                positive's is a false negative and ignored.
+            where: name of the data in error messages.
+            store: all texts, each with its prompt.
+            pairs: int64 [pairs, 2]: rows of anchor and positive in the store.
+            negatives: int64 [pairs, n]: rows of negatives, padded with -1.
+            teacher: lookup by row of the store.
+            hard: number of negatives drawn for each anchor.
+            margin: candidates with a teacher cosine to the anchor above this share of the
+                positive's are false negatives and ignored.
         """
         super().__init__(plan, where)
         self._store, self._teacher = store, teacher
@@ -130,13 +134,13 @@ class PairSource(Planned):
 
     def assemble(self, rows: Rows, random: np.random.Generator) -> Tensors:
         anchors, positives = self._pairs[rows].T
-        drawn = self._drawn(rows, random)
+        drawn = self._draw_negatives(rows, random)
         candidates = np.concatenate([positives, drawn[drawn >= 0]])
         x, y = self._teacher(anchors), self._teacher(candidates)
         ignored = self._false_negatives(anchors, candidates, x, y)
         return (
-            _texts(self._store, anchors, "anchor_")
-            | _texts(self._store, candidates, "candidate_")
+            _text_tensors(self._store, anchors, "anchor_")
+            | _text_tensors(self._store, candidates, "candidate_")
             | {
                 "ignored": torch.from_numpy(ignored),
                 "anchor_teacher": torch.from_numpy(x),
@@ -144,17 +148,17 @@ class PairSource(Planned):
             }
         )
 
-    def _drawn(self, rows: Rows, random: np.random.Generator) -> Rows:
-        """[rows, hard] of the negatives; -1 where a pair has fewer."""
+    def _draw_negatives(self, rows: Rows, random: np.random.Generator) -> Rows:
+        """Return int64 [rows, hard], drawn negatives; -1 if a pair has fewer."""
         given = self._negatives[rows]
         keys = random.random(given.shape)
-        keys[given < 0] = 2  # last
+        keys[given < 0] = 2  # padding sorts last
         order = np.argsort(keys, axis=1)[:, : self._hard]
         drawn: Rows = np.take_along_axis(given, order, axis=1)
         return drawn
 
     def _false_negatives(
-        self, anchors: Rows, candidates: Rows, x: Numbers, y: Numbers
+        self, anchors: Rows, candidates: Rows, x: FloatArray, y: FloatArray
     ) -> NDArray[np.bool_]:
         count = len(anchors)
         scores = x @ y.T
@@ -165,13 +169,13 @@ class PairSource(Planned):
         return ignored
 
 
-class ScoredSource(Planned):
-    """Pairs of texts with scores."""
+class ScoredSource(PlannedSource):
+    """Pairs of texts with similarity scores."""
 
     def __init__(
-        self, plan: BatchPlan, where: str, store: TokenStore, pairs: Rows, scores: Numbers
+        self, plan: BatchPlan, where: str, store: TokenStore, pairs: Rows, scores: FloatArray
     ) -> None:
-        """Wire it: ``pairs`` [records, 2] are rows of the store, ``scores`` [records]."""
+        """Combine pairs, int64 [records, 2] rows of the store, and scores, float32 [records]."""
         super().__init__(plan, where)
         self._store, self._pairs, self._scores = store, pairs, scores
 
@@ -179,11 +183,15 @@ class ScoredSource(Planned):
         del random
         a, b = self._pairs[rows].T
         scores = torch.from_numpy(self._scores[rows])
-        return _texts(self._store, a, "a_") | _texts(self._store, b, "b_") | {"scores": scores}
+        return (
+            _text_tensors(self._store, a, "a_")
+            | _text_tensors(self._store, b, "b_")
+            | {"scores": scores}
+        )
 
 
-class GroupSource(Planned):
-    """Labelled texts, each with another one of its label and some of other labels."""
+class GroupSource(PlannedSource):
+    """Groups of a labelled text, another text of its label, and some texts of other labels."""
 
     def __init__(
         self,
@@ -193,55 +201,58 @@ class GroupSource(Planned):
         labels: Sequence[str],
         negatives: int,
     ) -> None:
-        """Wire it.
+        """Combine texts and labels.
 
         Args:
             plan: over the texts.
-            where: how errors call the data.
-            store: one text a label, in the order of ``labels``.
-            labels: of each text.
-            negatives: texts of other labels in a group.
+            where: name of the data in error messages.
+            store: the texts, in the order of ``labels``.
+            labels: label of each text.
+            negatives: number of texts of other labels in a group.
 
         Raises:
-            DataError: a label has one text only, or all texts have the same.
+            DataError: a label has only one text, or all texts have the same label.
         """
         super().__init__(plan, where)
         self._store, self._count = store, negatives
         names, self._labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
         if len(names) < 2:
             raise DataError(
-                f"{where}: all texts have the label {str(names[0])!r}: give a second label."
+                f"{where}: all texts have the label {str(names[0])!r}: at least two are needed."
             )
         if sizes.min() < 2:
             raise DataError(
-                f"{where}: the label {str(names[sizes.argmin()])!r} has one text only, so nothing "
-                "can be its positive: give it a second text, or leave it out."
+                f"{where}: the label {str(names[sizes.argmin()])!r} has only one text, and "
+                "positives need a second one: add a text, or remove the label."
             )
         self._sizes = sizes
         self._by_label = np.argsort(self._labels, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        self._place = np.empty(len(labels), dtype=np.int64)
-        self._place[self._by_label] = np.arange(len(labels))
+        self._position = np.empty(len(labels), dtype=np.int64)
+        self._position[self._by_label] = np.arange(len(labels))
 
     def assemble(self, rows: Rows, random: np.random.Generator) -> Tensors:
         labels = self._labels[rows]
         starts, sizes = self._starts[labels], self._sizes[labels]
-        # Any place among the label's texts but one's own; any place outside the label's.
-        others = self._place[rows] - starts + random.integers(1, sizes)
-        positives = self._by_label[starts + others % sizes]
-        outside = random.integers(0, (len(self._labels) - sizes)[:, None], (len(rows), self._count))
-        outside += np.where(outside >= starts[:, None], sizes[:, None], 0)
-        documents = np.concatenate([positives[:, None], self._by_label[outside]], axis=1)
+        # Positives: a random offset from the text's own position within its label, never 0.
+        # Negatives: a random position among all texts, skipping the label's range.
+        offsets = self._position[rows] - starts + random.integers(1, sizes)
+        positives = self._by_label[starts + offsets % sizes]
+        negatives = random.integers(
+            0, (len(self._labels) - sizes)[:, None], (len(rows), self._count)
+        )
+        negatives += np.where(negatives >= starts[:, None], sizes[:, None], 0)
+        documents = np.concatenate([positives[:, None], self._by_label[negatives]], axis=1)
         grouped = np.concatenate([labels[:, None], self._labels[documents]], axis=1)
         every = np.concatenate([rows, documents.ravel()])
-        return _texts(self._store, every) | {"labels": torch.from_numpy(grouped)}
+        return _text_tensors(self._store, every) | {"labels": torch.from_numpy(grouped)}
 
 
-class Mixed:
-    """Two sources in turn, each as often as it has batches."""
+class InterleavedSource:
+    """Two sources, interleaved in proportion to their numbers of batches."""
 
-    def __init__(self, first: Source, second: Source) -> None:
-        """Mix them."""
+    def __init__(self, first: BatchSource, second: BatchSource) -> None:
+        """Interleave two sources."""
         self._first, self._second = first, second
         self._share = first.per_epoch / self.per_epoch
 
@@ -256,6 +267,6 @@ class Mixed:
         return self._second.batch(number - before)
 
 
-def _texts(store: TokenStore, rows: Rows, name: str = "") -> Tensors:
+def _text_tensors(store: TokenStore, rows: Rows, name: str = "") -> Tensors:
     ids, lengths = store.padded(rows)
     return {f"{name}ids": torch.from_numpy(ids), f"{name}lengths": torch.from_numpy(lengths)}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from taskvec_train.data.outside import read_gensim
+from taskvec_train.data.human_rated import read_gensim
 from taskvec_train.data.records import Scored
 
 
 def test_the_sets_are_read_from_gensims_files(tmp_path: Path):
-    """Comments are skipped; of the matrix of texts each pair is taken once."""
+    """Comments are skipped, and each pair of the similarity matrix is read once."""
     for name in ("wordsim353.tsv", "simlex999.txt"):
         (tmp_path / name).write_text("# Word 1\tWord 2\tMean\nold\tnew\t1.58\n")
     (tmp_path / "lee.cor").write_text("one £\nanother text\na third\n", "latin-1")

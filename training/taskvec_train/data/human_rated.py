@@ -1,7 +1,7 @@
-"""Small human-rated sets that the package gensim carries, as an outside check.
+"""Read human-rated pairs from an installed gensim, as an external check.
 
-They are read from where gensim is installed, and never copied: WordSim-353, SimLex-999 and the
-50 news texts of Lee et al. (2005).
+The sets are WordSim-353, SimLex-999 and the 50 news texts of Lee et al. (2005). They are not
+copied.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from taskvec_train.data.records import DataError, Scored
 
 
-def read_outside() -> dict[str, list[Scored]]:
-    """Return each set's graded pairs. Raises DataError without gensim."""
+def read_human_rated() -> dict[str, list[Scored]]:
+    """Return the scored pairs of each set. Raises DataError if gensim is not installed."""
     found = importlib.util.find_spec("gensim")
     if found is None or found.origin is None:
-        raise DataError("The outside check needs gensim's test data. Install gensim.")
+        raise DataError("The human-rated sets are part of gensim: install gensim.")
     return read_gensim(Path(found.origin).parent / "test/test_data")
 
 
@@ -34,7 +34,7 @@ def read_gensim(folder: Path) -> dict[str, list[Scored]]:
 
 
 def _words(file: Path) -> list[Scored]:
-    """Lines of two words and a score; those that start with # are comments."""
+    """Read lines of two words and a score; lines that start with # are comments."""
     lines = (line for line in file.read_text("utf-8").splitlines() if not line.startswith("#"))
     return [Scored(row[0], row[1], float(row[2])) for row in csv.reader(lines, delimiter="\t")]
 

@@ -136,10 +136,11 @@ class Embedder:
                 raise InvalidRequestError(
                     f"texts[{i}] must be a non-empty string.", code="invalid_input"
                 )
-        output = OutputFormat(dimensions=dimensions, normalized=normalized)
+        width = self.model.dimension if dimensions is None else dimensions
+        output = OutputFormat(width, normalized=normalized)
         output.check(self.model.dimension)
         if not items:
-            return np.empty((0, dimensions or self.model.dimension), dtype=np.float32)
+            return np.empty((0, width), dtype=np.float32)
         job = EmbedJob(inputs=items, task=chosen, truncate=truncate)
         result = self._portal.call(self._embedder.embed, job)
         return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from fakes import FakeEngine
-from keyfiles import entry, wait_for_a_minute_with_room
+from keyfiles import avoid_the_end_of_a_minute, entry
 from processes import total
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Endpoints, Route
@@ -97,7 +97,7 @@ async def served(
 @pytest.mark.anyio
 async def test_a_new_dialect_is_one_route(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Its route is authenticated, limited and counted, and answers several output types at once."""
-    wait_for_a_minute_with_room()
+    avoid_the_end_of_a_minute()
     engine = FakeEngine(default_checkpoint.card)
     async with served(default_checkpoint, tmp_path, engine) as (client, service):
         refused = await client.post(PATH, json=["a"])

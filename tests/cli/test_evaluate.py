@@ -55,13 +55,13 @@ def test_every_task_is_measured_in_every_form(report: dict[str, Any]) -> None:
         for row in report["results"]
     }
     assert len(rows) == len(report["results"])
-    forms = [(d, o) for d in (256, 128, 64, 32) for o in ("float", "int8", "binary")]
+    formats = [(d, o) for d in (256, 128, 64, 32) for o in ("float", "int8", "binary")]
     asymmetric = [(d, "binary, float queries") for d in (256, 128, 64, 32)]
     expected = {("held/search", "bm25", None, "bm25")}
     for name in MEASURES:
         for task in [*ADAPTERS, "base"]:
-            kinds = forms + asymmetric if name == "search" else forms
-            expected |= {(f"held/{name}", task, *form) for form in kinds}
+            kinds = formats + asymmetric if name == "search" else formats
+            expected |= {(f"held/{name}", task, *output_format) for output_format in kinds}
     assert set(rows) == expected
     for (name, _, _, _), row in rows.items():
         assert list(row["measures"]) == MEASURES[name.removeprefix("held/")]

@@ -31,7 +31,8 @@ def convert(
     normalized: bool,
 ) -> NDArray[np.generic]:
     """Apply a format of one type."""
-    return OutputFormat(dimensions, (output,), normalized).apply(vectors)[output]
+    width = dimensions or vectors.shape[1]
+    return OutputFormat(width, (output,), normalized).apply(vectors)[output]
 
 
 def unit(row: list[float]) -> list[float]:
@@ -206,10 +207,12 @@ def test_several_types_are_those_of_single_formats() -> None:
 @pytest.mark.parametrize("output", OutputType)
 @pytest.mark.parametrize("dimensions", [8, 16, 248, None])
 def test_the_size_of_a_vector_is_known_before(output: OutputType, dimensions: int | None) -> None:
-    """``bytes_for`` is the size of one row."""
+    """``bytes_for`` is the size of one row, and a format's that of all its types."""
     vectors = np.ones((1, 256), np.float32)
     row = convert(vectors, dimensions, output, normalized=True)
     assert output.bytes_for(dimensions or 256) == row.nbytes
+    both = OutputFormat(dimensions or 256, (output, OutputType.FLOAT))
+    assert both.bytes == row.nbytes + 4 * (dimensions or 256)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +233,7 @@ def test_bad_dimensions_are_refused(dimensions: int, types: list[OutputType]) ->
     assert (refused.value.code, refused.value.param) == ("invalid_dimensions", "dimensions")
 
 
-@pytest.mark.parametrize("dimensions", [1, 12, 256, None])
-def test_good_dimensions_pass(dimensions: int | None) -> None:
+@pytest.mark.parametrize("dimensions", [1, 12, 256])
+def test_good_dimensions_pass(dimensions: int) -> None:
     """Every number of dimensions from 1 to the model's is served as floats."""
     OutputFormat(dimensions, (OutputType.FLOAT, OutputType.INT8)).check(256)

@@ -14,11 +14,10 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetri
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from heldout import LABELLED, TOPICS, write_all
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.benchmark import MtebEncoder, benchmark_table, run_benchmark
 from taskvec.evaluation.data import PairData, RetrievalData, find_data
-from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate
 from taskvec.evaluation.service import ServedModel
 
@@ -132,18 +131,18 @@ def test_mteb_agrees_with_our_measures(
     service: ServedModel, searches: tuple[TinySearch, TinyPairs], tmp_path: Path
 ) -> None:
     """MTEB's nDCG@10, recall@10 and Spearman equal ours, with the adapters chosen by type."""
-    form = Form(256, OutputType.FLOAT)
-    result = run_benchmark(MtebEncoder(service, form), searches, tmp_path / "results")
+    output_format = OutputFormat(256, (OutputType.FLOAT,))
+    result = run_benchmark(MtebEncoder(service, output_format), searches, tmp_path / "results")
     theirs = {task.task_name: task.scores["test"][0] for task in result.task_results}
     ours = {
         row.kind: row.score.measures
         for row in evaluate(
-            service, Plan(data=[TinySearch.data], forms=[form], tasks=["retrieval"])
+            service, Plan(data=[TinySearch.data], formats=[output_format], tasks=["retrieval"])
         )
     } | {
         row.kind: row.score.measures
         for row in evaluate(
-            service, Plan(data=[TinyPairs.data], forms=[form], tasks=["text-matching"])
+            service, Plan(data=[TinyPairs.data], formats=[output_format], tasks=["text-matching"])
         )
     }
     near = {"abs": 2e-3}  # a vector may differ a little between batches
@@ -155,7 +154,7 @@ def test_mteb_agrees_with_our_measures(
 
 def test_every_type_of_task_runs(service: ServedModel, tmp_path: Path) -> None:
     """Classification and clustering run with any output type, and their results are stored."""
-    encoder = MtebEncoder(service, Form(128, OutputType.BINARY))
+    encoder = MtebEncoder(service, OutputFormat(128, (OutputType.BINARY,)))
     tasks = [TinyTopics(), TinyGroups()]
     result = run_benchmark(encoder, tasks, tmp_path)
     scores = {task.task_name: task.get_score() for task in result.task_results}
@@ -179,15 +178,15 @@ def test_every_type_of_task_runs(service: ServedModel, tmp_path: Path) -> None:
 )
 def test_types_of_task_have_their_adapter(service: ServedModel, kind: str, adapter: str) -> None:
     """Each type of task gets its adapter, unless one adapter is given for all."""
-    form = Form(256, OutputType.FLOAT)
-    assert MtebEncoder(service, form).adapter_for(kind) == adapter
-    assert MtebEncoder(service, form, "clustering").adapter_for(kind) == "clustering"
+    output_format = OutputFormat(256, (OutputType.FLOAT,))
+    assert MtebEncoder(service, output_format).adapter_for(kind) == adapter
+    assert MtebEncoder(service, output_format, "clustering").adapter_for(kind) == "clustering"
 
 
 def test_an_unknown_adapter_is_refused(service: ServedModel) -> None:
     """An unknown adapter is refused with a list of the model's adapters."""
     with pytest.raises(InvalidRequestError, match="has no task 'poetry': choose from "):
-        MtebEncoder(service, Form(256, OutputType.FLOAT), "poetry")
+        MtebEncoder(service, OutputFormat(256, (OutputType.FLOAT,)), "poetry")
 
 
 @pytest.mark.parametrize(

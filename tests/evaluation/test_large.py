@@ -8,9 +8,8 @@ import sys
 MEASURE = """
 from pathlib import Path
 import numpy as np
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.evaluation.data import RetrievalData
-from taskvec.evaluation.formats import Form
 from taskvec.evaluation.run import Plan, evaluate
 
 DOCUMENTS, QUERIES = 100_000, 100
@@ -31,8 +30,8 @@ data = RetrievalData(
     qrels=[{n: 1} for n in range(QUERIES)],
     identical_ids=[None] * QUERIES,
 )
-forms = [Form(256, OutputType.FLOAT), Form(32, OutputType.BINARY)]
-results = list(evaluate(Known(), Plan(data=[data], forms=forms, bm25=True)))
+formats = [OutputFormat(256, (OutputType.FLOAT,)), OutputFormat(32, (OutputType.BINARY,))]
+results = list(evaluate(Known(), Plan(data=[data], formats=formats, bm25=True)))
 print(*(round(result.score.value, 3) for result in results))
 # Of this process alone: getrusage includes what its parent used before the fork.
 status = Path("/proc/self/status").read_text().splitlines()

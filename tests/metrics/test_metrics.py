@@ -119,7 +119,7 @@ def test_a_rejection_counts_by_its_code(metrics: Metrics) -> None:
     """Rejections count under their code, or "other" if it is unlisted, and not as answers."""
     for code in ("input_too_long", "input_too_long", "made_up"):
         metrics.request_started()
-        output = OutputFormat(encoding=Encoding.BASE64)
+        output = OutputFormat(8, encoding=Encoding.BASE64)
         metrics.request_ended(
             None, 400, texts=0, tokens=0, seconds=0.1, code=code, output=output, stages=[]
         )

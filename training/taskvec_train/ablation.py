@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from taskvec.evaluation.data import find_data
-from taskvec.evaluation.formats import forms_of
+from taskvec.evaluation.formats import formats_of
 from taskvec.evaluation.models import LoadedModel
 from taskvec.evaluation.run import Plan, ProgressCallback, evaluate
 from taskvec.library import Embedder
@@ -117,7 +117,7 @@ def ablate(
             model = LoadedModel(embedder)
             plan = Plan(
                 data=found,
-                forms=forms_of(model.dimension, model.matryoshka, OUTPUTS),
+                formats=formats_of(model.dimension, model.matryoshka, OUTPUTS),
                 tasks=list(adapters),
                 progress=progress,
             )
@@ -132,8 +132,8 @@ def as_markdown(results: Sequence[ModelResult]) -> str:
     scores: dict[tuple[str, str, str], list[float]] = {}
     for model_result in results:
         result = model_result.result
-        if result.form is not None and result.queries is None:
-            column = f"{result.output} {result.form.dimensions}"
+        if result.format is not None and result.queries is None:
+            column = f"{result.output} {result.format.dimensions}"
             scores.setdefault((model_result.model, column, result.task), []).append(
                 result.score.value
             )

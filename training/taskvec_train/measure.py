@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import Data, RetrievalData, find_data
-from taskvec.evaluation.formats import Form, forms_of
+from taskvec.evaluation.formats import formats_of
 from taskvec.evaluation.models import LoadedModel, Model, sides_of
 from taskvec.evaluation.run import Plan, ProgressCallback, evaluate
 from taskvec.library import Embedder
@@ -98,13 +98,15 @@ def _evaluated(
 ) -> Iterator[ModelResult]:
     searches = [item for item in data if isinstance(item, RetrievalData)]
     largest = max(searches, key=lambda item: len(item.documents), default=None)
-    forms = forms_of(model.dimension, model.matryoshka, OUTPUTS)
+    formats = formats_of(model.dimension, model.matryoshka, OUTPUTS)
     two_sided = [task for task, sides in sides_of(model.tasks).items() if len(set(sides)) > 1]
     for item in data:
         is_retrieval = isinstance(item, RetrievalData)
         plan = Plan(
             data=[item],
-            forms=forms if is_retrieval else [Form(model.dimension, OutputType.FLOAT)],
+            formats=formats
+            if is_retrieval
+            else [OutputFormat(model.dimension, (OutputType.FLOAT,))],
             tasks=two_sided if is_retrieval and item is not largest else (),
             bm25=bm25,
             progress=progress,

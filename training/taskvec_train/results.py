@@ -29,7 +29,7 @@ class ModelResult:
     Attributes:
         model: name of the model.
         dimension: dimensions of the model's full vectors.
-        result: score, task, data and form.
+        result: score, task, data and output_format.
     """
 
     model: str
@@ -45,9 +45,10 @@ class ModelResult:
     @property
     def full(self) -> bool:
         """True for float vectors of all dimensions, and for BM25."""
-        form = self.result.form
-        return form is None or (
-            form.dimensions == self.dimension and form.output is OutputType.FLOAT
+        output_format = self.result.format
+        return output_format is None or (
+            output_format.dimensions == self.dimension
+            and output_format.types[0] is OutputType.FLOAT
         )
 
 
@@ -110,8 +111,8 @@ def _smaller_rows(results: Sequence[ModelResult], model: str) -> Rows:
     found: dict[tuple[str, str], dict[str, float]] = {}
     for entry in results:
         result = entry.result
-        if entry.model == model and result.form is not None and result.data in names:
-            cell = f"{result.task}, {result.output}", str(result.form.dimensions)
+        if entry.model == model and result.format is not None and result.data in names:
+            cell = f"{result.task}, {result.output}", str(result.format.dimensions)
             found.setdefault(cell, {})[result.data] = result.score.value
     rows: Rows = {}
     for (row, column), cells in found.items():

@@ -91,7 +91,8 @@ class OpenAIDialect:
         if not isinstance(body, dict):
             raise InvalidRequestError("The body must be a JSON object with the field input.")
         task = self._task(body)
-        output = _output_format(body, raw=_accepts_octets(headers))
+        hidden_size = self._embedder.model.dimension
+        output = _output_format(body, hidden_size, raw=_accepts_octets(headers))
         truncate = bool(fields.agreed(body, ("truncate", "truncation"), fields.boolean))
         job = EmbedJob(
             inputs=self._inputs(body.get("input"), truncate=truncate),
@@ -101,7 +102,7 @@ class OpenAIDialect:
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
         )
-        output.check(self._embedder.model.dimension)
+        output.check(hidden_size)
         return job, output
 
     def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
@@ -202,7 +203,7 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _output_format(body: Mapping[str, Any], *, raw: bool) -> OutputFormat:
+def _output_format(body: Mapping[str, Any], hidden_size: int, *, raw: bool) -> OutputFormat:
     encoding_format = fields.string(body.get("encoding_format"), "encoding_format")
     if encoding_format not in (None, "float", "base64"):
         raise InvalidRequestError(
@@ -229,8 +230,9 @@ def _output_format(body: Mapping[str, Any], *, raw: bool) -> OutputFormat:
             voyage = all(body.get(name) is None for name in TYPE_FIELDS if name != "output_dtype")
             base64 = base64 and voyage
         encoding = Encoding.BASE64 if base64 else Encoding.NUMBERS
+    dimensions = fields.agreed(body, ("dimensions", "output_dimension"), fields.integer)
     return OutputFormat(
-        dimensions=fields.agreed(body, ("dimensions", "output_dimension"), fields.integer),
+        dimensions=hidden_size if dimensions is None else dimensions,
         types=(kind,),
         normalized=fields.agreed(body, ("normalized",), fields.boolean) is not False,
         encoding=encoding,

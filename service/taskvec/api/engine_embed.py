@@ -29,9 +29,6 @@ from taskvec.errors import InvalidRequestError, UnsupportedMediaTypeError
 from taskvec.priority import Priority
 from taskvec.service import Service
 
-WIRE_FORMAT = OutputFormat(normalized=False, encoding=Encoding.RAW)
-"""Vectors as the engine returns them."""
-
 
 def routes(service: Service, limits: RequestLimits) -> list[Route]:
     """Return the route; none if the service refuses token ids."""
@@ -48,6 +45,10 @@ class EngineEmbed:
         """Embed with one embedder, within the limits of a request."""
         self._embedder = embedder
         self._limits = limits
+        # Vectors as the engine returns them.
+        self._output = OutputFormat(
+            embedder.model.dimension, normalized=False, encoding=Encoding.RAW
+        )
         self._tasks: dict[str | None, Task] = {task.adapter: task for task in embedder.tasks}
 
     async def handle(self, request: Request) -> Response:
@@ -76,7 +77,7 @@ class EngineEmbed:
             self._embed(ids, adapters, time.monotonic() + seconds, priority, context),
         )
         context.tokens = result.tokens
-        return await respond(result, WIRE_FORMAT, _render, context)
+        return await respond(result, self._output, _render, context)
 
     async def _embed(
         self,

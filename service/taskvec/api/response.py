@@ -46,11 +46,9 @@ async def respond(
         context: its stage ``encode`` begins.
     """
     context.stages.begin("encode")
-    rows, width = result.vectors.shape
-    kept = rows * (output.dimensions or width)
-    size = rows * sum(kind.bytes_for(output.dimensions or width) for kind in output.types)
-    cost = size * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
-    if kept <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:
+    rows = len(result.vectors)
+    cost = rows * output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
+    if rows * output.dimensions <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:
         return render(output.apply(result.vectors), result.tokens)
     return await asyncio.get_running_loop().run_in_executor(
         None, lambda: render(output.apply(result.vectors), result.tokens)

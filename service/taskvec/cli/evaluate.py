@@ -12,7 +12,7 @@ from rich.console import Console
 
 from taskvec.core.postprocess import OutputType
 from taskvec.evaluation.data import find_data
-from taskvec.evaluation.formats import forms_of
+from taskvec.evaluation.formats import formats_of
 from taskvec.evaluation.models import LoadedModel, Model
 from taskvec.evaluation.report import (
     as_json,
@@ -107,7 +107,7 @@ def run_eval(options: EvalOptions, source: ModelSource) -> None:
         dimensions = options.dimensions or model.matryoshka
         plan = Plan(
             data=data,
-            forms=forms_of(model.dimension, dimensions, options.outputs),
+            formats=formats_of(model.dimension, dimensions, options.outputs),
             tasks=options.tasks,
             seed=options.seed,
             bm25=options.bm25,

@@ -49,16 +49,21 @@ class OutputFormat:
     """Form in which vectors are returned.
 
     Attributes:
-        dimensions: number of leading values to keep (Matryoshka); None keeps all.
+        dimensions: number of leading values to keep (Matryoshka).
         types: number types; one answer may carry several.
         normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
         encoding: encoding in the response body.
     """
 
-    dimensions: int | None = None
+    dimensions: int
     types: tuple[OutputType, ...] = (OutputType.FLOAT,)
     normalized: bool = True
     encoding: Encoding = Encoding.NUMBERS
+
+    @property
+    def bytes(self) -> int:
+        """Size of one text's vectors, of all types together."""
+        return sum(kind.bytes_for(self.dimensions) for kind in self.types)
 
     def check(self, hidden_size: int) -> None:
         """Refuse dimensions that the model or an output type cannot give.
@@ -66,10 +71,10 @@ class OutputFormat:
         Raises:
             InvalidRequestError: states the bounds.
         """
-        dimensions = hidden_size if self.dimensions is None else self.dimensions
+        dimensions = self.dimensions
         if not 1 <= dimensions <= hidden_size:
             raise InvalidRequestError(
-                f"dimensions must be between 1 and {hidden_size}, got {self.dimensions}.",
+                f"dimensions must be between 1 and {hidden_size}, got {dimensions}.",
                 code="invalid_dimensions",
                 param="dimensions",
             )

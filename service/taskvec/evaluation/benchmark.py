@@ -17,9 +17,9 @@ from mteb.types import PromptType
 from rich.console import Console
 from rich.table import Table
 
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
-from taskvec.evaluation.formats import Form, Matrix, forms_of
+from taskvec.evaluation.formats import Matrix, comparable_rows, formats_of
 from taskvec.evaluation.models import Model, sides_of
 
 _ADAPTERS = {
@@ -43,12 +43,14 @@ class MtebEncoder(AbsEncoder):
 
     mteb_model_meta: ModelMeta
 
-    def __init__(self, model: Model, form: Form, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: Model, output_format: OutputFormat, adapter: str | None = None
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: the model under evaluation.
-            form: dimensions and output type of the vectors.
+            output_format: dimensions and output type of the vectors.
             adapter: adapter for every task; None to choose by the type of task.
 
         Raises:
@@ -60,15 +62,16 @@ class MtebEncoder(AbsEncoder):
                 f"The model has no task {adapter!r}: choose from {', '.join(self._sides)}."
             )
         self._model = model
-        self._form = form
+        self._format = output_format
+        (kind,) = output_format.types
         self._adapter = adapter
         name = model.name if "/" in model.name else f"taskvec/{model.name}"
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
-                "revision": f"{adapter or 'fitting'}-{form.dimensions}-{form.output.value}",
+                "revision": f"{adapter or 'fitting'}-{output_format.dimensions}-{kind.value}",
                 "similarity_fn_name": ScoringFunction.COSINE,
-                "embed_dim": form.dimensions,
+                "embed_dim": output_format.dimensions,
             }
         )
 
@@ -80,11 +83,11 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **_: Any,
     ) -> Matrix:
-        """Return rows [texts, dimensions] for one MTEB task; see ``Form.rows``."""
+        """Return rows [texts, dimensions] for one MTEB task; see ``comparable_rows``."""
         texts = [text or " " for batch in inputs for text in batch["text"]]
         query, passage = self._sides[self.adapter_for(task_metadata.type)]
         task = query if prompt_type is PromptType.query else passage
-        return self._form.rows(self._model.embed(texts, task, lambda _: None))
+        return comparable_rows(self._model.embed(texts, task, lambda _: None), self._format)
 
     def adapter_for(self, kind: str) -> str:
         """Return the adapter for a type of task; a model with a single adapter uses that one.
@@ -120,8 +123,8 @@ def run_named(
     Raises:
         InvalidRequestError: a name is unknown to MTEB, or the adapter or dimensions to the model.
     """
-    (form,) = forms_of(model.dimension, [dimensions] if dimensions else [], [output])
-    encoder = MtebEncoder(model, form, adapter)
+    (output_format,) = formats_of(model.dimension, [dimensions] if dimensions else [], [output])
+    encoder = MtebEncoder(model, output_format, adapter)
     named = _named(tasks, benchmark)
     Console().print(benchmark_table(named, run_benchmark(encoder, named, folder)))
 

@@ -1,9 +1,8 @@
-"""What becomes of a vector: so many of its dimensions, in some output type."""
+"""Output formats under evaluation, and the rows that a client compares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,51 +12,65 @@ from taskvec.errors import InvalidRequestError
 
 Matrix = NDArray[np.float32]
 
-ROWS = 1 << 13
-"""Vectors that are turned at a time, so that what lies between takes little memory."""
-
-_VALUE_BYTES = {OutputType.FLOAT: 4, OutputType.FLOAT16: 2, OutputType.INT8: 1, OutputType.UINT8: 1}
+ROWS_PER_STEP = 1 << 13
+"""Vectors that are converted at a time, which limits the memory of intermediate results."""
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The first ``dimensions`` values, in an output type."""
+def formats_of(
+    hidden_size: int, dimensions: Sequence[int], outputs: Sequence[OutputType]
+) -> list[OutputFormat]:
+    """Return a format of one type for each combination, the widest first.
 
-    dimensions: int
-    output: OutputType
+    Args:
+        hidden_size: width of the model's vectors.
+        dimensions: numbers of leading values to keep; empty for all values.
+        outputs: number types.
 
-    @property
-    def bytes(self) -> int:
-        """Bytes that a stored vector takes."""
-        if self.output.packed:
-            return self.dimensions // 8
-        return self.dimensions * _VALUE_BYTES[self.output]
+    Raises:
+        InvalidRequestError: dimensions that the model or an output type cannot give.
+    """
+    for count in dimensions:
+        if not 1 <= count <= hidden_size:
+            raise InvalidRequestError(
+                f"--dimensions must be between 1 and {hidden_size}, got {count}."
+            )
+        if count % 8 and any(output.packed for output in outputs):
+            raise InvalidRequestError(
+                f"Binary vectors pack 8 dimensions into a byte: --dimensions {count} is not a "
+                "multiple of 8; name output types without binary ones."
+            )
+    widths = sorted(set(dimensions) or {hidden_size}, reverse=True)
+    return [OutputFormat(count, (output,)) for output in dict.fromkeys(outputs) for count in widths]
 
-    def rows(self, vectors: Matrix) -> Matrix:
-        """What this form keeps of vectors, by the code that makes the service's answers.
 
-        Args:
-            vectors: float32 [n, full dimension], as the model gives them, not normalised.
+def comparable_rows(vectors: Matrix, output: OutputFormat) -> Matrix:
+    """Convert vectors to a format, with the service's own code, and read them as a client does.
 
-        Returns:
-            float32 [n, dimensions]: rows of one length, whose dot product is their likeness. Binary
-            types give -1 and 1, so that equal Hamming distances give the very same product; other
-            types give unit vectors, whose product is the cosine.
-        """
-        rows = np.empty((len(vectors), self.dimensions), dtype=np.float32)
-        for begin in range(0, len(vectors), ROWS):
-            piece = slice(begin, begin + ROWS)
-            kept = OutputFormat(self.dimensions, (self.output,)).apply(vectors[piece])
-            rows[piece] = read_vectors(kept[self.output], self.output)
-        return rows
+    Args:
+        vectors: float32 [n, hidden size] as the model returns them, not normalised.
+        output: a format of one type.
+
+    Returns:
+        float32 [n, dimensions]: see ``read_vectors``.
+    """
+    (kind,) = output.types
+    rows = np.empty((len(vectors), output.dimensions), dtype=np.float32)
+    for start in range(0, len(vectors), ROWS_PER_STEP):
+        piece = slice(start, start + ROWS_PER_STEP)
+        rows[piece] = read_vectors(output.apply(vectors[piece])[kind], kind)
+    return rows
 
 
 def read_vectors(vectors: NDArray[np.generic], output: OutputType) -> Matrix:
-    """What a client makes of an answer's vectors: see ``Form.rows``.
+    """Convert a service's vectors to rows whose dot product is their similarity.
 
     Args:
-        vectors: [n, d], or [n, d / 8] for the binary types, as ``quantise`` gives them.
+        vectors: [n, d], or [n, d / 8] for the binary types, as ``quantise`` returns them.
         output: their type.
+
+    Returns:
+        float32 [n, d]. Binary types give -1 and 1, so that equal Hamming distances give exactly the
+        same product; other types give unit vectors, whose product is the cosine.
     """
     if output.packed:
         offset = 0 if output is OutputType.UBINARY else 128
@@ -66,33 +79,6 @@ def read_vectors(vectors: NDArray[np.generic], output: OutputType) -> Matrix:
     values = vectors.astype(np.float32)
     if output is OutputType.UINT8:
         values -= 128
-    lengths = np.sqrt(np.vecdot(values, values))[:, None]
-    unit: Matrix = values / np.maximum(lengths, MIN_NORM)
+    norms = np.sqrt(np.vecdot(values, values))[:, None]
+    unit: Matrix = values / np.maximum(norms, MIN_NORM)
     return unit
-
-
-def forms_of(
-    dimension: int, dimensions: Sequence[int], outputs: Sequence[OutputType]
-) -> list[Form]:
-    """Every form, the widest first.
-
-    Args:
-        dimension: the model's.
-        dimensions: how many values to keep; all where empty.
-        outputs: in which types.
-
-    Raises:
-        InvalidRequestError: dimensions that the model, or the output type, cannot give.
-    """
-    for wanted in dimensions:
-        if not 1 <= wanted <= dimension:
-            raise InvalidRequestError(
-                f"--dimensions must lie between 1 and {dimension}, got {wanted}."
-            )
-        if wanted % 8 and any(output.packed for output in outputs):
-            raise InvalidRequestError(
-                f"Binary vectors pack 8 dimensions into a byte: --dimensions {wanted} is no "
-                "multiple of 8; name the output types without binary ones."
-            )
-    widths = sorted(set(dimensions) or {dimension}, reverse=True)
-    return [Form(wanted, output) for output in dict.fromkeys(outputs) for wanted in widths]

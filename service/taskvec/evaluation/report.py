@@ -53,7 +53,7 @@ def tables(data: Iterable[Data], results: Sequence[Result]) -> Iterator[tuple[st
 
 
 def _table(results: Sequence[Result], measure: str) -> Table:
-    widths = sorted({result.form.dimensions for result in results if result.form}, reverse=True)
+    widths = sorted({result.format.dimensions for result in results if result.format}, reverse=True)
     table = Table("task", "output")
     for width in widths:
         table.add_column(str(width), justify="right")
@@ -61,7 +61,7 @@ def _table(results: Sequence[Result], measure: str) -> Table:
     rows: dict[tuple[str, str], dict[int, float]] = {}
     for result in results:
         value = result.score.measures[measure]
-        width = result.form.dimensions if result.form else widths[0]
+        width = result.format.dimensions if result.format else widths[0]
         rows.setdefault((result.task, result.output), {})[width] = value
         best[result.output, width] = max(value, best.get((result.output, width), value))
     last = ""
@@ -108,9 +108,9 @@ def result_fields(result: Result) -> dict[str, Any]:
         "data": result.data,
         "kind": result.kind,
         "task": result.task,
-        "dimensions": result.form.dimensions if result.form else None,
+        "dimensions": result.format.dimensions if result.format else None,
         "output": result.output,
-        "bytes": result.form.bytes if result.form else None,
+        "bytes": result.format.bytes if result.format else None,
         "measures": result.score.measures,
         "standard_error": result.score.error,
     }
@@ -128,7 +128,7 @@ def plot(results: Sequence[Result], title: str) -> bytes:
         type.
     """
     data = list(dict.fromkeys(result.data for result in results))
-    tasks = list(dict.fromkeys(result.task for result in results if result.form))
+    tasks = list(dict.fromkeys(result.task for result in results if result.format))
     size = PANEL_INCHES[0] * len(tasks), PANEL_INCHES[1] * len(data) + 0.8
     figure = Figure(size, layout="constrained")
     figure.suptitle(title)
@@ -151,9 +151,9 @@ def plot(results: Sequence[Result], title: str) -> bytes:
 def _draw(axes: Axes, results: Sequence[Result]) -> None:
     for output in dict.fromkeys(result.output for result in results):
         points = sorted(
-            (result.form.bytes, result.score.value)
+            (result.format.bytes, result.score.value)
             for result in results
-            if result.form and result.output == output
+            if result.format and result.output == output
         )
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=output)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.core.postprocess import OutputType
+from taskvec.core.postprocess import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import ClassificationData, Data, PairData, RetrievalData
-from taskvec.evaluation.formats import Form, Matrix
+from taskvec.evaluation.formats import Matrix, comparable_rows
 from taskvec.evaluation.metrics import (
     Score,
     bm25_scores,
@@ -40,7 +40,7 @@ class Result:
         kind: ``retrieval``, ``sts``, ``classification`` or ``clustering``.
         task: the adapter, ``base``, or ``bm25``.
         score: its measures.
-        form: format of the vectors; None for ``bm25``.
+        format: format of the vectors; None for ``bm25``.
         queries: output type of the queries; None if it is the documents' one.
     """
 
@@ -48,16 +48,16 @@ class Result:
     kind: str
     task: str
     score: Score
-    form: Form | None = None
+    format: OutputFormat | None = None
     queries: OutputType | None = None
 
     @property
     def output(self) -> str:
         """Label of the output type in reports."""
-        if self.form is None:
+        if self.format is None:
             return self.task
         suffix = f", {self.queries.value} queries" if self.queries else ""
-        return f"{self.form.output.value}{suffix}"
+        return f"{self.format.types[0].value}{suffix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Plan:
 
     Attributes:
         data: the data sets.
-        forms: formats of the vectors.
+        formats: formats of the vectors.
         tasks: names of adapters; empty for all.
         seed: of the k-means starts.
         bm25: True scores retrieval data with BM25 as well.
@@ -74,7 +74,7 @@ class Plan:
     """
 
     data: Sequence[Data]
-    forms: Sequence[Form]
+    formats: Sequence[OutputFormat]
     tasks: Sequence[str] = ()
     seed: int = 0
     bm25: bool = False
@@ -98,8 +98,8 @@ def evaluate(model: Model, plan: Plan) -> Iterator[Result]:
         if plan.bm25 and isinstance(data, RetrievalData):
             yield _bm25(data, plan.progress)
         for task in plan.tasks or sides:
-            for form, queries, score in _scores(model, data, sides[task], task, plan):
-                yield Result(data.name, data.kind, task, score, form, queries)
+            for fmt, queries, score in _scores(model, data, sides[task], task, plan):
+                yield Result(data.name, data.kind, task, score, fmt, queries)
 
 
 def _bm25(data: RetrievalData, progress: ProgressCallback) -> Result:
@@ -111,7 +111,7 @@ def _bm25(data: RetrievalData, progress: ProgressCallback) -> Result:
 
 def _scores(
     model: Model, data: Data, sides: Sides, task: str, plan: Plan
-) -> Iterator[tuple[Form, OutputType | None, Score]]:
+) -> Iterator[tuple[OutputFormat, OutputType | None, Score]]:
     advance = plan.progress(f"{data.name}: embedding as {task}", data.texts)
 
     def embed(texts: Sequence[str]) -> Matrix:
@@ -120,48 +120,71 @@ def _scores(
     if isinstance(data, RetrievalData):
         documents = embed(data.documents)
         queries = model.embed(data.queries, sides.query, advance)
-        measured = _retrieval(queries, documents, data, plan.forms)
+        measured = _retrieval(queries, documents, data, plan.formats)
     elif isinstance(data, PairData):
         left, right = embed(data.left), embed(data.right)
         measured = (
-            (form, None, sts_score(form.rows(left), form.rows(right), data.scores))
-            for form in plan.forms
+            (
+                fmt,
+                None,
+                sts_score(
+                    comparable_rows(left, fmt),
+                    comparable_rows(right, fmt),
+                    data.scores,
+                ),
+            )
+            for fmt in plan.formats
         )
     elif isinstance(data, ClassificationData):
         train, test = embed(data.train.texts), embed(data.test.texts)
         measured = (
             (
-                form,
+                fmt,
                 None,
                 classification_score(
-                    form.rows(train), data.train.labels, form.rows(test), data.test.labels
+                    comparable_rows(train, fmt),
+                    data.train.labels,
+                    comparable_rows(test, fmt),
+                    data.test.labels,
                 ),
             )
-            for form in plan.forms
+            for fmt in plan.formats
         )
     else:
         texts = embed(data.labelled.texts)
         measured = (
-            (form, None, clustering_score(form.rows(texts), data.labelled, plan.seed))
-            for form in plan.forms
+            (
+                fmt,
+                None,
+                clustering_score(comparable_rows(texts, fmt), data.labelled, plan.seed),
+            )
+            for fmt in plan.formats
         )
-    done = plan.progress(f"{data.name}: measuring {task}", len(plan.forms))
-    for form, queries_as, score in measured:
-        yield form, queries_as, score
+    done = plan.progress(f"{data.name}: measuring {task}", len(plan.formats))
+    for fmt, queries_as, score in measured:
+        yield fmt, queries_as, score
         done(queries_as is None)
 
 
 def _retrieval(
-    queries: Matrix, documents: Matrix, data: RetrievalData, forms: Sequence[Form]
-) -> Iterator[tuple[Form, OutputType | None, Score]]:
-    """Yield form, output type of the queries, and score.
+    queries: Matrix, documents: Matrix, data: RetrievalData, formats: Sequence[OutputFormat]
+) -> Iterator[tuple[OutputFormat, OutputType | None, Score]]:
+    """Yield format, output type of the queries, and score.
 
     Binary documents are scored with binary and with float queries: the latter cost an index no
     memory.
     """
-    for form in forms:
-        stored = form.rows(documents)
-        yield form, None, retrieval_score(dot_products(form.rows(queries), stored), data)
-        if form.output.packed:
-            exact = Form(form.dimensions, OutputType.FLOAT).rows(queries)
-            yield form, OutputType.FLOAT, retrieval_score(dot_products(exact, stored), data)
+    for fmt in formats:
+        stored = comparable_rows(documents, fmt)
+        yield (
+            fmt,
+            None,
+            retrieval_score(dot_products(comparable_rows(queries, fmt), stored), data),
+        )
+        if fmt.types[0].packed:
+            exact = comparable_rows(queries, OutputFormat(fmt.dimensions, (OutputType.FLOAT,)))
+            yield (
+                fmt,
+                OutputType.FLOAT,
+                retrieval_score(dot_products(exact, stored), data),
+            )

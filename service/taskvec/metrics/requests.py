@@ -38,7 +38,7 @@ OTHER_CODE = "other"
 """Code label of errors whose code ``taskvec.errors.CODES`` does not list."""
 
 TRANSPORTS = ("numbers", "base64", "raw")
-"""Values of ``taskvec.api.response.Transport``, which lies above this package."""
+"""Values of ``taskvec.api.response.Transport``, which this package cannot import."""
 
 _STAGE_BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,

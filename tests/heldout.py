@@ -56,10 +56,10 @@ def write_pairs(file: Path) -> Path:
     return write_lines(file, records)
 
 
-def write_labels(file: Path, begin: int = 0, end: int | None = None) -> Path:
+def write_labels(file: Path, start: int = 0, end: int | None = None) -> Path:
     """Write texts with their topic as the label."""
     return write_lines(
-        file, [{"text": text, "label": topic} for text, topic in LABELLED[begin:end]]
+        file, [{"text": text, "label": topic} for text, topic in LABELLED[start:end]]
     )
 
 

@@ -151,7 +151,7 @@ def test_scores_are_deterministic(data: Path, report: dict[str, Any], tmp_path: 
     [
         ({"data": [Path("nowhere")]}, None, "nowhere does not exist"),
         ({"tasks": ["poetry"]}, None, "has no task 'poetry': choose from retrieval, "),
-        ({"dimensions": [512]}, None, "--dimensions must lie between 1 and 256"),
+        ({"dimensions": [512]}, None, "--dimensions must be between 1 and 256"),
         ({"dimensions": [100]}, None, "multiple of 8"),
         ({"json": Path("no/folder/x.json")}, None, "no/folder/x.json cannot be written"),
         ({"plot": Path()}, None, "cannot be written"),

@@ -196,7 +196,9 @@ def test_matryoshka_is_the_weighted_mean_over_nested_dimensions() -> None:
 
     check(
         lambda x, y: losses.matryoshka(
-            lambda d: losses.info_nce(losses.cut(x, d), losses.cut(y, d), 0.5), (2, 4, D), (3, 1, 1)
+            lambda d: losses.info_nce(losses.truncate(x, d), losses.truncate(y, d), 0.5),
+            (2, 4, D),
+            (3, 1, 1),
         ),
         reference,
         numbers(B, D),

@@ -46,7 +46,7 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def resumable_folder(folder: Path) -> Iterator[Path]:
-    """As ``atomic_folder``, but an interrupted run finds its partial content again.
+    """Do as ``atomic_folder``, but let an interrupted run find its partial content again.
 
     Ctrl-C or a kill keeps the content; an error deletes it.
 

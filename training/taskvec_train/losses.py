@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def cut(vectors: Tensor, dimension: int) -> Tensor:
+def truncate(vectors: Tensor, dimension: int) -> Tensor:
     """Truncate vectors and scale them to length 1: [..., n] -> [..., dimension]."""
     return functional.normalize(vectors[..., :dimension], dim=-1)
 
@@ -28,7 +28,7 @@ def matryoshka(
     dimensions: Sequence[int],
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """``sum_d w_d loss(d) / sum_d w_d``: a loss averaged over nested dimensions.
+    """Average a loss over nested dimensions: ``sum_d w_d loss(d) / sum_d w_d``.
 
     Args:
         loss: the loss on vectors truncated to d values.
@@ -41,9 +41,9 @@ def matryoshka(
 
 
 def distillation(student: Tensor, projection: Tensor, teacher: Tensor) -> Tensor:
-    """``1/B sum_i [1 - cos(psi z_i, t_i)]``: embedding distillation (2602.15547, stage 1).
+    """Return the embedding distillation loss: ``1/B sum_i [1 - cos(psi z_i, t_i)]``.
 
-    This is the mean over one side of a batch of pairs; the paper adds the two sides.
+    From 2602.15547, stage 1. This is one side of a batch of pairs; the paper adds the two sides.
 
     Args:
         student: [B, d], truncated or full.
@@ -57,8 +57,9 @@ def distillation(student: Tensor, projection: Tensor, teacher: Tensor) -> Tensor
 def info_nce(
     anchors: Tensor, candidates: Tensor, temperature: float, ignored: Tensor | None = None
 ) -> Tensor:
-    """``-1/B sum_i log S(x_i, y_i) / (S(x_i, y_i) + sum_n S(x_i, n))``, ``S = exp(cos / tau)``.
+    """Return InfoNCE.
 
+    ``-1/B sum_i log S(x_i, y_i) / (S(x_i, y_i) + sum_n S(x_i, n))``, ``S = exp(cos / tau)``:
     van den Oord et al., arXiv 1807.03748, as in 2602.15547, stage 2.
 
     Args:
@@ -68,16 +69,21 @@ def info_nce(
         temperature: tau.
         ignored: bool [B, N], True for false negatives; [i, i] must be False.
     """
-    scores = cut(anchors, anchors.shape[1]) @ cut(candidates, candidates.shape[1]).T / temperature
+    scores = (
+        truncate(anchors, anchors.shape[1])
+        @ truncate(candidates, candidates.shape[1]).T
+        / temperature
+    )
     if ignored is not None:
         scores = scores.masked_fill(ignored, -math.inf)
     return functional.cross_entropy(scores, torch.arange(len(anchors), device=scores.device))
 
 
 def global_orthogonal(queries: Tensor, positives: Tensor) -> Tensor:
-    """``1/(B(B-1)) sum_{i!=j} (q_i . q_j)^2 + 1/(B(B-1)) sum_{i!=j} (p_i . p_j)^2``: GOR.
+    """Return the global orthogonal regulariser (GOR).
 
-    After Zhang et al., arXiv 1708.06320, without its term for the mean, as in 2602.15547.
+    ``1/(B(B-1)) sum_{i!=j} (q_i . q_j)^2 + 1/(B(B-1)) sum_{i!=j} (p_i . p_j)^2``, after Zhang et
+    al., arXiv 1708.06320, without its term for the mean, as in 2602.15547.
 
     Args:
         queries: q, [B, d], B >= 2.
@@ -89,13 +95,13 @@ def global_orthogonal(queries: Tensor, positives: Tensor) -> Tensor:
 def _mean_squared_cosine(vectors: Tensor) -> Tensor:
     """Return the mean of squared cosines over all pairs of different rows."""
     count = len(vectors)
-    unit = cut(vectors, vectors.shape[1])
+    unit = truncate(vectors, vectors.shape[1])
     squares = (unit @ unit.T).square()
     return (squares.sum() - squares.diagonal().sum()) / (count * (count - 1))
 
 
 def cosent(first: Tensor, second: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """``ln(1 + sum over s_i > s_j of exp((cos_j - cos_i) / tau'))``: CoSENT.
+    """Return CoSENT: ``ln(1 + sum over s_i > s_j of exp((cos_j - cos_i) / tau'))``.
 
     Su, "CoSENT: a more effective sentence vector scheme than Sentence-BERT" (2022); 2602.15547
     misplaces the exponent.
@@ -116,7 +122,7 @@ def cosent(first: Tensor, second: Tensor, scores: Tensor, temperature: float) ->
 def bidirectional_info_nce(
     queries: Tensor, documents: Tensor, temperature: float, labels: Tensor | None = None
 ) -> Tensor:
-    """Half ``query -> document`` over all documents, half ``document -> query`` in the batch.
+    """Return the mean of InfoNCE from queries to all documents, and from positives to queries.
 
     ``1/2 [-1/B sum_i log S(q_i, d_i0) / sum_jk S(q_i, d_jk)
     - 1/B sum_i log S(q_i, d_i0) / sum_j S(q_j, d_i0)]``, S as in ``info_nce`` (2602.15547,
@@ -148,9 +154,10 @@ def _without_own(same: Tensor) -> Tensor:
 
 
 def relational(student: Tensor, teacher: Tensor) -> Tensor:
-    """``1/M^2 sum_ij ((1 - cos(s_i, s_j))/mu_S - (1 - cos(t_i, t_j))/mu_T)^2``.
+    """Return the relational distillation loss.
 
-    mu is the mean of each matrix of distances: Park et al., arXiv 1904.05068, as in 2602.15547.
+    ``1/M^2 sum_ij ((1 - cos(s_i, s_j))/mu_S - (1 - cos(t_i, t_j))/mu_T)^2``, where mu is the mean
+    of each matrix of distances: Park et al., arXiv 1904.05068, as in 2602.15547.
 
     Args:
         student: s, [M, d], M >= 2.
@@ -161,17 +168,19 @@ def relational(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relative_distances(vectors: Tensor) -> Tensor:
-    unit = cut(vectors, vectors.shape[1])
+    unit = truncate(vectors, vectors.shape[1])
     distances = 1 - unit @ unit.T
     return distances / distances.mean().clamp_min(1e-6)  # identical texts have distances of 0
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``: an addition to the paper.
+    """Return the similarity loss: ``1/M^2 sum_ij (cos(s_i, s_j) - cos(t_i, t_j))^2``.
+
+    An addition to the paper.
 
     Args:
         student: s, [M, d].
         teacher: t, [M, m]; no gradient flows to it.
     """
-    own, given = cut(student, student.shape[1]), cut(teacher.detach(), teacher.shape[1])
+    own, given = truncate(student, student.shape[1]), truncate(teacher.detach(), teacher.shape[1])
     return (own @ own.T - given @ given.T).square().mean()

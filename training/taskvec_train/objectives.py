@@ -160,7 +160,7 @@ class Retrieval(Objective):
         chosen: dict[str, Callable[[int], Tensor]] = {}
         if self.has_loss("infonce"):
             chosen["infonce"] = lambda d: losses.info_nce(
-                losses.cut(x, d), losses.cut(y, d), self._temperature, batch["ignored"]
+                losses.truncate(x, d), losses.truncate(y, d), self._temperature, batch["ignored"]
             )
         if self.has_loss("distill"):
             first = self.distilled(x, batch["anchor_teacher"])
@@ -168,7 +168,7 @@ class Retrieval(Objective):
             chosen["distill"] = lambda d: first(d) + second(d)
         if self.has_loss("gor"):
             chosen["gor"] = lambda d: losses.global_orthogonal(
-                losses.cut(x, d), losses.cut(positives, d)
+                losses.truncate(x, d), losses.truncate(positives, d)
             )
         return chosen
 
@@ -212,7 +212,7 @@ class Classification(Objective):
         chosen: dict[str, Callable[[int], Tensor]] = {}
         if self.has_loss("infonce"):
             chosen["infonce"] = lambda d: losses.bidirectional_info_nce(
-                losses.cut(x, d), losses.cut(documents, d), self._temperature, labels
+                losses.truncate(x, d), losses.truncate(documents, d), self._temperature, labels
             )
         if self.has_loss("relational") and isinstance(self.student, PeftModel):
             with torch.no_grad(), self.student.disable_adapter():

@@ -12,7 +12,7 @@ from taskvec.engines.base import DropReason
 DURATION_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
-"""Histogram buckets in seconds, for whatever may take from a millisecond to minutes."""
+"""Histogram buckets in seconds, from a millisecond to five minutes."""
 
 _FILL_BUCKETS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _COUNT_BUCKETS = tuple(float(4**n) for n in range(1, 10))

@@ -50,7 +50,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path):
 
 
 def test_parquet_lists_become_negatives(tmp_path: Path):
-    """A Parquet column of lists holds negatives."""
+    """A Parquet column of lists is read as negatives."""
     file = tmp_path / "p.parquet"
     columns = {"anchor": ["a"], "positive": ["b"], "negatives": [["c"]]}
     parquet.write_table(pa.table(columns), file)

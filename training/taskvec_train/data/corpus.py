@@ -39,14 +39,14 @@ def build(out: Path, work: Path, workers: int, progress: Progress) -> None:
 
 def fetch(sources: Sequence[Source], work: Path, progress: Progress) -> dict[str, Package]:
     """Download and unpack every package of the sources. Raises TrainingError."""
-    wanted = list(dict.fromkeys(name for source in sources for name in source.packages))
-    step = progress.add_task("Fetching packages", total=len(wanted))
+    names = list(dict.fromkeys(name for source in sources for name in source.packages))
+    step = progress.add_task("Downloading packages", total=len(names))
     apt = Apt(work / "apt")
     apt.update()
-    debian = [name.removeprefix("debian:") for name in wanted if name.startswith("debian:")]
+    debian = [name.removeprefix("debian:") for name in names if name.startswith("debian:")]
     apt.download(debian)
     found = {}
-    for name in wanted:
+    for name in names:
         if name == APT_LISTS:
             found[name] = apt.package_lists()
         else:

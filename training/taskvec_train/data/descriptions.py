@@ -40,7 +40,7 @@ def parse_descriptions(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _records(index: Path) -> Iterator[dict[str, str]]:
-    """RFC 822 style records; a continued line starts with a context."""
+    """Yield RFC 822 style records; continuation lines start with a space."""
     for block in index.read_text("utf-8", errors="replace").split("\n\n"):
         fields = (line.partition(": ") for line in block.replace("\n ", "\x00").splitlines())
         record = {name: value for name, _, value in fields}

@@ -99,7 +99,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if len(line) > MAX_LINE:
                 raise DataError(
                     f"{location}: the line has more than {MAX_LINE:,} bytes. "
-                    "Write one JSON object a line, and cut texts to what a model reads."
+                    "Write one JSON object a line, and truncate texts to a model's length."
                 )
             if number == 1 and line.startswith(b"\xef\xbb\xbf"):
                 raise DataError(f"{location}: starts with a byte order mark. Save as plain UTF-8.")

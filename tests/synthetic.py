@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, in exactly the layouts of jina-embeddings-v5-text.
+"""Checkpoints with random weights in the layouts of jina-embeddings-v5-text.
 
 Used by tests (a few narrow layers) and by loadtest (the real shapes).
 """
@@ -21,7 +21,7 @@ ADAPTERS = ("retrieval", "text-matching", "clustering", "classification")
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a checkpoint's tensors."""
+    """Sizes that determine the tensors of a checkpoint."""
 
     architecture: str
     vocabulary: int
@@ -66,15 +66,15 @@ def write_checkpoint(
     """Write a checkpoint.
 
     Args:
-        folder: made if it does not exist.
-        shape: the tensors.
+        folder: created if it does not exist.
+        shape: sizes of the tensors.
         jina: True for model type ``jina_embeddings_v5``, False for the plain backbone's.
-        adapters: names; each gets random weights of its own.
-        dtype: of all tensors.
+        adapters: names; each gets its own random weights.
+        dtype: dtype of all tensors.
         shards: number of weight files; more than one adds an index.
-        key_prefix: put before every backbone key, for example ``model.``.
-        tokenizer: tokenizer.json to copy; None takes the default model's.
-        seed: of the weights.
+        key_prefix: prefix of every key of the backbone, for example ``model.``.
+        tokenizer: tokenizer.json to copy; None for that of the default model.
+        seed: seed of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(seed)
@@ -108,10 +108,10 @@ def write_adapter(
     for layer in range(shape.layers):
         for module, (out, into) in _projections(shape).items():
             key = f"base_model.model.layers.{layer}.{module}.lora"
-            down = torch.randn(shape.rank, into, generator=random) * into**-0.5
-            up = torch.randn(out, shape.rank, generator=random) * 0.3 * shape.rank**-0.5
-            tensors[f"{key}_A.weight"] = down.to(dtype)
-            tensors[f"{key}_B.weight"] = up.to(dtype)
+            lora_a = torch.randn(shape.rank, into, generator=random) * into**-0.5
+            lora_b = torch.randn(out, shape.rank, generator=random) * 0.3 * shape.rank**-0.5
+            tensors[f"{key}_A.weight"] = lora_a.to(dtype)
+            tensors[f"{key}_B.weight"] = lora_b.to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors")
     base = {
         "peft_type": "LORA",
@@ -203,13 +203,13 @@ def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -
         save_file(tensors, folder / "model.safetensors")
         return
     names = sorted(tensors)
-    where = {
+    files = {
         name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
         for i, name in enumerate(names)
     }
-    for file in set(where.values()):
-        save_file({n: tensors[n] for n in names if where[n] == file}, folder / file)
-    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    for file in set(files.values()):
+        save_file({n: tensors[n] for n in names if files[n] == file}, folder / file)
+    _write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

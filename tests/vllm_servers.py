@@ -1,4 +1,4 @@
-"""Real vLLM servers, and the vectors that every engine must give."""
+"""Real vLLM servers, and the comparison of vectors with the reference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LENGTHS = (1, 2, 7, 33, 150)
 
 
 class VllmServer:
-    """A stock vLLM OpenAI server, started by the command line that taskvec prints for it."""
+    """A stock vLLM OpenAI server, started with the command line that taskvec prints."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class VllmServer:
             words = [*words[: words.index("--lora-modules") + 1], *lora_modules]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        # The CPU build has no `vllm` command that works; its server module takes the same flags.
+        # The `vllm` command of the CPU build does not work; the server module has the same flags.
         module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        place = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self._command = [*module, *words[2:], *place]
-        # Two servers that share cores slow each other down more than tenfold.
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self._command = [*module, *words[2:], *address]
+        # Two servers on the same cores are more than ten times slower.
         self._environment = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server object
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,8 +66,8 @@ class VllmServer:
             env=self._environment,
             stdout=subprocess.DEVNULL,
             stderr=self._log,
-            # Not a session of its own: vLLM's worker waits by yielding its core, and the kernel
-            # lets it yield only to its session. A server that started beside it stood still.
+            # In the same session: vLLM's worker waits by yielding its core, and the kernel yields
+            # it only within the session. A second server did not finish its start otherwise.
             process_group=0,
         )
 
@@ -76,34 +76,34 @@ class VllmServer:
         while time.monotonic() < limit:
             assert self._process is not None
             if self._process.poll() is not None:
-                raise AssertionError(self._complaint())
+                raise AssertionError(self._log_tail())
             try:
                 if httpx.get(f"{self.url}/health").status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.2)
-        raise AssertionError(f"no start in {START_SECONDS} s: {self._complaint()}")
+        raise AssertionError(f"no start in {START_SECONDS} s: {self._log_tail()}")
 
-    def _complaint(self) -> str:
+    def _log_tail(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")[-5000:]
 
     def kill(self) -> None:
-        """SIGKILL, to it and its engine process."""
+        """Send SIGKILL to the server and its engine process."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def close(self) -> None:
-        """The end of it."""
+        """Kill the server and close its log."""
         self.kill()
         self._log.close()
 
 
 @contextmanager
 def vllm_servers(*servers: VllmServer) -> Iterator[tuple[VllmServer, ...]]:
-    """Start them side by side, wait for all, kill them at the end."""
+    """Start servers concurrently, wait for all, and kill them at the end."""
     with ExitStack() as stack:
         for server in servers:
             server.start()
@@ -114,7 +114,7 @@ def vllm_servers(*servers: VllmServer) -> Iterator[tuple[VllmServer, ...]]:
 
 
 def mixed_batches(checkpoint: Checkpoint) -> list[tuple[str | None, list[TokenIds]]]:
-    """For each adapter, texts of mixed lengths."""
+    """Return texts of mixed lengths for each adapter."""
     random = np.random.default_rng(1)
     vocabulary = checkpoint.backbone.vocabulary
     return [
@@ -126,11 +126,11 @@ def mixed_batches(checkpoint: Checkpoint) -> list[tuple[str | None, list[TokenId
 def cosines(
     checkpoint: Checkpoint, adapter: str | None, ids: Sequence[TokenIds], given: NDArray[Any]
 ) -> NDArray[np.float32]:
-    """Of each vector to the float32 reference, which the oracle's tests hold."""
+    """Return the cosine of each vector to the float32 reference."""
     truth = reference_vectors(checkpoint, ids, [adapter] * len(ids))
     return (unit(truth) * unit(given)).sum(axis=1)
 
 
 def unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Rows of length 1."""
+    """Return normalised vectors."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

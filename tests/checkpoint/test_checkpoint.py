@@ -1,4 +1,4 @@
-"""Checkpoint folders as they are published, in both backbones, and what is read from them."""
+"""Reading checkpoint folders in the published layouts, for both architectures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SHAPES = {"qwen3": QWEN, "eurobert": EURO}
 
 @pytest.fixture(params=SHAPES)
 def shape(request: pytest.FixtureRequest) -> Shape:
-    """Each backbone, a few numbers wide."""
+    """A small shape of each architecture."""
     return SHAPES[request.param]
 
 
 def test_the_jina_layout_is_read(tmp_path: Path, shape: Shape) -> None:
-    """Config, weights, adapters, prompts and tokenizer are found where Jina v5 has them."""
+    """Config, weights, adapters, prompts and tokenizer are read from the layout of Jina v5."""
     checkpoint = read(write_checkpoint(tmp_path, shape))
     backbone, card = checkpoint.backbone, checkpoint.card
     read_shape = {name: getattr(backbone, name) for name in vars(shape) if name != "rank"}
@@ -46,8 +46,8 @@ def test_the_jina_layout_is_read(tmp_path: Path, shape: Shape) -> None:
     assert checkpoint.default_prompt is None
 
 
-def test_every_tensor_has_its_place(tmp_path: Path, shape: Shape) -> None:
-    """Each tensor that the backbone needs is mapped to a file and a key of its shape there."""
+def test_every_tensor_is_mapped(tmp_path: Path, shape: Shape) -> None:
+    """Each tensor of the backbone is mapped to a file and a key with the same shape."""
     checkpoint = read(write_checkpoint(tmp_path, shape))
     stored = tensor_shapes(tmp_path / "model.safetensors")
     assert {name: stored[key] for name, (_, key) in checkpoint.weights.items()} == dict(
@@ -56,8 +56,8 @@ def test_every_tensor_has_its_place(tmp_path: Path, shape: Shape) -> None:
     assert checkpoint.card.parameters == sum(map(math.prod, stored.values()))
 
 
-def test_every_adapter_tensor_has_its_place(tmp_path: Path, shape: Shape) -> None:
-    """Each adapter maps every linear layer of every block to its A and B."""
+def test_every_adapter_tensor_is_mapped(tmp_path: Path, shape: Shape) -> None:
+    """Each adapter maps every linear layer of every transformer layer to its A and B."""
     checkpoint = read(write_checkpoint(tmp_path, shape))
     modules = checkpoint.backbone.projections
     for adapter in checkpoint.adapters:
@@ -71,21 +71,21 @@ def test_every_adapter_tensor_has_its_place(tmp_path: Path, shape: Shape) -> Non
 
 
 def test_head_dim_follows_from_the_width(tmp_path: Path) -> None:
-    """A config without head_dim, as EuroBERT's, means hidden size by heads."""
+    """Without head_dim, as in EuroBERT's config, it is the hidden size divided by the heads."""
     write_checkpoint(tmp_path, EURO)
     assert "head_dim" not in config(tmp_path)
     assert read(tmp_path).backbone.head_dim == 8
 
 
-def test_key_heads_are_as_many_as_heads_where_unsaid(tmp_path: Path) -> None:
-    """A config without num_key_value_heads means that heads share nothing."""
+def test_kv_heads_default_to_heads(tmp_path: Path) -> None:
+    """Without num_key_value_heads, every query head has its own key and value head."""
     write_checkpoint(tmp_path, EURO)
     change(tmp_path, num_key_value_heads=None)
     assert read(tmp_path).backbone.kv_heads == 2
 
 
 def test_shards_are_read_through_the_index(tmp_path: Path, shape: Shape) -> None:
-    """Weights in several files with an index are one backbone."""
+    """Weights in several files with an index are read as one backbone."""
     checkpoint = read(write_checkpoint(tmp_path, shape, shards=3))
     files = {file.name for file, _ in checkpoint.weights.values()}
     assert files == {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)}
@@ -93,16 +93,16 @@ def test_shards_are_read_through_the_index(tmp_path: Path, shape: Shape) -> None
         assert key in tensor_shapes(file)
 
 
-def test_one_file_goes_before_an_index(tmp_path: Path) -> None:
-    """Where model.safetensors is there, a stray index beside it is not followed."""
+def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
+    """If model.safetensors exists, an index file is ignored."""
     write_checkpoint(tmp_path, QWEN)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
     assert {file.name for file, _ in read(tmp_path).weights.values()} == {"model.safetensors"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_number_types_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Backbone and adapters may be stored as bf16, fp16 or fp32."""
+def test_dtypes_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Backbone and adapters may be stored as bfloat16, float16 or float32."""
     checkpoint = read(write_checkpoint(tmp_path, QWEN, dtype=dtype))
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
         dtype
@@ -111,8 +111,8 @@ def test_number_types_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_a_key_prefix_is_taken_off(tmp_path: Path, shape: Shape, prefix: str) -> None:
-    """Tensors called model.x, as language models store them, are the backbone's x."""
+def test_a_key_prefix_is_removed(tmp_path: Path, shape: Shape, prefix: str) -> None:
+    """A tensor named model.x, as in language models, is read as x."""
     checkpoint = read(write_checkpoint(tmp_path, shape, key_prefix=prefix))
     assert set(checkpoint.weights) == {name for name, _ in checkpoint.backbone.tensors()}
     assert {key for _, key in checkpoint.weights.values()} == {
@@ -121,8 +121,8 @@ def test_a_key_prefix_is_taken_off(tmp_path: Path, shape: Shape, prefix: str) ->
     assert checkpoint.card.architecture == shape.architecture
 
 
-def test_the_language_model_head_is_no_part_of_it(tmp_path: Path) -> None:
-    """lm_head and stored rotary frequencies are left where they are."""
+def test_the_language_model_head_is_ignored(tmp_path: Path) -> None:
+    """lm_head and stored rotary frequencies are not part of the checkpoint's weights."""
     write_checkpoint(tmp_path, QWEN, key_prefix="model.")
     file = tmp_path / "model.safetensors"
     further = {
@@ -134,15 +134,15 @@ def test_the_language_model_head_is_no_part_of_it(tmp_path: Path) -> None:
 
 
 def test_adapters_keep_the_order_of_the_config(tmp_path: Path) -> None:
-    """task_names decides the order, not the alphabet: the first is the default's stand-in."""
+    """Adapters have the order of task_names, because the first is the default task."""
     names = ("text-matching", "classification", "retrieval")
     checkpoint = read(write_checkpoint(tmp_path, QWEN, adapters=names))
     assert checkpoint.card.adapters == names
     assert tuple(adapter.name for adapter in checkpoint.adapters) == names
 
 
-def test_a_further_adapter_is_found(tmp_path: Path) -> None:
-    """An adapter folder that task_names does not list is served after those it lists."""
+def test_an_unlisted_adapter_is_found(tmp_path: Path) -> None:
+    """An adapter folder that task_names does not list follows the listed ones."""
     write_checkpoint(tmp_path, QWEN, adapters=("text-matching", "clustering"))
     random = torch.Generator().manual_seed(1)
     write_adapter(tmp_path / "adapters" / "legal-v2.1", QWEN, random)
@@ -171,7 +171,7 @@ def test_the_scale_is_alpha_by_rank(tmp_path: Path, settings: dict[str, Any], sc
 
 
 def test_an_adapter_may_leave_layers_out(tmp_path: Path) -> None:
-    """An adapter of some modules only maps those; a pattern as target_modules says nothing."""
+    """An adapter for some modules maps only those; a pattern in target_modules is not checked."""
     write_checkpoint(tmp_path, QWEN, adapters=())
     folder = tmp_path / "adapters" / "code"
     random = torch.Generator().manual_seed(1)
@@ -192,7 +192,7 @@ def test_an_adapter_may_leave_layers_out(tmp_path: Path) -> None:
     ids=["bare", "model", "default"],
 )
 def test_adapter_keys_are_known_in_all_spellings(tmp_path: Path, rename: Any) -> None:
-    """PEFT's prefixes and its adapter name within keys make no difference."""
+    """Keys with PEFT's prefixes and with the adapter name are recognised."""
     write_checkpoint(tmp_path, QWEN, adapters=("code",))
     weights = tmp_path / "adapters" / "code" / "adapter_model.safetensors"
     save_file({rename(key): tensor for key, tensor in load_file(weights).items()}, weights)
@@ -212,7 +212,7 @@ def test_a_plain_backbone_has_one_task(tmp_path: Path, shape: Shape) -> None:
 
 
 def test_a_plain_backbone_uses_its_default_prompt(tmp_path: Path) -> None:
-    """Without adapters, the prompt that sentence-transformers would use is used."""
+    """Without adapters, the default prompt of sentence-transformers is used."""
     write_checkpoint(tmp_path, QWEN, jina=False, adapters=())
     prompts = {"prompts": {"query": "Q: ", "passage": "P: "}, "default_prompt_name": "passage"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
@@ -221,7 +221,7 @@ def test_a_plain_backbone_uses_its_default_prompt(tmp_path: Path) -> None:
 
 
 def test_a_plain_backbone_may_have_adapters(tmp_path: Path, shape: Shape) -> None:
-    """Adapters beside a plain backbone, which has no task_names, are served by name."""
+    """Adapters of a plain backbone, which has no task_names, are read by folder name."""
     checkpoint = read(
         write_checkpoint(tmp_path, shape, jina=False, adapters=("retrieval", "clustering"))
     )
@@ -235,7 +235,7 @@ def test_a_plain_backbone_may_have_adapters(tmp_path: Path, shape: Shape) -> Non
 def test_the_longest_text_is_the_smaller_limit(
     tmp_path: Path, stated: float | None, limit: int
 ) -> None:
-    """tokenizer_config.json may lower what the positions allow, and says 1e30 for no limit."""
+    """tokenizer_config.json may lower the limit of the positions; 1e30 means no limit."""
     write_checkpoint(tmp_path, replace(QWEN, max_positions=300), adapters=())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": stated}))
     assert read(tmp_path).card.max_tokens == limit
@@ -251,7 +251,7 @@ def test_without_a_tokenizer_config_the_positions_are_the_limit(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("jina", "listed", "dimensions"),
     [
-        (True, None, (32, 64)),  # the model's published list, up to the width
+        (True, None, (32, 64)),  # the published list of the model, up to the width
         (True, [16, 48], (16, 48)),
         (False, None, ()),
         (False, [96, 64, 8, 128], (8, 64, 96)),
@@ -260,14 +260,14 @@ def test_without_a_tokenizer_config_the_positions_are_the_limit(tmp_path: Path) 
 def test_matryoshka_dimensions(
     tmp_path: Path, jina: bool, listed: list[int] | None, dimensions: tuple[int, ...]
 ) -> None:
-    """What the config lists, or Jina v5's own list, ascending and within the width."""
+    """The dimensions are those of the config or of Jina v5, ascending and within the width."""
     write_checkpoint(tmp_path, replace(QWEN, hidden=96), jina=jina, adapters=())
     change(tmp_path, matryoshka_dimensions=listed)
     assert read(tmp_path).card.matryoshka == dimensions
 
 
 def test_rope_theta_is_found_in_both_places(tmp_path: Path) -> None:
-    """The rotation's base is read where transformers 5 writes it, as where 4 did."""
+    """rope_theta is read from the fields of transformers 4 and of transformers 5."""
     write_checkpoint(tmp_path, QWEN, adapters=())
     newer = {"rope_type": "default", "rope_theta": 5000.0}
     change(tmp_path, rope_theta=None, rope_parameters=newer)
@@ -275,25 +275,25 @@ def test_rope_theta_is_found_in_both_places(tmp_path: Path) -> None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The folder as a checkpoint called "m"."""
+    """Read the folder as a checkpoint named "m"."""
     return read_checkpoint(folder, "m")
 
 
 def config(folder: Path) -> dict[str, Any]:
-    """Its config.json."""
+    """Return its config.json."""
     value: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
     return value
 
 
 def change(folder: Path, **values: Any) -> None:
-    """Put other values into config.json; None takes one out."""
+    """Change values of config.json; None removes a key."""
     changed = config(folder) | values
     kept = {key: value for key, value in changed.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
 
 
-def test_an_adapter_may_bring_prompts_of_its_own(tmp_path: Path, shape: Shape) -> None:
-    """A folder dropped beside the others says by itself what goes before its texts."""
+def test_an_adapter_may_have_its_own_prompts(tmp_path: Path, shape: Shape) -> None:
+    """An adapter folder with a prompts file uses those prompts."""
     write_checkpoint(tmp_path, shape, adapters=("retrieval", "legal"))
     prompts = {"prompts": {"query": "Case: ", "document": "Law: "}}
     own = tmp_path / "adapters" / "legal" / "config_sentence_transformers.json"

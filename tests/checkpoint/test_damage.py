@@ -1,4 +1,4 @@
-"""Every way a checkpoint can be damaged is refused in one sentence that names the file."""
+"""Damaged checkpoints are rejected with a message of one line that names the file."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ Damage = Callable[[Path], object]
 
 
 def edit(file: str, **changes: Any) -> Damage:
-    """Put other values into a JSON file."""
+    """Change values in a JSON file."""
     return lambda folder: write_json(folder / file, read_json(folder / file) | changes)
 
 
 def cut(file: str, key: str) -> Damage:
-    """Take a key out of a JSON file."""
+    """Remove a key from a JSON file."""
     return lambda folder: write_json(
         folder / file, {k: v for k, v in read_json(folder / file).items() if k != key}
     )
 
 
 def content(file: str, data: bytes) -> Damage:
-    """Replace a file's bytes."""
+    """Replace the contents of a file."""
     return lambda folder: (folder / file).write_bytes(data)
 
 
@@ -83,7 +83,7 @@ def renamed(old: str, new: str) -> Damage:
 
 
 def pickled(file: str, name: str) -> Damage:
-    """Leave pickled weights where the safetensors were."""
+    """Replace safetensors by pickled weights."""
 
     def swap(folder: Path) -> None:
         (folder / file).unlink()
@@ -93,7 +93,7 @@ def pickled(file: str, name: str) -> Damage:
 
 
 def float_of(*extents: int) -> Any:
-    """Zeros."""
+    """Return zeros."""
     return np.zeros(extents, np.float32)
 
 
@@ -229,24 +229,24 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that is in order."""
+    """A valid checkpoint."""
     return write_checkpoint(tmp_path_factory.mktemp("sound") / "m", SHAPE, adapters=ADAPTERS)
 
 
 @pytest.fixture
 def folder(sound: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the valid checkpoint, to be damaged."""
     return shutil.copytree(sound, tmp_path / "checkpoint")
 
 
-def test_what_is_damaged_here_was_in_order(sound: Path) -> None:
+def test_the_undamaged_checkpoint_is_accepted(sound: Path) -> None:
     """The checkpoint that the other tests damage is accepted."""
     assert read_checkpoint(sound, "m").card.adapters == ADAPTERS
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_refused_in_one_sentence(folder: Path, kind: str) -> None:
-    """The message names the file that is wrong and what is wrong with it, on one line."""
+def test_damage_is_rejected_in_one_line(folder: Path, kind: str) -> None:
+    """The message names the damaged file and the error, on one line."""
     damage, named, word = DAMAGES[kind]
     damage(folder)
     sentence = refusal(folder)
@@ -257,15 +257,15 @@ def test_damage_is_refused_in_one_sentence(folder: Path, kind: str) -> None:
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    """Of several weight files, the one that is not there is named."""
+    """The message names the missing one of several weight files."""
     folder = write_checkpoint(tmp_path, SHAPE, adapters=(), shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors is missing" in refusal(folder)
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors"])
-def test_a_shard_outside_the_folder_is_refused(folder: Path, shard: str) -> None:
-    """An index cannot make us read a file elsewhere."""
+def test_a_shard_outside_the_folder_is_rejected(folder: Path, shard: str) -> None:
+    """An index cannot refer to files outside the checkpoint folder."""
     (folder / WEIGHTS).rename(folder.parent / WEIGHTS)
     index = f"{WEIGHTS}.index.json"
     write_json(folder / index, {"weight_map": {"norm.weight": shard}})
@@ -274,24 +274,24 @@ def test_a_shard_outside_the_folder_is_refused(folder: Path, shard: str) -> None
     assert "outside" in sentence
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
-    """A tokenizer that gives ids beyond the vocabulary is refused before it is used."""
+def test_a_tokenizer_of_another_model_is_rejected(folder: Path) -> None:
+    """A tokenizer with ids beyond the vocabulary is rejected before it is used."""
     checkpoint = read_checkpoint(folder, "m")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json gives ids up to \d+, .* only 64:"):
         text_tokenizer(checkpoint, max_tokens=0, threads=1)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"version": "1.0"', b"\xff"])
-def test_a_damaged_tokenizer_is_refused(folder: Path, data: bytes) -> None:
-    """A tokenizer.json that is no tokenizer is refused by name."""
+def test_a_damaged_tokenizer_is_rejected(folder: Path, data: bytes) -> None:
+    """An invalid tokenizer.json is rejected, and the message names it."""
     (folder / "tokenizer.json").write_bytes(data)
     checkpoint = read_checkpoint(folder, "m")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read .*: copy or downl"):
         text_tokenizer(checkpoint, max_tokens=0, threads=1)
 
 
-def test_absurdly_many_layers_are_refused_at_once(folder: Path) -> None:
-    """The layers are compared with the weights, not counted out until memory ends."""
+def test_a_huge_number_of_layers_is_rejected_at_once(folder: Path) -> None:
+    """The number of layers is compared with the weights before names are generated."""
     edit(CONFIG, num_hidden_layers=10**12)(folder)
     code = (
         "import resource, sys; from pathlib import Path\n"
@@ -312,7 +312,7 @@ VALUES = (
 
 @pytest.mark.parametrize("file", [CONFIG, PROMPTS, LIMITS, ADAPTER_CONFIG])
 def test_no_value_breaks_the_reader(folder: Path, file: str) -> None:
-    """Whatever stands at whatever key, the checkpoint is read or refused, nothing else."""
+    """With any JSON value at any key, the checkpoint is read or rejected with a CheckpointError."""
     original = read_json(folder / file)
     further = {"matryoshka_dimensions", "layer_types", "rope_scaling", "rope_parameters"}
     broken = []
@@ -327,28 +327,28 @@ def test_no_value_breaks_the_reader(folder: Path, file: str) -> None:
 
 @given(data=st.data())
 def test_no_byte_breaks_the_reader(sound: Path, data: st.DataObject) -> None:
-    """A config.json with a byte changed, or cut anywhere, is read or refused, nothing else."""
+    """A config.json that is changed or truncated at any byte is read or rejected."""
     file = sound / CONFIG
     original = file.read_bytes()
-    place = data.draw(st.integers(0, len(original) - 1))
+    index = data.draw(st.integers(0, len(original) - 1))
     byte = data.draw(st.none() | st.sampled_from(b'0159-.,:"[]{}eE \n\x00\x80\xffax'))
-    tail = b"" if byte is None else bytes([byte]) + original[place + 1 :]
+    tail = b"" if byte is None else bytes([byte]) + original[index + 1 :]
     try:
-        file.write_bytes(original[:place] + tail)
+        file.write_bytes(original[:index] + tail)
         assert unexpected(sound) is None
     finally:
         file.write_bytes(original)
 
 
 def refusal(folder: Path) -> str:
-    """What a checkpoint is refused with."""
+    """Return the message of the CheckpointError."""
     with pytest.raises(CheckpointError) as refused:
         read_checkpoint(folder, "damaged")
     return str(refused.value)
 
 
 def unexpected(folder: Path) -> str | None:
-    """What is wrong with how a folder is read; None if it is refused, or read as it must be."""
+    """Return an unexpected result of reading a folder; None for a rejection or the right card."""
     try:
         card = read_checkpoint(folder, "m").card
     except CheckpointError:
@@ -359,11 +359,11 @@ def unexpected(folder: Path) -> str | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file."""
+    """Return the object in a file."""
     value: dict[str, Any] = json.loads(file.read_bytes())
     return value
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Put an object into a file."""
+    """Write an object to a file."""
     file.write_text(json.dumps(value))

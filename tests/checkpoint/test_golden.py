@@ -1,4 +1,4 @@
-"""Golden vectors: computed once, kept, and what they refuse."""
+"""Golden vectors: computation, storage, and comparison with the vectors of an engine."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ every_name = pytest.mark.parametrize("name", [None, *ADAPTERS])
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that nothing has been kept in."""
+    """An empty cache folder."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def golden(default_checkpoint: Checkpoint, cache: Path) -> GoldenVectors:
-    """The default model's."""
+    """Golden vectors of the default model."""
     return golden_vectors(default_checkpoint, cache)
 
 
 @pytest.fixture(scope="module")
 def distinct(golden: GoldenVectors) -> GoldenVectors:
-    """Vectors of adapters that have nothing in common."""
+    """Random golden vectors, which differ strongly between adapters."""
     random = np.random.default_rng(3)
     shape = golden.vectors[None].shape
     raw = {name: random.standard_normal(shape).astype(np.float32) for name in golden.vectors}
@@ -52,20 +52,20 @@ def distinct(golden: GoldenVectors) -> GoldenVectors:
 
 @pytest.fixture
 def checkpoint(default_checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
-    """The default model in a folder whose files may change."""
+    """The default model in a folder of which files may change."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(default_checkpoint.folder, folder)
     return read_checkpoint(folder, "copy")
 
 
 def stored(cache: Path) -> Path:
-    """The one file that a cache holds."""
+    """Return the only file in a cache folder."""
     (file,) = [path for path in cache.rglob("*") if path.is_file()]
     return file
 
 
 def same(one: GoldenVectors, two: GoldenVectors) -> bool:
-    """Whether probes, adapters and every vector are equal to the bit."""
+    """Return whether probes, adapters and vectors are exactly equal."""
     return (
         one.adapters == two.adapters
         and list(map(bytes, one.probes)) == list(map(bytes, two.probes))
@@ -74,8 +74,8 @@ def same(one: GoldenVectors, two: GoldenVectors) -> bool:
     )
 
 
-def test_probes_can_be_asked(golden: GoldenVectors, default_checkpoint: Checkpoint) -> None:
-    """Probes are int32 ids of the vocabulary, of two lengths, each within the longest text."""
+def test_probes_are_valid_texts(golden: GoldenVectors, default_checkpoint: Checkpoint) -> None:
+    """Probes are int32 ids of the vocabulary, with two lengths within the limit."""
     lengths = [len(probe) for probe in golden.probes]
     assert len(set(lengths)) == len(lengths) >= 2
     assert max(lengths) <= default_checkpoint.card.max_tokens
@@ -84,8 +84,8 @@ def test_probes_can_be_asked(golden: GoldenVectors, default_checkpoint: Checkpoi
         assert 0 <= probe.min() <= probe.max() < default_checkpoint.card.vocabulary
 
 
-def test_vectors_are_the_reference_s(golden: GoldenVectors, default_checkpoint: Checkpoint) -> None:
-    """Every adapter and the bare backbone have their own vectors of length 1 for each probe."""
+def test_vectors_equal_the_reference(golden: GoldenVectors, default_checkpoint: Checkpoint) -> None:
+    """Each adapter and the bare backbone have normalised vectors for each probe."""
     assert golden.adapters == default_checkpoint.card.adapters
     assert set(golden.vectors) == {None, *ADAPTERS}
     for name, vectors in golden.vectors.items():
@@ -96,7 +96,7 @@ def test_vectors_are_the_reference_s(golden: GoldenVectors, default_checkpoint: 
 
 
 def test_without_adapters_the_backbone_is_served(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A checkpoint without adapters has one kind of vector, and that must be served."""
+    """A checkpoint without adapters has the vectors of the bare backbone only."""
     shutil.rmtree(checkpoint.folder / "adapters")
     config = checkpoint.folder / "config.json"
     stated = json.loads(config.read_text())
@@ -107,8 +107,8 @@ def test_without_adapters_the_backbone_is_served(checkpoint: Checkpoint, tmp_pat
     assert bare.mismatch(None, bare.vectors[None]) is None
 
 
-def test_what_is_kept_is_used(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A second call reads the file instead of computing: a marked vector comes back."""
+def test_stored_vectors_are_used(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A second call reads the stored file: a marked vector is returned."""
     first = golden_vectors(default_checkpoint, tmp_path)
     file = stored(tmp_path)
     with np.load(file) as arrays:
@@ -124,7 +124,7 @@ def test_what_is_kept_is_used(default_checkpoint: Checkpoint, tmp_path: Path) ->
 def test_a_damaged_file_is_computed_again(
     default_checkpoint: Checkpoint, golden: GoldenVectors, tmp_path: Path, kept: str
 ) -> None:
-    """A file that is cut short, or holds something else, is replaced by the right one."""
+    """A truncated or wrong file is replaced by a correct one."""
     assert same(golden_vectors(default_checkpoint, tmp_path), golden)
     file = stored(tmp_path)
     whole = file.read_bytes()
@@ -147,14 +147,14 @@ def test_a_damaged_file_is_computed_again(
         }
 
 
-def test_no_damage_gives_other_vectors(
+def test_damage_never_changes_vectors(
     default_checkpoint: Checkpoint, golden: GoldenVectors, tmp_path: Path
 ) -> None:
-    """Whatever bytes of the file change, the vectors are right and nothing is raised."""
+    """With any changed bytes in the file, the vectors are correct."""
     golden_vectors(default_checkpoint, tmp_path)
     file = stored(tmp_path)
     whole = file.read_bytes()
-    # Most bytes are vectors; the interesting ones stand at both ends and before each array.
+    # Most bytes are vectors; headers are at both ends and before each array.
     heads = [place for place in range(len(whole)) if whole[place : place + 2] == b"PK"]
     places = st.sampled_from([head + i for head in heads for i in range(140)]).filter(
         lambda place: place < len(whole)
@@ -173,18 +173,18 @@ def test_no_damage_gives_other_vectors(
     check()
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
+def test_an_unwritable_cache_is_ignored(
     default_checkpoint: Checkpoint, golden: GoldenVectors, tmp_path: Path
 ) -> None:
-    """A cache that is a file, or lies below one, costs the computation and nothing else."""
+    """If the cache folder cannot be created, the vectors are computed without an error."""
     (tmp_path / "file").write_text("no folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         assert same(golden_vectors(default_checkpoint, place), golden)
     assert (tmp_path / "file").read_text() == "no folder"
 
 
-def test_the_cache_holds_whole_files_alone(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Nothing unfinished stays behind."""
+def test_no_temporary_files_remain(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """After a call, the cache contains only the complete file."""
     golden_vectors(default_checkpoint, tmp_path / "a" / "b")
     assert stored(tmp_path).name.startswith(fingerprint(default_checkpoint))
     assert "part" not in stored(tmp_path).name
@@ -192,7 +192,7 @@ def test_the_cache_holds_whole_files_alone(default_checkpoint: Checkpoint, tmp_p
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", str(WEIGHTS)])
 def test_a_changed_file_changes_the_fingerprint(checkpoint: Checkpoint, name: str) -> None:
-    """A config or weight file with another date or size is another state of the checkpoint."""
+    """A changed date or size of a config or weight file changes the fingerprint."""
     before = fingerprint(checkpoint)
     assert fingerprint(read_checkpoint(checkpoint.folder, "another name")) == before
     file = checkpoint.folder / name
@@ -206,8 +206,8 @@ def test_a_changed_file_changes_the_fingerprint(checkpoint: Checkpoint, name: st
     assert len({before, dated, longer}) == 3
 
 
-def test_a_changed_adapter_gets_vectors_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """After new weights the cache gives the new vectors, not those of the old."""
+def test_a_changed_adapter_gets_new_vectors(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """After the weights have changed, the old vectors are not used."""
     old = golden_vectors(checkpoint, tmp_path / "cache")
     shutil.copy(
         checkpoint.folder / "adapters/retrieval" / WEIGHTS.name, checkpoint.folder / WEIGHTS
@@ -218,10 +218,10 @@ def test_a_changed_adapter_gets_vectors_of_its_own(checkpoint: Checkpoint, tmp_p
     assert not np.allclose(new.vectors["clustering"], old.vectors["clustering"], atol=1e-2)
 
 
-def test_another_longest_text_gets_vectors_of_its_own(
+def test_another_text_limit_gets_new_vectors(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Where shorter texts shorten the probes, vectors of the longer probes are not used."""
+    """If a lower limit truncates the probes, vectors of the longer probes are not used."""
     golden_vectors(default_checkpoint, tmp_path)
     short = replace(default_checkpoint, card=replace(default_checkpoint.card, max_tokens=8))
     golden = golden_vectors(short, tmp_path)
@@ -232,7 +232,7 @@ def test_another_longest_text_gets_vectors_of_its_own(
 
 @every_name
 def test_right_vectors_pass(golden: GoldenVectors, name: str | None) -> None:
-    """Vectors of any length pass, also in bfloat16's precision and with as much noise as it has."""
+    """Correct vectors of any norm pass, as do vectors with bfloat16's precision."""
     right = golden.vectors[name]
     for scale in (1.0, 0.05, 300.0):
         assert golden.mismatch(name, (right * scale).astype(np.float32)) is None
@@ -243,8 +243,8 @@ def test_right_vectors_pass(golden: GoldenVectors, name: str | None) -> None:
         assert golden.mismatch(name, noisy(right, 0.01, seed)) is None
 
 
-def test_as_much_noise_as_eight_bits_have_passes(distinct: GoldenVectors) -> None:
-    """Up to the least cosine that is asked, noise is no mismatch; beyond it is one."""
+def test_the_noise_of_eight_bit_weights_passes(distinct: GoldenVectors) -> None:
+    """Noise passes until the cosine falls below the minimum."""
     right = distinct.vectors["retrieval"]
     assert distinct.mismatch("retrieval", noisy(right, 0.12)) is None
     mismatch = distinct.mismatch("retrieval", noisy(right, 0.2))
@@ -254,10 +254,10 @@ def test_as_much_noise_as_eight_bits_have_passes(distinct: GoldenVectors) -> Non
 
 @pytest.mark.parametrize("given_name", [None, *ADAPTERS])
 @every_name
-def test_another_adapter_s_vectors_are_named(
+def test_the_vectors_of_another_adapter_are_named(
     golden: GoldenVectors, distinct: GoldenVectors, name: str | None, given_name: str | None
 ) -> None:
-    """A swapped adapter, and one left out, are told by whose vectors come back.
+    """A swapped or missing adapter is reported with the adapter that the vectors belong to.
 
     Also where adapters lie as near to each other as the default model's.
     """
@@ -273,7 +273,7 @@ def test_another_adapter_s_vectors_are_named(
 def test_one_wrong_probe_is_enough(
     golden: GoldenVectors, distinct: GoldenVectors, near: bool
 ) -> None:
-    """An engine that applies the right adapter to one text of a batch alone is refused."""
+    """An engine that applies the right adapter to only one text of a batch is rejected."""
     one = golden if near else distinct
     for row in range(len(one.probes)):
         mixed = one.vectors["retrieval"].copy()
@@ -283,8 +283,8 @@ def test_one_wrong_probe_is_enough(
         assert mismatch.startswith("adapter 'retrieval' gives ")
 
 
-def test_other_vectors_are_refused_with_their_cosine(golden: GoldenVectors) -> None:
-    """Vectors of another model say how far off they are, and what may be the cause."""
+def test_other_vectors_are_rejected_with_their_cosine(golden: GoldenVectors) -> None:
+    """For vectors of another model, the message has the cosine and possible causes."""
     other = np.random.default_rng(1).standard_normal(golden.vectors[None].shape)
     mismatch = golden.mismatch("clustering", other.astype(np.float32))
     assert mismatch is not None
@@ -296,23 +296,23 @@ def test_other_vectors_are_refused_with_their_cosine(golden: GoldenVectors) -> N
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_is_refused(golden: GoldenVectors, value: float) -> None:
-    """A single NaN or infinity is named as such."""
+def test_one_value_that_is_not_finite_is_rejected(golden: GoldenVectors, value: float) -> None:
+    """A single NaN or infinity is reported."""
     damaged = golden.vectors["retrieval"].copy()
     damaged[-1, -1] = value
     mismatch = golden.mismatch("retrieval", damaged)
     assert mismatch == "adapter 'retrieval' gives vectors that are not finite"
 
 
-def test_zeros_are_refused(golden: GoldenVectors) -> None:
-    """One vector of zeros among right ones has no direction to compare."""
+def test_zeros_are_rejected(golden: GoldenVectors) -> None:
+    """One vector of zeros among correct ones is reported."""
     empty = golden.vectors["retrieval"].copy()
     empty[-1] = 0
     assert golden.mismatch("retrieval", empty) == "adapter 'retrieval' gives vectors of zeros"
 
 
-def test_a_wrong_shape_is_refused(golden: GoldenVectors) -> None:
-    """Too few vectors, and vectors of another width, are named by their shape."""
+def test_a_wrong_shape_is_rejected(golden: GoldenVectors) -> None:
+    """A wrong number or width of vectors is reported with the shape."""
     right = golden.vectors[None]
     texts, width = right.shape
     for wrong in (right[:1], right[:, : width // 2], np.tile(right, (2, 1)), right[0]):
@@ -322,7 +322,7 @@ def test_a_wrong_shape_is_refused(golden: GoldenVectors) -> None:
 
 
 def noisy(vectors: NDArray[np.float32], share: float, seed: int = 5) -> NDArray[np.float32]:
-    """The vectors with noise of this share of their length added."""
+    """Return the vectors plus noise, relative to their norm."""
     noise = np.random.default_rng(seed).standard_normal(vectors.shape)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     noise *= share * lengths / np.linalg.norm(noise, axis=1, keepdims=True)
@@ -330,5 +330,5 @@ def noisy(vectors: NDArray[np.float32], share: float, seed: int = 5) -> NDArray[
 
 
 def called(name: str | None) -> str:
-    """How a mismatch calls an adapter."""
+    """Return the name of an adapter in messages."""
     return "the bare backbone" if name is None else f"adapter '{name}'"

@@ -1,4 +1,4 @@
-"""From what a user names to a checkpoint: the built-in name, folders, the local hub cache.
+"""Opening a checkpoint by name: the built-in model, folders and the local hub cache.
 
 The hub's library reads its environment when imported, so the cache is tried in processes of their
 own, with the network switched off.
@@ -50,7 +50,7 @@ def cache(tmp_path: Path, default_checkpoint: Checkpoint) -> Path:
 
 
 def test_the_built_in_model_needs_no_folder(tmp_path: Path, monkeypatch: Any) -> None:
-    """The default name means the checkpoint in the package, even beside a folder so called."""
+    """The default name is the checkpoint in the package, even if a folder has that name."""
     (tmp_path / DEFAULT_MODEL).mkdir()
     monkeypatch.chdir(tmp_path)
     checkpoint = open_checkpoint(DEFAULT_MODEL)
@@ -61,7 +61,7 @@ def test_the_built_in_model_needs_no_folder(tmp_path: Path, monkeypatch: Any) ->
 def test_a_folder_is_named_after_itself(
     tmp_path: Path, default_checkpoint: Checkpoint, monkeypatch: Any
 ) -> None:
-    """A folder, absolute or relative, gives a model of the folder's name without a revision."""
+    """The model of an absolute or relative folder has the folder's name and no revision."""
     folder = link_files(default_checkpoint.folder, tmp_path / "mine")
     monkeypatch.chdir(folder)
     for spelling in (str(folder), f"{folder}/", "../mine", "."):
@@ -72,7 +72,7 @@ def test_a_folder_is_named_after_itself(
 def test_a_folder_goes_before_a_hub_id(
     tmp_path: Path, default_checkpoint: Checkpoint, monkeypatch: Any
 ) -> None:
-    """owner/name that exists below the working directory is that folder."""
+    """A relative path of the form owner/name that exists is a folder."""
     link_files(default_checkpoint.folder, tmp_path / "someone" / "tiny-v5")
     monkeypatch.chdir(tmp_path)
     assert open_checkpoint(MODEL).card.name == "tiny-v5"
@@ -81,7 +81,7 @@ def test_a_folder_goes_before_a_hub_id(
 def test_a_tilde_is_the_home_folder(
     tmp_path: Path, default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """~ is expanded, since a container's arguments pass no shell."""
+    """~ is expanded, because the arguments of a container are not expanded by a shell."""
     link_files(default_checkpoint.folder, tmp_path / "models" / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert open_checkpoint("~/models/mine").card.name == "mine"
@@ -93,7 +93,7 @@ def test_a_tilde_is_the_home_folder(
     ids=lambda name: name[:16],
 )
 def test_what_is_nothing_is_refused(name: str) -> None:
-    """What is neither a folder nor a hub id is refused with what could be named instead."""
+    """A name that is neither a folder nor a hub id is rejected with the alternatives."""
     with pytest.raises(CheckpointError) as refused:
         open_checkpoint(name)
     sentence = str(refused.value)
@@ -106,7 +106,7 @@ def test_what_is_nothing_is_refused(name: str) -> None:
 def test_an_empty_name_is_refused(
     tmp_path: Path, default_checkpoint: Checkpoint, monkeypatch: Any
 ) -> None:
-    """No name at all does not mean the working directory."""
+    """An empty name is not the working directory."""
     monkeypatch.chdir(link_files(default_checkpoint.folder, tmp_path / "mine"))
     with pytest.raises(CheckpointError, match="''"):
         open_checkpoint("")
@@ -116,14 +116,14 @@ def test_an_empty_name_is_refused(
     "name", ["owner/bad--name", "owner/na..me", "owner/name.", "o/" + "n" * 99]
 )
 def test_an_impossible_hub_id_is_refused(cache: Path, name: str) -> None:
-    """A name that looks like a hub id, and that the hub would never give, is refused in a line."""
+    """A name that the hub does not allow is rejected with a message of one line."""
     answer = opened(cache, name)
     assert name in answer["error"]
     assert "\n" not in answer["error"]
 
 
 def test_a_cached_model_is_found_offline(cache: Path) -> None:
-    """A hub id is served from the local cache without a network; its revision is the commit."""
+    """A hub id is read from the local cache without a network; its revision is the commit."""
     card = opened(cache, MODEL)
     assert (card["name"], card["revision"]) == (MODEL, SECOND)
     assert Path(card["folder"]).name == SECOND
@@ -134,7 +134,7 @@ def test_a_cached_model_is_found_offline(cache: Path) -> None:
     ("revision", "commit"), [("main", SECOND), ("v1", FIRST), (FIRST, FIRST), (SECOND, SECOND)]
 )
 def test_a_revision_picks_the_commit(cache: Path, revision: str, commit: str) -> None:
-    """A branch, a tag or a commit picks its snapshot; the card always has the commit."""
+    """A branch, tag or commit selects its snapshot; the card has the commit."""
     assert opened(cache, MODEL, revision)["revision"] == commit
 
 
@@ -144,7 +144,7 @@ def test_a_revision_picks_the_commit(cache: Path, revision: str, commit: str) ->
     ids=["model", "branch", "commit"],
 )
 def test_what_is_not_cached_says_what_to_do(cache: Path, model: str, revision: str | None) -> None:
-    """Without a network, what is not in the cache is refused, with the ways out."""
+    """Without a network, a model that is not in the cache is rejected with possible solutions."""
     sentence = opened(cache, model, *([revision] if revision else []))["error"]
     assert model in sentence
     assert "HF_HUB_OFFLINE" in sentence
@@ -153,14 +153,14 @@ def test_what_is_not_cached_says_what_to_do(cache: Path, model: str, revision: s
 
 
 def test_a_half_fetched_model_names_the_file(cache: Path) -> None:
-    """A snapshot that an interrupted download left incomplete is refused by the missing file."""
+    """For the snapshot of an interrupted download, the message names the missing file."""
     snapshot = cache / "models--someone--tiny-v5" / "snapshots" / SECOND
     (snapshot / "model.safetensors").unlink()
     assert f"{SECOND}/model.safetensors is missing" in opened(cache, MODEL)["error"]
 
 
 def test_the_command_exits_with_three(cache: Path) -> None:
-    """`taskvec check` on an absent model exits with 3, one sentence and no traceback."""
+    """`taskvec check` of a missing model exits with 3 and a message without a traceback."""
     command = [sys.executable, "-m", "taskvec", "check", "someone/other", "--revision", "v9"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=60, env=environment(cache)
@@ -171,7 +171,7 @@ def test_the_command_exits_with_three(cache: Path) -> None:
 
 
 def opened(cache: Path, *arguments: str) -> dict[str, Any]:
-    """What open_checkpoint gives in a process that sees only this cache: the card, or an error."""
+    """Return the card, or the error, of open_checkpoint in a process with only this hub cache."""
     done = subprocess.run(
         [sys.executable, "-c", OPEN, *arguments],
         capture_output=True,
@@ -186,13 +186,13 @@ def opened(cache: Path, *arguments: str) -> dict[str, Any]:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """The environment of a machine without a network, with this hub cache."""
+    """Return the environment of a process without a network, with this hub cache."""
     hub = {"HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     return {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | hub
 
 
 def link_files(source: Path, target: Path) -> Path:
-    """A checkpoint of links, as the hub's cache is, to files elsewhere."""
+    """Create a checkpoint of links, as in the hub's cache."""
     for file in source.rglob("*"):
         if file.is_file():
             link = target / file.relative_to(source)

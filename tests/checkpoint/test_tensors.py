@@ -37,22 +37,22 @@ def write(file: Path, tensors: Mapping[str, tuple[str, NDArray[Any]]], pad: int 
 
 
 def encoded(dtype: str, values: NDArray[Any]) -> bytes:
-    """Values as they lie in a file."""
+    """Return the stored bytes of values."""
     if dtype == "BF16":
         return (values.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     return values.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
 
 def exact(*shape: int, seed: int = 0) -> NDArray[np.float32]:
-    """Random values that every number type holds exactly."""
+    """Return random values that every dtype represents exactly."""
     whole = np.random.default_rng(seed).integers(-100, 101, shape)
     return (whole / 64).astype(np.float32)
 
 
 @dtypes
 @pytest.mark.parametrize("pad", range(9))
-def test_every_number_type_comes_as_float32(tmp_path: Path, dtype: str, pad: int) -> None:
-    """Stored values come back exactly, wherever in the file the header lets them begin."""
+def test_every_dtype_is_read_as_float32(tmp_path: Path, dtype: str, pad: int) -> None:
+    """Values are read exactly, for any length of the header."""
     values = exact(5, 7)
     write(tmp_path / "x.safetensors", {"a": ("F16", exact(3)), "b": (dtype, values)}, pad)
     assert tensor_shapes(tmp_path / "x.safetensors")["b"] == (5, 7)
@@ -64,7 +64,7 @@ def test_every_number_type_comes_as_float32(tmp_path: Path, dtype: str, pad: int
 @dtypes
 @pytest.mark.parametrize("shape", [(1,), (9,), (1, 1), (4, 3), (2, 3, 4)], ids=str)
 def test_shapes_are_kept(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """A tensor has the shape that its header states."""
+    """A tensor has the shape of its header."""
     values = exact(*shape)
     write(tmp_path / "x.safetensors", {"a": (dtype, values)})
     read = TensorReader().read(tmp_path / "x.safetensors", "a")
@@ -74,8 +74,8 @@ def test_shapes_are_kept(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> 
 
 @dtypes
 @pytest.mark.parametrize("rows", [[0], [5], [3, 3, 0, 5], list(range(6)), []], ids=str)
-def test_rows_come_in_the_asked_order(tmp_path: Path, dtype: str, rows: list[int]) -> None:
-    """Chosen rows come in order, repeated where they are asked for twice."""
+def test_rows_have_the_requested_order(tmp_path: Path, dtype: str, rows: list[int]) -> None:
+    """Rows are returned in the requested order, with duplicates."""
     values = exact(6, 4)
     write(tmp_path / "x.safetensors", {"a": (dtype, values)})
     chosen = np.array(rows, dtype=np.int64)
@@ -87,8 +87,8 @@ def test_rows_come_in_the_asked_order(tmp_path: Path, dtype: str, rows: list[int
 @dtypes
 @given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_bit_pattern_is_read_as_it_is(tmp_path: Path, dtype: str, data: Any) -> None:
-    """All values of a number type are read exactly, the infinite, tiny and signed zeros too."""
+def test_every_bit_pattern_is_read_exactly(tmp_path: Path, dtype: str, data: Any) -> None:
+    """All values of a dtype are read exactly, including infinities, subnormals and signed zeros."""
     bits = 8 * WIDTHS[dtype]
     patterns = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=20))
     stored = np.array(patterns, dtype=f"<u{WIDTHS[dtype]}")
@@ -107,8 +107,8 @@ def test_every_bit_pattern_is_read_as_it_is(tmp_path: Path, dtype: str, data: An
 
 
 @dtypes
-def test_what_was_read_can_be_changed(tmp_path: Path, dtype: str) -> None:
-    """An array is a copy: writing to it neither fails nor reaches the file."""
+def test_arrays_are_writable_copies(tmp_path: Path, dtype: str) -> None:
+    """Writing to an array succeeds and does not change the file."""
     write(tmp_path / "x.safetensors", {"a": (dtype, exact(6, 4))})
     before = (tmp_path / "x.safetensors").read_bytes()
     reader = TensorReader()
@@ -120,11 +120,11 @@ def test_what_was_read_can_be_changed(tmp_path: Path, dtype: str) -> None:
 
 
 def test_files_do_not_mix(tmp_path: Path) -> None:
-    """One reader reads the same name from several files, each in its own layout."""
+    """One reader reads the same name from several files with different layouts."""
     write(tmp_path / "1.safetensors", {"a": ("BF16", exact(2, 3, seed=1))})
     write(tmp_path / "2.safetensors", {"x": ("F32", exact(5)), "a": ("F16", exact(4, seed=2))})
     reader = TensorReader()
-    for _ in range(2):  # once with the headers to read, once with them known
+    for _ in range(2):  # without and with cached headers
         one = reader.read(tmp_path / "1.safetensors", "a")
         two = reader.read(tmp_path / "2.safetensors", "a")
         assert np.array_equal(one, exact(2, 3, seed=1))
@@ -132,13 +132,13 @@ def test_files_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_rows_do_not_load_the_table(tmp_path: Path) -> None:
-    """A few rows of a large embedding table cost memory for those rows alone."""
+    """Reading a few rows of a large embedding table takes memory for those rows only."""
     rows, columns = 1 << 16, 1 << 11
     file = tmp_path / "x.safetensors"
     entry = {"dtype": "F16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}
     text = json.dumps({"a": entry}).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(file, 8 + len(text) + 2 * rows * columns)  # 256 MiB of hole
+    os.truncate(file, 8 + len(text) + 2 * rows * columns)  # a sparse file of 256 MiB
     tracemalloc.start()
     try:
         read = TensorReader().read(file, "a", np.array([0, 7, rows - 1]))
@@ -150,8 +150,8 @@ def test_rows_do_not_load_the_table(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
-def test_it_reads_what_safetensors_wrote(tmp_path: Path) -> None:
-    """Files of the safetensors library are read as the library itself reads them."""
+def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
+    """Files of the safetensors library are read as by the library."""
     tensors = {"a.weight": exact(3, 5), "b": exact(4).astype(np.float16)}
     save_file(tensors, tmp_path / "x.safetensors")
     reader = TensorReader()
@@ -159,8 +159,8 @@ def test_it_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         assert np.array_equal(reader.read(tmp_path / "x.safetensors", name), values)
 
 
-def test_it_reads_the_default_model(default_checkpoint: Checkpoint) -> None:
-    """Every tensor of a real checkpoint equals what the safetensors library gives."""
+def test_the_default_model(default_checkpoint: Checkpoint) -> None:
+    """Every tensor of a real checkpoint is read as by the safetensors library."""
     reader = TensorReader()
     ours = {file for file, _ in default_checkpoint.weights.values()}
     for file in [*ours, *(adapter.weights for adapter in default_checkpoint.adapters)]:

@@ -1,4 +1,4 @@
-"""The plain copy that vLLM reads: links, and a config without any code of its own."""
+"""The copy for vLLM: links to the weights, and a config without remote code."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ WRITTEN = {"config.json", "tokenizer_config.json"}
 
 @pytest.fixture
 def checkpoint(default_checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
-    """The default model in a folder whose files may change."""
+    """The default model in a folder of which files may change."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(default_checkpoint.folder, folder)
     return read_checkpoint(folder, "copy")
 
 
 def bidirectional(checkpoint: Checkpoint) -> Checkpoint:
-    """The same sizes as an EuroBERT: the config follows from the backbone alone."""
+    """Return the checkpoint as an EuroBERT of the same size."""
     backbone = replace(checkpoint.backbone, architecture="eurobert", causal=False, qk_norm=False)
     return replace(checkpoint, backbone=backbone)
 
 
 def config_of(folder: Path) -> dict[str, object]:
-    """The config.json of a folder."""
+    """Return the config.json of a folder."""
     config: dict[str, object] = json.loads((folder / "config.json").read_text())
     return config
 
 
 def test_weights_and_tokenizer_are_linked(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Weights and tokenizer are links to the checkpoint's own files, and all of them resolve."""
+    """Weights and tokenizer are valid links to the files of the checkpoint."""
     folder = make_vllm_copy(default_checkpoint, tmp_path)
     assert folder.is_dir()
     assert folder.is_relative_to(tmp_path)
@@ -56,7 +56,7 @@ def test_weights_and_tokenizer_are_linked(default_checkpoint: Checkpoint, tmp_pa
 
 
 def test_adapters_are_left_out(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The copy is the bare backbone: without adapters, prompts and Jina's task names."""
+    """The copy does not contain adapters, prompts or Jina's task names."""
     folder = make_vllm_copy(default_checkpoint, tmp_path)
     assert not (folder / "adapters").exists()
     assert not (folder / "config_sentence_transformers.json").exists()
@@ -67,7 +67,7 @@ def test_adapters_are_left_out(default_checkpoint: Checkpoint, tmp_path: Path) -
 
 
 def test_shards_come_with_their_index(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Every shard and the index that names them are linked."""
+    """Every shard and the index are linked."""
     whole = checkpoint.folder / "model.safetensors"
     tensors = load_file(whole)
     whole.unlink()
@@ -88,7 +88,7 @@ def test_shards_come_with_their_index(checkpoint: Checkpoint, tmp_path: Path) ->
 def test_a_checkpoint_of_links_is_linked_through(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """In the hub's cache every file is a link: the copy points at what those point at."""
+    """If the checkpoint files are links, as in the hub's cache, the copy links to their targets."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     blobs = {}
@@ -102,8 +102,8 @@ def test_a_checkpoint_of_links_is_linked_through(
         assert (folder / name).readlink() == Path(blobs[name]).resolve()
 
 
-def test_the_tokenizer_is_read_as_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The tokenizer's config is our own, so that no class is guessed from the architecture."""
+def test_the_tokenizer_class_is_set(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The tokenizer config names a class, so that none is guessed from the architecture."""
     own = checkpoint.folder / "tokenizer_config.json"
     for text in (json.dumps({"tokenizer_class": "LlamaTokenizer"}), None):
         own.unlink()
@@ -119,7 +119,7 @@ def test_the_tokenizer_is_read_as_it_is(checkpoint: Checkpoint, tmp_path: Path) 
 
 
 def test_a_causal_backbone_is_a_qwen3(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The config names Qwen3 with the checkpoint's own sizes, and needs no remote code."""
+    """The config is a Qwen3 with the sizes of the checkpoint, without remote code."""
     config = config_of(make_vllm_copy(default_checkpoint, tmp_path))
     assert config == vllm_config(default_checkpoint)
     assert (config["model_type"], config["architectures"]) == ("qwen3", ["Qwen3Model"])
@@ -131,7 +131,7 @@ def test_a_causal_backbone_is_a_qwen3(default_checkpoint: Checkpoint, tmp_path: 
 def test_a_bidirectional_backbone_is_a_llama(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """The config names vLLM's bidirectional Llama, pools the last token, and masks nothing."""
+    """The config is vLLM's bidirectional Llama with pooling of the last token."""
     checkpoint = bidirectional(default_checkpoint)
     config = config_of(make_vllm_copy(checkpoint, tmp_path))
     assert config == vllm_config(checkpoint)
@@ -143,7 +143,7 @@ def test_a_bidirectional_backbone_is_a_llama(
 
 
 def check_sizes(checkpoint: Checkpoint, config: dict[str, object]) -> None:
-    """Every size of the backbone is under the name that transformers gives it."""
+    """Check that the config has every size of the backbone, by transformers' names."""
     backbone = checkpoint.backbone
     sizes = {
         "hidden_size": backbone.hidden,
@@ -155,16 +155,16 @@ def check_sizes(checkpoint: Checkpoint, config: dict[str, object]) -> None:
         "vocab_size": backbone.vocabulary,
         "max_position_embeddings": backbone.max_positions,
         "rms_norm_eps": backbone.norm_eps,
-        "rope_theta": backbone.rope_theta,  # what transformers 4 reads, and below what 5 does
+        "rope_theta": backbone.rope_theta,  # for transformers 4; the next field is for 5
         "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
         "hidden_act": "silu",
-        "tie_word_embeddings": True,  # there is no head among the weights
+        "tie_word_embeddings": True,  # the weights do not contain a head
     }
     assert {name: config[name] for name in sizes} == sizes
 
 
-def test_the_second_call_reuses_the_first_s(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The same checkpoint has the same folder, made once."""
+def test_a_second_call_reuses_the_folder(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The same checkpoint has the same folder, which is written once."""
     first = make_vllm_copy(default_checkpoint, tmp_path)
     made = {path.name: path.lstat().st_ino for path in first.iterdir()}
     assert make_vllm_copy(default_checkpoint, tmp_path) == first
@@ -173,33 +173,33 @@ def test_the_second_call_reuses_the_first_s(default_checkpoint: Checkpoint, tmp_
 
 
 def moved_tokenizer(folder: Path) -> None:
-    """Its link leads to where the tokenizer was before."""
+    """Make the link to the tokenizer invalid."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(folder / "gone.json")
 
 
 def copied_weights(folder: Path) -> None:
-    """A file that may be of another state is where the link was."""
+    """Replace the link to the weights by a file."""
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"old")
 
 
 def lost_config(folder: Path) -> None:
-    """Somebody has tidied up."""
+    """Remove the config."""
     (folder / "config.json").unlink()
 
 
 def cut_config(folder: Path) -> None:
-    """The disk was full."""
+    """Truncate the config."""
     config = folder / "config.json"
     config.write_text(config.read_text()[:20])
 
 
 @pytest.mark.parametrize("damage", [moved_tokenizer, copied_weights, lost_config, cut_config])
-def test_what_is_not_as_it_should_be_is_written_again(
+def test_wrong_entries_are_written_again(
     default_checkpoint: Checkpoint, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    """A copy with a dead link or a bad file is mended, and the rest of it is left alone."""
+    """A dead link or a wrong file is replaced, and other entries are not touched."""
     folder = make_vllm_copy(default_checkpoint, tmp_path)
     damage(folder)
     before = {path.name: path.lstat().st_ino for path in folder.iterdir()}
@@ -214,20 +214,18 @@ def test_what_is_not_as_it_should_be_is_written_again(
     assert list((tmp_path / "plain").iterdir()) == [folder]
 
 
-def test_a_whole_copy_is_used_where_nothing_can_be_written(
+def test_a_complete_copy_needs_no_write_access(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Nothing is written to a cache that has it all: not even its folder's time changes."""
+    """A complete copy is not written to: its modification time does not change."""
     folder = make_vllm_copy(default_checkpoint, tmp_path)
     times = [path.stat().st_mtime_ns for path in (folder, folder.parent)]
     make_vllm_copy(default_checkpoint, tmp_path)
     assert [path.stat().st_mtime_ns for path in (folder, folder.parent)] == times
 
 
-def test_another_state_of_the_weights_gets_a_folder_of_its_own(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """A changed weight file has another folder; the old one stays for those who still read it."""
+def test_changed_weights_get_a_new_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A changed weight file gets a new folder, and the old folder remains for running processes."""
     first = make_vllm_copy(checkpoint, tmp_path / "cache")
     weights = checkpoint.folder / "model.safetensors"
     tensors = load_file(weights)
@@ -237,10 +235,8 @@ def test_another_state_of_the_weights_gets_a_folder_of_its_own(
     assert first.is_dir()
 
 
-def test_what_an_interrupted_call_left_is_replaced(
-    default_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """Half a folder of an earlier process neither fails the next nor is taken for a whole one."""
+def test_an_incomplete_folder_is_replaced(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """An incomplete folder of an interrupted process is completed."""
     unfinished = make_vllm_copy(default_checkpoint, tmp_path).with_suffix(".part")
     unfinished.with_suffix("").rename(unfinished)
     (unfinished / "config.json").unlink()
@@ -248,8 +244,10 @@ def test_what_an_interrupted_call_left_is_replaced(
     assert {path.name for path in folder.iterdir()} == LINKED | WRITTEN
 
 
-def test_several_at_once_share_one_folder(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Processes that start together on one cache all get the same whole folder."""
+def test_concurrent_processes_share_one_folder(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Processes that start at the same time get the same complete folder."""
     together = 8
     for cache in (tmp_path / str(number) for number in range(25)):
         barrier = Barrier(together)
@@ -268,7 +266,7 @@ def test_several_at_once_share_one_folder(default_checkpoint: Checkpoint, tmp_pa
 def test_a_cache_that_cannot_be_written_is_named(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """One sentence names the model, the folder and the setting that cures it."""
+    """The message names the model, the folder and the setting to change."""
     (tmp_path / "file").write_text("no folder")
     for cache in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(CheckpointError) as refusal:

@@ -1,4 +1,4 @@
-"""The packed engine gives what transformers and peft give, whatever the batch looks like."""
+"""The packed engine computes the same vectors as transformers and peft, for any batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BF16_COSINE = 0.9995
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, a mixed batch for it, and what the oracle says of each text alone."""
+    """A checkpoint, a mixed batch for it, and the oracle's vector of each text."""
 
     checkpoint: Checkpoint
     ids: list[TokenIds]
@@ -37,7 +37,7 @@ class Case:
 def mixed_batch(
     checkpoint: Checkpoint, lengths: Sequence[int]
 ) -> tuple[list[TokenIds], list[str | None]]:
-    """Texts of these lengths, every adapter and the bare backbone in turn."""
+    """Return texts of these lengths, with every adapter and the bare backbone."""
     random = np.random.default_rng(7)
     vocabulary = checkpoint.backbone.vocabulary
     ids = [random.integers(0, vocabulary, length, dtype=np.int32) for length in lengths]
@@ -49,7 +49,7 @@ def mixed_batch(
 
 @pytest.fixture(scope="module", params=["small", "nano", "qwen3", "default"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Each layout, with random weights or the default model's."""
+    """Each architecture with random weights, and the default model."""
     room = tmp_path_factory.mktemp(request.param)
     if request.param == "default":
         checkpoint = open_checkpoint(DEFAULT_MODEL)
@@ -70,20 +70,20 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "low-rank"])
 def test_float32_equals_the_oracle(case: Case, merge: bool) -> None:
-    """In float32 every component of every vector lies within 1e-5 of the oracle's."""
+    """In float32, every component of every vector differs from the oracle by at most 1e-5."""
     vectors = embed(load(case, torch.float32, merge=merge), case)
     assert np.abs(vectors - case.truth).max() <= FP32_DIFFERENCE
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "low-rank"])
-def test_bfloat16_lies_close_to_the_oracle(case: Case, merge: bool) -> None:
-    """In bfloat16 every vector has a cosine of at least 0.9995 to the oracle's."""
+def test_bfloat16_is_close_to_the_oracle(case: Case, merge: bool) -> None:
+    """In bfloat16, every vector has a cosine of at least 0.9995 to the oracle's vector."""
     vectors = embed(load(case, torch.bfloat16, merge=merge), case)
     assert (vectors * case.truth).sum(axis=1).min() >= BF16_COSINE
 
 
 def test_blocks_do_not_change_vectors(case: Case) -> None:
-    """Cutting the rows into many small blocks gives the same vectors."""
+    """Many small blocks give the same vectors."""
     transformer = load(case, torch.float32, merge=False)
     whole = embed(transformer, case)
     transformer.block_rows = 48
@@ -91,7 +91,7 @@ def test_blocks_do_not_change_vectors(case: Case) -> None:
 
 
 def test_adapters_differ_from_each_other(case: Case) -> None:
-    """The oracle's own vectors of one text differ by adapter, so parity proves the adapters."""
+    """The oracle's vectors of one text differ by adapter, so that parity tests the adapters."""
     transformer = load(case, torch.float32, merge=True)
     names: list[str | None] = [None, *case.checkpoint.card.adapters]
     vectors = transformer.embed([case.ids[0]] * len(names), names)
@@ -101,17 +101,17 @@ def test_adapters_differ_from_each_other(case: Case) -> None:
 
 
 def test_all_four_adapters_are_in_the_batch(case: Case) -> None:
-    """The mixed batch that the other tests use holds every adapter and the bare backbone."""
+    """The mixed batch of the other tests contains every adapter and the bare backbone."""
     assert set(case.adapters) == {None, *ADAPTERS}
 
 
 def load(case: Case, dtype: torch.dtype, *, merge: bool) -> Transformer:
-    """The case's checkpoint on the CPU."""
+    """Load the checkpoint on the CPU."""
     return load_transformer(case.checkpoint, device=torch.device("cpu"), dtype=dtype, merge=merge)
 
 
 def embed(transformer: Transformer, case: Case) -> NDArray[np.float32]:
-    """Normalised vectors of the case's whole batch in one forward."""
+    """Return the normalised vectors of the batch, computed in one forward."""
     vectors = transformer.embed(case.ids, case.adapters)
     unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit

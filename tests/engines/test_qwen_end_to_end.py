@@ -1,4 +1,4 @@
-"""Texts through the library, tokenizer included, against tokenizers, transformers and peft."""
+"""The library with its tokenizer, compared with tokenizers, transformers and peft."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def oracle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_texts_become_the_vectors_of_the_oracle(
+def test_vectors_equal_the_oracle(
     folder: Path, embedder: Embedder, oracle: Oracle, task: str
 ) -> None:
-    """Prompt, ids, adapter, pooling and norm agree in every component, for every task."""
+    """For every task, every component of the vectors equals the oracle's."""
     adapter, prompt = TASKS[task]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     encoded = [np.array(tokenizer.encode(prompt + text).ids, np.int32) for text in TEXTS]
@@ -71,27 +71,27 @@ def test_texts_become_the_vectors_of_the_oracle(
 
 
 def test_tasks_give_different_vectors(embedder: Embedder) -> None:
-    """Agreement with the oracle means something: no two tasks agree with each other."""
+    """Vectors of different tasks differ, so that the comparison with the oracle tests tasks."""
     vectors = np.concatenate([embedder.embed(TEXTS[2], task) for task in TASKS])
     cosines = (vectors @ vectors.T)[~np.eye(len(TASKS), dtype=bool)]
     assert cosines.max() < 0.999
 
 
 def test_the_tasks_of_the_checkpoint(embedder: Embedder) -> None:
-    """The library offers exactly the tasks that were compared."""
+    """The library has exactly the tasks that were compared."""
     assert embedder.tasks == list(TASKS)
 
 
 @pytest.mark.parametrize("dimensions", [1, 32, 100])
-def test_cut_vectors_are_the_start_of_the_oracle_vectors(
+def test_truncated_vectors_equal_the_oracle(
     folder: Path, embedder: Embedder, oracle: Oracle, dimensions: int
 ) -> None:
-    """Fewer dimensions are the first of the whole vector, normalised again."""
+    """Fewer dimensions are the first of the full vector, normalised again."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = np.array(tokenizer.encode("Document: " + TEXTS[3]).ids, np.int32)
     start = oracle.embed(ids, "clustering")[:dimensions]
     vectors = embedder.embed(TEXTS[3], "clustering", dimensions)
     assert vectors.shape == (1, dimensions)
     scaled = start / np.linalg.norm(start)
-    # cutting to few values magnifies the difference that the whole vector may have
+    # normalising few values magnifies the difference of the full vector
     assert np.abs(vectors[0] - scaled).max() <= DIFFERENCE / np.linalg.norm(start)

@@ -1,4 +1,4 @@
-"""The numpy reference gives what transformers and peft give: engines are held against it."""
+"""The numpy reference computes the same vectors as transformers and peft."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ DIFFERENCE = 1e-5
 LENGTHS = (1, 1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 40, 41)
 SHAPES = {
     "small": replace(TINY_SMALL, vocabulary=2000),
-    "nano": TINY_NANO,  # transformers wants its padding id within the vocabulary
+    "nano": TINY_NANO,  # transformers requires the padding id to be in the vocabulary
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def mixed_batch(checkpoint: Checkpoint) -> tuple[list[TokenIds], list[str | None]]:
-    """Every length with every adapter and the bare backbone, in random order."""
+    """Return texts of every length with every adapter and without, in random order."""
     random = np.random.default_rng(11)
     names: list[str | None] = [None, *checkpoint.card.adapters]
-    places = [(length, name) for length in LENGTHS for name in names]
-    chosen = [places[i] for i in random.permutation(len(places))]
+    pairs = [(length, name) for length in LENGTHS for name in names]
+    chosen = [pairs[i] for i in random.permutation(len(pairs))]
     vocabulary = checkpoint.backbone.vocabulary
     ids = [random.integers(0, vocabulary, length, dtype=np.int32) for length, _ in chosen]
     return ids, [name for _, name in chosen]
 
 
 def check_against_oracle(checkpoint: Checkpoint, room: Path) -> None:
-    """Hold a whole mixed batch of the reference against the oracle, one text at a time."""
+    """Compare the reference for a mixed batch with the oracle for each text."""
     names = checkpoint.card.adapters
     oracle = Oracle(checkpoint.folder, checkpoint.backbone.architecture, names, room)
     ids, adapters = mixed_batch(checkpoint)
@@ -54,7 +54,7 @@ def check_against_oracle(checkpoint: Checkpoint, room: Path) -> None:
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each vector at length 1."""
+    """Return normalised vectors."""
     scaled: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return scaled
 
@@ -62,27 +62,27 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 @shapes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_equals_the_oracle(tmp_path: Path, shape: Shape, dtype: torch.dtype) -> None:
-    """For both backbones, every component lies within 1e-5, however the weights are stored."""
+    """For both architectures and every stored dtype, components differ by at most 1e-5."""
     folder = write_checkpoint(tmp_path / "checkpoint", shape, dtype=dtype, seed=4)
     check_against_oracle(read_checkpoint(folder, "tiny"), tmp_path)
 
 
 @shapes
 def test_it_reads_shards(tmp_path: Path, shape: Shape) -> None:
-    """Weights over three files, under names with a prefix, are the same weights."""
+    """Weights in three files and with a key prefix give the same vectors."""
     folder = write_checkpoint(tmp_path / "checkpoint", shape, shards=3, key_prefix="model.", seed=5)
     assert len(list(folder.glob("model-*.safetensors"))) == 3
     check_against_oracle(read_checkpoint(folder, "tiny"), tmp_path)
 
 
 def test_the_default_model_equals_the_oracle(tmp_path: Path) -> None:
-    """The checkpoint in the package lies within 1e-5, too."""
+    """Components for the checkpoint in the package differ by at most 1e-5."""
     check_against_oracle(open_checkpoint(DEFAULT_MODEL), tmp_path)
 
 
 @shapes
 def test_adapters_of_some_layers_and_other_scales(tmp_path: Path, shape: Shape) -> None:
-    """Adapters that leave projections out, or are scaled by alpha or rsLoRA, are applied so."""
+    """Adapters for some modules, and adapters scaled by alpha or rsLoRA, are applied correctly."""
     folder = write_checkpoint(tmp_path / "checkpoint", shape, adapters=ADAPTERS[:3], seed=6)
     random = torch.Generator().manual_seed(6)
     homes = [folder / "adapters" / name for name in ADAPTERS[:3]]
@@ -99,14 +99,14 @@ def test_adapters_of_some_layers_and_other_scales(tmp_path: Path, shape: Shape) 
 
 
 def test_a_plain_backbone_equals_the_oracle(tmp_path: Path) -> None:
-    """A checkpoint without adapters has the backbone's vectors alone."""
+    """A checkpoint without adapters gives the vectors of the backbone."""
     shape = SHAPES["nano"]
     folder = write_checkpoint(tmp_path / "checkpoint", shape, jina=False, adapters=())
     check_against_oracle(read_checkpoint(folder, "tiny"), tmp_path)
 
 
 def test_other_rope_and_norm_constants(tmp_path: Path) -> None:
-    """The base of the rotary positions and the norms' epsilon are the config's."""
+    """rope_theta and the epsilon of the norms are read from the config."""
     shape = replace(SHAPES["small"], rope_theta=50.0, norm_eps=0.5)
     folder = write_checkpoint(tmp_path / "checkpoint", shape, seed=8)
     check_against_oracle(read_checkpoint(folder, "tiny"), tmp_path)
@@ -114,7 +114,7 @@ def test_other_rope_and_norm_constants(tmp_path: Path) -> None:
 
 @shapes
 def test_vectors_are_not_normalised(tmp_path: Path, shape: Shape) -> None:
-    """Lengths are those of the last norm's output, the same as the packed engine's."""
+    """Vectors have the norms of the packed engine's vectors."""
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "checkpoint", shape), "tiny")
     ids, adapters = mixed_batch(checkpoint)
     transformer = load_transformer(
@@ -129,7 +129,7 @@ def test_vectors_are_not_normalised(tmp_path: Path, shape: Shape) -> None:
 
 @shapes
 def test_a_batch_changes_no_vector(tmp_path: Path, shape: Shape) -> None:
-    """A text has the same vector alone as among texts of other lengths and adapters."""
+    """A text has the same vector alone and in a mixed batch."""
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "checkpoint", shape), "tiny")
     ids, adapters = mixed_batch(checkpoint)
     together = unit(reference_vectors(checkpoint, ids, adapters))
@@ -139,8 +139,8 @@ def test_a_batch_changes_no_vector(tmp_path: Path, shape: Shape) -> None:
 
 
 @shapes
-def test_ids_stay_as_they_are(tmp_path: Path, shape: Shape) -> None:
-    """The caller's ids are read, never written; asking twice gives the same to the bit."""
+def test_ids_are_not_changed(tmp_path: Path, shape: Shape) -> None:
+    """Read-only ids are accepted, and a second call gives exactly the same vectors."""
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "checkpoint", shape), "tiny")
     ids, adapters = mixed_batch(checkpoint)
     for text in ids:
@@ -150,8 +150,8 @@ def test_ids_stay_as_they_are(tmp_path: Path, shape: Shape) -> None:
 
 
 @shapes
-def test_a_closed_gate_is_no_warning(tmp_path: Path, shape: Shape) -> None:
-    """Gates far below zero, as large models have them, are closed: nothing overflows."""
+def test_large_negative_gates_do_not_overflow(tmp_path: Path, shape: Shape) -> None:
+    """Gates far below zero, as in large models, do not overflow."""
     folder = write_checkpoint(tmp_path / "checkpoint", shape)
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
@@ -163,8 +163,8 @@ def test_a_closed_gate_is_no_warning(tmp_path: Path, shape: Shape) -> None:
     assert np.isfinite(vectors).all()
 
 
-def test_the_model_s_own_type_is_what_is_tested(tmp_path: Path) -> None:
-    """The synthetic checkpoints name Jina's model type, one of each backbone."""
+def test_the_checkpoints_have_jinas_model_type(tmp_path: Path) -> None:
+    """The synthetic checkpoints of both architectures have Jina's model type."""
     for name, architecture in {"small": "qwen3", "nano": "eurobert"}.items():
         folder = write_checkpoint(tmp_path / name, SHAPES[name])
         assert json.loads((folder / "config.json").read_text())["model_type"].startswith("jina")

@@ -1,4 +1,4 @@
-"""What gateways and servers send each other: it comes back as it went, or is refused."""
+"""The binary format between gateways and servers: round trips and rejected bodies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ HEADERS = st.sampled_from(["", "a", "a,b", ",a", "a,,b"]) | st.text(max_size=12)
 
 
 def numbers(*values: int) -> bytes:
-    """A body of these little-endian 32-bit numbers."""
+    """Return little-endian 32-bit numbers as bytes."""
     return b"".join(value.to_bytes(4, "little", signed=True) for value in values)
 
 
 @given(CALLS)
-def test_texts_come_back_as_they_went(call: list[tuple[np.ndarray, str | None]]) -> None:
-    """Ids, their order and the adapter of each text survive the way, whatever they are."""
+def test_round_trip(call: list[tuple[np.ndarray, str | None]]) -> None:
+    """Ids, order and adapters of any texts are unchanged after packing and unpacking."""
     texts, adapters = [text for text, _ in call], [name for _, name in call]
     given_texts, given_adapters = unpack_texts(*pack_texts(texts, adapters))
     assert given_adapters == adapters
@@ -32,8 +32,8 @@ def test_texts_come_back_as_they_went(call: list[tuple[np.ndarray, str | None]])
     assert {text.dtype for text in given_texts} == {np.dtype(np.int32)}
 
 
-def test_the_bytes_are_the_documented_ones() -> None:
-    """Number of texts; adapter number and length of each; all ids: servers of two versions agree.
+def test_the_bytes_are_documented() -> None:
+    """The bytes follow the documented format, so that different versions work together.
 
     The adapters are numbered in the order of their first text, the bare backbone has no name.
     """
@@ -43,23 +43,23 @@ def test_the_bytes_are_the_documented_ones() -> None:
     assert body == numbers(3, 0, 2, 1, 1, 0, 3, 7, 8, 9, 5, 6, 258)
 
 
-def test_a_thousand_texts_name_their_adapter_once() -> None:
-    """The header does not grow with the texts."""
+def test_an_adapter_is_in_the_header_once() -> None:
+    """The length of the header does not depend on the number of texts."""
     texts = [np.array([n], dtype=np.int32) for n in range(1000)]
     header, body = pack_texts(texts, ["retrieval", "clustering"] * 500)
     assert header == "retrieval,clustering"
     assert len(body) == 4 * (1 + 3 * 1000)
 
 
-def test_an_adapter_may_be_named_and_not_used() -> None:
-    """A server needs no text for a name in the header."""
+def test_an_adapter_in_the_header_may_be_unused() -> None:
+    """The header may contain adapters that are not used by a text."""
     texts, adapters = unpack_texts("a,b,c", numbers(1, 1, 2, 30, 31))
     assert adapters == ["b"]
     assert texts[0].tolist() == [30, 31]
 
 
-def test_no_text_is_refused() -> None:
-    """A call without texts is packed, but never taken for one."""
+def test_a_body_without_texts_is_rejected() -> None:
+    """A request without texts can be packed, and is rejected when unpacked."""
     with pytest.raises(ValueError, match="0 texts"):
         unpack_texts(*pack_texts([], []))
 
@@ -88,21 +88,21 @@ def test_no_text_is_refused() -> None:
         ("a", numbers(3, *[0, 2**31 - 1] * 2, 0, 4, 5, 6), "lengths"),
     ],
 )
-def test_a_wrong_body_is_refused_with_its_fault(header: str, body: bytes, word: str) -> None:
-    """What ``pack_texts`` does not make is refused by a sentence that says what is wrong."""
+def test_an_invalid_body_is_rejected(header: str, body: bytes, word: str) -> None:
+    """An invalid header or body is rejected with the reason."""
     with pytest.raises(ValueError, match=word):
         unpack_texts(header, body)
 
 
-def test_a_long_header_is_not_repeated_whole() -> None:
-    """The refusal shows the beginning of a header, not a megabyte of it."""
+def test_a_long_header_is_truncated_in_the_message() -> None:
+    """The message contains only the start of a long header."""
     with pytest.raises(ValueError, match="adapter") as refusal:
         unpack_texts("x" * 1_000_000, numbers(1, 1, 1, 5))
     assert len(str(refusal.value)) < 1000
 
 
-def check_taken_or_refused(header: str, body: bytes) -> None:
-    """Nothing but a ValueError comes out; what is taken uses each id of the body once."""
+def check_unpacked_or_rejected(header: str, body: bytes) -> None:
+    """Check that unpacking raises only ValueError, or uses each id of the body once."""
     try:
         texts, adapters = unpack_texts(header, body)
     except ValueError:
@@ -115,25 +115,25 @@ def check_taken_or_refused(header: str, body: bytes) -> None:
 
 
 @given(HEADERS, st.binary(max_size=80))
-def test_arbitrary_bytes_are_taken_or_refused(header: str, body: bytes) -> None:
-    """No bytes raise anything but ValueError."""
-    check_taken_or_refused(header, body)
+def test_arbitrary_bytes_are_unpacked_or_rejected(header: str, body: bytes) -> None:
+    """Arbitrary bytes raise only ValueError."""
+    check_unpacked_or_rejected(header, body)
 
 
 @given(HEADERS, NUMBERS)
-def test_arbitrary_numbers_are_taken_or_refused(header: str, values: list[int]) -> None:
-    """No list of numbers raises anything but ValueError, however near to a right one."""
-    check_taken_or_refused(header, numbers(*values))
+def test_arbitrary_numbers_are_unpacked_or_rejected(header: str, values: list[int]) -> None:
+    """Arbitrary numbers raise only ValueError."""
+    check_unpacked_or_rejected(header, numbers(*values))
 
 
 @given(CALLS, st.data())
-def test_a_damaged_call_is_taken_or_refused(
+def test_a_damaged_request_is_unpacked_or_rejected(
     call: list[tuple[np.ndarray, str | None]], data: st.DataObject
 ) -> None:
-    """A right call with one byte changed, or cut anywhere, raises nothing but ValueError."""
+    """A valid request with a changed byte or truncated raises only ValueError."""
     header, body = pack_texts([text for text, _ in call], [name for _, name in call])
-    place = data.draw(st.integers(0, len(body) - 1))
+    index = data.draw(st.integers(0, len(body) - 1))
     changed = bytearray(body)
-    changed[place] = data.draw(st.integers(0, 255))
-    check_taken_or_refused(header, bytes(changed))
-    check_taken_or_refused(header, body[:place])
+    changed[index] = data.draw(st.integers(0, 255))
+    check_unpacked_or_rejected(header, bytes(changed))
+    check_unpacked_or_rejected(header, body[:index])

@@ -1,4 +1,4 @@
-"""Servers that several tests share."""
+"""Servers and caches that several tests share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ os.environ |= ENVIRONMENT
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Golden vectors and plain copies, shared by all tests."""
+    """Cache of golden vectors and copies for vLLM, shared by all tests."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def two_servers(default_checkpoint: Checkpoint, cache: Path) -> Iterator[tuple[VllmServer, ...]]:
-    """Two servers of the default model with all of its adapters."""
+    """Two servers of the default model with all adapters."""
     servers = tuple(VllmServer(default_checkpoint, cache, core) for core in range(2))
     with vllm_servers(*servers):
         yield servers

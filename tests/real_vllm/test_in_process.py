@@ -1,4 +1,4 @@
-"""vLLM in this process: the right vectors, every task in one batch, a clean end."""
+"""vLLM in this process: parity, mixed adapters in one batch, and stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def started(checkpoint: Checkpoint, cache: Path) -> AsyncIterator[VllmEngine]:
-    """An engine that is ready, and stopped at the end."""
+    """Run a started engine."""
     engine = VllmEngine(checkpoint, cache, OPTIONS)
     await engine.start()
     try:
@@ -37,7 +37,7 @@ async def started(checkpoint: Checkpoint, cache: Path) -> AsyncIterator[VllmEngi
 
 
 async def assert_parity(engine: VllmEngine, checkpoint: Checkpoint) -> None:
-    """All adapters and lengths side by side: the reference's vectors, and the packed engine's."""
+    """Check vectors of all adapters and lengths against the reference and the packed engine."""
     batches = mixed_batches(checkpoint)
     packed = PackedEngine(checkpoint, PackedOptions(dtype="bfloat16"))
     await packed.start()
@@ -55,7 +55,7 @@ async def assert_parity(engine: VllmEngine, checkpoint: Checkpoint) -> None:
 
 
 async def test_the_default_model(default_checkpoint: Checkpoint, cache: Path) -> None:
-    """One engine's life: parity, a long text beside a short one, leaving clients, a clean end."""
+    """Parity, a long text next to a short one, cancelled requests, and stop, with one engine."""
     async with started(default_checkpoint, cache) as engine:
         await assert_parity(engine, default_checkpoint)
 
@@ -85,15 +85,15 @@ async def test_the_default_model(default_checkpoint: Checkpoint, cache: Path) ->
 
 
 @pytest.mark.parametrize("shape", [TINY_SMALL, TINY_NANO], ids=["small", "nano"])
-async def test_both_layouts(tmp_path: Path, shape: object) -> None:
-    """Jina's two backbones, causal and bidirectional, serve an adapter per request."""
+async def test_both_architectures(tmp_path: Path, shape: object) -> None:
+    """Causal and bidirectional backbones serve one adapter per request."""
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "model", shape), "synthetic")
     async with started(checkpoint, tmp_path) as engine:
         await assert_parity(engine, checkpoint)
 
 
-async def test_wrong_vectors_end_the_start(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A device that gives other vectors than the golden ones is not served, and says what is."""
+async def test_wrong_vectors_fail_the_start(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """If vectors differ from the golden vectors, the start fails and names alternatives."""
     extra = {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}}
     engine = VllmEngine(default_checkpoint, tmp_path, VllmOptions(memory_share=0.15, extra=extra))
     with pytest.raises(CheckpointError, match=r"adapter .* gives wrong vectors.*--engine packed"):

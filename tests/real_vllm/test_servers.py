@@ -1,4 +1,4 @@
-"""A gateway in front of stock vLLM servers: parity, a server that dies, servers that lie."""
+"""A gateway with stock vLLM servers: parity, a killed server, and wrong servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Servers = tuple[VllmServer, ...]
 
 @contextmanager
 def gateway(cache: Path, *servers: VllmServer) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`taskvec serve --engine remote` in front of some servers."""
+    """Run `taskvec serve --engine remote` with servers."""
     port = free_port()
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--engine", "remote"]
     command += ["--cache-dir", str(cache), "--no-log-requests"]
@@ -47,7 +47,7 @@ def gateway(cache: Path, *servers: VllmServer) -> Iterator[tuple[str, subprocess
 
 
 def until(condition: object, seconds: float = 60) -> None:
-    """Wait for something to become true."""
+    """Wait until a condition is true."""
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "it did not happen"
@@ -55,7 +55,7 @@ def until(condition: object, seconds: float = 60) -> None:
 
 
 def all_serve(url: str, count: int) -> bool:
-    """Whether so many servers are proven."""
+    """Return whether ``count`` servers are serving."""
     page = httpx.get(f"{url}/metrics").text
     lines = [
         line for line in page.splitlines() if line.startswith("taskvec_engine_server_serving{")
@@ -67,7 +67,7 @@ def all_serve(url: str, count: int) -> bool:
 async def test_all_three_engines_agree(
     two_servers: Servers, default_checkpoint: Checkpoint, cache: Path
 ) -> None:
-    """Packed and remote give the reference's vectors for every adapter, mixed, long and short."""
+    """The packed and the remote engine equal the reference for every adapter and length."""
     urls = tuple(server.url for server in two_servers)
     remote = RemoteEngine(default_checkpoint, cache, RemoteOptions(urls=urls))
     packed = PackedEngine(default_checkpoint, PackedOptions(dtype="bfloat16"))
@@ -98,8 +98,8 @@ async def test_all_three_engines_agree(
         await packed.stop()
 
 
-def test_a_killed_server_costs_no_request(two_servers: Servers, cache: Path) -> None:
-    """One of two servers is killed under load and comes back: every request is answered."""
+def test_a_killed_server_fails_no_request(two_servers: Servers, cache: Path) -> None:
+    """One of two servers is killed under load and restarted: every request is answered."""
     with gateway(cache, *two_servers) as (url, _):
         until(lambda: all_serve(url, 2))
         failures: list[str] = []
@@ -116,14 +116,14 @@ def test_a_killed_server_costs_no_request(two_servers: Servers, cache: Path) -> 
                         "input": [f"text {number} {turn} {i}" for i in range(3)],
                         "task": TASKS[turn % 4],
                     }
-                    # Every client and turn sends the same id: it must never become the engine's.
+                    # All requests have the same id, which must not become the id in the engine.
                     answer = http.post(
                         f"{url}/v1/embeddings", json=body, headers={"x-request-id": "the-same"}
                     )
                     if answer.status_code != 200:
                         failures.append(answer.text)
                     answered += 1
-                    over.wait(0.3)  # a server that starts on the same cores needs some of them
+                    over.wait(0.3)  # leaves cores to the server that is starting
 
         threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
         for thread in threads:
@@ -148,14 +148,14 @@ def test_a_killed_server_costs_no_request(two_servers: Servers, cache: Path) -> 
 
 
 def calls(url: str, server: VllmServer, outcome: str) -> list[float]:
-    """How many calls to a server ended so."""
+    """Return the number of calls to a server with an outcome."""
     page = httpx.get(f"{url}/metrics").text
     head = f'taskvec_engine_calls_total{{outcome="{outcome}",server="{server.url}"}}'
     return [float(line.split()[-1]) for line in page.splitlines() if line.startswith(head)]
 
 
 def test_sigterm_of_the_gateway_loses_nothing(two_servers: Servers, cache: Path) -> None:
-    """What the gateway has accepted when it is told to stop is answered before it ends."""
+    """After SIGTERM, the gateway answers the admitted requests before it ends."""
     with gateway(cache, *two_servers) as (url, process):
         until(lambda: all_serve(url, 2))
         answers: list[httpx.Response] = []
@@ -179,10 +179,10 @@ def test_sigterm_of_the_gateway_loses_nothing(two_servers: Servers, cache: Path)
 
 
 @pytest.mark.anyio
-async def test_servers_with_the_wrong_adapters_are_refused(
+async def test_servers_with_wrong_adapters_are_rejected(
     default_checkpoint: Checkpoint, cache: Path
 ) -> None:
-    """A server that lacks an adapter, or has two swapped, is refused by the adapter's name."""
+    """A server with a missing or swapped adapter is rejected, and the adapter is named."""
     homes = {adapter.name: adapter.weights.parent for adapter in default_checkpoint.adapters}
     missing = [f"{name}={home}" for name, home in homes.items() if name != "clustering"]
     swapped = homes | {

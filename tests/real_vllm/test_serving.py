@@ -1,4 +1,4 @@
-"""`taskvec serve --engine vllm`: signals, a dying engine process, an answer to all."""
+"""`taskvec serve --engine vllm`: signals, a dead engine process, and parity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASKS = ("retrieval.query", "text-matching", "clustering", "classification")
 
 @contextmanager
 def serving(cache: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A gateway with vLLM inside, in a process group of its own."""
+    """Run a gateway with vLLM in its own process group."""
     port = free_port()
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port), "--engine", "vllm"]
     command += ["--memory-share", "0.15", "--cache-dir", str(cache), "--no-log-requests", *options]
@@ -43,13 +43,13 @@ def serving(cache: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
 
 
 def ask(url: str, task: str, text: str = "How do I stop a program?") -> httpx.Response:
-    """One request over a connection of its own."""
+    """Send one request over a new connection."""
     body = {"input": [text, "Two."], "task": task}
     return httpx.post(f"{url}/v1/embeddings", json=body, timeout=120)
 
 
 def test_a_signal_to_the_whole_group_loses_nothing(cache: Path) -> None:
-    """SIGTERM and SIGINT reach vLLM's processes too: what was admitted is answered all the same."""
+    """After SIGTERM or SIGINT to the process group, the admitted requests are answered."""
     with serving(cache) as (url, process):
         answers: list[httpx.Response] = []
         sent = threading.Barrier(9)
@@ -77,7 +77,7 @@ def test_a_signal_to_the_whole_group_loses_nothing(cache: Path) -> None:
 
 
 def test_a_dead_engine_process_is_not_live(cache: Path) -> None:
-    """Without vLLM's process the service says so, in the contract's form, and can be restarted."""
+    """Without vLLM's process, requests fail with the documented error, and liveness fails."""
     with serving(cache) as (url, process):
         assert ask(url, "clustering").status_code == 200
         for child in children(process.pid):
@@ -94,7 +94,7 @@ def test_a_dead_engine_process_is_not_live(cache: Path) -> None:
 def test_the_vectors_are_those_of_the_packed_engine(
     cache: Path, default_checkpoint: Checkpoint
 ) -> None:
-    """Whichever engine answers, a client gets the same vectors for the same request."""
+    """The vllm and the packed engine return the same vectors for the same request."""
     port = free_port()
     packed = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
     with serving(cache) as (url, _), subprocess.Popen(packed, stderr=subprocess.PIPE) as process:
@@ -126,7 +126,7 @@ def vectors(answer: httpx.Response) -> np.ndarray:
 
 
 def children(process: int) -> list[int]:
-    """All descendants of a process."""
+    """Return all descendants of a process."""
     found = []
     for task in Path(f"/proc/{process}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):

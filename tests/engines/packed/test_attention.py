@@ -1,4 +1,4 @@
-"""Grouped attention against softmax(q k / sqrt(d)) v, one token at a time in float64."""
+"""Grouped attention compared with softmax(q k / sqrt(d)) v, computed per token in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Case:
 
 
 def backbone(heads: int, kv_heads: int, head_dim: int, *, causal: bool) -> Backbone:
-    """A backbone of which attention reads these numbers alone."""
+    """Return a backbone for attention, which does not read the other numbers."""
     return Backbone(
         architecture="qwen3" if causal else "eurobert",
         vocabulary=10,
@@ -72,7 +72,7 @@ def random_case(
 
 
 def attended(query: Heads, keys: Heads, values: Heads) -> Heads:
-    """One token's attention: query [heads, d], keys and values [seen, kv_heads, d]."""
+    """Compute the attention of one token: query [heads, d], keys and values [n, kv_heads, d]."""
     heads, head_dim = query.shape
     shared = heads // keys.shape[1]
     mixed = np.zeros((heads, head_dim))
@@ -89,7 +89,7 @@ def double(case: Case) -> tuple[Heads, Heads, Heads]:
 
 
 def max_error_of_attend(case: Case, *, sample: int = 40) -> float:
-    """Largest difference of ``every``: first, last and some random tokens of each text."""
+    """Return the largest error of ``attend``, for the first, last and some tokens of each text."""
     got = case.attention.attend(case.q, case.k, case.v).numpy()
     assert got.shape == (len(case.packing.ids), case.backbone.heads * case.backbone.head_dim)
     q, k, v = double(case)
@@ -105,7 +105,7 @@ def max_error_of_attend(case: Case, *, sample: int = 40) -> float:
 
 
 def max_error_of_attend_last(case: Case) -> float:
-    """Largest difference of ``last``, whose queries lie one a slot."""
+    """Return the largest error of ``attend_last``."""
     packing = case.packing
     last = torch.from_numpy(packing.last)
     got = case.attention.attend_last(case.q.index_select(0, last), case.k, case.v).numpy()
@@ -126,7 +126,7 @@ MIXED = [1, 2, 7, 8, 9, 31, 63, 64, 65, 100, 128, 129, 200, 319, 320, 321, 500, 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 def test_all_lengths_at_once(heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
-    """Short, padded and long texts of one batch each attend to themselves alone."""
+    """Short, padded and long texts of one batch attend only to themselves."""
     case = random_case(MIXED, backbone(heads, kv_heads, head_dim, causal=causal), adapters=3)
     assert max_error_of_attend(case) <= DIFFERENCE
     assert max_error_of_attend_last(case) <= DIFFERENCE
@@ -146,7 +146,7 @@ def test_all_lengths_at_once(heads: int, kv_heads: int, head_dim: int, causal: b
     adapters=st.integers(min_value=1, max_value=4),
 )
 def test_any_batch(causal: bool, lengths: list[int], round_up: bool, adapters: int) -> None:
-    """Whatever the lengths, and with or without rows that belong to no text."""
+    """Attention is correct for any lengths, with and without padding rows."""
     shape = backbone(4, 2, 8, causal=causal)
     case = random_case(lengths, shape, adapters=adapters, round_up=round_up)
     assert max_error_of_attend(case, sample=3) <= DIFFERENCE
@@ -156,30 +156,30 @@ def test_any_batch(causal: bool, lengths: list[int], round_up: bool, adapters: i
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("lengths", [[12] * 300, [1] * 70, [300] * 30, list(range(40, 61)) * 4])
 def test_full_groups(lengths: list[int], causal: bool) -> None:
-    """Many texts of one length, more than a group takes, and lengths that share groups."""
+    """Attention is correct for many texts of equal or similar length, in several groups."""
     case = random_case(lengths, backbone(4, 2, 8, causal=causal))
     assert max_error_of_attend(case, sample=2) <= DIFFERENCE
     assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
-def test_rows_of_no_text_reach_nobody(causal: bool) -> None:
-    """Infinities in the rows that only round the count up leave every text as it is."""
+def test_padding_rows_do_not_change_texts(causal: bool) -> None:
+    """Infinities in padding rows do not change the attention of texts."""
     case = random_case([3, 5, 70, 321], backbone(4, 2, 8, causal=causal), adapters=4)
     packing = case.packing
-    idle = torch.ones(len(packing.ids), dtype=torch.bool)
+    padding = torch.ones(len(packing.ids), dtype=torch.bool)
     for start, length in zip(packing.starts, packing.lengths, strict=True):
-        idle[start : start + length] = False
-    assert idle.any()
+        padding[start : start + length] = False
+    assert padding.any()
     for rows in (case.q, case.k, case.v):
-        rows[idle] = math.inf
+        rows[padding] = math.inf
     assert max_error_of_attend(case) <= DIFFERENCE
     assert max_error_of_attend_last(case) <= DIFFERENCE
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 def test_large_scores_stay_finite(causal: bool) -> None:
-    """Scores of several hundred neither overflow nor lose the largest."""
+    """Scores of several hundred do not overflow."""
     case = random_case([9, 40, 330], backbone(4, 2, 8, causal=causal))
     case.q.mul_(100)
     got = case.attention.attend(case.q, case.k, case.v)
@@ -187,8 +187,8 @@ def test_large_scores_stay_finite(causal: bool) -> None:
     assert max_error_of_attend(case) <= 1e-3
 
 
-def test_a_processor_is_planned_grouped_attention() -> None:
-    """On a CPU texts are grouped, in any number type."""
+def test_a_cpu_uses_grouped_attention() -> None:
+    """A CPU uses grouped attention for every dtype."""
     case = random_case([3, 4], backbone(4, 2, 8, causal=True))
     for dtype in (torch.float32, torch.bfloat16):
         planned = plan_attention(case.packing, case.backbone, CPU, dtype)

@@ -1,4 +1,4 @@
-"""What the machine offers: device, number type, cores, memory."""
+"""Device, dtype, free memory and kernel caches."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from taskvec.errors import CheckpointError
 CPU = torch.device("cpu")
 
 
-def test_auto_takes_the_accelerator_where_there_is_one() -> None:
-    """``auto`` is CUDA where torch sees it, else the processor."""
+def test_auto_prefers_cuda() -> None:
+    """``auto`` is CUDA if torch detects a device, otherwise the CPU."""
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert choose_device("auto").type == expected
 
 
-def test_a_named_device_is_taken_as_named() -> None:
-    """A name is obeyed even where ``auto`` would choose another device."""
+def test_a_named_device_is_used() -> None:
+    """A named device is used even if ``auto`` is another one."""
     assert str(choose_device("cpu")) == "cpu"
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("device", ["tpu", "cpu:x", "cuda:99"])
-async def test_a_device_that_is_not_there_stops_the_start(
+async def test_a_missing_device_fails_the_start(
     default_checkpoint: Checkpoint, device: str
 ) -> None:
-    """The failed start says that the device is to be checked, and leaves a dead engine."""
+    """The error of the start names the option, and the engine is dead."""
     engine = PackedEngine(default_checkpoint, PackedOptions(device=device))
     with pytest.raises(CheckpointError, match="--device"):
         await engine.start()
@@ -50,13 +50,13 @@ async def test_a_device_that_is_not_there_stops_the_start(
         ("float32", torch.float32),
     ],
 )
-def test_a_named_number_type_is_taken_as_named(name: str, dtype: torch.dtype) -> None:
-    """A name is obeyed whatever the processor is good at."""
+def test_a_named_dtype_is_used(name: str, dtype: torch.dtype) -> None:
+    """A named dtype is used even if the CPU is slow with it."""
     assert choose_dtype(name, CPU) is dtype
 
 
-def test_auto_is_bfloat16_only_where_the_processor_multiplies_in_it() -> None:
-    """Without such instructions bfloat16 would be slower than float32."""
+def test_auto_is_bfloat16_only_with_native_instructions() -> None:
+    """``auto`` is bfloat16 exactly if the CPU has instructions for it."""
     chosen = choose_dtype("auto", CPU)
     assert chosen in (torch.bfloat16, torch.float32)
     flags = processor_flags()
@@ -65,8 +65,8 @@ def test_auto_is_bfloat16_only_where_the_processor_multiplies_in_it() -> None:
         assert (chosen is torch.bfloat16) == native
 
 
-def test_available_memory_is_part_of_the_machines() -> None:
-    """Some memory is left, and no more than there is."""
+def test_available_memory_is_at_most_the_total() -> None:
+    """The free memory is positive and at most the memory of the machine."""
     left = available_bytes(CPU)
     assert 0 < left <= 1 << 62
     meminfo = Path("/proc/meminfo")
@@ -76,7 +76,7 @@ def test_available_memory_is_part_of_the_machines() -> None:
 
 
 def processor_flags() -> set[str]:
-    """Linux's names of what the processor can do; empty elsewhere."""
+    """Return the CPU flags from Linux; empty on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.is_file():
         return set()
@@ -104,14 +104,14 @@ print(products(400, 800) - kept, os.environ["LRU_CACHE_CAPACITY"])
 """
 
 
-@pytest.mark.parametrize("said", [None, "300"])
-def test_kernels_do_not_pile_up(said: str | None) -> None:
-    """After some hundred shapes more of them take no more memory; what is set by hand stays."""
+@pytest.mark.parametrize("capacity_set", [None, "300"])
+def test_the_kernel_cache_is_limited(capacity_set: str | None) -> None:
+    """Memory does not grow with the number of shapes, and the environment overrides the limit."""
     environment = {k: v for k, v in os.environ.items() if k != "LRU_CACHE_CAPACITY"}
-    environment |= {} if said is None else {"LRU_CACHE_CAPACITY": said}
+    environment |= {} if capacity_set is None else {"LRU_CACHE_CAPACITY": capacity_set}
     run = subprocess.run(
         [sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True, env=environment
     )
     grown, capacity = run.stdout.split()
-    assert float(grown) < 130  # it would be 270
-    assert capacity == (said or "256")
+    assert float(grown) < 130  # without a limit it is 270
+    assert capacity == (capacity_set or "256")

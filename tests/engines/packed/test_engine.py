@@ -1,4 +1,4 @@
-"""The packed engine as its callers see it: independent vectors, turns, cancellation, drain."""
+"""Behaviour of the packed engine: vectors, fairness, cancellation, deadlines and stop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FP32 = PackedOptions(dtype="float32")
 
 
 class Observed:
-    """Keeps what an engine reports."""
+    """An observer that records the reports of an engine."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []
@@ -62,7 +62,7 @@ class Observed:
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Checkpoint:
-    """A tiny checkpoint in each layout."""
+    """A tiny checkpoint of each architecture."""
     shape = {"small": TINY_SMALL, "nano": TINY_NANO}[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
     write_checkpoint(folder, replace(shape, vocabulary=DEFAULT_VOCABULARY))
@@ -71,7 +71,7 @@ def checkpoint(
 
 @pytest.fixture(scope="module")
 def transformer(checkpoint: Checkpoint) -> Transformer:
-    """It, loaded in float32."""
+    """The checkpoint, loaded in float32."""
     return load_transformer(
         checkpoint, device=torch.device("cpu"), dtype=torch.float32, merge=False
     )
@@ -89,7 +89,7 @@ TEXT = st.tuples(
 def test_a_vector_does_not_depend_on_its_batch(
     transformer: Transformer, texts: list[tuple[int, int, str | None]], data: st.DataObject
 ) -> None:
-    """Neighbours, their order and their tasks leave a text's vector as it is alone."""
+    """The vector of a text does not depend on the other texts, their order or their adapters."""
     ids = [random_ids(length, seed) for length, seed, _ in texts]
     adapters = [adapter for *_, adapter in texts]
     together = unit(transformer.embed(ids, adapters))
@@ -105,7 +105,7 @@ def test_a_vector_does_not_depend_on_its_batch(
 async def test_concurrent_requests_get_their_own_vectors(
     checkpoint: Checkpoint, transformer: Transformer
 ) -> None:
-    """Two hundred requests of different tasks at once, each answered with its own vectors."""
+    """Each of two hundred concurrent requests with different adapters gets its own vectors."""
     async with running(checkpoint, FP32) as (engine, observed):
         batches = [
             TokenBatch([random_ids(5 + n % 90, n), random_ids(9, 1000 + n)], ADAPTERS[n % 4])
@@ -121,7 +121,7 @@ async def test_concurrent_requests_get_their_own_vectors(
 
 @pytest.mark.anyio
 async def test_a_batch_keeps_its_token_budget(checkpoint: Checkpoint) -> None:
-    """No forward holds more tokens than the budget, but for one text that is longer than it."""
+    """A forward has more tokens than the budget only if it is one longer text."""
     options = replace(FP32, max_batch_tokens=100)
     async with running(checkpoint, options) as (engine, observed):
         await engine.embed(TokenBatch([random_ids(n, n) for n in range(1, 60)], "retrieval"))
@@ -131,8 +131,8 @@ async def test_a_batch_keeps_its_token_budget(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_small_request_passes_a_big_one(checkpoint: Checkpoint) -> None:
-    """One text sent behind two thousand is answered long before them."""
+async def test_a_small_request_overtakes_a_big_one(checkpoint: Checkpoint) -> None:
+    """One text that is sent after two thousand is answered long before them."""
     options = replace(FP32, max_batch_tokens=512)
     async with running(checkpoint, options) as (engine, observed):
         big = await big_request_under_way(engine, observed)
@@ -145,7 +145,7 @@ async def test_a_small_request_passes_a_big_one(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.anyio
 async def test_cancelled_texts_leave_the_queue(checkpoint: Checkpoint) -> None:
-    """A cancelled request costs no more than the forward it was in."""
+    """The queued texts of a cancelled request are dropped."""
     options = replace(FP32, max_batch_tokens=512)
     async with running(checkpoint, options) as (engine, observed):
         big = await big_request_under_way(engine, observed)
@@ -160,7 +160,7 @@ async def test_cancelled_texts_leave_the_queue(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.anyio
 async def test_expired_texts_are_dropped_before_a_forward(checkpoint: Checkpoint) -> None:
-    """A request whose deadline has passed is told so and never embedded."""
+    """A request with an expired deadline fails and is not embedded."""
     async with running(checkpoint, FP32) as (engine, observed):
         with pytest.raises(DeadlineExceededError):
             await engine.embed(
@@ -171,8 +171,8 @@ async def test_expired_texts_are_dropped_before_a_forward(checkpoint: Checkpoint
 
 
 @pytest.mark.anyio
-async def test_stop_answers_what_was_admitted(checkpoint: Checkpoint) -> None:
-    """Stopping finishes every queued text, refuses new ones, then reports a dead engine."""
+async def test_stop_answers_admitted_requests(checkpoint: Checkpoint) -> None:
+    """Stopping finishes queued texts and rejects new ones; afterwards the engine is dead."""
     options = replace(FP32, max_batch_tokens=256)
     engine = PackedEngine(checkpoint, options)
     await engine.start()
@@ -193,8 +193,8 @@ async def test_stop_answers_what_was_admitted(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_failed_forward_fails_its_requests_alone(checkpoint: Checkpoint) -> None:
-    """A batch that breaks the forward is reported to its callers; the engine goes on."""
+async def test_a_failed_forward_fails_only_its_requests(checkpoint: Checkpoint) -> None:
+    """A failed forward is reported to its callers, and the engine continues."""
     async with running(checkpoint, FP32) as (engine, observed):
         with pytest.raises(Exception, match="engine failed"):
             await engine.embed(
@@ -206,8 +206,8 @@ async def test_a_failed_forward_fails_its_requests_alone(checkpoint: Checkpoint)
 
 
 @pytest.mark.anyio
-async def test_nothing_is_embedded_before_the_start(checkpoint: Checkpoint) -> None:
-    """An engine that has not started refuses work as starting."""
+async def test_requests_before_the_start_are_rejected(checkpoint: Checkpoint) -> None:
+    """An engine that has not started rejects requests with the code starting."""
     engine = PackedEngine(checkpoint, FP32)
     with pytest.raises(UnavailableError) as refused:
         await engine.embed(TokenBatch([random_ids(4, 1)], "retrieval"))
@@ -217,10 +217,10 @@ async def test_nothing_is_embedded_before_the_start(checkpoint: Checkpoint) -> N
 @pytest.mark.anyio
 @pytest.mark.parametrize("fault", ["empty", "copy"])
 @pytest.mark.parametrize("mode", ["merged", "low-rank"])
-async def test_an_adapter_without_effect_stops_the_start(
+async def test_an_adapter_without_effect_fails_the_start(
     tmp_path: Path, fault: str, mode: str
 ) -> None:
-    """An adapter that changes nothing, or is another's copy, is refused by name."""
+    """An adapter without effect, or a copy of another, fails the start and is named."""
     from safetensors.torch import load_file, save_file  # noqa: PLC0415 - one test needs it
 
     folder = write_checkpoint(
@@ -244,7 +244,7 @@ async def test_an_adapter_without_effect_stops_the_start(
 async def running(
     checkpoint: Checkpoint, options: PackedOptions
 ) -> AsyncIterator[tuple[PackedEngine, Observed]]:
-    """A started engine and what it reports; stopped afterwards."""
+    """Run an engine with an observer."""
     observed = Observed()
     engine = PackedEngine(checkpoint, options, observed)
     await engine.start()
@@ -257,7 +257,7 @@ async def running(
 async def big_request_under_way(
     engine: PackedEngine, observed: Observed
 ) -> asyncio.Task[EngineResult]:
-    """Two thousand texts, of which the first are in a forward or behind one."""
+    """Start a request of two thousand texts, and wait for its first forward."""
     big = asyncio.create_task(
         engine.embed(TokenBatch([random_ids(16, n) for n in range(2048)], "clustering"))
     )
@@ -267,11 +267,11 @@ async def big_request_under_way(
 
 
 def random_ids(length: int, seed: int) -> TokenIds:
-    """A text of random ids."""
+    """Return random ids."""
     return np.random.default_rng(seed).integers(0, DEFAULT_VOCABULARY, length, dtype=np.int32)
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalised rows."""
+    """Return normalised vectors."""
     normalised: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return normalised

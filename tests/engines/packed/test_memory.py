@@ -1,4 +1,4 @@
-"""Memory that runs out in a forward: the batch is split, and only what cannot fit alone fails."""
+"""Out-of-memory errors in a forward: the batch is split, and only single texts can fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.errors import TaskvecError, UnavailableError
 
 FITS = 100
-"""Tokens for which the memory of these tests suffices."""
+"""Maximum tokens of a forward that fits into the simulated memory."""
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -33,7 +33,7 @@ ERRORS = [
 
 
 class Scarce:
-    """Keeps what an engine reports; its forwards fail above ``fits`` tokens, at first a million."""
+    """An observer that records reports, and lets forwards of more than ``fits`` tokens fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch, error: Exception) -> None:
         self.fits = 1 << 20
@@ -86,7 +86,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 async def test_a_batch_that_does_not_fit_is_split(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """All texts get the vectors that an engine with room gives; later batches are small at once."""
+    """All texts get the right vectors, and later batches are small from the start."""
     batch = TokenBatch([ids(20 + n, n) for n in range(24)], "clustering")
     async with running(checkpoint) as engine:
         truth = (await engine.embed(batch)).vectors
@@ -110,7 +110,7 @@ async def test_a_batch_that_does_not_fit_is_split(
 async def test_only_a_text_that_does_not_fit_alone_fails(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its request is told which text it was; the others of the same forward are answered."""
+    """The error names the text, and other requests of the same forward are answered."""
     scarce = Scarce(monkeypatch, ERRORS[0])
     async with running(checkpoint, scarce) as engine:
         scarce.fits = FITS
@@ -130,10 +130,10 @@ async def test_only_a_text_that_does_not_fit_alone_fails(
 
 
 @pytest.mark.anyio
-async def test_a_thread_that_ends_leaves_nobody_waiting(
+async def test_an_ended_thread_fails_all_requests(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bug outside the forward kills the engine: what runs and waits is told, what comes too."""
+    """An error outside the forward kills the engine: running, queued and new requests fail."""
     scarce = Scarce(monkeypatch, ERRORS[0])
     async with running(checkpoint, scarce) as engine:
         scarce.broken = True
@@ -150,13 +150,13 @@ async def test_a_thread_that_ends_leaves_nobody_waiting(
 
 
 def test_a_budget_shrinks_and_grows_again() -> None:
-    """Half of what failed; doubled after each pause; the pause grows with every error."""
+    """The budget is halved on failure and doubled after an interval that grows with failures."""
     now = 0.0
     tokens = TokenBudget(4096, lambda: now)
     tokens.shrink(4000)
     assert tokens.tokens == 2000
     tokens.shrink(100_000)
-    assert tokens.tokens == 2000, "a text longer than the budget says nothing about batches"
+    assert tokens.tokens == 2000, "a text longer than the budget does not change the budget"
     tokens.grow()
     assert tokens.tokens == 2000
     now += 2 * scheduler.MIN_RETRY_SECONDS
@@ -178,7 +178,7 @@ def test_a_budget_shrinks_and_grows_again() -> None:
 async def running(
     checkpoint: Checkpoint, observer: Scarce | None = None
 ) -> AsyncIterator[PackedEngine]:
-    """A started engine, stopped afterwards."""
+    """Run an engine."""
     engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"), observer)
     await engine.start()
     try:
@@ -188,5 +188,5 @@ async def running(
 
 
 def ids(length: int, seed: int) -> TokenIds:
-    """A text of random ids."""
+    """Return random ids."""
     return np.random.default_rng(seed).integers(0, 500, length, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Rows and slots: every token of every text lies in one place, in a block of its adapter."""
+"""Packing: every token has one row, and every text one slot, in a block of its adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_ROWS = st.sampled_from([1, 7, 48, 256, 1024, 1 << 16])
 
 
 def numbered(lengths: Sequence[int]) -> list[TokenIds]:
-    """Texts in which no two tokens have the same id, and none is 0."""
+    """Return texts with different ids for all tokens, starting at 1."""
     ends = np.cumsum(lengths)
     return [
         np.arange(end - length + 1, end + 1, dtype=np.int32)
@@ -27,7 +27,7 @@ def numbered(lengths: Sequence[int]) -> list[TokenIds]:
 
 
 def adapters_of(rows: int, blocks: Sequence[Block]) -> list[str | None]:
-    """The adapter of each row; fails where blocks leave a gap or overlap."""
+    """Return the adapter of each row; fails if blocks have gaps or overlap."""
     adapters: list[str | None] = []
     for block in blocks:
         assert block.rows.start == len(adapters)
@@ -42,7 +42,7 @@ def adapters_of(rows: int, blocks: Sequence[Block]) -> list[str | None]:
 def test_every_token_has_one_row(
     texts: list[tuple[int, str | None]], block_rows: int, round_up: bool
 ) -> None:
-    """Each text's ids lie together and in order, once, counted from 0, in rows of its adapter."""
+    """The ids of each text are in consecutive rows of its adapter, with positions from 0."""
     lengths, adapters = [length for length, _ in texts], [adapter for _, adapter in texts]
     ids = numbered(lengths)
     packing = pack(ids, adapters, block_rows=block_rows, round_up=round_up)
@@ -50,8 +50,8 @@ def test_every_token_has_one_row(
     slot_adapters = adapters_of(len(packing.last), packing.slot_blocks)
     assert sorted(packing.order) == list(range(len(texts)))
     taken = np.zeros(len(packing.ids), dtype=bool)
-    for place, text in enumerate(packing.order):
-        start, length, slot = packing.starts[place], packing.lengths[place], packing.slots[place]
+    for i, text in enumerate(packing.order):
+        start, length, slot = packing.starts[i], packing.lengths[i], packing.slots[i]
         rows = slice(start, start + length)
         assert packing.ids[rows].tolist() == ids[text].tolist()
         assert packing.positions[rows].tolist() == list(range(len(ids[text])))
@@ -62,15 +62,13 @@ def test_every_token_has_one_row(
         taken[rows] = True
     assert len(set(packing.slots)) == len(texts)
     assert taken.sum() == sum(lengths)
-    assert not packing.ids[~taken].any(), "rows of no text hold a valid id"
+    assert not packing.ids[~taken].any(), "padding rows have a valid id"
     assert not packing.positions[~taken].any()
 
 
 @given(texts=TEXTS, block_rows=BLOCK_ROWS)
-def test_neighbours_are_of_like_length(
-    texts: list[tuple[int, str | None]], block_rows: int
-) -> None:
-    """Texts of one adapter lie longest first."""
+def test_texts_are_sorted_by_length(texts: list[tuple[int, str | None]], block_rows: int) -> None:
+    """Texts of one adapter are sorted by decreasing length."""
     packing, adapters = packed(texts, block_rows, round_up=True)
     for before, after in zip(range(len(texts) - 1), range(1, len(texts)), strict=True):
         if adapters[packing.order[before]] == adapters[packing.order[after]]:
@@ -78,10 +76,10 @@ def test_neighbours_are_of_like_length(
 
 
 @given(texts=TEXTS, block_rows=BLOCK_ROWS)
-def test_without_rounding_there_are_no_gaps(
+def test_without_rounding_there_is_no_padding(
     texts: list[tuple[int, str | None]], block_rows: int
 ) -> None:
-    """Where row counts are not rounded, rows are tokens and slots are texts, end to end."""
+    """Without rounding, there is one row per token and one slot per text."""
     packing, _ = packed(texts, block_rows, round_up=False)
     assert len(packing.ids) == sum(length for length, _ in texts)
     assert packing.starts.tolist() == (np.cumsum(packing.lengths) - packing.lengths).tolist()
@@ -95,7 +93,7 @@ def test_without_rounding_there_are_no_gaps(
 def test_rounded_blocks_have_few_sizes(
     texts: list[tuple[int, str | None]], block_rows: int
 ) -> None:
-    """Rounded blocks take only the few row counts, and at most an adapter's last one has gaps."""
+    """Rounded blocks have the allowed row counts, and only the last of an adapter has padding."""
     packing, adapters = packed(texts, block_rows, round_up=True)
     for blocks, sizes in (
         (packing.blocks, packing.lengths),
@@ -117,13 +115,13 @@ def test_rounded_blocks_have_few_sizes(
     [(1, 1), (3, 4), (9, 16), (17, 32), (113, 128), (129, 192), (961, 1024), (1025, 1280)],
 )
 def test_rounding_up(count: int, rounded: int) -> None:
-    """Worked examples of each step."""
+    """Counts are rounded up to the next allowed count."""
     assert round_up_rows(count) == rounded
 
 
 @given(count=st.integers(min_value=1, max_value=20_000))
-def test_rounding_up_is_cheap(count: int) -> None:
-    """The result holds what was asked; beyond the largest count nothing is rounded."""
+def test_rounding_up_is_bounded(count: int) -> None:
+    """The result is at least the count and bounded; counts beyond the largest are unchanged."""
     rounded = round_up_rows(count)
     assert rounded >= count
     if count > ROW_COUNTS[-1]:

@@ -1,4 +1,4 @@
-"""The queue: every text leaves once, big requests block nobody, the counters never drift."""
+"""The fair queue: every text is taken once, shares are fair, and counters are exact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COSTS = st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=12
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Pushes, takes and drops in any order, beside a plain list of what must still wait."""
+    """Pushes, takes and drops in any order, compared with plain lists of waiting texts."""
 
     @initialize(quantum=st.integers(min_value=1, max_value=80))
     def start(self, quantum: int) -> None:
@@ -41,11 +41,11 @@ class AnyHistory(RuleBasedStateMachine):
     def take(self, budget: int, seconds: float) -> None:
         batch = self.queue.take(budget)
         self.queue.charge(seconds)
-        assert len({self.priorities[request] for request, _ in batch}) <= 1, "one class a batch"
-        assert bool(batch) == any(self.waiting.values()), "work is never left lying"
-        for request, place in batch:
-            assert self.waiting[request].pop(0) == place, "once, and in order"
-        spent = [self.costs[request][place] for request, place in batch]
+        assert len({self.priorities[request] for request, _ in batch}) <= 1, "a batch has one class"
+        assert bool(batch) == any(self.waiting.values()), "a batch is empty only if the queue is"
+        for request, index in batch:
+            assert self.waiting[request].pop(0) == index, "once, and in order"
+        spent = [self.costs[request][index] for request, index in batch]
         assert sum(spent) <= budget or len(spent) == 1
 
     @rule(remainder=st.integers(min_value=0, max_value=3))
@@ -61,18 +61,18 @@ class AnyHistory(RuleBasedStateMachine):
     def counters_are_the_sums(self) -> None:
         if not hasattr(self, "queue"):
             return
-        left = [self.costs[r][place] for r, places in self.waiting.items() for place in places]
+        left = [self.costs[r][i] for r, indices in self.waiting.items() for i in indices]
         assert self.queue.texts == len(left)
         assert self.queue.tokens == sum(left)
-        waiting = [r for r, places in self.waiting.items() if places]
+        waiting = [r for r, indices in self.waiting.items() if indices]
         assert sorted(self.queue) == waiting
         assert self.queue.oldest == (waiting[0] if waiting else None)
 
     def teardown(self) -> None:
         while batch := self.queue.take(50):
-            for request, place in batch:
-                assert self.waiting[request].pop(0) == place
-        assert not any(self.waiting.values()), "every text left"
+            for request, index in batch:
+                assert self.waiting[request].pop(0) == index
+        assert not any(self.waiting.values()), "every text was taken"
         assert (self.queue.texts, self.queue.tokens) == (0, 0)
 
 
@@ -87,19 +87,19 @@ TestAnyHistory = AnyHistory.TestCase
 def test_batches_are_as_full_as_they_can_be(
     requests: list[list[int]], quantum: int, budget: int
 ) -> None:
-    """A batch ends only where the next text in turn does not fit, or nothing is left."""
+    """A batch ends only if the next text does not fit or the queue is empty."""
     queue: FairQueue[int] = FairQueue(quantum)
     costs = dict(enumerate(requests))
     for request, its_costs in costs.items():
         queue.push(request, list(its_costs))
     longest = max(map(max, requests))
     while queue.texts:
-        spent = sum(costs[request][place] for request, place in queue.take(budget))
+        spent = sum(costs[request][index] for request, index in queue.take(budget))
         assert not queue.texts or spent > budget - longest
 
 
 def test_a_text_longer_than_the_budget_is_taken_alone() -> None:
-    """It is neither refused nor mixed, wherever it stands."""
+    """A text longer than the budget is taken in a batch of its own."""
     queue: FairQueue[str] = FairQueue(25)
     queue.push("a", [10, 500, 10])
     queue.push("b", [10])
@@ -112,7 +112,7 @@ def test_a_text_longer_than_the_budget_is_taken_alone() -> None:
 
 @pytest.mark.parametrize("cost", [1, 16, 120])
 def test_a_newcomer_is_in_the_next_batch(cost: int) -> None:
-    """One text pushed behind two thousand leaves with the very next batch."""
+    """One text that is pushed after two thousand is in the next batch."""
     queue: FairQueue[str] = FairQueue(256)
     queue.push("big", [16] * 2048)
     for n in range(15):
@@ -120,11 +120,11 @@ def test_a_newcomer_is_in_the_next_batch(cost: int) -> None:
         queue.push(f"small {n}", [cost])
         batch = queue.take(1024)
         assert (f"small {n}", 0) in batch
-        assert any(request == "big" for request, _ in batch), "the big one goes on"
+        assert any(request == "big" for request, _ in batch), "the big request continues"
 
 
-def test_a_crowd_of_newcomers_does_not_starve_a_big_request() -> None:
-    """However many small requests keep coming, a big one ends."""
+def test_new_requests_do_not_starve_a_big_request() -> None:
+    """A big request finishes while small requests arrive all the time."""
     queue: FairQueue[object] = FairQueue(64)
     queue.push("big", [16] * 100)
     taken = 0
@@ -139,18 +139,18 @@ def test_a_crowd_of_newcomers_does_not_starve_a_big_request() -> None:
     texts=st.lists(st.integers(min_value=1, max_value=12), min_size=1, max_size=20),
     quantum=st.integers(min_value=16, max_value=300),
     budget=st.integers(min_value=100, max_value=500),
-    crowd=st.integers(min_value=2, max_value=40),
+    waiting_requests=st.integers(min_value=2, max_value=40),
 )
-def test_an_endless_crowd_starves_nobody(
-    texts: list[int], quantum: int, budget: int, crowd: int
+def test_overload_starves_no_request(
+    texts: list[int], quantum: int, budget: int, waiting_requests: int
 ) -> None:
-    """While more come than can be served, each request is done when all have had as much as it."""
+    """Under overload, each request is done when all have received as many tokens."""
     queue: FairQueue[int] = FairQueue(quantum)
     arrived: dict[int, int] = {}
     served = 0
     number = 0
     while served < 60 * budget:
-        while len(arrived) < crowd:
+        while len(arrived) < waiting_requests:
             number += 1
             queue.push(number, [16] * texts[number % len(texts)])
             arrived[number] = served
@@ -159,7 +159,7 @@ def test_an_endless_crowd_starves_nobody(
         for request in {request for request, _ in batch}.difference(queue):
             waited = served - arrived.pop(request)
             tokens = 16 * texts[request % len(texts)]
-            assert waited <= crowd * (tokens + quantum + 16) + budget
+            assert waited <= waiting_requests * (tokens + quantum + 16) + budget
 
 
 @given(
@@ -168,7 +168,7 @@ def test_an_endless_crowd_starves_nobody(
     budget=st.integers(min_value=300, max_value=1500),
 )
 def test_big_requests_get_equal_shares(costs: list[int], quantum: int, budget: int) -> None:
-    """While several big requests wait, their shares in tokens differ by little over one turn."""
+    """Token shares of several big requests differ by about one quantum at most."""
     queue: FairQueue[int] = FairQueue(quantum)
     for request, cost in enumerate(costs):
         queue.push(request, [cost] * 3000)
@@ -177,12 +177,12 @@ def test_big_requests_get_equal_shares(costs: list[int], quantum: int, budget: i
         for request, _ in queue.take(budget):
             shares[request] += costs[request]
         served = [shares[request] for request in range(len(costs))]
-        # a turn is a quantum, and what is left of one (less than a text) is carried over
+        # plus less than one text, because the rest of a quantum is carried over
         assert max(served) - min(served) <= quantum + max(costs)
 
 
 def test_an_interactive_text_is_not_mixed_into_a_bulk_batch() -> None:
-    """It leaves with the very next batch, alone: it waits for no forward but the present one."""
+    """An interactive text is taken alone in the next batch, so it waits for one forward only."""
     queue: FairQueue[str] = FairQueue(256)
     queue.push("big", [16] * 2048, Priority.BULK)
     for n in range(10):
@@ -195,7 +195,7 @@ def test_an_interactive_text_is_not_mixed_into_a_bulk_batch() -> None:
 
 @pytest.mark.parametrize("cost", [0.001, 0.01, 0.1])
 def test_classes_share_the_time_by_weight(cost: float) -> None:
-    """While both wait, each gets its weight of the engine's seconds, whatever a batch takes."""
+    """While both classes wait, they share the engine's seconds by weight."""
     queue: FairQueue[Priority] = FairQueue(64)
     seconds = {Priority.INTERACTIVE: cost, Priority.BULK: 0.05}
     spent: Counter[Priority] = Counter()
@@ -211,8 +211,8 @@ def test_classes_share_the_time_by_weight(cost: float) -> None:
     assert shares == pytest.approx({p: WEIGHTS[p] / whole for p in Priority}, abs=0.02)
 
 
-def test_an_absent_class_saves_little_up() -> None:
-    """After hours of bulk alone, interactive work gets a second and then its share."""
+def test_the_credit_of_an_empty_class_is_limited() -> None:
+    """After hours of bulk work, interactive work gets one second and then its share."""
     queue: FairQueue[Priority] = FairQueue(64)
     queue.push(Priority.BULK, [64] * 40, Priority.BULK)
     queue.take(64)
@@ -226,8 +226,8 @@ def test_an_absent_class_saves_little_up() -> None:
     assert Counter(served[10:]) == {Priority.INTERACTIVE: 16, Priority.BULK: 4}
 
 
-def test_short_visits_are_not_paid_for() -> None:
-    """Interactive texts that come one by one leave at once, as long as they take little."""
+def test_single_interactive_texts_are_served_at_once() -> None:
+    """Short interactive texts that arrive one by one are served at once."""
     queue: FairQueue[Priority] = FairQueue(64)
     queue.push(Priority.BULK, [64] * 400, Priority.BULK)
     for _ in range(100):
@@ -238,8 +238,8 @@ def test_short_visits_are_not_paid_for() -> None:
         queue.charge(0.05)
 
 
-def test_dropping_counts_what_still_waits() -> None:
-    """Texts that were taken are not counted, those that wait are, and others stay."""
+def test_dropping_counts_waiting_texts() -> None:
+    """Dropping a request counts its waiting texts, and other requests remain."""
     queue: FairQueue[str] = FairQueue(20)
     queue.push("a", [10, 10, 10])
     queue.push("b", [5])
@@ -252,7 +252,7 @@ def test_dropping_counts_what_still_waits() -> None:
 
 
 def test_an_empty_queue_gives_an_empty_batch() -> None:
-    """Nothing waits, nothing is taken."""
+    """An empty queue returns an empty batch."""
     queue: FairQueue[str] = FairQueue(20)
     assert queue.take(100) == []
     assert queue.drop(lambda _: True) == []

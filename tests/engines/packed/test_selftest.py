@@ -1,4 +1,4 @@
-"""The self-test of every start: an adapter that does nothing, or the same, or NaN, is refused."""
+"""The self-test of every start rejects adapters without effect, copies and NaN."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @pytest.fixture(params=["small", "nano"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A tiny checkpoint in each layout."""
+    """A tiny checkpoint of each architecture."""
     shape = {"small": TINY_SMALL, "nano": TINY_NANO}[request.param]
     return write_checkpoint(tmp_path / request.param, replace(shape, vocabulary=DEFAULT_VOCABULARY))
 
@@ -50,22 +50,22 @@ def rewrite(file: Path, change: Change) -> None:
 @modes
 @dtypes
 def test_adapters_that_differ_pass(folder: Path, merge: bool, dtype: torch.dtype) -> None:
-    """Four adapters with weights of their own are proven in every mode and number type."""
+    """Four different adapters pass in every mode and dtype."""
     check_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
 
 
 def test_a_bare_backbone_passes(folder: Path) -> None:
-    """Without adapters there is only the backbone's own vector to prove."""
+    """A checkpoint without adapters passes."""
     check_adapters(load(folder, merge=False), [])
 
 
 @modes
 @dtypes
 @pytest.mark.parametrize("adapter", ["retrieval", "classification"])
-def test_an_adapter_without_effect_is_refused_by_name(
+def test_an_adapter_without_effect_is_rejected_by_name(
     folder: Path, merge: bool, dtype: torch.dtype, adapter: str
 ) -> None:
-    """An adapter as PEFT initialises it, with B at zero, would serve the backbone's vectors."""
+    """An adapter with lora_B at zero, as PEFT initialises it, is rejected."""
     rewrite(
         weights(folder, adapter),
         lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor,
@@ -76,18 +76,18 @@ def test_an_adapter_without_effect_is_refused_by_name(
 
 @modes
 @dtypes
-def test_two_equal_adapters_are_refused_by_name(
+def test_two_equal_adapters_are_rejected_by_name(
     folder: Path, merge: bool, dtype: torch.dtype
 ) -> None:
-    """A copy under another name is named together with what it copies."""
+    """A copy of an adapter is rejected with both names."""
     copied = weights(folder, "text-matching").read_bytes()
     weights(folder, "classification").write_bytes(copied)
     with pytest.raises(CheckpointError, match=r"'classification'.*same.*'text-matching'"):
         check_adapters(load(folder, merge=merge, dtype=dtype), ADAPTERS)
 
 
-def test_an_adapter_too_small_for_the_number_type_is_refused(folder: Path) -> None:
-    """Merged into bfloat16, a change below its precision is lost; float32 keeps it."""
+def test_an_adapter_too_small_for_the_dtype_is_rejected(folder: Path) -> None:
+    """An adapter that is lost when it is merged in bfloat16 is rejected."""
     rewrite(
         weights(folder, "clustering"),
         lambda name, tensor: tensor * 1e-4 if "lora_B" in name else tensor,
@@ -102,8 +102,8 @@ def test_an_adapter_too_small_for_the_number_type_is_refused(folder: Path) -> No
 
 
 @modes
-def test_an_adapter_that_gives_nan_is_refused_by_name(folder: Path, merge: bool) -> None:
-    """Damaged weights are found at the start, not by the first client."""
+def test_an_adapter_that_gives_nan_is_rejected_by_name(folder: Path, merge: bool) -> None:
+    """An adapter with NaN weights is rejected."""
 
     def damage(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.fill_(math.nan) if "layers.1.mlp.up_proj.lora_B" in name else tensor
@@ -115,8 +115,8 @@ def test_an_adapter_that_gives_nan_is_refused_by_name(folder: Path, merge: bool)
 
 @modes
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_backbone_that_is_not_finite_is_refused(folder: Path, merge: bool, value: float) -> None:
-    """Where the backbone itself is damaged, it is named."""
+def test_a_backbone_that_is_not_finite_is_rejected(folder: Path, merge: bool, value: float) -> None:
+    """A backbone with NaN or infinite weights is rejected."""
 
     def damage(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.fill_(value) if name == "layers.0.mlp.down_proj.weight" else tensor

@@ -1,4 +1,4 @@
-"""The other side of a pool: a real HTTP server whose behaviour a test can switch."""
+"""A real HTTP server for tests of the pool, with behaviour that a test can change."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ Vectors = NDArray[np.float32]
 
 
 class Peer:
-    """A server of either kind: golden vectors for the probes, hashed ones for other texts.
+    """A vLLM or taskvec server: golden vectors for the probes, hashed vectors for other texts.
 
     Attributes:
         behaviour: honest, swapped, base, missing, wrong dimension, nan, wrong count, truncated,
-            endless, silent, closing, slow, no list, or a status: applies to the next call on.
-        calls: texts and adapters of each call that arrived and was no probe.
-        posts: how many calls arrived, probes among them.
-        closed: how many calls the other side gave up.
-        keys: the authorization headers seen.
-        deadlines: the deadlines sent along, in milliseconds.
-        priorities: the classes sent along.
-        held: calls that were no probe wait until this is set.
-        listing: what /v1/models says instead of the truth, where not None.
+            endless, silent, closing, slow, no list, or a status; applies to new calls.
+        calls: texts and adapters of each received call, without probes.
+        posts: number of received calls, including probes.
+        closed: number of calls that the client cancelled.
+        keys: the received authorization headers.
+        deadlines: the received deadlines in milliseconds.
+        priorities: the received classes.
+        released: calls other than probes wait until this is set.
+        listing: response of /v1/models instead of the true one, if not None.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Peer:
         self.keys: list[str | None] = []
         self.deadlines: list[int] = []
         self.priorities: list[str] = []
-        self.held = asyncio.Event()
-        self.held.set()
+        self.released = asyncio.Event()
+        self.released.set()
         self.listing: Any = None
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -75,12 +75,12 @@ class Peer:
         self._probes = {probe.tobytes(): i for i, probe in enumerate(self._golden.probes)}
 
     async def start(self, *, socket: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
-        """Listen, on the same port each time, or on a socket."""
+        """Listen on the port of this peer, or on a socket."""
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/embeddings", self._embeddings)
         app.router.add_post(WIRE_PATH, self._wire)
-        # Cancelled handlers are how it sees that the other side closed the connection.
+        # A handler is cancelled when the client closes the connection.
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05
         )
@@ -96,7 +96,7 @@ class Peer:
         await site.start()
 
     async def stop(self) -> None:
-        """Close everything."""
+        """Stop listening and close all connections."""
         if self._runner is not None:
             runner, self._runner = self._runner, None
             await runner.cleanup()
@@ -109,8 +109,8 @@ class Peer:
             return await self._misbehave(request, b"{}")
         if self.listing is not None:
             return web.json_response(self.listing)
-        lacked = "retrieval" if self.behaviour == "missing" else ""
-        names = [name for name in self.card.adapters if name != lacked]
+        missing = "retrieval" if self.behaviour == "missing" else ""
+        names = [name for name in self.card.adapters if name != missing]
         if self.protocol == "vllm":
             root = {"id": "base", "owned_by": "vllm", "max_model_len": self.max_tokens}
             adapters = [{"id": name, "owned_by": "vllm", "parent": "base"} for name in names]
@@ -139,7 +139,7 @@ class Peer:
         try:
             if not all(text.tobytes() in self._probes for text in texts):
                 self.calls.append((texts, adapters))
-                await self.held.wait()
+                await self.released.wait()
             if self.behaviour == "slow":
                 await asyncio.sleep(0.2)
             return await self._misbehave(request, self._vectors(texts, adapters).tobytes())
@@ -167,7 +167,7 @@ class Peer:
         return hashed_vector(text, adapter, self.card.dimension)
 
     async def _misbehave(self, request: web.Request, content: bytes) -> web.StreamResponse:
-        """The answer, or what the present behaviour makes of it."""
+        """Respond as the current behaviour demands."""
         assert request.transport is not None
         if self.behaviour.isdigit():
             return web.Response(status=int(self.behaviour), text="no, sorry")
@@ -190,15 +190,15 @@ class Peer:
 
 
 @asynccontextmanager
-async def listening(*peers: Peer, **place: Any) -> AsyncIterator[None]:
-    """Peers that listen, where ``Peer.start`` is told to, and are gone at the end."""
+async def listening(*peers: Peer, **address: Any) -> AsyncIterator[None]:
+    """Let peers listen; the arguments are those of ``Peer.start``."""
     try:
         for peer in peers:
-            await peer.start(**place)
+            await peer.start(**address)
         yield
     finally:
         for peer in peers:
-            peer.held.set()
+            peer.released.set()
             await peer.stop()
 
 
@@ -207,34 +207,34 @@ async def pool(
     checkpoint: Checkpoint,
     cache: Path,
     *peers: Peer,
-    proven: int | None = None,
+    wait_for: int | None = None,
     resolve: Resolve = resolve_host,
     **options: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Metrics]]:
-    """An engine in front of peers, once ``proven`` of them (all of them) may be called."""
+    """Run an engine for peers, after ``wait_for`` of them (default: all) are serving."""
     metrics = Metrics(checkpoint.card.adapters)
     given = {"urls": tuple(peer.url for peer in peers), "call_seconds": 5.0} | options
     engine = RemoteEngine(checkpoint, cache, RemoteOptions(**given), metrics, resolve)
-    wanted = len(peers) if proven is None else proven
+    wanted = len(peers) if wait_for is None else wait_for
     try:
         await engine.start()
         await until(lambda: serving(metrics) == wanted)
         yield engine, metrics
     finally:
         for peer in peers:
-            peer.held.set()
+            peer.released.set()
         await engine.stop()
 
 
 async def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for something to become true."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
 
 
 def samples(registry: CollectorRegistry, name: str) -> dict[Mapping[str, str] | Any, float]:
-    """Values of one series, by the values of its labels."""
+    """Return the values of a metric, by the values of its labels."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in registry.collect()
@@ -244,12 +244,12 @@ def samples(registry: CollectorRegistry, name: str) -> dict[Mapping[str, str] | 
 
 
 def serving(metrics: Metrics) -> int:
-    """How many servers may be called."""
+    """Return the number of serving servers."""
     return int(sum(samples(metrics.registry, "taskvec_engine_server_serving").values()))
 
 
 def ended(metrics: Metrics, outcome: str, peer: Peer | None = None) -> int:
-    """How many calls ended so, to one peer or to all."""
+    """Return the number of calls with an outcome, to one peer or to all."""
     calls = samples(metrics.registry, "taskvec_engine_calls_total")
     return int(
         sum(
@@ -261,16 +261,16 @@ def ended(metrics: Metrics, outcome: str, peer: Peer | None = None) -> int:
 
 
 def retried(metrics: Metrics) -> int:
-    """How many calls were sent again."""
+    """Return the number of retries."""
     return int(sum(samples(metrics.registry, "taskvec_engine_retries_total").values()))
 
 
 def batch(texts: int, adapter: str = "retrieval", *, start: int = 1, length: int = 3) -> TokenBatch:
-    """Texts that no other batch with another start has."""
+    """Return a batch of different texts, which depend on ``start``."""
     ids = [np.arange(i, i + length, dtype=np.int32) for i in range(start, start + texts)]
     return TokenBatch(ids, adapter)
 
 
 def truth(asked: TokenBatch, dimension: int) -> Vectors:
-    """What an honest peer gives."""
+    """Return the vectors of an honest peer."""
     return np.stack([hashed_vector(ids, asked.adapter, dimension) for ids in asked.ids])

@@ -1,4 +1,4 @@
-"""Engine URLs, and the servers that DNS names stand for."""
+"""Engine URLs, and discovery of servers by DNS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from taskvec.errors import CheckpointError
 
 
 async def resolve(host: str) -> Sequence[str]:
-    """Two pods with both kinds of address, or none at all."""
+    """Resolve fixed names."""
     if host == "gone":
         raise OSError("no such name")
     return {"pods": ["10.0.0.1", "10.0.0.2"], "six": ["fd00::1", "fe80::2%eth0"]}[host]
@@ -37,8 +37,8 @@ async def resolve(host: str) -> Sequence[str]:
         "dns://engine.ns.svc.cluster.local:80",
     ],
 )
-def test_a_url_is_taken_without_its_trailing_slash(url: str) -> None:
-    """Every documented kind is accepted; a slash at the end makes no other server of it."""
+def test_a_trailing_slash_is_removed(url: str) -> None:
+    """Every documented form is accepted, and a trailing slash is removed."""
     assert check_url(url) == url
     assert check_url(url + "/") == url
 
@@ -61,22 +61,22 @@ def test_a_url_is_taken_without_its_trailing_slash(url: str) -> None:
         "unix://engine.sock",
     ],
 )
-def test_no_url(url: str) -> None:
-    """What is no engine URL is refused with the kinds that are."""
+def test_an_invalid_url_is_rejected(url: str) -> None:
+    """An invalid URL is rejected with the valid forms."""
     with pytest.raises(ValueError, match=r"write http://host:port, .*dns://name:port"):
         check_url(url)
 
 
 @pytest.mark.parametrize("url", ["dns://engine:0", "dns://engine:65536", "dns://engine:99999"])
-def test_no_port(url: str) -> None:
-    """A port that cannot exist is refused at once, not at every call."""
+def test_an_invalid_port_is_rejected(url: str) -> None:
+    """An impossible port is rejected when the URL is checked."""
     with pytest.raises(ValueError, match="not an engine URL"):
         check_url(url)
 
 
 @pytest.mark.anyio
 async def test_a_name_becomes_a_server_for_each_address() -> None:
-    """Listed servers stay, names become plain HTTP servers, IPv6 in brackets, in order."""
+    """A name is replaced by one HTTP URL per address, with IPv6 in brackets."""
     servers, failures = await expand(["https://a", "dns://pods:81", "dns://six:82"], resolve)
     assert servers == [
         "https://a",
@@ -90,23 +90,23 @@ async def test_a_name_becomes_a_server_for_each_address() -> None:
 
 @pytest.mark.anyio
 async def test_a_server_is_listed_once() -> None:
-    """A server that is listed twice, or by name and by address, is one server."""
+    """A server that is listed twice, or by name and by address, appears once."""
     urls = ["http://10.0.0.2:81", "dns://pods:81", "dns://pods:81", "http://10.0.0.2:81"]
     servers, _ = await expand(urls, resolve)
     assert servers == ["http://10.0.0.2:81", "http://10.0.0.1:81"]
 
 
 @pytest.mark.anyio
-async def test_a_name_that_is_gone_hides_no_other() -> None:
-    """A failed lookup is told by the name and the reason; the rest is found."""
+async def test_a_failed_lookup_does_not_affect_other_names() -> None:
+    """A failed lookup is reported with the name and the reason, and others succeed."""
     servers, failures = await expand(["dns://gone:1", "dns://pods:81"], resolve)
     assert servers == ["http://10.0.0.1:81", "http://10.0.0.2:81"]
     assert failures == ["dns://gone:1 could not be resolved (no such name)"]
 
 
 @pytest.mark.anyio
-async def test_the_system_s_resolver_knows_this_machine() -> None:
-    """A real lookup gives each address once."""
+async def test_the_resolver_of_the_system() -> None:
+    """A real lookup returns each address once."""
     found = await resolve_host("localhost")
     assert set(found) <= {"127.0.0.1", "::1"}
     assert len(found) == len(set(found)) > 0
@@ -115,7 +115,7 @@ async def test_the_system_s_resolver_knows_this_machine() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 64])
 async def test_a_name_that_cannot_exist_is_a_failed_lookup(host: str) -> None:
-    """A name that is unknown, or none that DNS could carry, ends no lookup of the others."""
+    """An unknown or invalid name is reported, and other servers are returned."""
     servers, failures = await expand([f"dns://{host}:80", "http://a"], resolve_host)
     assert servers == ["http://a"]
     assert len(failures) == 1
@@ -124,7 +124,7 @@ async def test_a_name_that_cannot_exist_is_a_failed_lookup(host: str) -> None:
 
 @pytest.mark.anyio
 async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Servers join and leave with the answers; a failed lookup keeps the known and is counted."""
+    """Servers join and leave with the lookups; a failed lookup is counted and keeps all servers."""
     first = Peer(default_checkpoint)
     found: list[Sequence[str] | OSError] = [OSError("no such name")]
 
@@ -137,7 +137,7 @@ async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_pat
     options = {"urls": (f"dns://pods:{first.port}",), "lookup_seconds": 0.05}
     async with (
         listening(first),
-        pool(default_checkpoint, tmp_path, proven=0, resolve=resolve, **options) as (
+        pool(default_checkpoint, tmp_path, wait_for=0, resolve=resolve, **options) as (
             engine,
             metrics,
         ),
@@ -150,7 +150,7 @@ async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_pat
         await until(lambda: "could not be resolved (no such name)" in engine.health().reason)
         found.append(["127.0.0.1"])
         await until(lambda: states() == {"127.0.0.1": 1})
-        found.append(["127.0.0.1", "127.0.0.2"])  # nobody listens on the second
+        found.append(["127.0.0.1", "127.0.0.2"])  # the second does not listen
         await until(lambda: states() == {"127.0.0.1": 1, "127.0.0.2": 0})
         counter = "taskvec_engine_lookup_failures_total"
         before = samples(metrics.registry, counter)[()]
@@ -158,14 +158,14 @@ async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_pat
         await until(lambda: samples(metrics.registry, counter)[()] >= before + 2)
         assert states() == {"127.0.0.1": 1, "127.0.0.2": 0}
         assert len((await engine.embed(batch(2))).vectors) == 2
-        first.held.clear()
+        first.released.clear()
         request = asyncio.create_task(engine.embed(batch(3)))
         await until(lambda: len(first.calls) == 2)
         found.append(["127.0.0.2"])
         await until(lambda: states() == {"127.0.0.2": 0})
         assert engine.health().state is EngineState.UNAVAILABLE
-        first.held.set()
-        assert len((await request).vectors) == 3  # what was in flight ends as it would
+        first.released.set()
+        assert len((await request).vectors) == 3  # a call in progress continues
         assert states() == {"127.0.0.2": 0}
         assert not any(
             first.url in labels
@@ -175,7 +175,7 @@ async def test_names_are_looked_up_again(default_checkpoint: Checkpoint, tmp_pat
 
 @pytest.mark.anyio
 async def test_a_unix_socket(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A server on a socket is one like any other, and its name shows no folder."""
+    """A server on a Unix socket works, and its name does not contain the folder."""
     peer = Peer(default_checkpoint, protocol="taskvec")
     async with (
         listening(peer, socket=tmp_path / "engine.sock"),
@@ -187,7 +187,7 @@ async def test_a_unix_socket(default_checkpoint: Checkpoint, tmp_path: Path) -> 
 
 
 def make_certificate(key: Path, certificate: Path) -> None:
-    """A certificate for this machine that vouches for itself."""
+    """Create a self-signed certificate for this machine."""
     words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     words += " -subj /CN=engine -addext subjectAltName=IP:127.0.0.1"
     words += f" -keyout {key} -out {certificate}"
@@ -196,7 +196,7 @@ def make_certificate(key: Path, certificate: Path) -> None:
 
 @pytest.mark.anyio
 async def test_https(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A server whose certificate the given CA vouches for is used, and no other."""
+    """Only a server with a certificate of the given CA is used."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     make_certificate(key, certificate)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -205,7 +205,7 @@ async def test_https(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     async with listening(peer, tls=tls):
         async with pool(default_checkpoint, tmp_path, peer, ca=certificate) as (engine, _):
             assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
-        async with pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, _):
+        async with pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, _):
             await until(lambda: "ertificate" in engine.health().reason)
         with pytest.raises(CheckpointError, match=r"key\.pem cannot be read as certificates"):
             async with pool(default_checkpoint, tmp_path, peer, ca=key):

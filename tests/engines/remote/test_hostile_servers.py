@@ -1,4 +1,4 @@
-"""Servers that are not what they should be, from the start or once they were proven."""
+"""Servers that misbehave, from the start or after they passed the checks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ OUTCOMES = {
 PROTOCOLS = pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 
 
-def told(engine: RemoteEngine) -> bool:
-    """Whether the only server's proof has failed, so that there is a reason."""
+def checked(engine: RemoteEngine) -> bool:
+    """Return whether the checks of the only server have failed with a reason."""
     reason = engine.health().reason
     return "not been checked" not in reason and "found yet" not in reason
 
@@ -56,16 +56,16 @@ def told(engine: RemoteEngine) -> bool:
     ],
 )
 @PROTOCOLS
-async def test_a_server_that_lies_is_refused(
+async def test_a_wrong_server_is_rejected(
     default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, words: str, protocol: str
 ) -> None:
-    """It never gets a call, and the reason names the server, the adapter and what it gave."""
+    """A wrong server does not get calls, and the reason names the server and the error."""
     peer = Peer(default_checkpoint, behaviour=behaviour, protocol=protocol)
     async with (
         listening(peer),
-        pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics),
+        pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, metrics),
     ):
-        await until(lambda: told(engine))
+        await until(lambda: checked(engine))
         health = engine.health()
         assert health.state is EngineState.STARTING
         assert words in health.reason
@@ -93,17 +93,17 @@ async def test_a_server_that_lies_is_refused(
         {"data": [{"id": "a", "owned_by": "vllm", "parent": "b"}]},
     ],
 )
-async def test_a_strange_listing_is_refused_and_asked_for_again(
+async def test_an_unexpected_listing_is_rejected_and_checked_again(
     default_checkpoint: Checkpoint, tmp_path: Path, listing: Any
 ) -> None:
-    """Whatever JSON /v1/models holds, the server is refused, and used once it is right."""
+    """A server with an unexpected /v1/models is rejected until the response is right."""
     peer = Peer(default_checkpoint)
     peer.listing = listing
     async with (
         listening(peer),
-        pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics),
+        pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, metrics),
     ):
-        await until(lambda: told(engine))
+        await until(lambda: checked(engine))
         assert f"{peer.url}: it" in engine.health().reason
         peer.listing = None
         await until(lambda: serving(metrics) == 1)
@@ -112,10 +112,10 @@ async def test_a_strange_listing_is_refused_and_asked_for_again(
 @pytest.mark.anyio
 @pytest.mark.parametrize("behaviour", OUTCOMES)
 @PROTOCOLS
-async def test_one_server_that_turns_bad(
+async def test_the_only_server_starts_to_misbehave(
     default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, protocol: str
 ) -> None:
-    """Alone, it makes every request a 503 (a full one a 429), never a wrong vector; it counts."""
+    """Requests fail with 503 (429 if it is busy), never with wrong vectors; calls are counted."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
@@ -137,10 +137,10 @@ async def test_one_server_that_turns_bad(
 @pytest.mark.anyio
 @pytest.mark.parametrize("behaviour", [*OUTCOMES, "slow"])
 @PROTOCOLS
-async def test_one_of_two_servers_turns_bad(
+async def test_one_of_two_servers_starts_to_misbehave(
     default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, protocol: str
 ) -> None:
-    """The other one answers, rightly, every request."""
+    """The other server answers every request correctly."""
     good, bad = peers = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with (
         listening(*peers),
@@ -157,10 +157,10 @@ async def test_one_of_two_servers_turns_bad(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("behaviour", ["silent", "endless", "slow", "500"])
-async def test_a_deadline_holds_before_a_bad_server(
+async def test_a_deadline_is_met_with_a_misbehaving_server(
     default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str
 ) -> None:
-    """Whatever the server does, a client that waits 0.1 s is answered soon after."""
+    """With any behaviour of the server, a request with a deadline of 0.1 s ends soon after."""
     peer = Peer(default_checkpoint)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
         peer.behaviour = behaviour
@@ -176,7 +176,7 @@ async def test_a_deadline_holds_before_a_bad_server(
 async def test_a_redirect_is_not_followed(
     default_checkpoint: Checkpoint, tmp_path: Path, status: int
 ) -> None:
-    """Texts go to no server that was not been checked, whoever points there."""
+    """Texts are not sent to another server by a redirect."""
     elsewhere = Peer(default_checkpoint)
     peer = Peer(default_checkpoint)
 
@@ -204,10 +204,10 @@ async def test_a_redirect_is_not_followed(
 
 
 @pytest.mark.anyio
-async def test_nobody_listens(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A port without a server is a reason to wait, by the server's name."""
+async def test_a_port_without_a_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Without a server on the port, the engine is starting, and the reason names the URL."""
     url = f"http://127.0.0.1:{free_port()}"
-    async with pool(default_checkpoint, tmp_path, proven=0, urls=(url,)) as (engine, _):
+    async with pool(default_checkpoint, tmp_path, wait_for=0, urls=(url,)) as (engine, _):
         await until(lambda: "Connect" in engine.health().reason)
         assert f"{url}: " in engine.health().reason
         assert engine.health().state is EngineState.STARTING
@@ -215,10 +215,10 @@ async def test_nobody_listens(default_checkpoint: Checkpoint, tmp_path: Path) ->
 
 @pytest.mark.anyio
 @PROTOCOLS
-async def test_a_hung_server_is_dropped_after_one_call(
+async def test_a_hung_server_is_detected_by_one_call(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """A call that nobody limited and that got no answer in time drops the server at once."""
+    """A call without a deadline that times out opens the circuit at once."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
@@ -235,8 +235,8 @@ async def test_a_hung_server_is_dropped_after_one_call(
 
 
 @pytest.mark.anyio
-async def test_a_quiet_server_is_checked(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Without any request, adapters that were swapped after the proof are noticed."""
+async def test_an_idle_server_is_probed(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Adapters that are swapped later are detected without any request."""
     peer = Peer(default_checkpoint)
     async with (
         listening(peer),
@@ -255,10 +255,10 @@ async def test_a_quiet_server_is_checked(default_checkpoint: Checkpoint, tmp_pat
 
 
 @pytest.mark.anyio
-async def test_a_quiet_busy_server_is_not_stormed(
+async def test_a_busy_server_is_not_probed_repeatedly(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """A check that is answered with a 429 is not sent again at once."""
+    """A probe that is answered with 429 is not repeated at once."""
     peer = Peer(default_checkpoint)
     async with (
         listening(peer),

@@ -1,4 +1,4 @@
-"""The pool's life: who is called, who is dropped, who comes back."""
+"""The pool: choice of servers, circuit breakers, retries and stop."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ PROTOCOLS = pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
 
 
 def within(asked: TokenBatch, seconds: float) -> TokenBatch:
-    """The same texts with a deadline."""
+    """Return the same batch with a deadline."""
     return TokenBatch(asked.ids, asked.adapter, time.monotonic() + seconds)
 
 
 @pytest.mark.anyio
-async def test_a_server_may_come_up_late(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Until the first server is proven the pool is starting, then ready, then unavailable."""
+async def test_a_server_may_start_late(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The pool is starting until a server is serving, then ready, and then unavailable."""
     peer = Peer(default_checkpoint)
-    async with pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, metrics):
+    async with pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, metrics):
         await until(lambda: peer.url in engine.health().reason)
         assert engine.health().state is EngineState.STARTING
         async with listening(peer):
@@ -56,13 +56,13 @@ async def test_a_server_may_come_up_late(default_checkpoint: Checkpoint, tmp_pat
 
 @pytest.mark.anyio
 @PROTOCOLS
-async def test_a_server_that_takes_shorter_texts_only(
+async def test_a_server_with_a_lower_text_limit(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """It is refused with both limits and what to change, unless this gateway's is lowered."""
+    """A server with a lower limit is rejected with both limits, unless the gateway's is lowered."""
     peer = Peer(default_checkpoint, protocol=protocol, max_tokens=512)
     async with listening(peer):
-        async with pool(default_checkpoint, tmp_path, peer, proven=0) as (engine, _):
+        async with pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, _):
             await until(lambda: "512" in engine.health().reason)
             assert "sends up to 2048" in engine.health().reason
         async with pool(default_checkpoint, tmp_path, peer, max_tokens=512) as (engine, _):
@@ -71,10 +71,10 @@ async def test_a_server_that_takes_shorter_texts_only(
 
 @pytest.mark.anyio
 @PROTOCOLS
-async def test_a_server_that_comes_back_is_proven_first(
+async def test_a_restarted_server_is_checked_first(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """With swapped adapters it gets no call; once they are right it does."""
+    """A restarted server with swapped adapters does not get calls until they are right."""
     peers = good, other = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
         await other.stop()
@@ -98,10 +98,10 @@ async def test_a_server_that_comes_back_is_proven_first(
 
 
 @pytest.mark.anyio
-async def test_three_errors_in_a_row_drop_a_server(
+async def test_three_consecutive_errors_open_the_circuit(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Two errors and an answer leave it in; the third in a row does not."""
+    """Two errors before an answer keep the circuit closed, three consecutive errors open it."""
     peer = Peer(default_checkpoint)
     good = Peer(default_checkpoint)
     async with (
@@ -135,8 +135,10 @@ async def test_three_errors_in_a_row_drop_a_server(
 
 
 @pytest.mark.anyio
-async def test_a_busy_server_stays(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A 429 sends the call to the other server and drops nobody, however often."""
+async def test_a_busy_server_keeps_its_circuit_closed(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """After a 429, the call goes to the other server, and the circuit stays closed."""
     peers = busy, _ = [Peer(default_checkpoint) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
         busy.behaviour = "429"
@@ -146,8 +148,8 @@ async def test_a_busy_server_stays(default_checkpoint: Checkpoint, tmp_path: Pat
 
 
 @pytest.mark.anyio
-async def test_retries_come_to_an_end(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Each busy server is asked once, and when the reserve of retries is spent hardly a second."""
+async def test_retries_are_limited(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A call is sent once to each busy server, and retries stop when the budget is empty."""
     peers = Peer(default_checkpoint), Peer(default_checkpoint)
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
         for peer in peers:
@@ -167,13 +169,13 @@ async def test_retries_come_to_an_end(default_checkpoint: Checkpoint, tmp_path: 
 
 @pytest.mark.anyio
 @PROTOCOLS
-async def test_a_client_s_deadline_is_not_the_server_s_fault(
+async def test_a_deadline_of_a_client_keeps_the_circuit_closed(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """It ends the call at the server, drops nobody, and counts as no retry."""
+    """A deadline cancels the call without opening the circuit and without a retry."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
-        peer.held.clear()
+        peer.released.clear()
         for i in range(5):
             with pytest.raises(DeadlineExceededError):
                 await engine.embed(within(batch(3), 0.2))
@@ -183,20 +185,20 @@ async def test_a_client_s_deadline_is_not_the_server_s_fault(
         assert retried(metrics) == 0
         if protocol == "taskvec":
             assert max(peer.deadlines[-5:]) <= 200 < min(peer.deadlines[:-5])
-        peer.held.set()
+        peer.released.set()
         assert len((await engine.embed(batch(3))).vectors) == 3
 
 
 @pytest.mark.anyio
 @PROTOCOLS
 @pytest.mark.parametrize("count", [3, 150])
-async def test_a_request_that_is_withdrawn_ends_its_calls(
+async def test_a_cancelled_request_cancels_its_calls(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str, count: int
 ) -> None:
-    """The servers see their connections closed, and nobody is dropped for it."""
+    """The connections of a cancelled request are closed, and circuits stay closed."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
-        peer.held.clear()
+        peer.released.clear()
         request = asyncio.create_task(engine.embed(batch(count)))
         await until(lambda: sum(len(ids) for ids, _ in peer.calls) == count)
         request.cancel()
@@ -209,20 +211,20 @@ async def test_a_request_that_is_withdrawn_ends_its_calls(
 
 @pytest.mark.anyio
 async def test_the_key_is_sent(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Every server gets it as a bearer token; a 401 says which setting to look at, not the key."""
+    """The key is sent as a bearer token; after a 401 the reason names the setting, not the key."""
     peer = Peer(default_checkpoint)
     async with listening(peer):
         async with pool(default_checkpoint, tmp_path, peer, api_key="s3cret"):
             assert set(peer.keys) == {"Bearer s3cret"}
         peer.behaviour = "401"
-        async with pool(default_checkpoint, tmp_path, peer, proven=0, api_key="s3cret") as (
+        async with pool(default_checkpoint, tmp_path, peer, wait_for=0, api_key="s3cret") as (
             engine,
             _,
         ):
             await until(lambda: "401" in engine.health().reason)
             assert "TASKVEC_ENGINE_API_KEY" in engine.health().reason
             assert "s3cret" not in engine.health().reason
-        async with pool(default_checkpoint, tmp_path, peer, proven=0):
+        async with pool(default_checkpoint, tmp_path, peer, wait_for=0):
             await until(lambda: peer.keys[-1] is None)
 
 
@@ -231,10 +233,10 @@ async def test_the_key_is_sent(default_checkpoint: Checkpoint, tmp_path: Path) -
 async def test_stopping_waits_for_calls(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """What was accepted is answered, nothing new is taken, then everything is closed."""
+    """Stopping answers the admitted requests, rejects new ones and closes connections."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
-        peer.held.clear()
+        peer.released.clear()
         requests = [asyncio.create_task(engine.embed(batch(2, start=i + 1))) for i in range(5)]
         await until(lambda: peer.calls)
         stopping = asyncio.create_task(engine.stop())
@@ -244,7 +246,7 @@ async def test_stopping_waits_for_calls(
         assert raised.value.code == "draining"
         await asyncio.sleep(0.05)
         assert not stopping.done()
-        peer.held.set()
+        peer.released.set()
         for i, request in enumerate(requests):
             assert np.array_equal((await request).vectors, truth(batch(2, start=i + 1), 256))
         await stopping
@@ -252,18 +254,18 @@ async def test_stopping_waits_for_calls(
 
 
 @pytest.mark.anyio
-async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
+async def test_waiting_texts_are_not_sent_after_the_circuit_opened(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """What waits for a shared call fails with its server, which may come back as another."""
+    """Texts that wait for a shared call fail when the circuit opens."""
     peer = Peer(default_checkpoint, protocol="taskvec")
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
-        peer.held.clear()
+        peer.released.clear()
         requests = [asyncio.create_task(engine.embed(batch(1))) for _ in range(4)]
         await until(lambda: len(peer.calls) == 2)
         await peer.stop()
         peer.behaviour = "swapped"
-        peer.held.set()
+        peer.released.set()
         await peer.start()
         answers = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(answer) for answer in answers] == [UnavailableError] * 4
@@ -272,17 +274,17 @@ async def test_texts_that_waited_are_not_sent_to_a_dropped_server(
 
 @pytest.mark.anyio
 @PROTOCOLS
-async def test_what_is_not_answered_yet_is_the_queue(
+async def test_unanswered_texts_are_the_queue(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """Texts, tokens and the age of the oldest: of every call, until it is answered or given up."""
+    """Texts, tokens and age of unanswered calls are reported as the queue."""
     peer = Peer(default_checkpoint, protocol=protocol)
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer) as (engine, metrics),
     ):
         assert queued(metrics) == (0, 0, 0)
-        peer.held.clear()
+        peer.released.clear()
         large = asyncio.create_task(engine.embed(batch(100)))
         await until(lambda: len(peer.calls) == 2)
         small = asyncio.create_task(engine.embed(batch(5, start=500, length=7)))
@@ -296,7 +298,7 @@ async def test_what_is_not_answered_yet_is_the_queue(
         texts, tokens, age = queued(metrics)
         assert (texts, tokens) == (5, 35)
         assert 0.3 <= age < oldest + 1
-        peer.held.set()
+        peer.released.set()
         await small
         assert queued(metrics) == (0, 0, 0)
 
@@ -305,7 +307,7 @@ async def test_what_is_not_answered_yet_is_the_queue(
 async def test_a_call_that_fails_leaves_the_queue(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """What no server could embed waits no more."""
+    """Texts of a failed call are no longer reported."""
     peer = Peer(default_checkpoint)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         peer.behaviour = "500"
@@ -318,22 +320,22 @@ async def test_a_call_that_fails_leaves_the_queue(
 async def test_a_server_that_reports_its_queue_is_not_counted_twice(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """Where the server reports to the same series, the pool does not."""
+    """If the server reports to the same metrics, the pool does not report its queue."""
     peer = Peer(default_checkpoint, protocol="taskvec")
     async with (
         listening(peer),
         pool(default_checkpoint, tmp_path, peer, reports_queue=False) as (engine, metrics),
     ):
-        peer.held.clear()
+        peer.released.clear()
         asked = asyncio.create_task(engine.embed(batch(3)))
         await until(lambda: peer.calls)
         assert queued(metrics) == (0, 0, 0)
-        peer.held.set()
+        peer.released.set()
         await asked
 
 
 def queued(metrics: Metrics) -> tuple[float, ...]:
-    """Texts, tokens, and the seconds of the oldest."""
+    """Return texts, tokens and the age of the oldest text."""
     metrics.update_queue_age()
     return tuple(
         samples(metrics.registry, f"taskvec_queue_{name}")[()]

@@ -1,4 +1,4 @@
-"""Bulk before a pool: a few calls at a time, so that others need not queue behind it."""
+"""Bulk requests to a pool: few concurrent calls, so that interactive calls do not wait."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ MANY = MAX_CALL_TEXTS * (2 * MAX_BULK_CALLS + 1)
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("protocol", ["vllm", "taskvec"])
-async def test_bulk_goes_a_few_calls_at_a_time(
+async def test_bulk_calls_are_limited(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """While a server works on its share of bulk, an interactive request reaches it at once."""
+    """An interactive call is sent while the maximum of bulk calls is in progress."""
     peer = Peer(default_checkpoint, protocol=protocol)
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
-        peer.held.clear()
+        peer.released.clear()
         bulk = asyncio.create_task(engine.embed(asked))
         await until(lambda: len(peer.calls) == MAX_BULK_CALLS)
         other = asyncio.create_task(engine.embed(batch(1, start=5000)))
         await until(lambda: len(peer.calls) == MAX_BULK_CALLS + 1)
         assert len(peer.calls[-1][0]) == 1, "the interactive one, not more bulk"
-        peer.held.set()
+        peer.released.set()
         answers = await bulk
         await other
     assert np.array_equal(answers.vectors, truth(asked, default_checkpoint.card.dimension))
@@ -55,26 +55,26 @@ async def test_every_call_of_a_request_has_its_class(
 
 
 @pytest.mark.anyio
-async def test_withdrawn_bulk_gives_its_turns_back(
+async def test_cancelled_bulk_releases_its_calls(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """After a client has left in the middle of bulk, the next bulk request is answered."""
+    """After a cancelled bulk request, the next bulk request is answered."""
     peer = Peer(default_checkpoint, protocol="vllm")
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
-        peer.held.clear()
+        peer.released.clear()
         left = asyncio.create_task(engine.embed(asked))
         await until(lambda: len(peer.calls) == MAX_BULK_CALLS)
         left.cancel()
         await until(lambda: ended(metrics, "abandoned") == MAX_BULK_CALLS)
-        peer.held.set()
+        peer.released.set()
         answer = await engine.embed(asked)
     assert np.array_equal(answer.vectors, truth(asked, default_checkpoint.card.dimension))
 
 
 @pytest.mark.anyio
-async def test_bulk_waits_for_a_full_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A part of a request that was admitted is sent again when the server has room."""
+async def test_bulk_waits_for_a_busy_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A bulk call that gets a 429 is sent again."""
     peer = Peer(default_checkpoint, protocol="taskvec")
     asked = replace(batch(MANY), priority=Priority.BULK)
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
@@ -88,8 +88,8 @@ async def test_bulk_waits_for_a_full_server(default_checkpoint: Checkpoint, tmp_
 
 
 @pytest.mark.anyio
-async def test_bulk_finds_a_hung_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A server that does not answer bulk within a call's time is dropped, as by any other call."""
+async def test_bulk_detects_a_hung_server(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A bulk call that times out opens the circuit."""
     peer = Peer(default_checkpoint)
     asked = replace(batch(3), priority=Priority.BULK)
     async with (

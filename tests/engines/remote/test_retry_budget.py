@@ -1,24 +1,24 @@
-"""How many failed calls may be sent again."""
+"""The retry budget."""
 
 from __future__ import annotations
 
 from taskvec.engines.remote.engine import MAX_RETRY_BALANCE, RETRY_RATIO, RetryBudget
 
 
-def spent(budget: RetryBudget, most: int = 10_000) -> int:
-    """How many retries it grants before it refuses one."""
-    return next(i for i in range(most) if not budget.withdraw())
+def withdrawals(budget: RetryBudget, limit: int = 10_000) -> int:
+    """Return the number of retries until the budget is empty."""
+    return next(i for i in range(limit) if not budget.withdraw())
 
 
 def test_it_starts_full() -> None:
-    """A server that dies with everything in flight to it costs no request."""
-    assert spent(RetryBudget()) == MAX_RETRY_BALANCE
+    """A full budget covers all calls in progress to a server that dies."""
+    assert withdrawals(RetryBudget()) == MAX_RETRY_BALANCE
 
 
-def test_five_calls_earn_a_retry() -> None:
-    """Once the reserve is gone, retries are a fifth of the calls at most."""
+def test_five_calls_deposit_one_retry() -> None:
+    """When the balance is used up, at most a fifth of the calls are retried."""
     budget = RetryBudget()
-    spent(budget)
+    withdrawals(budget)
     for _ in range(4):
         budget.deposit()
     assert not budget.withdraw()
@@ -27,21 +27,21 @@ def test_five_calls_earn_a_retry() -> None:
     assert not budget.withdraw()
     for _ in range(1000):
         budget.deposit()
-    assert abs(spent(budget) - 1000 * RETRY_RATIO) <= 1
+    assert abs(withdrawals(budget) - 1000 * RETRY_RATIO) <= 1
 
 
-def test_quiet_days_save_up_no_storm() -> None:
-    """However many calls went well, there is never more than the reserve."""
+def test_the_balance_is_limited() -> None:
+    """Many successful calls do not raise the balance above the maximum."""
     budget = RetryBudget()
     for _ in range(100_000):
         budget.deposit()
-    assert spent(budget) == MAX_RETRY_BALANCE
+    assert withdrawals(budget) == MAX_RETRY_BALANCE
 
 
-def test_a_refusal_costs_nothing() -> None:
-    """Asking in vain again and again does not push the next retry further away."""
+def test_a_failed_withdrawal_is_free() -> None:
+    """Failed withdrawals do not delay the next retry."""
     budget = RetryBudget()
-    spent(budget)
+    withdrawals(budget)
     for _ in range(100):
         assert not budget.withdraw()
     for _ in range(6):

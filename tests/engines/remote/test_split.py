@@ -1,4 +1,4 @@
-"""A request cut into calls, and sent to several servers."""
+"""Requests that are split into calls for several servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from taskvec.engines.remote.engine import MAX_CALL_TEXTS, MAX_CALL_TOKENS, split
 
 
 def texts(*lengths: int) -> list[TokenIds]:
-    """Texts of these lengths."""
+    """Return texts of these lengths."""
     return [np.ones(length, dtype=np.int32) for length in lengths]
 
 
@@ -26,19 +26,19 @@ def texts(*lengths: int) -> list[TokenIds]:
     st.integers(0, 20),
 )
 def test_calls_cover_the_request_in_order(lengths: list[int], servers: int) -> None:
-    """Every text is in exactly one call, in order; no call is empty, or over either limit."""
+    """Every text is in one call, in order, and calls respect both limits."""
     ids = texts(*lengths)
     parts = split(ids, servers)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(ids)))
     for part in parts:
         assert 1 <= part.stop - part.start <= MAX_CALL_TEXTS
-        held = sum(map(len, ids[part]))
-        assert held <= MAX_CALL_TOKENS or part.stop - part.start == 1
+        tokens = sum(map(len, ids[part]))
+        assert tokens <= MAX_CALL_TOKENS or part.stop - part.start == 1
 
 
 @given(st.integers(1, 64), st.integers(1, 200), st.integers(0, 5))
-def test_a_small_request_stays_whole(count: int, length: int, servers: int) -> None:
-    """What fits in one call and would not keep several servers busy is one call."""
+def test_a_small_request_is_not_split(count: int, length: int, servers: int) -> None:
+    """A request that is small for one call and the number of servers is not split."""
     ids = texts(*[length] * count)
     if count * length <= MAX_CALL_TOKENS // max(1, servers):
         assert split(ids, servers) == [slice(0, count)]
@@ -59,7 +59,7 @@ def test_a_small_request_stays_whole(count: int, length: int, servers: int) -> N
     ],
 )
 def test_the_work_is_shared_evenly(lengths: list[int], servers: int, calls: int) -> None:
-    """A large request becomes as many calls as there are servers, or as the limits ask."""
+    """A large request is split into one call per server, or more if the limits require it."""
     assert len(split(texts(*lengths), servers)) == calls
 
 
@@ -68,7 +68,7 @@ def test_the_work_is_shared_evenly(lengths: list[int], servers: int, calls: int)
 async def test_a_large_request_goes_to_both_servers(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:
-    """Of 200 texts each server gets calls of at most 64, and the answer keeps their order."""
+    """Of 200 texts, each server gets calls of at most 64, and the order is kept."""
     peers = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, _):
         asked = batch(200)
@@ -84,19 +84,19 @@ async def test_a_large_request_goes_to_both_servers(
 async def test_balance_prefers_the_idle_server(
     default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    """While one server holds a long text, all short ones go to the other."""
+    """While one server computes a long text, short texts go to the other."""
     peers = [Peer(default_checkpoint) for _ in range(2)]
     async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, _):
         for peer in peers:
-            peer.held.clear()
+            peer.released.clear()
         slow = asyncio.create_task(engine.embed(batch(1, length=500)))
         async with asyncio.timeout(10):
             while not any(peer.calls for peer in peers):
                 await asyncio.sleep(0.01)
         busy, idle = sorted(peers, key=lambda peer: -len(peer.calls))
-        idle.held.set()
+        idle.released.set()
         for start in range(20):
             await engine.embed(batch(2, start=start + 5))
         assert (len(busy.calls), len(idle.calls)) == (1, 20)
-        busy.held.set()
+        busy.released.set()
         assert len((await slow).vectors) == 1

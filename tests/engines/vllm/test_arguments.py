@@ -1,4 +1,4 @@
-"""The arguments that vLLM gets for a checkpoint, and the command line that says the same."""
+"""Engine arguments of vLLM for a checkpoint, and the equal command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ on_both = pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
 
 
 def sized(checkpoint: Checkpoint, *, max_tokens: int, causal: bool = True) -> Checkpoint:
-    """The checkpoint as one of longer texts, causal or bidirectional."""
+    """Return the checkpoint with another limit, causal or bidirectional."""
     backbone = replace(checkpoint.backbone, causal=causal, max_positions=max_tokens)
     return replace(
         checkpoint, backbone=backbone, card=replace(checkpoint.card, max_tokens=max_tokens)
@@ -30,19 +30,19 @@ def sized(checkpoint: Checkpoint, *, max_tokens: int, causal: bool = True) -> Ch
 
 
 def ranked(checkpoint: Checkpoint, *ranks: int) -> Checkpoint:
-    """The checkpoint with as many adapters, of these ranks."""
+    """Return the checkpoint with adapters of these ranks."""
     adapters = zip(checkpoint.adapters, ranks, strict=False)
     return replace(checkpoint, adapters=tuple(replace(a, rank=rank) for a, rank in adapters))
 
 
 def arguments(checkpoint: Checkpoint, *, gpu: bool = True, **options: Any) -> dict[str, Any]:
-    """The engine arguments for a checkpoint."""
+    """Return the engine arguments for a checkpoint."""
     return engine_arguments(checkpoint, FOLDER, VllmOptions(**options), gpu=gpu)
 
 
 @on_both
 def test_it_pools_the_last_token_of_token_ids(default_checkpoint: Checkpoint, gpu: bool) -> None:
-    """VLLM embeds, pools the last token, gets no text, and keeps nothing between texts."""
+    """VLLM pools the last token of token ids, without a tokenizer and without prefix caching."""
     given = arguments(default_checkpoint, gpu=gpu)
     assert given["model"] == str(FOLDER)
     assert (given["runner"], given["convert"]) == ("pooling", "embed")
@@ -54,7 +54,7 @@ def test_it_pools_the_last_token_of_token_ids(default_checkpoint: Checkpoint, gp
 
 @on_both
 def test_every_adapter_can_be_in_one_batch(default_checkpoint: Checkpoint, gpu: bool) -> None:
-    """As many adapters as the checkpoint has are held at once, on the linear layers alone."""
+    """VLLM loads all adapters at once, for the linear layers only."""
     given = arguments(default_checkpoint, gpu=gpu)
     assert given["enable_lora"] is True
     assert given["max_loras"] == given["max_cpu_loras"] == 4
@@ -68,10 +68,10 @@ def test_every_adapter_can_be_in_one_batch(default_checkpoint: Checkpoint, gpu: 
     ("ranks", "wanted"),
     [((1,), 1), ((2,), 8), ((8, 8), 8), ((8, 9), 16), ((33, 4), 64), ((200,), 256), ((512,), 512)],
 )
-def test_the_rank_is_one_that_vllm_knows(
+def test_the_rank_is_valid_for_vllm(
     default_checkpoint: Checkpoint, ranks: tuple[int, ...], wanted: int
 ) -> None:
-    """The least rank that vLLM accepts and every adapter fits into."""
+    """max_lora_rank is the smallest valid rank that is enough for every adapter."""
     given = arguments(ranked(default_checkpoint, *ranks))
     assert given["max_lora_rank"] == wanted
     assert wanted in LORA_RANKS
@@ -79,7 +79,7 @@ def test_the_rank_is_one_that_vllm_knows(
 
 
 def test_without_adapters_there_is_no_lora(default_checkpoint: Checkpoint) -> None:
-    """A plain backbone pays for no adapters."""
+    """LoRA is not enabled for a plain backbone."""
     bare = replace(default_checkpoint, adapters=())
     assert not [name for name in arguments(bare) if "lora" in name]
     assert "--lora-modules" not in server_command(bare, FOLDER, VllmOptions(), gpu=True)
@@ -89,7 +89,7 @@ def test_without_adapters_there_is_no_lora(default_checkpoint: Checkpoint) -> No
 def test_texts_are_never_longer_than_the_model_allows(
     default_checkpoint: Checkpoint, asked: int, wanted: int
 ) -> None:
-    """The longest text is what the operator says, at most the model's own limit."""
+    """The text limit is the operator's, at most that of the model."""
     assert arguments(default_checkpoint, max_tokens=asked)["max_model_len"] == wanted
 
 
@@ -114,29 +114,29 @@ def test_a_bidirectional_text_fits_one_forward(  # noqa: PLR0917 - pytest calls 
     causal: bool,
     wanted: int,
 ) -> None:
-    """A causal text may be cut into chunks; a bidirectional one must fit into one forward."""
+    """A causal text may be computed in chunks; a bidirectional text must fit into one forward."""
     checkpoint = sized(default_checkpoint, max_tokens=longest, causal=causal)
     given = arguments(checkpoint, gpu=gpu, max_batch_tokens=asked)
     assert given["max_num_batched_tokens"] == wanted
     assert given["max_model_len"] == longest
 
 
-def test_a_shorter_longest_text_needs_a_smaller_forward(default_checkpoint: Checkpoint) -> None:
-    """Where the operator allows shorter texts alone, only those must fit."""
+def test_a_lower_text_limit_allows_a_smaller_forward(default_checkpoint: Checkpoint) -> None:
+    """With a lower text limit, one forward must only fit texts of that length."""
     checkpoint = sized(default_checkpoint, max_tokens=8192, causal=False)
     given = arguments(checkpoint, max_batch_tokens=100, max_tokens=500)
     assert given["max_num_batched_tokens"] == 500
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_number_type_is_the_asked_one(default_checkpoint: Checkpoint, dtype: str) -> None:
-    """Left to taskvec it is bfloat16, whatever the weights are stored in."""
+def test_the_dtype(default_checkpoint: Checkpoint, dtype: str) -> None:
+    """The dtype is the operator's; auto is bfloat16, regardless of the stored dtype."""
     assert arguments(default_checkpoint, dtype=dtype)["dtype"] == dtype
     assert arguments(default_checkpoint, dtype="auto")["dtype"] == "bfloat16"
 
 
-def test_options_win_over_what_suits_the_device(default_checkpoint: Checkpoint) -> None:
-    """What the operator sets is passed on; what he leaves at 0 depends on the device."""
+def test_options_override_the_defaults_of_the_device(default_checkpoint: Checkpoint) -> None:
+    """Options of the operator are used; 0 selects the default of the device."""
     options = {
         "max_batch_texts": 7,
         "memory_share": 0.25,
@@ -162,8 +162,8 @@ def test_only_a_cpu_runs_without_graphs(default_checkpoint: Checkpoint) -> None:
     assert "enforce_eager" not in arguments(default_checkpoint, gpu=True)
 
 
-def test_extra_arguments_win_over_all_others(default_checkpoint: Checkpoint) -> None:
-    """Arguments by vLLM's own names are passed on, also where taskvec would say otherwise."""
+def test_extra_arguments_override_all_others(default_checkpoint: Checkpoint) -> None:
+    """Arguments by vLLM's names override those of taskvec."""
     extra = {"max_loras": 9, "seed": 5, "dtype": "float32", "lora_target_modules": ["q_proj"]}
     given = arguments(default_checkpoint, dtype="float16", extra=extra)
     assert {name: given[name] for name in extra} == extra
@@ -173,7 +173,7 @@ def test_extra_arguments_win_over_all_others(default_checkpoint: Checkpoint) -> 
 
 
 def parsed(words: list[str]) -> dict[str, list[str]]:
-    """Flag -> its values."""
+    """Return the values of each flag."""
     flags: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -185,7 +185,7 @@ def parsed(words: list[str]) -> dict[str, list[str]]:
 
 
 @on_both
-def test_the_command_line_says_the_same(default_checkpoint: Checkpoint, gpu: bool) -> None:
+def test_the_command_line_equals_the_arguments(default_checkpoint: Checkpoint, gpu: bool) -> None:
     """Each engine argument is one flag with its value: a server embeds as the engine would.
 
     But a server's other routes do not start without a tokenizer, and a gateway's requests to it
@@ -215,7 +215,7 @@ def test_the_command_line_says_the_same(default_checkpoint: Checkpoint, gpu: boo
 
 
 def test_the_command_line_takes_the_options(default_checkpoint: Checkpoint) -> None:
-    """Options and extra arguments reach the command line, objects as JSON."""
+    """Options and extra arguments are on the command line, objects as JSON."""
     extra = {"compilation_config": {"mode": 0}, "enable_prefix_caching": True, "model": "/other"}
     options = VllmOptions(dtype="float32", max_tokens=100, extra=extra)
     words = server_command(default_checkpoint, FOLDER, options, gpu=True)

@@ -137,7 +137,8 @@ async def test_a_failed_call_fails_all_its_callers() -> None:
     submissions = [submit(batcher, i) for i in range(MAX_CALLS + 2)]
     server.released.set()
     done = await asyncio.gather(*submissions, return_exceptions=True)
-    assert [getattr(error, "outcome", None) for error in done] == [CallOutcome.ERROR] * (
+    outcomes = [getattr(error, "outcome", None) for error in done]
+    assert outcomes == [CallOutcome.ERROR] * (MAX_CALLS + 2)
         MAX_CALLS + 2
     )
     assert {str(error) for error in done} == {"status 500: no, sorry"}

@@ -45,7 +45,7 @@ from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.run import server_options
 from taskvec.service import build_service, build_tokenizer
 from taskvec.settings import Settings
-from taskvec.telemetry.logs import configure_logs
+from taskvec.telemetry.logs import RequestLog, configure_logs
 
 DIMENSION = 1024
 TEXT = "How do I find out which process listens on a port, and stop it without losing its work?"
@@ -103,7 +103,7 @@ class Body(BaseModel):
 def serve(side: str, port: int) -> None:
     """Serve one side until the process is killed."""
     everything = side == "gateway-everything"
-    configure_logs("info" if everything else "error")
+    log = configure_logs("info" if everything else "error")
     settings = with_keys() if everything else Settings()
     options: dict[str, Any] = {"log_config": None, "access_log": False}
     if everything:
@@ -112,7 +112,7 @@ def serve(side: str, port: int) -> None:
         app = bare_app(encoding=side == "bare-encoding")
     else:
         tune_malloc(SERVING)
-        app = gateway_app(settings, tokenizing=side == "gateway-tokenizing")
+        app = gateway_app(settings, log, tokenizing=side == "gateway-tokenizing")
     uvicorn.run(app, port=port, **options)
 
 
@@ -153,7 +153,7 @@ def bare_app(*, encoding: bool) -> FastAPI:
 
 def answer_bytes(texts: int) -> bytes:
     """Return the gateway's response to a request with this number of texts."""
-    app = gateway_app(Settings(), tokenizing=False)
+    app = gateway_app(Settings(), RequestLog(), tokenizing=False)
 
     async def ask() -> bytes:
         transport = httpx.ASGITransport(app)
@@ -163,13 +163,15 @@ def answer_bytes(texts: int) -> bytes:
     return asyncio.run(ask())
 
 
-def gateway_app(settings: Settings, *, tokenizing: bool) -> FastAPI:
+def gateway_app(settings: Settings, log: RequestLog, *, tokenizing: bool) -> FastAPI:
     """Return the real application with the null engine."""
     checkpoint = open_checkpoint(DEFAULT_MODEL)
     engine = NullEngine(checkpoint)
     checkpoint = replace(checkpoint, card=engine.model)
     tokenizer: Any = None if tokenizing else FixedTokens()
-    service = build_service(settings, checkpoint=checkpoint, engine=engine, tokenizer=tokenizer)
+    service = build_service(
+        settings, checkpoint=checkpoint, engine=engine, tokenizer=tokenizer, request_log=log
+    )
     return create_app(service, print)
 
 

@@ -67,11 +67,11 @@ def run_part(name: str, rounds: int) -> Any:
 def part(name: str, rounds: int) -> Any:
     """Measure one part."""
     tune_malloc(SERVING)
-    configure_logs("info" if name == "lines" else "error")
+    log = configure_logs("info" if name == "lines" else "error")
     apps = {
         "bare": bare_app(encoding=False),
-        "gateway": gateway_app(Settings(), tokenizing=False),
-        "limits": gateway_app(with_keys(), tokenizing=False),
+        "gateway": gateway_app(Settings(), log, tokenizing=False),
+        "limits": gateway_app(with_keys(), log, tokenizing=False),
     }
     return uvloop.run(own_times(apps, rounds))
 

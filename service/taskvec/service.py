@@ -29,6 +29,7 @@ from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.malloc import trim_malloc
 from taskvec.settings import EngineKind, LimitsDown, Settings
+from taskvec.telemetry.logs import RequestLog
 
 if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
     from taskvec.auth.rate_limit import RateLimiter
@@ -68,6 +69,7 @@ class Service:
         keys: API keys in force; None if none are required.
         limiter: counts what each key uses; None without keys.
         tracer: None if traces are off.
+        request_log: None if requests are not logged.
     """
 
     settings: Settings
@@ -82,6 +84,7 @@ class Service:
     keys: WatchedKeys | None
     limiter: RateLimiter | None
     tracer: Tracer | None
+    request_log: RequestLog | None
 
     @asynccontextmanager
     async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:
@@ -152,6 +155,7 @@ def build_service(
     metrics: Metrics | None = None,
     engine: Engine | None = None,
     tokenizer: TextTokenizer | None = None,
+    request_log: RequestLog | None = None,
 ) -> Service:
     """Build every part of a process; nothing is started.
 
@@ -164,6 +168,7 @@ def build_service(
         metrics: None makes new ones.
         engine: None builds the one in the settings.
         tokenizer: None builds the checkpoint's.
+        request_log: log of requests, if they are logged; None logs them by structlog.
 
     Raises:
         StartError: the model cannot be served, the keys cannot be read, or traces not be sent.
@@ -232,6 +237,7 @@ def build_service(
             observer=metrics,
         ),
         tracer=make_tracer(names.primary) if settings.traces else None,
+        request_log=(request_log or RequestLog()) if settings.log_requests and not shared else None,
     )
 
 

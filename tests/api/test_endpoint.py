@@ -85,7 +85,7 @@ async def served(
         render_error=plain_error,
     )
     app.router.routes.append(Endpoints.of(service, lag).mount(route))
-    app.add_middleware(RequestMiddleware, log_requests=False)
+    app.add_middleware(RequestMiddleware, log=None)
     async with service.running(lambda error: pytest.fail(str(error))):
         while not engine.health().ready:
             await asyncio.sleep(0.01)

@@ -38,4 +38,4 @@ async def test_a_large_answer_is_made_in_a_thread_and_like_a_small_one(rows: int
     expected = output.apply(vectors)
     assert all((made[kind] == expected[kind]).all() for kind in output.types)
     context.stages.end()
-    assert [stage.name for stage in context.stages.over] == ["encode"]
+    assert [stage.name for stage in context.stages.finished] == ["encode"]

@@ -91,7 +91,7 @@ async def test_the_stages_are_those_of_the_engine(default_checkpoint: Checkpoint
     service = await started(default_checkpoint, engine)
     context = JobContext()
     await service.embedder.embed(service.job(["a text"]), context)
-    stages = context.stages.over
+    stages = context.stages.finished
     assert [stage.name for stage in stages] == ["tokenize", "queue", "engine"]
     tokenize, queue, engine_ = (stage.seconds for stage in stages)
     assert (queue, engine_) == (0.0, 0.01)

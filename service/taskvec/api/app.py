@@ -17,7 +17,7 @@ from taskvec.api.errors import install_error_handlers
 from taskvec.api.load_shedding import EventLoopLag
 from taskvec.api.middleware import RequestMiddleware
 from taskvec.api.request import RequestLimits
-from taskvec.service import STATE_KEY, Role, Service
+from taskvec.service import STATE_KEY, Service
 from taskvec.settings import TokenInput
 
 OTHER_VALUES = 1 << 18
@@ -67,7 +67,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
     install_error_handlers(app)
     app.add_middleware(
         RequestMiddleware,
-        log_requests=settings.log_requests and service.role is not Role.ENGINE,
+        log=service.request_log,
     )
     if settings.cors_origins:
         app.add_middleware(  # outermost: scripts may read every answer, including errors

@@ -161,7 +161,7 @@ class Endpoint:
                 _count(self._metrics, context, seconds)
             if span is not None:
                 span.end(
-                    context.status, context.code, context.stages.over, _span_attributes(context)
+                    context.status, context.code, context.stages.finished, _span_attributes(context)
                 )
 
     async def _response(self, request: Request, context: RequestContext) -> Response:
@@ -187,7 +187,7 @@ class Endpoint:
     def _start_span(self, scope: Scope, context: RequestContext) -> RequestSpan | None:
         if self._tracer is None:
             return None
-        span = self._tracer.begin(scope["method"], scope["path"], scope["headers"])
+        span = self._tracer.start_span(scope["method"], scope["path"], scope["headers"])
         context.trace_id = span.trace_id
         current_span.set(span)
         return span
@@ -200,7 +200,7 @@ def _count(metrics: Metrics, context: RequestContext, seconds: float) -> None:
         texts=context.texts,
         tokens=context.tokens,
         seconds=seconds,
-        stages=context.stages.over,
+        stages=context.stages.finished,
         output=context.output,
         code=context.code,
         key=context.key.name if context.key is not None else None,

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskvec.api.context import CONTEXT_KEY, RequestContext
-from taskvec.telemetry.logs import request_log
+from taskvec.telemetry.logs import RequestLog
 
 _random = random.Random()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -19,15 +19,15 @@ _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class RequestMiddleware:
     """Creates the request's context and reports it when the response is out."""
 
-    def __init__(self, app: ASGIApp, *, log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, log: RequestLog | None) -> None:
         """Wrap an application.
 
         Args:
             app: answers the requests.
-            log_requests: write one log line per request.
+            log: gets one line per request; None writes none.
         """
         self._app = app
-        self._log_requests = log_requests
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection scope."""
@@ -48,8 +48,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             seconds = context.finish()
-            if self._log_requests:
-                request_log.write(_log_line(context, scope, seconds))
+            if self._log is not None:
+                self._log.write(_log_line(context, scope, seconds))
 
 
 def _request_id(scope: Scope) -> str:
@@ -74,7 +74,7 @@ def _log_line(context: RequestContext, scope: Scope, seconds: float) -> dict[str
     }
     if context.key is not None:
         line["key"] = context.key.name
-    for stage in context.stages.over:
+    for stage in context.stages.finished:
         line[f"{stage.name}_ms"] = round(stage.seconds * 1000, 2)
     if context.code is not None:
         line["code"] = context.code
@@ -90,7 +90,7 @@ def _response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
         (b"x-request-id", context.request_id.encode("ascii")),
         (b"openai-processing-ms", b"%d" % milliseconds),
     ]
-    if context.stages.over:
-        timing = ", ".join(f"{name};dur={s * 1000:.2f}" for name, _, s in context.stages.over)
+    if context.stages.finished:
+        timing = ", ".join(f"{name};dur={s * 1000:.2f}" for name, _, s in context.stages.finished)
         headers.append((b"server-timing", timing.encode("ascii")))
     return headers

@@ -45,7 +45,7 @@ async def respond(
         render: writes the response body of the dialect.
         context: its stage ``encode`` begins.
     """
-    context.stages.begin("encode")
+    context.stages.start("encode")
     rows = len(result.vectors)
     cost = rows * output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
     if rows * output.dimensions <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:

@@ -85,11 +85,11 @@ def _serve(**options: Any) -> None:
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     with exit_on_error():
         settings = Settings(**given)
-        configure_logs(settings.log_level)
+        request_log = configure_logs(settings.log_level)
         if settings.workers == 1:
             from taskvec.server.run import serve  # noqa: PLC0415 - slow to import
 
-            serve(settings)
+            serve(settings, request_log)
         else:
             from taskvec.server.workers import serve_workers  # noqa: PLC0415
 

@@ -103,7 +103,7 @@ class AsyncEmbedder:
             return await self._embed(jobs, context or JobContext())
 
     async def _embed(self, jobs: Sequence[EmbedJob], context: JobContext) -> list[Embeddings]:
-        context.stages.begin("tokenize")
+        context.stages.start("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         context.stages.end()
         if self._cache is None:
@@ -123,7 +123,7 @@ class AsyncEmbedder:
         context: JobContext,
     ) -> list[NDArray[np.float32]]:
         """Return the vectors of each job; only texts that are not cached are embedded."""
-        context.stages.begin("cache")
+        context.stages.start("cache")
         lookups = [
             await cache.lookup(texts, job.task.adapter, job.tenant)
             for texts, job in zip(ids, jobs, strict=True)
@@ -152,13 +152,13 @@ class AsyncEmbedder:
         tokens = sum(map(_count_tokens, ids))
         priority = self._admission.priority_of(tokens, jobs[0].priority, self._engine.batch_tokens)
         batches = [
-            TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.entered)
+            TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.engine_entered)
             for texts, job in zip(ids, jobs, strict=True)
         ]
         with self._admission.admit(tokens, priority):
             if context.charge is not None:
                 await context.charge(tokens)
-            stages.begin("queue")
+            stages.start("queue")
             with self._health.waiting:
                 if len(batches) == 1:
                     results = [await self._engine.embed(batches[0])]
@@ -166,7 +166,7 @@ class AsyncEmbedder:
                     results = await gather_or_cancel(map(self._engine.embed, batches))
         queued = min(result.queued for result in results)
         total = max(result.queued + result.computed for result in results)
-        stages.embedded(queued, total - queued)
+        stages.engine_finished(queued, total - queued)
         return results
 
     async def _token_ids(self, job: EmbedJob) -> Sequence[TokenIds]:

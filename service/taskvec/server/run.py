@@ -14,6 +14,7 @@ from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
 from taskvec.server.shutdown import GracefulServer
 from taskvec.settings import Settings
+from taskvec.telemetry.logs import RequestLog
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle timeout of common load balancers."""
@@ -22,8 +23,12 @@ RESERVED_FILES = 128
 """Open files besides client connections: weights, pipes, connections to engine servers."""
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, request_log: RequestLog) -> None:
     """Serve in this process until a signal.
+
+    Args:
+        settings: how to serve.
+        request_log: log of requests.
 
     Raises:
         StartError: the service cannot start.
@@ -39,7 +44,7 @@ def serve(settings: Settings) -> None:
         server.should_exit = True
 
     tune_malloc(SERVING)
-    app = create_app(build_service(settings), stop_serving)
+    app = create_app(build_service(settings, request_log=request_log), stop_serving)
     server = GracefulServer(
         uvicorn.Config(app, host=settings.host, port=settings.port, **server_options(settings))
     )

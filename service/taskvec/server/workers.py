@@ -170,7 +170,7 @@ def gateway_app() -> FastAPI:
     from taskvec.api.app import create_app  # noqa: PLC0415
 
     settings = Settings()
-    configure_logs(settings.log_level)
+    request_log = configure_logs(settings.log_level)
     tune_malloc(SERVING)
 
     def end(error: BaseException) -> None:
@@ -180,7 +180,10 @@ def gateway_app() -> FastAPI:
 
     try:
         service = build_service(
-            settings, Role.GATEWAY, engine_process=os.environ.get(ENGINE_PROCESS)
+            settings,
+            Role.GATEWAY,
+            engine_process=os.environ.get(ENGINE_PROCESS),
+            request_log=request_log,
         )
     except StartError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - the sentence says it all

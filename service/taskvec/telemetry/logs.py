@@ -92,29 +92,34 @@ class LineWriter:
 class RequestLog:
     """Writes the access log: one line for each request, so it avoids structlog's overhead."""
 
-    writer: LineWriter | None = None
-    """Writer of JSON lines; None if structlog must filter or format them (level, terminal)."""
+    def __init__(self, writer: LineWriter | None = None) -> None:
+        """Write to a writer of JSON lines.
+
+        Args:
+            writer: None if structlog must filter or format the lines (level, terminal).
+        """
+        self._writer = writer
 
     def write(self, line: dict[str, Any]) -> None:
         """Write the fields of one request as the event ``request``."""
-        if self.writer is None:
+        if self._writer is None:
             log.info("request", **line)
             return
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
         record = {**line, "event": "request", "level": "info", "timestamp": now}
-        self.writer.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._writer.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
-request_log = RequestLog()
-
-
-def configure_logs(level: str) -> None:
+def configure_logs(level: str) -> RequestLog:
     """Send structlog's events, and records of the standard library's logging, to standard error.
 
     ``logging.shutdown``, which Python calls at exit, flushes buffered lines.
 
     Args:
         level: ``debug``, ``info``, ``warning`` or ``error``.
+
+    Returns:
+        Log of requests, with the same level and format.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
@@ -143,8 +148,8 @@ def configure_logs(level: str) -> None:
             logger_factory=structlog.BytesLoggerFactory(writer),  # type: ignore[arg-type]
             cache_logger_on_first_use=True,
         )
-    request_log.writer = writer if level in ("debug", "info") else None
     logging.basicConfig(handlers=[_ToStructlog(writer)], level=level.upper(), force=True)
+    return RequestLog(writer if level in ("debug", "info") else None)
 
 
 class _ToStructlog(logging.Handler):

@@ -82,7 +82,9 @@ class OtelTracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("taskvec", __version__)
 
-    def begin(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> OtelSpan:
+    def start_span(
+        self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]
+    ) -> OtelSpan:
         """Start a server span; see ``taskvec.telemetry.tracing.Tracer``."""
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         span = self._tracer.start_span(

@@ -27,35 +27,35 @@ class Stages:
     """The stages of one request; a failed request has those that it reached.
 
     Attributes:
-        over: the finished stages, in order.
+        finished: the finished stages, in order.
     """
 
-    __slots__ = ("_name", "_start", "over")
+    __slots__ = ("_name", "_start", "finished")
 
     def __init__(self) -> None:
-        self.over: list[Stage] = []
+        self.finished: list[Stage] = []
         self._name: str | None = None
         self._start = 0.0
 
-    def begin(self, name: str) -> None:
+    def start(self, name: str) -> None:
         """Start a stage, and end the previous one."""
         now = time.perf_counter()
         if self._name is not None:
-            self.over.append(Stage(self._name, self._start, now - self._start))
+            self.finished.append(Stage(self._name, self._start, now - self._start))
         self._name, self._start = name, now
 
-    def entered(self) -> None:
+    def engine_entered(self) -> None:
         """Start the engine's stage if the request is still in the queue; called from any thread."""
         if self._name == "queue":
-            self.begin("engine")
+            self.start("engine")
 
     def end(self) -> None:
         """End the current stage, if there is one."""
         if self._name is not None:
-            self.over.append(Stage(self._name, self._start, time.perf_counter() - self._start))
+            self.finished.append(Stage(self._name, self._start, time.perf_counter() - self._start))
             self._name = None
 
-    def embedded(self, queued: float, computed: float) -> None:
+    def engine_finished(self, queued: float, computed: float) -> None:
         """Replace the queue and engine stages by the engine's own measurements.
 
         Args:
@@ -63,8 +63,8 @@ class Stages:
             computed: seconds from then to the last vector.
         """
         self._name = None
-        while self.over and self.over[-1].name in {"queue", "engine"}:
-            self.over.pop()
+        while self.finished and self.finished[-1].name in {"queue", "engine"}:
+            self.finished.pop()
         start = time.perf_counter() - computed - queued
-        self.over.append(Stage("queue", start, queued))
-        self.over.append(Stage("engine", start + queued, computed))
+        self.finished.append(Stage("queue", start, queued))
+        self.finished.append(Stage("engine", start + queued, computed))

@@ -44,7 +44,9 @@ class RequestSpan(Protocol):
 class Tracer(Protocol):
     """Creates and exports spans."""
 
-    def begin(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> RequestSpan:
+    def start_span(
+        self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]
+    ) -> RequestSpan:
         """Start the span of a request, in the trace of its headers or in a new one."""
 
     def close(self) -> None:

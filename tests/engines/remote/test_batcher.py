@@ -139,8 +139,6 @@ async def test_a_failed_call_fails_all_its_callers() -> None:
     done = await asyncio.gather(*submissions, return_exceptions=True)
     outcomes = [getattr(error, "outcome", None) for error in done]
     assert outcomes == [CallOutcome.ERROR] * (MAX_CALLS + 2)
-        MAX_CALLS + 2
-    )
     assert {str(error) for error in done} == {"status 500: no, sorry"}
     assert len({id(error) for error in done}) == len(done)
     server.error = None

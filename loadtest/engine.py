@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from report import ratio, spread, write_result
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
-from workload import checkpoint_of, equal_lengths, in_batches, log_normal_lengths
+from workload import CACHE, checkpoint_of, equal_lengths, in_batches, log_normal_lengths
 
 CPU = torch.device("cpu")
 PADDED_BATCH = 32
@@ -136,7 +137,9 @@ def transformers_side(checkpoint: Checkpoint, ids: list[TokenIds]) -> Callable[[
     """Return a function that runs the backbone in transformers, in padded batches of 32 texts."""
     from transformers import AutoModel  # noqa: PLC0415 - slow to import
 
-    model = AutoModel.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
+    # transformers cannot read Jina's config.json, but it can read the copy for vLLM.
+    folder = make_vllm_copy(checkpoint, CACHE)
+    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
 
     @torch.inference_mode()
     def run() -> None:

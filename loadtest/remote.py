@@ -32,7 +32,7 @@ from peer_servers import vllm_server
 from report import ratio, spread, write_result
 from server import free_port, wait_ready
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
-from taskvec.service import text_tokenizer
+from taskvec.service import build_tokenizer
 from workload import QWEN, checkpoint_of
 
 HERE = Path(__file__).parent
@@ -93,7 +93,7 @@ def processor_time(
 
 def tokenizer_time(options: argparse.Namespace) -> dict[str, float]:
     """Return the tokeniser's microseconds per text, with 32 texts per call and no other load."""
-    tokenizer = text_tokenizer(checkpoint_of(QWEN), max_tokens=0, threads=1)
+    tokenizer = build_tokenizer(checkpoint_of(QWEN), max_tokens=0, threads=1)
     micros = []
     for warm in [True] + [False] * options.rounds:
         started = time.process_time()

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from synthetic import TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import read_checkpoint
 from taskvec.errors import CheckpointError
-from taskvec.service import text_tokenizer
+from taskvec.service import build_tokenizer
 
 SHAPE = replace(
     TINY_SMALL, vocabulary=64, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8,
@@ -278,7 +278,7 @@ def test_a_tokenizer_of_another_model_is_rejected(folder: Path) -> None:
     """A tokenizer with ids beyond the vocabulary is rejected before it is used."""
     checkpoint = read_checkpoint(folder, "m")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json gives ids up to \d+, .* only 64:"):
-        text_tokenizer(checkpoint, max_tokens=0, threads=1)
+        build_tokenizer(checkpoint, max_tokens=0, threads=1)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"version": "1.0"', b"\xff"])
@@ -287,7 +287,7 @@ def test_a_damaged_tokenizer_is_rejected(folder: Path, data: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(data)
     checkpoint = read_checkpoint(folder, "m")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read .*: copy or downl"):
-        text_tokenizer(checkpoint, max_tokens=0, threads=1)
+        build_tokenizer(checkpoint, max_tokens=0, threads=1)
 
 
 def test_a_huge_number_of_layers_is_rejected_at_once(folder: Path) -> None:

@@ -16,7 +16,7 @@ from oracle import Oracle
 from report import write_result
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from taskvec.engines.packed.selftest import prove_adapters
+from taskvec.engines.packed.selftest import check_adapters
 from taskvec.engines.packed.weights import load_transformer
 from workload import checkpoint_of
 
@@ -61,7 +61,7 @@ def differences(checkpoint: Checkpoint, workdir: Path, device: torch.device) -> 
         exact = load_transformer(checkpoint, device=device, dtype=torch.float32, merge=merge)
         difference = float(np.abs(normalised(exact.embed(ids, names)) - truth).max())
         half = load_transformer(checkpoint, device=device, dtype=torch.bfloat16, merge=merge)
-        prove_adapters(half, checkpoint.card.adapters)
+        check_adapters(half, checkpoint.card.adapters)
         cosine = float((normalised(half.embed(ids, names)) * truth).sum(1).min())
         assert difference <= 1e-5, (checkpoint.card.name, mode, difference)
         assert cosine >= 0.9995, (checkpoint.card.name, mode, cosine)

@@ -134,7 +134,7 @@ DAMAGES = {
     cut_weights: "model.safetensors is damaged",
     dora: "adapter_config.json sets use_dora",
     other_width: "adapter_model.safetensors: ",
-    other_architecture: "config.json names the architecture 'bert'",
+    other_architecture: "config.json has the unknown architecture 'bert'",
     no_tokenizer: "tokenizer.json is missing",
     no_effect: "adapter 'clustering' gives the same vectors",
 }

@@ -16,7 +16,7 @@ from oracle import Oracle
 from report import write_result
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
-from taskvec.engines.packed.selftest import check_adapters
+from taskvec.engines.packed.adapter_check import check_adapters
 from taskvec.engines.packed.weights import load_transformer
 from workload import checkpoint_of
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from fastapi import FastAPI
 from hypothesis import settings as hypothesis_settings
 
@@ -38,6 +39,13 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
 
 DEFAULT_VOCABULARY = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
 """Token ids that the default model knows: all below this."""
+
+
+@pytest.fixture(autouse=True)
+def default_logs() -> Iterator[None]:
+    """Undo what a test configured of structlog, which is global: others capture its events."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

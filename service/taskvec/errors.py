@@ -1,6 +1,6 @@
-"""Every error of a request, with the HTTP status and the code that a client sees.
+"""Errors of requests, with the HTTP status and code that a client sees, and errors of the start.
 
-Raised wherever the error is detected; rendered in one place, ``taskvec.api.errors``.
+A request error is raised wherever it is detected, and rendered by ``taskvec.api.endpoint``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class PayloadTooLargeError(InvalidRequestError):
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not declared as JSON."""
+    """The body's media type or encoding is not supported."""
 
     status = 415
     default_code = "unsupported_media_type"

@@ -19,7 +19,7 @@ from taskvec.core.admission import NO_LIMIT, Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import Task
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError

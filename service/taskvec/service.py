@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,15 @@ from taskvec.core.health import ServiceHealth
 from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
-from taskvec.errors import CheckpointError, TaskvecError
+from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
 from taskvec.settings import EngineKind, LimitsDown, Settings
 from taskvec.telemetry.logs import RequestLog
+from taskvec.telemetry.tracing import Tracer, make_tracer
 
 if TYPE_CHECKING:  # imported when a service is built: the library needs none of them
     from taskvec.auth.rate_limit import RateLimiter
     from taskvec.metrics.registry import Metrics
-    from taskvec.telemetry.tracing import Tracer
 
 STATE_KEY = "service"
 """Key of the service in the ASGI lifespan state, where the server finds it."""
@@ -101,19 +101,21 @@ class Service:
         if self.keys is not None:
             background.append(asyncio.create_task(self.keys.watch()))
         await self._wait_for_engine(START_WAIT if self.role is Role.GATEWAY else 0.0)
-        yield
-        for task in background:
-            task.cancel()
-        for task in background:
-            with suppress(asyncio.CancelledError):
-                await task
-        if self.limiter is not None:
-            await self.limiter.close()
-        await self.engine.stop()
-        await starting
-        await self.embedder.close()
-        if self.tracer is not None:
-            await asyncio.to_thread(self.tracer.close)
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            for ended in await asyncio.gather(*background, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    log.error("background_task_failed", exc_info=ended)
+            if self.limiter is not None:
+                await self.limiter.close()
+            await self.engine.stop()
+            await starting
+            await self.embedder.close()
+            if self.tracer is not None:
+                await asyncio.to_thread(self.tracer.close)
 
     async def _start_engine(self, on_failure: Callable[[BaseException], None]) -> None:
         try:
@@ -134,10 +136,10 @@ class Service:
             return
         try:
             tokens, seconds = await measure_speed(self.engine)
-        except TaskvecError as error:
-            log.warning("engine_not_measured", reason=error.message)
+        except Exception as error:  # noqa: BLE001 - without a measurement the default limit holds
+            log.warning("engine_not_measured", reason=str(error))
             return
-        self.admission.learn(tokens, seconds)
+        self.admission.set_rate(tokens, seconds)
         await asyncio.to_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
         log.info(
             "engine_measured",
@@ -176,7 +178,6 @@ def build_service(
     # prometheus_client reads the folder that processes share when it is imported: not before.
     from taskvec.auth.rate_limit import RateLimiter  # noqa: PLC0415
     from taskvec.metrics.registry import Metrics  # noqa: PLC0415
-    from taskvec.telemetry.tracing import make_tracer  # noqa: PLC0415
 
     checkpoint = checkpoint or open_checkpoint(settings.model, settings.revision)
     tasks = task_table(checkpoint)
@@ -334,7 +335,7 @@ def build_engine(
         reports_queue: see ``RemoteOptions``.
 
     Raises:
-        CheckpointError: a package that it needs is not installed.
+        StartError: a package that it needs is not installed.
     """
     if settings.engine is EngineKind.REMOTE:
         return _remote_engine(settings, checkpoint, observer, reports_queue=reports_queue)
@@ -352,7 +353,7 @@ def _packed_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) ->
     except ModuleNotFoundError as missing:
         if missing.name != "torch":
             raise
-        raise CheckpointError("The packed engine needs torch: install taskvec[packed].") from None
+        raise StartError("The packed engine needs torch: install taskvec[packed].") from None
     options = PackedOptions(
         device=settings.device,
         dtype=settings.dtype,

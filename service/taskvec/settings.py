@@ -396,7 +396,8 @@ class Settings(BaseSettings):
         Path | None,
         Field(
             description="TOML file of API keys, as printed by `taskvec key`; reloaded when it "
-            "changes. If there are API keys, every route except /health requires one."
+            "changes. If there are API keys, every route except /health and, by default, /metrics "
+            "requires one."
         ),
     ] = None
     api_keys: Annotated[

@@ -22,11 +22,11 @@ from taskvec.api.errors import error_headers
 from taskvec.api.load_shedding import EventLoopLag
 from taskvec.api.middleware import RequestMiddleware
 from taskvec.api.request import RequestLimits
-from taskvec.api.response import Vectors
+from taskvec.api.response import VectorsByType
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.job import EmbedJob
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError, TaskvecError
 from taskvec.service import Service, build_service
 from taskvec.settings import Settings
@@ -53,7 +53,7 @@ class PlainDialect:
         job = EmbedJob(inputs=body, task=self._tasks.default, tenant=key.name if key else None)
         return job, OutputFormat(16, (OutputType.FLOAT, OutputType.INT8))
 
-    def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
+    def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         assert list(vectors) == list(output.types)
         rows = {kind.value: matrix.tolist() for kind, matrix in vectors.items()}
         return JSONResponse({**rows, "tokens": tokens})
@@ -136,7 +136,7 @@ async def test_a_new_dialect_is_shed_and_drained(
         shed = await client.post(PATH, content=b"{", headers=WEB)
         assert shed.status_code == 429
         assert int(shed.headers["retry-after"]) >= 1
-        service.health.refuse()
+        service.health.stop_accepting()
         drained = await client.post(PATH, content=b"{", headers=WEB)
         assert drained.status_code == 503
         assert drained.headers["connection"] == "close"
@@ -154,3 +154,36 @@ async def test_a_bug_is_an_error_without_internals(
         assert answer.status_code == 500
         assert answer.json()["message"].startswith("Internal error")
         assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.anyio
+async def test_a_wrong_method_is_counted(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """405 comes in the dialect's form with the allowed method, without a key, and is counted."""
+    engine = FakeEngine(default_checkpoint.card)
+    async with served(default_checkpoint, tmp_path, engine) as (client, service):
+        answer = await client.get(PATH)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        assert set(answer.json()) == {"message", "id"}
+        page = service.metrics.render("ready").decode()
+        assert total(page, "taskvec_rejected_total", 'code="method_not_allowed"') == 1
+        assert total(page, "taskvec_requests_total", 'status="405"') == 1
+
+
+@pytest.mark.anyio
+async def test_a_bug_outside_the_handler_is_an_error_as_well(
+    default_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that cannot be rendered is the contract's 500 with its id, and counted as one."""
+
+    def broken(error: TaskvecError, request_id: str) -> Response:
+        raise ValueError(request_id, error)
+
+    monkeypatch.setitem(globals(), "plain_error", broken)
+    engine = FakeEngine(default_checkpoint.card)
+    async with served(default_checkpoint, tmp_path, engine) as (client, service):
+        answer = await client.post(PATH, json={"a": 1}, headers=WEB)
+        assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        page = service.metrics.render("ready").decode()
+        assert total(page, "taskvec_requests_total", 'status="500"') == 1
+        assert total(page, "taskvec_requests_total", 'status="499"') == 0

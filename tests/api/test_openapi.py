@@ -10,7 +10,7 @@ import pytest
 
 from conftest import fake_service
 from fakes import FakeEngine
-from taskvec.api.embeddings import TYPE_FIELDS
+from taskvec.api.openai import TYPE_FIELDS
 from taskvec.checkpoint.checkpoint import Checkpoint
 
 PATH = "/v1/embeddings"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from starlette.responses import Response
 
-from taskvec.api.response import POSTPROCESS_INLINE_VALUES, Vectors, respond
+from taskvec.api.response import POSTPROCESS_INLINE_VALUES, VectorsByType, respond
 from taskvec.core.job import Embeddings, JobContext
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 
 WIDTH = 256
 
@@ -22,9 +22,9 @@ async def test_a_large_answer_is_made_in_a_thread_and_like_a_small_one(rows: int
     vectors = np.random.default_rng(0).standard_normal((rows, WIDTH)).astype(np.float32)
     output = OutputFormat(128, (OutputType.INT8, OutputType.FLOAT))
     threads: list[threading.Thread] = []
-    found: list[tuple[Vectors, int]] = []
+    found: list[tuple[VectorsByType, int]] = []
 
-    def render(vectors: Vectors, tokens: int) -> Response:
+    def render(vectors: VectorsByType, tokens: int) -> Response:
         threads.append(threading.current_thread())
         found.append((vectors, tokens))
         return Response(b"answer")

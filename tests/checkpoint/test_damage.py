@@ -277,7 +277,7 @@ def test_a_shard_outside_the_folder_is_rejected(folder: Path, shard: str) -> Non
 def test_a_tokenizer_of_another_model_is_rejected(folder: Path) -> None:
     """A tokenizer with ids beyond the vocabulary is rejected before it is used."""
     checkpoint = read_checkpoint(folder, "m")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json gives ids up to \d+, .* only 64:"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has ids up to \d+, .* only 64:"):
         build_tokenizer(checkpoint, max_tokens=0, threads=1)
 
 

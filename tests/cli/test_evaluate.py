@@ -14,7 +14,7 @@ import pytest
 from heldout import write_all
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.cli.evaluate import EvalOptions, ModelSource, run_eval
-from taskvec.core.postprocess import OutputType
+from taskvec.core.output_format import OutputType
 from taskvec.errors import TaskvecError
 
 ADAPTERS = ["classification", "clustering", "retrieval", "text-matching"]

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.core.admission import MAX_RETRY_AFTER, MIN_BUDGET, UNMEASURED_BUDGET, Admission
+from taskvec.core.admission import (
+    MAX_RETRY_AFTER,
+    MIN_BUDGET,
+    UNMEASURED_BUDGET,
+    Admission,
+    batch_priority,
+)
 from taskvec.errors import QueueFullError
 from taskvec.priority import Priority
 
@@ -220,9 +226,9 @@ def test_the_budget_is_what_the_engine_does_in_some_seconds(clock: Clock) -> Non
     """Without a fixed limit the budget follows the engine's measured speed."""
     admission = Admission(seconds=10, clock=clock)
     assert admission.budget == UNMEASURED_BUDGET
-    admission.learn(tokens=10, seconds=5)
+    admission.set_rate(tokens=10, seconds=5)
     assert admission.budget == MIN_BUDGET
-    admission.learn(tokens=50_000, seconds=5)
+    admission.set_rate(tokens=50_000, seconds=5)
     assert admission.budget == 100_000
     with admission.admit(100_000, INTERACTIVE):
         assert refusal(admission, 1).retry_after == pytest.approx(1)
@@ -231,7 +237,7 @@ def test_the_budget_is_what_the_engine_does_in_some_seconds(clock: Clock) -> Non
 def test_little_work_does_not_make_the_engine_look_slow(clock: Clock) -> None:
     """One short text at a time shows how long a text takes, and not what the engine can do."""
     admission = Admission(seconds=10, clock=clock)
-    admission.learn(tokens=50_000, seconds=5)
+    admission.set_rate(tokens=50_000, seconds=5)
     for _ in range(10_000):
         work(admission, clock, tokens=10, seconds=0.005)
     assert admission.rate == pytest.approx(10_000)
@@ -241,7 +247,7 @@ def test_little_work_does_not_make_the_engine_look_slow(clock: Clock) -> None:
 def test_much_work_shows_what_the_engine_does_now(clock: Clock, rate: int) -> None:
     """An engine that has become slower or faster is known for it after some minutes of load."""
     admission = Admission(seconds=10, clock=clock)
-    admission.learn(tokens=50_000, seconds=5)
+    admission.set_rate(tokens=50_000, seconds=5)
     for _ in range(40):
         work(admission, clock, tokens=80_000, seconds=80_000 / rate)
     assert admission.rate == pytest.approx(rate, rel=0.1)
@@ -276,17 +282,22 @@ def test_bulk_keeps_nobody_else_out(clock: Clock) -> None:
 
 
 def test_a_large_request_is_bulk_whatever_it_says(clock: Clock) -> None:
-    """Bulk is more than a batch, or more than a second of the engine's work once that is known."""
+    """Bulk is more than a second of the engine's work, or many tokens if its speed is unknown."""
     admission = Admission(100, clock=clock)
-    assert admission.priority_of(MIN_BUDGET, INTERACTIVE, 0) is INTERACTIVE
-    assert admission.priority_of(MIN_BUDGET + 1, INTERACTIVE, 0) is BULK
-    admission.learn(tokens=1000, seconds=1)
-    assert admission.priority_of(1000, INTERACTIVE, 0) is INTERACTIVE
-    assert admission.priority_of(1001, INTERACTIVE, 0) is BULK
-    assert admission.priority_of(1, BULK, 0) is BULK
-    assert admission.priority_of(500, INTERACTIVE, 500) is INTERACTIVE
-    assert admission.priority_of(501, INTERACTIVE, 500) is BULK
-    assert admission.priority_of(1001, INTERACTIVE, 5000) is BULK
+    assert admission.priority_of(MIN_BUDGET, INTERACTIVE) is INTERACTIVE
+    assert admission.priority_of(MIN_BUDGET + 1, INTERACTIVE) is BULK
+    admission.set_rate(tokens=1000, seconds=1)
+    assert admission.priority_of(1000, INTERACTIVE) is INTERACTIVE
+    assert admission.priority_of(1001, INTERACTIVE) is BULK
+    assert admission.priority_of(1, BULK) is BULK
+
+
+def test_more_than_a_forward_pass_is_scheduled_as_bulk() -> None:
+    """The engine's class is that of the request, or bulk for more than one forward pass."""
+    assert batch_priority(500, INTERACTIVE, 500) is INTERACTIVE
+    assert batch_priority(501, INTERACTIVE, 500) is BULK
+    assert batch_priority(1, BULK, 500) is BULK
+    assert batch_priority(10_000, INTERACTIVE, 0) is INTERACTIVE
 
 
 def test_requests_have_a_limit_however_short_they_are(clock: Clock) -> None:

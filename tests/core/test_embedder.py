@@ -236,6 +236,25 @@ async def test_more_than_a_batch_is_bulk(
     assert [batch.priority for batch in engine.batches] == [requested, requested, Priority.BULK]
 
 
+@pytest.mark.anyio
+async def test_a_refused_request_of_several_batches_closes_its_own_class(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """What is bulk for the engine alone is admitted, and shed, in the class that it requested."""
+    engine = FakeEngine(default_checkpoint.card, delay=0.2)
+    service = await started(default_checkpoint, engine, room=8)
+    engine.batch_tokens = 2
+    first = asyncio.create_task(service.embedder.embed(service.job(["one two three"])))
+    await in_the_engine(engine, 1)
+    assert engine.batches[0].priority is Priority.BULK
+    with pytest.raises(QueueFullError):
+        await service.embedder.embed(service.job(["four five six"]))
+    with pytest.raises(QueueFullError):
+        service.admission.require_room(Priority.INTERACTIVE)
+    service.admission.require_room(Priority.BULK)
+    await first
+
+
 async def in_the_engine(engine: FakeEngine, batches: int) -> None:
     """Wait until the engine has been handed so many batches."""
     async with asyncio.timeout(60):

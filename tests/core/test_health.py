@@ -82,7 +82,7 @@ async def test_an_idle_engine_does_not_stall(default_checkpoint: Checkpoint) -> 
     async with watched(default_checkpoint) as (_, health, clock):
         clock.now += 100_000
         with health.waiting:
-            assert health.stalled == 0
+            assert health.stalled_seconds == 0
             assert health.readiness().ready
 
 
@@ -147,10 +147,10 @@ async def test_a_failing_engine_is_found_without_traffic(default_checkpoint: Che
 async def test_leaving_and_refusing(default_checkpoint: Checkpoint) -> None:
     """Who leaves is not ready and still takes work; who refuses takes none; both are live."""
     async with watched(default_checkpoint) as (_, health, _):
-        health.leave()
+        health.start_draining()
         assert health.readiness().state is EngineState.STOPPING
         health.require_open()
-        health.refuse()
+        health.stop_accepting()
         with pytest.raises(UnavailableError) as refused:
             health.require_open()
         assert refused.value.code == "draining"

@@ -14,7 +14,7 @@ from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetri
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from heldout import LABELLED, TOPICS, write_all
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.benchmark import MtebEncoder, benchmark_table, run_benchmark
 from taskvec.evaluation.data import PairData, RetrievalData, find_data
@@ -192,7 +192,7 @@ def test_an_unknown_adapter_is_refused(service: ServedModel) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "name --tasks or a --benchmark"),
+        ((), "set --tasks or --benchmark"),
         (("--tasks", "STS1222"), "MTEB: 'STS1222' not found"),
         (("--benchmark", "MTEB(klingon)"), "MTEB: "),
     ],

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.formats import ROWS_PER_STEP, comparable_rows, formats_of
 

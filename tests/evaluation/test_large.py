@@ -8,7 +8,7 @@ import sys
 MEASURE = """
 from pathlib import Path
 import numpy as np
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.evaluation.data import RetrievalData
 from taskvec.evaluation.run import Plan, evaluate
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import running_server
 from heldout import LABELLED
 from processes import served
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import UnavailableError
 from taskvec.evaluation.formats import comparable_rows, read_vectors
 from taskvec.evaluation.service import KEY_VARIABLE, REQUEST_TEXTS, ServedModel

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import taskvec
-from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 from taskvec.engines.base import DropReason, EngineObserver, EngineState
 from taskvec.errors import CODES
 from taskvec.metrics.registry import Metrics

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import CheckpointError, TaskvecError
 from taskvec.evaluation.data import Data, RetrievalData, find_data
 from taskvec.evaluation.formats import formats_of

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import orjson
 
-from taskvec.core.postprocess import OutputType
+from taskvec.core.output_format import OutputType
 from taskvec.evaluation.data import RetrievalData
 from taskvec.evaluation.models import BASE
 from taskvec.evaluation.report import result_fields

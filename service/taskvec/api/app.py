@@ -1,4 +1,4 @@
-"""The ASGI application of a service: its routes, its middleware, its lifespan."""
+"""The ASGI application of a service: routes, middleware, lifespan."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from taskvec import __version__
-from taskvec.api import embeddings, engine_embed, health, models, openapi
 from taskvec.api.endpoint import Endpoints
 from taskvec.api.errors import install_error_handlers
 from taskvec.api.load_shedding import EventLoopLag
 from taskvec.api.middleware import RequestMiddleware
-from taskvec.api.request import RequestLimits
+from taskvec.api.routes import all_routes
 from taskvec.service import STATE_KEY, Service
-from taskvec.settings import TokenInput
-
-OTHER_VALUES = 1 << 18
-"""JSON values that a body may have besides its texts or token ids."""
 
 
 def create_app(service: Service, on_failure: Callable[[BaseException], None]) -> FastAPI:
@@ -34,20 +29,21 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
     """
     settings = service.settings
     lag = EventLoopLag(service.metrics)
-    limits = _request_limits(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         gc.freeze()  # imported modules live as long as the process: no collection need visit them
-        async with service.running(on_failure):
-            lag.start()
-            yield {STATE_KEY: service}
-        lag.stop()
+        lag.start()
+        try:
+            async with service.running(on_failure):
+                yield {STATE_KEY: service}
+        finally:
+            lag.stop()
 
     app = FastAPI(
         title="taskvec",
         version=__version__,
-        summary="Text embeddings that pick the task adapter per request.",
+        summary="Text embeddings with a task adapter selected per request.",
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         redoc_url=None,
@@ -56,19 +52,10 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         openapi_url=None,  # api.openapi serves it, behind the API key
     )
     endpoints = Endpoints.of(service, lag)
-    for route in (
-        *engine_embed.routes(service, limits),
-        *embeddings.routes(service, limits),
-        *models.routes(service, token_ids=limits.token_ids),
-        *health.routes(service),
-        *openapi.routes(app, endpoints.auth),
-    ):
+    for route in all_routes(service, app, endpoints.auth):
         app.router.routes.append(endpoints.mount(route))
     install_error_handlers(app)
-    app.add_middleware(
-        RequestMiddleware,
-        log=service.request_log,
-    )
+    app.add_middleware(RequestMiddleware, log=service.request_log)
     if settings.cors_origins:
         app.add_middleware(  # outermost: scripts may read every answer, including errors
             CORSMiddleware,
@@ -78,17 +65,3 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
             expose_headers=["*"],
         )
     return app
-
-
-def _request_limits(service: Service) -> RequestLimits:
-    settings = service.settings
-    token_ids = settings.token_input is TokenInput.ACCEPT
-    return RequestLimits(
-        body_bytes=settings.max_body_bytes,
-        body_seconds=settings.body_timeout,
-        values=OTHER_VALUES
-        + settings.max_texts * (service.embedder.max_tokens if token_ids else 1),
-        texts=settings.max_texts,
-        seconds=settings.request_timeout,
-        token_ids=token_ids,
-    )

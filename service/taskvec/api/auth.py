@@ -69,7 +69,7 @@ class ApiKeyAuth:
             )
         key = self._keys.find(secret)
         if key is None:
-            raise AuthenticationError("The API key is not known here: check it, or ask for one.")
+            raise AuthenticationError("Unknown API key: check it, or ask the operator for one.")
         return key
 
 
@@ -117,8 +117,8 @@ class KeyRateLimiter:
     def _enter(self, key: Key) -> None:
         if key.limits.concurrency and self._running[key.name] >= key.limits.concurrency:
             raise RateLimitError(
-                f"The API key {key.name} may have {key.limits.concurrency} requests at a time: "
-                "send it again when one was answered.",
+                f"The API key {key.name} has reached its limit of {key.limits.concurrency} "
+                "concurrent requests: retry when one has finished.",
                 retry_after=CONCURRENCY_RETRY_SECONDS,
             )
         self._running[key.name] += 1

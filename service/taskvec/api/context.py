@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 from taskvec.auth.keys import Key
 from taskvec.core.job import JobContext
-from taskvec.core.postprocess import OutputFormat
+from taskvec.core.output_format import OutputFormat
 from taskvec.errors import ClientClosedError
 
 CONTEXT_KEY = "taskvec.context"

@@ -15,27 +15,27 @@ from starlette.responses import Response
 from taskvec.api.context import context_of
 from taskvec.api.endpoint import Handler
 from taskvec.api.request import RequestLimits, cancel_on_disconnect, header_dict, read_json
-from taskvec.api.response import Vectors, respond
+from taskvec.api.response import VectorsByType, respond
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
-from taskvec.core.postprocess import OutputFormat
+from taskvec.core.output_format import OutputFormat
 
 
 class Dialect(Protocol):
-    """One spelling of embedding requests and responses."""
+    """One embedding API: its requests and responses."""
 
     def read(
         self, body: Any, headers: Mapping[str, str], key: Key | None
     ) -> tuple[EmbedJob, OutputFormat]:
-        """Translate a JSON body; may run in a thread.
+        """Translate a JSON body; may run in a thread. The handler checks the dimensions.
 
         Raises:
             InvalidRequestError: names the field at fault.
             NotFoundError: unknown model.
         """
 
-    def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
+    def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """Write the response; may run in a thread.
 
         Args:
@@ -64,6 +64,7 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             lambda body: dialect.read(body, headers, context.key),
         )
         context.task, context.texts, context.output = job.task.name, len(job.inputs), output
+        output.check(embedder.model.dimension)
         result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
         context.tokens = result.tokens
         return await respond(

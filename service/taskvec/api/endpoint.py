@@ -14,7 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter
 from taskvec.api.context import RequestContext, context_of
-from taskvec.api.errors import error_response, error_responses
+from taskvec.api.errors import (
+    ErrorRenderer,
+    error_response,
+    error_responses,
+    internal_error,
+    wrong_method,
+)
 from taskvec.api.load_shedding import EventLoopLag, LoadShedder
 from taskvec.core.health import ServiceHealth
 from taskvec.errors import TaskvecError
@@ -24,9 +30,6 @@ from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 
 Handler = Callable[[Request], Awaitable[Response]]
 """Answers a request; raises TaskvecError for a failure that the client is to see."""
-
-ErrorRenderer = Callable[[TaskvecError, str], Response]
-"""Render an error, given the request id, in the form that clients of the route expect."""
 
 log = structlog.get_logger(__name__)
 
@@ -131,12 +134,17 @@ class RawRoute(APIRoute):
     gateway's time for one text.
     """
 
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand over requests of every method, so that a wrong one is counted as well."""
+        await self.app(scope, receive, send)
+
 
 class Endpoint:
     """ASGI application of one route."""
 
     def __init__(self, route: Route, shared: Endpoints) -> None:
         self._handler = route.handler
+        self._method = route.method
         self._render_error = route.render_error
         self._embeds = route.embeds
         self._auth = None if route.public else shared.auth
@@ -155,6 +163,9 @@ class Endpoint:
         try:
             response = await self._response(Request(scope, receive, send), context)
             await response(scope, receive, send)
+        except Exception:
+            context.status, context.code = TaskvecError.status, TaskvecError.default_code
+            raise
         finally:
             seconds = context.finish()
             if self._metrics is not None:
@@ -165,6 +176,8 @@ class Endpoint:
                 )
 
     async def _response(self, request: Request, context: RequestContext) -> Response:
+        if request.method != self._method:
+            return wrong_method(request, self._method, self._render_error)
         try:
             if self._auth is not None:
                 context.key = self._auth.authenticate(request.scope)
@@ -180,7 +193,7 @@ class Endpoint:
             return self._render_error(error, context.request_id)
         except Exception:
             log.exception("unhandled_error", request_id=context.request_id)
-            hidden = TaskvecError("Internal error; the server's log has it under this request id.")
+            hidden = internal_error()
             context.code = hidden.code
             return self._render_error(hidden, context.request_id)
 

@@ -1,4 +1,4 @@
-"""POST /v1/engine/embed: token ids from other taskvec gateways, several adapters in one call."""
+"""POST /v1/engine/embed: token ids from taskvec gateways, several adapters in one call."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from taskvec.api.request import (
     request_priority,
     request_timeout,
 )
-from taskvec.api.response import Vectors, respond
+from taskvec.api.response import VectorsByType, respond
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import Embeddings, EmbedJob
-from taskvec.core.postprocess import Encoding, OutputFormat
+from taskvec.core.output_format import Encoding, OutputFormat
 from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
@@ -45,7 +45,7 @@ class EngineEmbed:
         """Embed with one embedder, within the limits of a request."""
         self._embedder = embedder
         self._limits = limits
-        # Vectors as the engine returns them.
+        # VectorsByType as the engine returns them.
         self._output = OutputFormat(
             embedder.model.dimension, normalized=False, encoding=Encoding.RAW
         )
@@ -60,7 +60,9 @@ class EngineEmbed:
         context = context_of(request.scope)
         headers = header_dict(request.scope)
         if headers.get("content-type") != WIRE_TYPE:
-            raise UnsupportedMediaTypeError(f"Only {WIRE_TYPE} is taken here; see /v1/embeddings.")
+            raise UnsupportedMediaTypeError(
+                f"Content-Type must be {WIRE_TYPE}; JSON goes to /v1/embeddings."
+            )
         seconds = request_timeout(headers, self._limits.seconds)
         priority = request_priority(headers, context.key)
         body = await read_bytes(request.receive, headers, self._limits)
@@ -135,6 +137,6 @@ class EngineEmbed:
             )
 
 
-def _render(vectors: Vectors, _: int) -> Response:
+def _render(vectors: VectorsByType, _: int) -> Response:
     (matrix,) = vectors.values()
     return Response(matrix.astype("<f4", copy=False).tobytes(), media_type=WIRE_TYPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import orjson
@@ -17,6 +18,9 @@ from taskvec.errors import (
     NotFoundError,
     TaskvecError,
 )
+
+ErrorRenderer = Callable[[TaskvecError, str], Response]
+"""Renders an error, given the request id, in the form that clients of a route expect."""
 
 NO_RETRY_STATUSES = frozenset({500, 504})
 """A retry would only repeat the failure, or the wait."""
@@ -45,6 +49,7 @@ ERROR_SCHEMA: dict[str, Any] = {
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI responses of these error statuses."""
     described = {kind.status: (kind.__doc__ or "").partition("\n")[0] for kind in ALL_ERRORS}
+    described[429] = "Too many requests: the queue is full, or a limit of the API key is reached."
     described[500] = "A bug in the server; the message gives no internals."
     return {
         status: {
@@ -92,19 +97,31 @@ def error_headers(error: TaskvecError) -> dict[str, str]:
     return headers
 
 
+def internal_error() -> TaskvecError:
+    """Return the error of a bug, which says nothing about it."""
+    return TaskvecError("Internal error; the server's log has it under this request id.")
+
+
+def wrong_method(request: Request, allowed: str, render: ErrorRenderer) -> Response:
+    """Return the response to a request whose method its route does not answer."""
+    context = context_of(request.scope)
+    error = MethodNotAllowedError(
+        f"{request.scope['path']} does not answer {request.method}; use {allowed}."
+    )
+    context.code = error.code
+    response = render(error, context.request_id)
+    response.headers["allow"] = allowed
+    return response
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer unknown routes and methods in the same form as the routes' own errors."""
+    """Answer unknown routes in the same form as the routes' own errors."""
 
     async def unrouted(request: Request, error: Exception) -> Response:
         error = cast("HTTPException", error)
         translated: TaskvecError
         if error.status_code == 404:
-            translated = NotFoundError(f"There is no route {request.url.path}; see /docs.")
-        elif error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            translated = MethodNotAllowedError(
-                f"{request.url.path} does not answer {request.method}; use {allowed}."
-            )
+            translated = NotFoundError(f"There is no route {request.scope['path']}; see /docs.")
         else:
             translated = InvalidRequestError(str(error.detail))
         context = context_of(request.scope)

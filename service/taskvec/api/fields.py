@@ -1,7 +1,7 @@
 """Typed reads of JSON fields, shared by the API dialects.
 
-A field may have several spellings: those that a request uses must agree. Errors name the field
-that the client sent.
+A field may have several names: those that a request uses must agree. Errors name the field that the
+client sent.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _TYPE_NAMES = {
 
 
 def agreed(
-    body: Mapping[str, Any], spellings: Sequence[str], read: Callable[[Any, str], T]
+    body: Mapping[str, Any], names: Sequence[str], read: Callable[[Any, str], T]
 ) -> T | None:
-    """Return the one value that all spellings of a field give; None if none is present.
+    """Return the one value that all names of a field give; None if none is present.
 
     Args:
         body: JSON object; null counts as absent.
-        spellings: names of the field.
+        names: the field and its aliases.
         read: converts a value, given the name; see ``string``, ``integer``, ``boolean``.
 
     Raises:
-        InvalidRequestError: two spellings disagree; or raised by ``read``.
+        InvalidRequestError: two names disagree; or raised by ``read``.
     """
     value: T | None = None
     first = ""
-    for field in spellings:
+    for field in names:
         if body.get(field) is None:
             continue
         other = read(body[field], field)
@@ -68,7 +68,7 @@ def string(value: Any, field: str, *, code: str | None = None) -> str | None:
     )
 
 
-def integer(value: Any, field: str) -> int:
+def integer(value: Any, field: str, *, code: str | None = None) -> int:
     """Return a whole number.
 
     Raises:
@@ -78,7 +78,7 @@ def integer(value: Any, field: str) -> int:
         return value
     raise InvalidRequestError(
         f"{field} must be a whole number, got {type_name(value)}.",
-        code="invalid_dimensions",
+        code=code or f"invalid_{field}",
         param=field,
     )
 

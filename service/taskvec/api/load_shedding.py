@@ -1,4 +1,7 @@
-"""Load shedding: refuse embedding requests under overload, before their bodies are read."""
+"""Load shedding: refuse embedding requests under overload, before their bodies are read.
+
+This is the early check; the limits on tokens and requests are in ``core.admission``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from taskvec.metrics.registry import Metrics
 
 MAX_LAG = 0.1
 """Seconds of event-loop lag above which requests are refused. The rest of a slow iteration's
-requests are then answered quickly, so it ends soon and requests in work continue."""
+requests are then answered quickly, so it ends soon and requests in progress continue."""
 
 INTERVAL = 0.05
 """Seconds between two lag measurements."""
@@ -37,7 +40,7 @@ class EventLoopLag:
         """Prepare; ``start`` begins measuring.
 
         Args:
-            metrics: receives the lag, and is asked to refresh its ages.
+            metrics: receives the lag; its queue age is updated as well.
         """
         self._metrics = metrics
         self._due = math.inf
@@ -73,7 +76,7 @@ class LoadShedder:
     """Refuses embedding requests when the queue is full, the loop late, or the service draining."""
 
     def __init__(self, health: ServiceHealth, admission: Admission, lag: EventLoopLag) -> None:
-        """Connect the parts that know about overload."""
+        """Take the sources of overload signals."""
         self._health = health
         self._admission = admission
         self._lag = lag
@@ -90,7 +93,7 @@ class LoadShedder:
             UnavailableError: the service is draining, or the engine cannot embed.
         """
         lag = self._lag.seconds
-        if self._admission.open and lag <= MAX_LAG:
+        if self._admission.accepting and lag <= MAX_LAG:
             return
         self._health.require_open()
         if lag > MAX_LAG:

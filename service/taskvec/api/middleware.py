@@ -7,10 +7,14 @@ import re
 import time
 from typing import Any
 
+import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskvec.api.context import CONTEXT_KEY, RequestContext
+from taskvec.api.errors import error_response, internal_error
 from taskvec.telemetry.logs import RequestLog
+
+log = structlog.get_logger(__name__)
 
 _random = random.Random()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -37,8 +41,12 @@ class RequestMiddleware:
         context = RequestContext(request_id=_request_id(scope))
         scope[CONTEXT_KEY] = context
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 context.status = message["status"]
                 context.stages.end()
                 message["headers"] = [*message.get("headers", ()), *_response_headers(context)]
@@ -46,6 +54,13 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception:
+            log.exception("unhandled_error", request_id=context.request_id)
+            if started:
+                raise  # only closing the connection can show the client that its answer is cut off
+            error = internal_error()
+            context.code = error.code
+            await error_response(error, context.request_id)(scope, receive, send_with_headers)
         finally:
             seconds = context.finish()
             if self._log is not None:

@@ -213,7 +213,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
 
 
 def parse(body: bytes, max_values: int) -> Any:
-    """Parse JSON whose values were counted first: three bytes of it can become a hundred.
+    """Parse JSON after counting its values: parsed values take far more memory than their text.
 
     Args:
         body: any bytes.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from starlette.responses import Response
 
 from taskvec.core.job import Embeddings, JobContext
-from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 
 OCTET_STREAM = "application/octet-stream"
 
@@ -24,13 +24,13 @@ ENCODE_INLINE_BYTES = 1 << 18
 """Largest cost, in bytes of vectors, that is encoded in the event loop: one or two milliseconds."""
 
 JSON_NUMBER_COST = 4
-"""Bytes of a vector cost so much more to write as JSON numbers than as base64."""
+"""Cost of writing a byte of a vector as JSON numbers, relative to base64."""
 
 DUMP_VALUES = 1 << 16
 """Values written as JSON in one call, which holds the interpreter lock: one or two milliseconds."""
 
-Vectors = Mapping[OutputType, NDArray[np.generic]]
-Render = Callable[[Vectors, int], Response]
+VectorsByType = Mapping[OutputType, NDArray[np.generic]]
+Render = Callable[[VectorsByType, int], Response]
 """Make the response of post-processed vectors and the number of tokens."""
 
 

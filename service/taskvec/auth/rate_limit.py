@@ -50,7 +50,6 @@ class LimitReachedError(RateLimitError):
             f"again in {seconds:.3g} seconds.",
             retry_after=seconds,
         )
-        self.kind = kind
         self.window = window
 
 

@@ -108,7 +108,7 @@ class _Reference:
         return self._linear(layer, "self_attn.o_proj", mixed.reshape(len(values), -1))
 
     def _attend(self, q: Matrix, k: Matrix, v: Matrix) -> Matrix:
-        """Return RoPE and attention within one text.
+        """Apply RoPE and compute attention within one text.
 
         Args:
             q: [length, heads, head_dim].

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from taskvec.core.postprocess import OutputType
+from taskvec.core.output_format import OutputType
 from taskvec.evaluation.data import find_data
 from taskvec.evaluation.formats import formats_of
 from taskvec.evaluation.models import LoadedModel, Model

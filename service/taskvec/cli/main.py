@@ -22,7 +22,7 @@ from taskvec import __version__
 from taskvec.auth.keys import is_name
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.cli.exit import EXIT_USAGE, exit_on_error, exit_with, name_missing_extra
-from taskvec.core.postprocess import OutputType
+from taskvec.core.output_format import OutputType
 from taskvec.settings import AdapterMode, Dtype, Settings, environment_variable
 from taskvec.telemetry.logs import configure_logs
 
@@ -78,8 +78,8 @@ def main() -> None:
 def _serve(**options: Any) -> None:
     """Serve a model over HTTP.
 
-    The routes are OpenAI's /v1/embeddings and those of other APIs, health, metrics and /docs. Every
-    option has an environment variable; the option has precedence. The secrets
+    The routes are /v1/embeddings (OpenAI, Jina and Voyage fields), /v1/models, health, metrics and
+    /docs. Every option has an environment variable; the option has precedence. The secrets
     TASKVEC_API_KEYS and TASKVEC_ENGINE_API_KEY have a variable only.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}

@@ -1,4 +1,7 @@
-"""Admission control: how many tokens and requests may be queued, and which class they belong to."""
+"""Admission control: limits on queued tokens and requests, and the priority class of a request.
+
+``api.load_shedding`` asks it before a request is read, ``core.embedder`` once its tokens are known.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ class Admission:
         return sum(self._tokens.values())
 
     @property
-    def open(self) -> bool:
+    def accepting(self) -> bool:
         """Whether both classes admit requests; False from a refusal until there is room again."""
         return all(self._open.values())
 
@@ -109,22 +112,19 @@ class Admission:
         """Tokens per second that the engine embeds under load; 0 if not yet known."""
         return self._answered / self._busy if self._busy else 0.0
 
-    def learn(self, tokens: int, seconds: float) -> None:
+    def set_rate(self, tokens: int, seconds: float) -> None:
         """Set the rate from a measurement: tokens embedded, and the seconds they took."""
         self._answered, self._busy = float(tokens), seconds
 
-    def priority_of(self, tokens: int, requested: Priority, batch_tokens: int) -> Priority:
-        """Return the priority class of a request: bulk if it is large, whatever was requested.
-
-        Large is more than one batch of the engine, or more than a second of its time.
+    def priority_of(self, tokens: int, requested: Priority) -> Priority:
+        """Return the priority class of a request: bulk if it takes more than a second of work.
 
         Args:
             tokens: tokens to embed.
             requested: class that the client or its key names.
-            batch_tokens: tokens of one full batch; 0 if not known.
         """
-        most = min(batch_tokens or MIN_BUDGET, BULK_SECONDS * self.rate or math.inf)
-        return Priority.BULK if tokens > most else requested
+        limit = BULK_SECONDS * self.rate if self.rate else MIN_BUDGET
+        return Priority.BULK if tokens > limit else requested
 
     def require_room(self, priority: Priority) -> None:
         """Refuse at once while earlier requests of a class are being refused.
@@ -199,6 +199,17 @@ class Admission:
         budget = self.budget
         excess = min(held, max(held + tokens - budget, held - REOPEN * budget))
         return min(MAX_RETRY_AFTER, max(1.0, excess / self.rate))
+
+
+def batch_priority(tokens: int, priority: Priority, batch_tokens: int) -> Priority:
+    """Return the class in which the engine schedules a batch: bulk if it fills more than a forward.
+
+    Args:
+        tokens: tokens of the batch.
+        priority: class of its request.
+        batch_tokens: tokens of one full forward pass; 0 if not known.
+    """
+    return Priority.BULK if 0 < batch_tokens < tokens else priority
 
 
 async def measure_speed(engine: Engine) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from taskvec.cache.embeddings import EmbeddingCache
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.concurrency import CancelScope, gather_or_cancel
-from taskvec.core.admission import Admission
+from taskvec.core.admission import Admission, batch_priority
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
@@ -150,9 +150,15 @@ class AsyncEmbedder:
         """Admit each job's texts and embed them; one engine result per job."""
         stages = context.stages
         tokens = sum(map(_count_tokens, ids))
-        priority = self._admission.priority_of(tokens, jobs[0].priority, self._engine.batch_tokens)
+        priority = self._admission.priority_of(tokens, jobs[0].priority)
         batches = [
-            TokenBatch(texts, job.task.adapter, job.deadline, priority, stages.engine_entered)
+            TokenBatch(
+                texts,
+                job.task.adapter,
+                job.deadline,
+                batch_priority(_count_tokens(texts), priority, self._engine.batch_tokens),
+                stages.engine_entered,
+            )
             for texts, job in zip(ids, jobs, strict=True)
         ]
         with self._admission.admit(tokens, priority):

@@ -19,7 +19,7 @@ CHECK_INTERVAL = 0.5
 """Seconds between two checks of the engine's progress."""
 
 
-class InFlight:
+class GuardedCounter:
     """Context manager that counts how often it is entered at the same time."""
 
     __slots__ = ("_on_enter", "count")
@@ -47,9 +47,9 @@ class ServiceHealth:
     Belongs to one event loop.
 
     Attributes:
-        work: wraps a whole request: every request inside is answered before the service stops.
-            Entering raises UnavailableError if it would not be; see ``require_open``.
-        waiting: wraps every call of the engine.
+        work: counts the requests in progress; a shutdown waits for them. Entering it raises
+            UnavailableError if the service does not accept requests; see ``require_open``.
+        waiting: counts the calls of the engine in progress.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class ServiceHealth:
         self._finished = engine.finished
         self._finished_at = self._progress_at = clock()
         self._canary_error = ""
-        self.work = InFlight(self.require_open)
-        self.waiting = InFlight(self._start_waiting)
+        self.work = GuardedCounter(self.require_open)
+        self.waiting = GuardedCounter(self._start_waiting)
 
     @property
-    def stalled(self) -> float:
+    def stalled_seconds(self) -> float:
         """Seconds for which work has waited and nothing was finished."""
         return self._clock() - self._progress_at if self.waiting.count else 0.0
 
-    def leave(self) -> None:
+    def start_draining(self) -> None:
         """Stop being ready; requests are still answered."""
         self._draining = True
 
-    def refuse(self) -> None:
+    def stop_accepting(self) -> None:
         """Refuse new requests from now on; admitted ones are still answered."""
         self._draining = self._refusing = True
 
@@ -105,7 +105,7 @@ class ServiceHealth:
     def liveness(self) -> EngineHealth:
         """Return the engine's health, dead if only a restart of the process can help."""
         health = self._engine_health()
-        if self.stalled >= self._dead_seconds:
+        if self.stalled_seconds >= self._dead_seconds:
             return replace(health, state=EngineState.DEAD)
         return health
 
@@ -117,7 +117,7 @@ class ServiceHealth:
         """
         if self._refusing:
             raise UnavailableError(
-                "The service is being stopped: send the request again, to another one.",
+                "The service is being stopped: retry on another instance.",
                 code="draining",
                 retry_after=1,
             )
@@ -173,10 +173,10 @@ class ServiceHealth:
         health = self._engine.health()
         if health.ready:
             self.check()
-            if self.stalled >= self._stall_seconds:
+            if self.stalled_seconds >= self._stall_seconds:
                 return EngineHealth(
                     EngineState.UNAVAILABLE,
-                    f"work waits, and nothing was finished for {self.stalled:.0f} seconds",
+                    f"work waits, and nothing was finished for {self.stalled_seconds:.0f} seconds",
                 )
             if self._canary_error:
                 return EngineHealth(

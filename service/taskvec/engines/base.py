@@ -35,7 +35,7 @@ class TokenBatch:
         deadline: ``time.monotonic()`` after which the result is not needed; None for no deadline.
         priority: class of the request (``Admission.priority_of`` decides it).
         entered: called by the engine, from any thread, when the first text enters a forward. An
-            engine that does not see its forwards calls it at once.
+            engine that cannot observe its forward passes calls it at once.
 
     Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not in a forward.
     """
@@ -134,7 +134,7 @@ class QueueObserver(Protocol):
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
         """The queue has changed.
 
-        For an engine that does not see its forwards, texts in a forward count as queued.
+        For an engine that does not see its forward passes, texts in a forward pass count as queued.
 
         Args:
             texts: number of queued texts.
@@ -147,13 +147,13 @@ class EngineObserver(QueueObserver, Protocol):
     """Observer of an engine in this process; notified from the engine's thread."""
 
     def batch_started(self, waited: Sequence[float]) -> None:
-        """Requests entered their first forward; ``waited`` has the seconds in the queue of each."""
+        """Requests entered their first forward pass after ``waited`` seconds in the queue each."""
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
-        """A forward with these texts and tokens ended; its budget was ``budget`` tokens."""
+        """A forward pass with these texts and tokens ended; its budget was ``budget`` tokens."""
 
     def memory_ran_out(self, budget: int) -> None:
-        """A forward ran out of memory; the next forwards have at most ``budget`` tokens."""
+        """A forward pass ran out of memory; the next ones have at most ``budget`` tokens."""
 
     def texts_dropped(self, reason: DropReason, texts: int) -> None:
         """Texts left the queue without being embedded."""
@@ -172,7 +172,7 @@ class Engine(Protocol):
 
     @property
     def batch_tokens(self) -> int:
-        """Return the tokens of one full forward; a larger request is bulk work.
+        """Return the tokens of one full forward pass; a larger request is bulk work.
 
         It may be 0 before ``start`` has finished, and change while the engine runs.
         """
@@ -185,7 +185,7 @@ class Engine(Protocol):
         """
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
-        """Embed the texts of one request, in one or more forwards.
+        """Embed the texts of one request, in one or more forward passes.
 
         Raises:
             UnavailableError: the engine is not ready.

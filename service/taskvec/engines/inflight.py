@@ -1,4 +1,4 @@
-"""Bookkeeping of unanswered requests, for engines that do not see their own forwards."""
+"""Bookkeeping of unanswered requests, for engines that do not see their own forward passes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from mteb.types import PromptType
 from rich.console import Console
 from rich.table import Table
 
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.formats import Matrix, comparable_rows, formats_of
 from taskvec.evaluation.models import Model, sides_of

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.core.postprocess import MIN_NORM, OutputFormat, OutputType
+from taskvec.core.output_format import MIN_NORM, OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 
 Matrix = NDArray[np.float32]

@@ -28,7 +28,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, v_measure_score
 
-from taskvec.core.postprocess import MIN_NORM
+from taskvec.core.output_format import MIN_NORM
 from taskvec.evaluation.data import LabelledTexts, RetrievalData
 from taskvec.evaluation.formats import Matrix
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from taskvec.core.postprocess import OutputFormat, OutputType
+from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import ClassificationData, Data, PairData, RetrievalData
 from taskvec.evaluation.formats import Matrix, comparable_rows

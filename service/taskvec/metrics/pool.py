@@ -1,4 +1,4 @@
-"""Metrics of a pool of engine servers; see ``taskvec.engines.remote.server.PoolObserver``."""
+"""Metrics of a pool of engine servers; see ``taskvec.engines.remote.pool_server.PoolObserver``."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from itertools import product
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from taskvec.auth.keys import NO_KEY
-from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 from taskvec.errors import CODES
 from taskvec.metrics.engine import DURATION_BUCKETS
 from taskvec.telemetry.stages import STAGES, Stage
@@ -74,7 +74,7 @@ class RequestMetrics:
         )
         request_seconds = Histogram(
             "taskvec_request_seconds",
-            "How long does an embedding request take from its body to its answer, by task?",
+            "How long does an embedding request take, from its headers to its response, by task?",
             ("task",),
             buckets=DURATION_BUCKETS,
             registry=registry,
@@ -127,11 +127,10 @@ class RequestMetrics:
             self._by_task(task, status)
         self._seconds_by_task = {task: request_seconds.labels(task) for task in tasks}
         self._by_stage = {stage: stage_seconds.labels(stage) for stage in STAGES}
-        self._by_output = {
-            (output.value, encoding.value): answers.labels(output.value, encoding.value)
-            for output, encoding in product(OutputType, Encoding)
-            if output is not OutputType.FLOAT16 or encoding is Encoding.RAW
-        }
+        self._by_output = cache(answers.labels)
+        for output, encoding in product(OutputType, Encoding):
+            if output is not OutputType.FLOAT16 or encoding is Encoding.RAW:
+                self._by_output(output.value, encoding.value)
         self._by_code = {code: rejected.labels(code) for code in (*CODES, OTHER_CODE)}
         self.keys_changed([])
 
@@ -199,7 +198,7 @@ class RequestMetrics:
             self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
         elif output is not None:
             for kind in output.types:
-                self._by_output[kind.value, output.encoding.value].inc()
+                self._by_output(kind.value, output.encoding.value).inc()
         key_requests, key_tokens = self._by_key(key or NO_KEY, label)
         key_requests.inc()
         key_tokens.inc(tokens)

@@ -16,7 +16,7 @@ IDLE_SECONDS = 2.0
 """Time since the last callback above which the loop counts as idle rather than busy."""
 
 SECONDS_PER_CONNECTION = 0.00025
-"""Length of the last loop iteration for which one more connection is accepted."""
+"""One more connection is accepted for each such interval of the last loop iteration."""
 
 RETRY_SECONDS = 1.0
 """Pause in accepting after the process ran out of file descriptors."""
@@ -28,9 +28,9 @@ class BatchAcceptLoop(uvloop.Loop):
     """uvloop's loop, which accepts more connections the longer its last iteration took.
 
     libuv accepts one connection per iteration (since libuv/libuv pull request 3696). An iteration
-    with many requests in work takes tens of milliseconds: new connections then wait for seconds,
-    and are lost when the kernel's queue is full. An idle loop still accepts one at a time, so that
-    several processes on one socket share a burst.
+    with many requests in progress takes tens of milliseconds: new connections then wait for
+    seconds, and are lost when the kernel's queue is full. An idle loop still accepts one at a time,
+    so that several processes on one socket share a burst.
     """
 
     async def create_server(  # type: ignore[override]

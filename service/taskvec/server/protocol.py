@@ -1,4 +1,4 @@
-"""Client connections: uvicorn's HTTP protocol, with limits on what precedes a request."""
+"""Client connections: uvicorn's HTTP protocol, with limits on headers, pipelining and reading."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ConnectionSlots:
         self._idle[connection] = None
 
     def mark_busy(self, connection: Closable) -> None:
-        """Remove a connection that has a request in work, or is closed."""
+        """Remove a connection that has a request in progress, or is closed."""
         self._idle.pop(connection, None)
 
     def evict_idle(self) -> bool:
@@ -329,7 +329,7 @@ class HttpProtocol(HttpToolsProtocol):
 def malformed_http() -> TaskvecError:
     """Return the error of bytes that are not an HTTP request."""
     return InvalidRequestError(
-        "What the client sent is not well-formed HTTP/1.1: does it speak TLS, or to a proxy?",
+        "The request is not valid HTTP/1.1: check http:// or https://, and the proxy settings.",
         code="invalid_http",
     )
 

@@ -13,6 +13,7 @@ from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
 from taskvec.server.shutdown import GracefulServer
+from taskvec.service import build_service
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import RequestLog
 
@@ -33,9 +34,8 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
     Raises:
         StartError: the service cannot start.
     """
-    # Imported late: prometheus_client must not be imported before processes share a folder.
+    # Imports prometheus_client, which workers must not import before they share a folder.
     from taskvec.api.app import create_app  # noqa: PLC0415
-    from taskvec.service import build_service  # noqa: PLC0415
 
     failures: list[BaseException] = []
 

@@ -26,8 +26,8 @@ class GracefulServer(uvicorn.Server):
     On the first signal the service becomes not ready. After ``drain_grace`` seconds, in which load
     balancers notice, it refuses new requests. When every admitted request is answered, or after
     ``drain_timeout`` seconds, uvicorn stops; it then has what is left of ``drain_timeout``, at
-    least a second, to send the responses. The same signal again stops at once. SIGINT comes from a
-    person, and skips the grace.
+    least a second, to send the responses. The same signal again stops at once. SIGINT
+    (Ctrl-C) skips the grace period.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -43,8 +43,8 @@ class GracefulServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal: called between any two instructions of the main thread."""
-        if self._loop is None or self.should_exit:
+        """Schedule the handling of a signal; runs in Python's signal handler."""
+        if self._loop is None:
             super().handle_exit(sig, frame)
         else:
             self._loop.call_soon_threadsafe(self._drain_or_stop, signal.Signals(sig))
@@ -53,6 +53,8 @@ class GracefulServer(uvicorn.Server):
         if number in self._received:
             super().handle_exit(signal.SIGINT, None)  # stops uvicorn
             super().handle_exit(signal.SIGINT, None)  # stops it without waiting for requests
+        elif self.should_exit:
+            super().handle_exit(number, None)
         elif self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(number))
         self._received.add(number)
@@ -61,10 +63,10 @@ class GracefulServer(uvicorn.Server):
         service: Service = self.lifespan.state[STATE_KEY]
         health, settings = service.health, service.settings
         log.info("draining", signal=number.name, working=health.work.count)
-        health.leave()
+        health.start_draining()
         if number == signal.SIGTERM:
             await asyncio.sleep(settings.drain_grace)
-        health.refuse()
+        health.stop_accepting()
         limit = time.monotonic() + settings.drain_timeout
         while health.work.count and time.monotonic() < limit:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(POLL_INTERVAL)

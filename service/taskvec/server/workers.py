@@ -22,7 +22,7 @@ from uvicorn.supervisors import multiprocess
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.engines.base import EngineState
 from taskvec.engines.remote.engine import MAX_CONNECTIONS_PER_SERVER
-from taskvec.errors import CheckpointError, StartError
+from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.server.run import server_options
 from taskvec.server.shutdown import GracefulServer
@@ -33,7 +33,7 @@ from taskvec.telemetry.logs import configure_logs
 GATEWAY_APP = "taskvec.server.workers:gateway_app"
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 ENGINE_PROCESS = "TASKVEC_ENGINE_BEHIND"
-"""Environment variable that tells gateways the kind of the engine process behind them."""
+"""Environment variable with the kind of the engine process behind a gateway."""
 
 START_FAILED = 3
 """Exit code after which uvicorn does not restart a process."""
@@ -62,7 +62,7 @@ class Gateways(multiprocess.Multiprocess):
         """Bind the socket and install signal handlers; no process is started.
 
         Raises:
-            CheckpointError: the address cannot be bound.
+            StartError: the address cannot be bound.
         """
         # Every process reads its settings from the environment, as the first one did.
         os.environ |= settings.model_copy(update={"workers": 1}).environment()
@@ -77,7 +77,7 @@ class Gateways(multiprocess.Multiprocess):
         try:
             sockets: list[socket] = [config.bind_socket()]
         except SystemExit:
-            raise CheckpointError(
+            raise StartError(
                 f"{settings.host}:{settings.port} cannot be bound: is another server using it?"
             ) from None
         multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
@@ -124,7 +124,7 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
         failures.append(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    inner = settings.model_copy(
+    engine_settings = settings.model_copy(
         update={
             "token_input": TokenInput.ACCEPT,
             "tls_cert": None,
@@ -132,13 +132,13 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
             "max_connections": MAX_CONNECTIONS_PER_SERVER * settings.workers,
         }
     )
-    service = build_service(inner, Role.ENGINE)
+    service = build_service(engine_settings, Role.ENGINE)
     golden_vectors(service.checkpoint, settings.cache)
     os.environ[ENGINE_PROCESS] = settings.engine.value
-    outer = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
-    gateways = Gateways(settings.model_copy(update=outer))
+    remote = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
+    gateways = Gateways(settings.model_copy(update=remote))
     app = create_app(service, stop_all)
-    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(inner)))
+    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(engine_settings)))
     stopped = threading.Event()
 
     def watch() -> None:

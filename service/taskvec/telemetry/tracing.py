@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Protocol
 
-from taskvec.errors import CheckpointError
+from taskvec.errors import StartError
 from taskvec.telemetry.stages import Stage
 
 Attributes = Mapping[str, str | int]
@@ -64,12 +64,12 @@ def make_tracer(model: str) -> Tracer:
         model: the served model name.
 
     Raises:
-        CheckpointError: OpenTelemetry's SDK or exporter is not installed.
+        StartError: OpenTelemetry's SDK or exporter is not installed.
     """
     try:
         from taskvec.telemetry.otel import OtelTracer  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as missing:
         if not (missing.name or "").startswith("opentelemetry"):
             raise
-        raise CheckpointError("--traces needs OpenTelemetry: install taskvec[otel].") from None
+        raise StartError("--traces needs OpenTelemetry: install taskvec[otel].") from None
     return OtelTracer(model)

@@ -14,7 +14,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState
 from taskvec.engines.packed.device import available_bytes, choose_device, choose_dtype
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
-from taskvec.errors import CheckpointError
+from taskvec.errors import StartError
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ async def test_a_missing_device_fails_the_start(
 ) -> None:
     """The error of the start names the option, and the engine is dead."""
     engine = PackedEngine(default_checkpoint, PackedOptions(device=device))
-    with pytest.raises(CheckpointError, match="--device"):
+    with pytest.raises(StartError, match="--device"):
         await engine.start()
     assert engine.health().state is EngineState.DEAD
 

@@ -15,7 +15,7 @@ from engines.remote.peer import Peer, batch, listening, pool, samples, truth, un
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState
 from taskvec.engines.remote.discovery import check_url, expand, resolve_host
-from taskvec.errors import CheckpointError
+from taskvec.errors import StartError
 
 
 async def resolve(host: str) -> Sequence[str]:
@@ -207,6 +207,6 @@ async def test_https(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
             assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
         async with pool(default_checkpoint, tmp_path, peer, wait_for=0) as (engine, _):
             await until(lambda: "ertificate" in engine.health().reason)
-        with pytest.raises(CheckpointError, match=r"key\.pem cannot be read as certificates"):
+        with pytest.raises(StartError, match=r"key\.pem cannot be read as certificates"):
             async with pool(default_checkpoint, tmp_path, peer, ca=key):
                 pass

@@ -12,7 +12,7 @@ import pytest
 from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.remote.engine import MAX_CALL_TEXTS, MAX_CALL_TOKENS
-from taskvec.engines.remote.server import MAX_BULK_CALLS
+from taskvec.engines.remote.pool_server import MAX_BULK_CALLS
 from taskvec.errors import UnavailableError
 from taskvec.priority import Priority
 

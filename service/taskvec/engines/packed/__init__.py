@@ -1,1 +1,1 @@
-"""The packed engine: one forward for all texts and adapters of a batch, without padding."""
+"""The packed engine: one forward pass for all texts and adapters of a batch, without padding."""

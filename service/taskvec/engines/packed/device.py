@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from taskvec.errors import CheckpointError
+from taskvec.errors import StartError
 
 CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
@@ -25,13 +25,13 @@ def choose_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        CheckpointError: the device does not exist.
+        StartError: the device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CheckpointError(
+        raise StartError(
             f"The device {name} does not exist: torch {torch.__version__} detects "
             f"{torch.cuda.device_count()} CUDA devices. Choose another --device, or install a "
             "torch build for CUDA and the driver."

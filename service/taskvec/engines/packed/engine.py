@@ -1,4 +1,4 @@
-"""The packed engine: one worker thread takes batches from a fair queue and runs forwards."""
+"""The packed engine: one worker thread takes batches from a fair queue and runs forward passes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from taskvec.engines.base import (
     EngineState,
     TokenBatch,
 )
+from taskvec.engines.packed.adapter_check import check_adapters
 from taskvec.engines.packed.device import (
     available_bytes,
     choose_device,
@@ -31,7 +32,6 @@ from taskvec.engines.packed.device import (
     release_memory,
 )
 from taskvec.engines.packed.scheduler import FairQueue, TokenBudget
-from taskvec.engines.packed.selftest import check_adapters
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import (
@@ -46,14 +46,14 @@ MAX_MERGED_SHARE = 0.5
 """Adapters are merged if the merged weights take at most this share of the free memory."""
 
 CUDA_BATCH_TOKENS = 32_768
-"""Default tokens of one forward on CUDA."""
+"""Default tokens of one forward pass on CUDA."""
 
 REQUESTS_PER_BATCH = 4
 """Number of large requests that share one full batch: determines the quantum of the queue."""
 
 TRIM_INTERVAL_SECONDS = 10.0
-"""Interval at which free memory pages are returned to the system. This happens after a forward has
-been answered, so that only waiting texts are delayed."""
+"""Interval at which free memory pages are returned to the system, after the texts of a forward pass
+are answered, so that only waiting texts are delayed."""
 
 log = structlog.get_logger(__name__)
 
@@ -112,8 +112,8 @@ class PackedOptions:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         adapter_mode: ``merged``, ``low-rank``, or ``auto`` to choose by free memory.
-        max_batch_tokens: maximum tokens of one forward; 0 for the default of the device.
-        threads: processor threads of a forward; 0 for one per available core.
+        max_batch_tokens: maximum tokens of one forward pass; 0 for the default of the device.
+        threads: processor threads of a forward pass; 0 for one per available core.
     """
 
     device: str = "auto"
@@ -327,7 +327,7 @@ class PackedEngine:
             self._trimmed_at = time.monotonic()
 
     def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
-        """Embed texts in one forward, or in several smaller ones if memory runs out."""
+        """Embed texts in one forward pass, or in several smaller ones if memory runs out."""
         rows = [row for row in rows if not row[0].withdrawn]
         if not rows:
             return
@@ -343,7 +343,7 @@ class PackedEngine:
             self._queue.charge(done - started)
         if failure is not None:
             if is_out_of_memory(failure):
-                failure.__traceback__ = None  # its frames reference tensors of the forward
+                failure.__traceback__ = None  # its frames reference tensors of the forward pass
                 self._split(transformer, rows, failure)
             else:
                 log.error("forward_failed", texts=len(ids), exc_info=failure)

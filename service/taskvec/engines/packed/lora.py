@@ -1,4 +1,4 @@
-"""Linear layers with one LoRA adapter per block of rows."""
+"""Linear layers of the backbone with their LoRA adapters; each call applies at most one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class LoraLinear:
-    """Linear layer ``y = x @ W.T`` of the backbone, with or without one adapter.
+    """Linear layer ``y = x @ W.T`` of the backbone, and its LoRA adapters.
 
     Linear layers with the same input are stacked to one LoraLinear: with short texts most of the
     time of a matrix product is the call.

@@ -7,7 +7,7 @@ tokens served. The request with the smallest tag is served next: a new request g
 that have received more, and no request starves.
 
 The classes share the engine's seconds by stride scheduling (Waldspurger and Weihl, 1995). A batch
-contains one class only, so that a short text does not wait for a long forward of bulk texts.
+contains one class only, so that a short text does not wait for a long forward pass of bulk texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIN_BUDGET_TOKENS = 64
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 30.0, 3600.0
 """Seconds without an out-of-memory error before the budget is doubled. The interval doubles with
-every error, so that memory which is permanently lost costs few failed forwards."""
+every error, so that memory which is permanently lost costs few failed forward passes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -148,6 +148,7 @@ class FairQueue(Generic[T]):
         self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
+        """Iterate over the waiting requests, in no particular order."""
         return (entry.request for queue in self._classes.values() for entry in queue.entries)
 
     @property
@@ -217,7 +218,7 @@ class FairQueue(Generic[T]):
 
 
 class TokenBudget:
-    """Maximum tokens of a forward, reduced after out-of-memory errors; one thread uses it.
+    """Maximum tokens of a forward pass, reduced after out-of-memory errors; one thread uses it.
 
     Attributes:
         max_tokens: budget while memory suffices.
@@ -232,7 +233,7 @@ class TokenBudget:
         self._grow_at = 0.0
 
     def shrink(self, failed: int) -> None:
-        """Set the budget to half of a forward of ``failed`` tokens that ran out of memory."""
+        """Set the budget to half of a forward pass of ``failed`` tokens that ran out of memory."""
         self.tokens = min(self.tokens, max(MIN_BUDGET_TOKENS, failed // 2))
         self._grow_at = self._clock() + self._retry_seconds
         self._retry_seconds = min(MAX_RETRY_SECONDS, 2 * self._retry_seconds)

@@ -1,4 +1,4 @@
-"""Forward pass of both architectures over a packed batch.
+"""Forward pass of Qwen3 and EuroBERT over a packed batch.
 
 Linear layers and norms run over blocks of rows. A block has one adapter. Its size keeps the
 activations in the CPU cache and in the free lists of the allocator: on a CPU, mapping new memory

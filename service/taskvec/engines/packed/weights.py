@@ -47,7 +47,7 @@ def load_transformer(
         dtype: bfloat16, float16 or float32. Adapters are always merged in float32.
         merge: True to merge each adapter into a copy of the weights, False to keep its low-rank
             factors.
-        threads: processor threads of a forward; 0 for one per available core.
+        threads: processor threads of a forward pass; 0 for one per available core.
     """
     limit_kernel_cache()
     with ExitStack() as files:

@@ -1,1 +1,1 @@
-"""The remote engine: a pool of embedding servers, either stock vLLM servers or taskvec servers."""
+"""The remote engine: a pool of vLLM servers and taskvec servers."""

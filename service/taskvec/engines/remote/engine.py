@@ -29,12 +29,12 @@ from taskvec.engines.base import (
 from taskvec.engines.inflight import InFlight
 from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.discovery import Resolve, expand, resolve_host
+from taskvec.engines.remote.pool_server import PoolObserver, PoolServer
 from taskvec.engines.remote.protocols import Vectors
-from taskvec.engines.remote.server import PoolObserver, Server
 from taskvec.errors import (
-    CheckpointError,
     DeadlineExceededError,
     QueueFullError,
+    StartError,
     TaskvecError,
     UnavailableError,
 )
@@ -57,7 +57,7 @@ RETRY_RATIO = 0.2
 """Retries that each call deposits in the retry budget."""
 
 MAX_RETRY_BALANCE = 1000.0
-"""Maximum balance of the retry budget: as many calls may be in progress to a server that dies."""
+"""Maximum balance of the retry budget: enough for all calls in progress on one failed server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class RemoteEngine:
             resolve: resolves host names.
 
         Raises:
-            CheckpointError: the CA certificates cannot be read.
+            StartError: the CA certificates cannot be read.
         """
         self._checkpoint = checkpoint
         self._cache = cache
@@ -136,7 +136,7 @@ class RemoteEngine:
         self._observer = observer
         self._resolve = resolve
         self._retry_budget = RetryBudget()
-        self._servers: dict[str, tuple[Server, asyncio.Task[None]]] = {}
+        self._servers: dict[str, tuple[PoolServer, asyncio.Task[None]]] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._discovery: asyncio.Task[None] | None = None
         self._ssl = _ssl_context(options.ca)
@@ -229,7 +229,7 @@ class RemoteEngine:
             return await self._send(batch, ids, tokens)
 
     async def _send(self, batch: TokenBatch, ids: Sequence[TokenIds], tokens: int) -> Vectors:
-        tried: list[Server] = []
+        tried: list[PoolServer] = []
         reasons: list[str] = []
         busy_delays: list[float] = []
         self._retry_budget.deposit()
@@ -270,10 +270,10 @@ class RemoteEngine:
             )
         raise _give_up(batch, reasons)
 
-    def _serving(self) -> list[Server]:
+    def _serving(self) -> list[PoolServer]:
         return [server for server, _ in self._servers.values() if server.serving]
 
-    def _choose(self, tried: Sequence[Server]) -> Server | None:
+    def _choose(self, tried: Sequence[PoolServer]) -> PoolServer | None:
         """Choose the less loaded of two random servers; tried servers only if all were tried."""
         serving = self._serving()
         candidates = [server for server in serving if server not in tried] or serving
@@ -311,7 +311,7 @@ class RemoteEngine:
             )
         assert self._golden is not None  # noqa: S101 - set by start()
         model_limit = self.model.max_tokens
-        server = Server(
+        server = PoolServer(
             url,
             self._sessions[key],
             self.model,
@@ -386,6 +386,4 @@ def _ssl_context(ca: Path | None) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=ca)
     except (OSError, ssl.SSLError) as error:
-        raise CheckpointError(
-            f"--engine-ca {ca} cannot be read as certificates ({error})."
-        ) from None
+        raise StartError(f"--engine-ca {ca} cannot be read as certificates ({error}).") from None

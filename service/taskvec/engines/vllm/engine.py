@@ -31,7 +31,7 @@ from taskvec.engines.base import (
 )
 from taskvec.engines.inflight import InFlight
 from taskvec.engines.vllm.arguments import VllmOptions, engine_arguments
-from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
+from taskvec.errors import CheckpointError, DeadlineExceededError, StartError, UnavailableError
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
@@ -58,7 +58,7 @@ class VllmEngine:
             checkpoint: the checkpoint to serve.
             cache: folder for the copy for vLLM and for the golden vectors.
             options: how vLLM runs.
-            observer: notified of the queue only, because vLLM does not report its forwards.
+            observer: notified of the queue only, because vLLM does not report its forward passes.
         """
         self._checkpoint = checkpoint
         self._cache = cache
@@ -155,7 +155,7 @@ class VllmEngine:
         except ModuleNotFoundError as missing:
             if missing.name != "vllm":
                 raise
-            raise CheckpointError(
+            raise StartError(
                 "The vllm engine needs vLLM: install taskvec[vllm] in a separate environment."
             ) from None
         arguments = engine_arguments(

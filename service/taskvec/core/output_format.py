@@ -31,9 +31,11 @@ class OutputType(enum.Enum):
 
     def bytes_for(self, dimensions: int) -> int:
         """Return the size of one vector in bytes."""
-        if self.packed:
-            return dimensions // 8
-        return dimensions * {OutputType.FLOAT: 4, OutputType.FLOAT16: 2}.get(self, 1)
+        if self is OutputType.FLOAT:
+            return 4 * dimensions
+        if self is OutputType.FLOAT16:
+            return 2 * dimensions
+        return dimensions // 8 if self.packed else dimensions
 
 
 class Encoding(enum.Enum):

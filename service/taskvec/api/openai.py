@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the OpenAI, Jina and Voyage spellings on one route."""
+"""POST /v1/embeddings: OpenAI's API, with the fields that Jina and Voyage add."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Route
 from taskvec.api.errors import error_responses
 from taskvec.api.request import RequestLimits, request_priority, request_timeout
-from taskvec.api.response import OCTET_STREAM, Vectors, openai_response
+from taskvec.api.response import OCTET_STREAM, VectorsByType, openai_response
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
-from taskvec.core.postprocess import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
 from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
@@ -30,8 +30,8 @@ PATH = "/v1/embeddings"
 TYPE_FIELDS = ("embedding_type", "embedding_types", "encoding_type", "output_dtype")
 """Spellings of the output type: three of Jina's, then Voyage's."""
 
-JSON_TYPES = ("float", "base64", *(kind.value for kind in OutputType if kind.value != "float"))
-"""Values of the output type."""
+EMBEDDING_TYPES = ("float", "base64", *(kind.value for kind in OutputType if kind.value != "float"))
+"""Values of the output type fields; base64 is float with the base64 encoding."""
 
 TOKENS_REFUSED = (
     "This server takes text, not token ids: ids that another model's tokenizer made on the client "
@@ -102,10 +102,9 @@ class OpenAIDialect:
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
         )
-        output.check(hidden_size)
         return job, output
 
-    def render(self, vectors: Vectors, output: OutputFormat, tokens: int) -> Response:
+    def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """See ``Dialect.render``."""
         (matrix,) = vectors.values()
         return openai_response(matrix, tokens, output.encoding, self._names.primary)
@@ -230,13 +229,17 @@ def _output_format(body: Mapping[str, Any], hidden_size: int, *, raw: bool) -> O
             voyage = all(body.get(name) is None for name in TYPE_FIELDS if name != "output_dtype")
             base64 = base64 and voyage
         encoding = Encoding.BASE64 if base64 else Encoding.NUMBERS
-    dimensions = fields.agreed(body, ("dimensions", "output_dimension"), fields.integer)
+    dimensions = fields.agreed(body, ("dimensions", "output_dimension"), _dimensions)
     return OutputFormat(
         dimensions=hidden_size if dimensions is None else dimensions,
         types=(kind,),
         normalized=fields.agreed(body, ("normalized",), fields.boolean) is not False,
         encoding=encoding,
     )
+
+
+def _dimensions(value: Any, field: str) -> int:
+    return fields.integer(value, field, code="invalid_dimensions")
 
 
 def _output_type(value: Any, field: str) -> str:
@@ -249,9 +252,9 @@ def _output_type(value: Any, field: str) -> str:
             )
         value = value[0]
     name = fields.string(value, field, code="invalid_embedding_type")
-    if name not in JSON_TYPES:
+    if name not in EMBEDDING_TYPES:
         raise InvalidRequestError(
-            f"{field} must be one of {', '.join(JSON_TYPES)}.",
+            f"{field} must be one of {', '.join(EMBEDDING_TYPES)}.",
             code="invalid_embedding_type",
             param=field,
         )
@@ -295,8 +298,13 @@ def _request_schema(
     }
     output_type = {
         "anyOf": [
-            {"enum": [*JSON_TYPES, None]},
-            {"type": "array", "items": {"enum": list(JSON_TYPES)}, "minItems": 1, "maxItems": 1},
+            {"enum": [*EMBEDDING_TYPES, None]},
+            {
+                "type": "array",
+                "items": {"enum": list(EMBEDDING_TYPES)},
+                "minItems": 1,
+                "maxItems": 1,
+            },
         ],
         "description": f"Number type of the vectors; float16 only with Accept: {OCTET_STREAM}.",
     }

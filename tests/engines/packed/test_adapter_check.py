@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from conftest import DEFAULT_VOCABULARY
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import read_checkpoint
-from taskvec.engines.packed.selftest import check_adapters
+from taskvec.engines.packed.adapter_check import check_adapters
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import CheckpointError

@@ -75,7 +75,7 @@ class PoolObserver(QueueObserver, Protocol):
         """A DNS lookup failed."""
 
 
-class Server:
+class PoolServer:
     """A server with a circuit breaker.
 
     Attributes:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_st
 from numpy.typing import NDArray
 
-from taskvec.core.postprocess import OutputFormat, OutputType, quantise
+from taskvec.core.output_format import OutputFormat, OutputType, quantise
 from taskvec.errors import InvalidRequestError
 
 FLOATS = st.floats(min_value=-1e6, max_value=1e6, width=32)

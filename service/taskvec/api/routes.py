@@ -1,0 +1,47 @@
+"""All routes of the service: a new route or API dialect is one line here."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from taskvec.api import engine_embed, health, models, openai, openapi
+from taskvec.api.auth import ApiKeyAuth
+from taskvec.api.endpoint import Route
+from taskvec.api.request import RequestLimits
+from taskvec.service import Service
+from taskvec.settings import TokenInput
+
+OTHER_VALUES = 1 << 18
+"""JSON values that a body may have besides its texts or token ids."""
+
+
+def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[Route]:
+    """Return every route.
+
+    Args:
+        service: what is served.
+        app: describes the routes in its OpenAPI document.
+        auth: None if the service has no API keys.
+    """
+    limits = _request_limits(service)
+    return [
+        *openai.routes(service, limits),
+        *engine_embed.routes(service, limits),
+        *models.routes(service, token_ids=limits.token_ids),
+        *health.routes(service),
+        *openapi.routes(app, auth),
+    ]
+
+
+def _request_limits(service: Service) -> RequestLimits:
+    settings = service.settings
+    token_ids = settings.token_input is TokenInput.ACCEPT
+    return RequestLimits(
+        body_bytes=settings.max_body_bytes,
+        body_seconds=settings.body_timeout,
+        values=OTHER_VALUES
+        + settings.max_texts * (service.embedder.max_tokens if token_ids else 1),
+        texts=settings.max_texts,
+        seconds=settings.request_timeout,
+        token_ids=token_ids,
+    )

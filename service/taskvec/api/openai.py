@@ -91,16 +91,24 @@ class OpenAIDialect:
         if not isinstance(body, dict):
             raise InvalidRequestError("The body must be a JSON object with the field input.")
         task = self._task(body)
-        hidden_size = self._embedder.model.dimension
-        output = _output_format(body, hidden_size, raw=_accepts_octets(headers))
+        kind, encoding = _output(body, raw=_accepts_octets(headers))
         truncate = bool(fields.agreed(body, ("truncate", "truncation"), fields.boolean))
+        normalized = fields.agreed(body, ("normalized",), fields.boolean)
+        inputs = self._inputs(body.get("input"), truncate=truncate)
+        dimensions = fields.agreed(body, ("dimensions", "output_dimension"), _dimensions)
         job = EmbedJob(
-            inputs=self._inputs(body.get("input"), truncate=truncate),
+            inputs=inputs,
             task=task,
             truncate=truncate,
             deadline=time.monotonic() + request_timeout(headers, self._limits.seconds),
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
+        )
+        output = OutputFormat(
+            dimensions=self._embedder.model.dimension if dimensions is None else dimensions,
+            types=(kind,),
+            normalized=normalized is not False,
+            encoding=encoding,
         )
         return job, output
 
@@ -202,7 +210,8 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _output_format(body: Mapping[str, Any], hidden_size: int, *, raw: bool) -> OutputFormat:
+def _output(body: Mapping[str, Any], *, raw: bool) -> tuple[OutputType, Encoding]:
+    """Return the number type and the encoding of the vectors."""
     encoding_format = fields.string(body.get("encoding_format"), "encoding_format")
     if encoding_format not in (None, "float", "base64"):
         raise InvalidRequestError(
@@ -215,27 +224,19 @@ def _output_format(body: Mapping[str, Any], hidden_size: int, *, raw: bool) -> O
     base64 = encoding_format == "base64" or requested == "base64"
     kind = OutputType("float" if requested in (None, "base64") else requested)
     if raw:
-        encoding = Encoding.RAW
-    elif kind is OutputType.FLOAT16:
+        return kind, Encoding.RAW
+    if kind is OutputType.FLOAT16:
         raise InvalidRequestError(
             f"float16 is only available as bytes: send the header Accept: {OCTET_STREAM}.",
             code="invalid_embedding_type",
             param="embedding_type",
         )
-    else:
-        if kind is not OutputType.FLOAT:
-            # The OpenAI SDKs add base64 by themselves and would read packed bytes as floats: only
-            # Voyage's own spelling asks for packed bytes in base64.
-            voyage = all(body.get(name) is None for name in TYPE_FIELDS if name != "output_dtype")
-            base64 = base64 and voyage
-        encoding = Encoding.BASE64 if base64 else Encoding.NUMBERS
-    dimensions = fields.agreed(body, ("dimensions", "output_dimension"), _dimensions)
-    return OutputFormat(
-        dimensions=hidden_size if dimensions is None else dimensions,
-        types=(kind,),
-        normalized=fields.agreed(body, ("normalized",), fields.boolean) is not False,
-        encoding=encoding,
-    )
+    if kind is not OutputType.FLOAT:
+        # The OpenAI SDKs add base64 by themselves and would read packed bytes as floats: only
+        # Voyage's own field asks for packed bytes in base64.
+        voyage = all(body.get(name) is None for name in TYPE_FIELDS if name != "output_dtype")
+        base64 = base64 and voyage
+    return kind, Encoding.BASE64 if base64 else Encoding.NUMBERS
 
 
 def _dimensions(value: Any, field: str) -> int:

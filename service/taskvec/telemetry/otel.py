@@ -15,7 +15,6 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_
 
 from taskvec import __version__
 from taskvec.telemetry.stages import Stage
-from taskvec.telemetry.tracing import Attributes
 
 _NANOSECONDS = 1_000_000_000
 
@@ -48,7 +47,11 @@ class OtelSpan:
             span.end()
 
     def end(
-        self, status: int, code: str | None, stages: Iterable[Stage], attributes: Attributes
+        self,
+        status: int,
+        code: str | None,
+        stages: Iterable[Stage],
+        attributes: Mapping[str, str | int],
     ) -> None:
         """End the span, with a child for each stage; see ``RequestSpan``."""
         span = self._span

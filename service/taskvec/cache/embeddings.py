@@ -59,7 +59,7 @@ class CacheLookup:
 
 
 class EmbeddingCache:
-    """Cache of the engine's output: full vectors, before they are cut, scaled and quantised."""
+    """Cache of the engine's output: full vectors, before any post-processing."""
 
     def __init__(
         self,

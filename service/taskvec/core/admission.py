@@ -202,7 +202,7 @@ class Admission:
 
 
 def batch_priority(tokens: int, priority: Priority, batch_tokens: int) -> Priority:
-    """Return the class in which the engine schedules a batch: bulk if it fills more than a forward.
+    """Return the class in which the engine schedules a batch: bulk if it exceeds a forward pass.
 
     Args:
         tokens: tokens of the batch.

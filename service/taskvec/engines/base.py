@@ -33,11 +33,12 @@ class TokenBatch:
         ids: int32 [length] of each text, 1 to max_tokens ids below the vocabulary size.
         adapter: the adapter of all texts; None for the bare backbone.
         deadline: ``time.monotonic()`` after which the result is not needed; None for no deadline.
-        priority: class of the request (``Admission.priority_of`` decides it).
-        entered: called by the engine, from any thread, when the first text enters a forward. An
-            engine that cannot observe its forward passes calls it at once.
+        priority: class in which the engine schedules it; ``core.embedder`` decides.
+        entered: called by the engine, from any thread, when the first text enters a forward pass;
+            at once by an engine that cannot observe its forward passes.
 
-    Cancelling the task that awaits ``Engine.embed`` withdraws every text that is not in a forward.
+    Cancelling the task that awaits ``Engine.embed`` withdraws every text that has not entered a
+    forward pass.
     """
 
     ids: Sequence[TokenIds]
@@ -58,7 +59,7 @@ class EngineResult:
 
     Attributes:
         vectors: float32 [texts, dimension], in the order of the batch, **not** normalised.
-        queued: seconds until the first text entered a forward.
+        queued: seconds until the first text entered a forward pass.
         computed: seconds from then until the last vector was computed.
     """
 

@@ -70,7 +70,7 @@ class _Request:
         future: resolved with the result.
         queued_at: ``time.monotonic()`` of the call.
         missing: texts without a vector.
-        started_at: ``time.monotonic()`` when the first text entered a forward.
+        started_at: ``time.monotonic()`` when the first text entered a forward pass.
         withdrawn: True if the caller was cancelled or the request has failed.
     """
 
@@ -137,7 +137,7 @@ class PackedEngine:
         Args:
             checkpoint: the checkpoint to serve.
             options: how the engine runs.
-            observer: notified of the queue and of every forward.
+            observer: notified of the queue and of every forward pass.
         """
         self._checkpoint = checkpoint
         self._options = options or PackedOptions()

@@ -25,8 +25,8 @@ class VllmOptions:
     Attributes:
         dtype: ``auto`` (bfloat16), ``bfloat16``, ``float16`` or ``float32``.
         max_tokens: longest text in tokens; 0 for the limit of the model.
-        max_batch_tokens: maximum tokens of one forward.
-        max_batch_texts: maximum texts of one forward.
+        max_batch_tokens: maximum tokens of one forward pass.
+        max_batch_texts: maximum texts of one forward pass.
         memory_share: share of the device's memory (on a CPU: of the RAM) that vLLM may use.
         tensor_parallel: number of devices for one copy of the model.
         data_parallel: number of copies of the model.

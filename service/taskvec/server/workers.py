@@ -41,6 +41,10 @@ START_FAILED = 3
 POLL_INTERVAL = 0.05
 """Seconds between two checks of the engine."""
 
+PING_TIMEOUT = 15
+"""Seconds in which a gateway process must answer uvicorn's ping, or be replaced. A new process
+imports its modules before it answers, which takes seconds on a busy machine."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -72,6 +76,7 @@ class Gateways(multiprocess.Multiprocess):
             workers=settings.workers,
             host=settings.host,
             port=settings.port,
+            timeout_worker_healthcheck=PING_TIMEOUT,
             **server_options(settings),
         )
         try:

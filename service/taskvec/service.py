@@ -40,8 +40,8 @@ STATE_KEY = "service"
 """Key of the service in the ASGI lifespan state, where the server finds it."""
 
 START_WAIT = 10.0
-"""Seconds that a gateway process accepts no connections while it cannot reach its engine. The other
-processes on the same socket then take the connections, instead of this one refusing requests."""
+"""Seconds to wait for a starting engine before serving anyway. A gateway process accepts no
+connections meanwhile: the others on the same socket take them, instead of this one refusing."""
 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
@@ -197,10 +197,10 @@ def build_service(
         threads=settings.tokenizer_threads,
         observer=metrics,
     )
-    shared = role is Role.ENGINE  # the gateways admit, cache, and check keys for it
+    behind_gateways = role is Role.ENGINE  # they admit, cache, and check keys for it
     admission = (
         Admission(NO_LIMIT)
-        if shared
+        if behind_gateways
         else Admission(
             settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
         )
@@ -211,7 +211,7 @@ def build_service(
         dead_seconds=settings.dead_timeout,
         canary_seconds=settings.canary_interval,
     )
-    source = None if shared else key_source(settings)
+    source = None if behind_gateways else key_source(settings)
     return Service(
         settings=settings,
         role=role,
@@ -223,7 +223,7 @@ def build_service(
             tasks,
             admission,
             health,
-            cache=None if shared else build_cache(settings, checkpoint, metrics),
+            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics),
         ),
         admission=admission,
         health=health,
@@ -238,7 +238,9 @@ def build_service(
             observer=metrics,
         ),
         tracer=make_tracer(names.primary) if settings.traces else None,
-        request_log=(request_log or RequestLog()) if settings.log_requests and not shared else None,
+        request_log=(request_log or RequestLog())
+        if settings.log_requests and not behind_gateways
+        else None,
     )
 
 
@@ -284,8 +286,8 @@ def build_cache(
     Raises:
         StartError: the URL of its Redis cannot be used.
     """
-    arithmetic = (settings.engine, settings.device, settings.dtype, settings.adapter_mode)
-    identity = " ".join(arithmetic).encode()
+    numerics = (settings.engine, settings.device, settings.dtype, settings.adapter_mode)
+    identity = " ".join(numerics).encode()
     store: VectorStore
     if settings.answer_cache_url is not None:
         from taskvec.cache.redis import RedisStore  # noqa: PLC0415 - redis is slow to import

@@ -79,6 +79,14 @@ def test_the_answer_is_that_of_one_process(
     assert np.abs(np.subtract(*rows)).max() <= allowed
 
 
+def test_limits_of_clients_are_not_those_of_gateways() -> None:
+    """Gateways merge and split requests: the engine process takes more texts than a client may."""
+    with served("--workers", "2", "--max-texts", "1", *EXACT) as server:
+        assert embed(server.url, {"input": ["one"]}).status_code == 200
+        refused = httpx.post(f"{server.url}/v1/embeddings", json={"input": ["one", "two"]})
+        assert refused.json()["code"] == "too_many_inputs"
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("output", "dtype"), RAW_OUTPUTS.items())
 def test_raw_bytes_are_those_of_one_process(

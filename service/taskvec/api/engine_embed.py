@@ -45,7 +45,7 @@ class EngineEmbed:
         """Embed with one embedder, within the limits of a request."""
         self._embedder = embedder
         self._limits = limits
-        # VectorsByType as the engine returns them.
+        # Vectors as the engine returns them: full width, not normalised.
         self._output = OutputFormat(
             embedder.model.dimension, normalized=False, encoding=Encoding.RAW
         )

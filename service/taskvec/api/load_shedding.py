@@ -19,8 +19,8 @@ from taskvec.errors import InvalidRequestError, QueueFullError
 from taskvec.metrics.registry import Metrics
 
 MAX_LAG = 0.1
-"""Seconds of event-loop lag above which requests are refused. The rest of a slow iteration's
-requests are then answered quickly, so it ends soon and requests in progress continue."""
+"""Seconds of event-loop lag above which requests are refused. Requests that a slow iteration has
+not read yet are then refused cheaply, so it ends soon and admitted requests continue."""
 
 INTERVAL = 0.05
 """Seconds between two lag measurements."""
@@ -40,7 +40,7 @@ class EventLoopLag:
         """Prepare; ``start`` begins measuring.
 
         Args:
-            metrics: receives the lag; its queue age is updated as well.
+            metrics: gets the lag every 0.25 s, and is asked to update its queue age.
         """
         self._metrics = metrics
         self._due = math.inf
@@ -73,7 +73,7 @@ class EventLoopLag:
 
 
 class LoadShedder:
-    """Refuses embedding requests when the queue is full, the loop late, or the service draining."""
+    """Refuses embedding requests when the queue is full or the event loop is late."""
 
     def __init__(self, health: ServiceHealth, admission: Admission, lag: EventLoopLag) -> None:
         """Take the sources of overload signals."""
@@ -90,7 +90,8 @@ class LoadShedder:
 
         Raises:
             QueueFullError: the queue of its class is full, or the event loop is late.
-            UnavailableError: the service is draining, or the engine cannot embed.
+            UnavailableError: under overload, the service is draining or the engine cannot embed;
+                otherwise ``ServiceHealth.work`` refuses these.
         """
         lag = self._lag.seconds
         if self._admission.accepting and lag <= MAX_LAG:

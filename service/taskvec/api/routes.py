@@ -1,4 +1,4 @@
-"""All routes of the service: a new route or API dialect is one line here."""
+"""All routes of the service: a new route or dialect is a module with ``routes``, listed here."""
 
 from __future__ import annotations
 

@@ -95,10 +95,10 @@ class _BatchAcceptServer(asyncio.AbstractServer):
 
     def _accept(self, listening: socket) -> None:
         now = time.monotonic()
-        iteration, self._called_at[listening] = now - self._called_at[listening], now
-        if iteration > IDLE_SECONDS:
+        elapsed, self._called_at[listening] = now - self._called_at[listening], now
+        if elapsed > IDLE_SECONDS:
             return
-        for _ in range(int(iteration / SECONDS_PER_CONNECTION)):
+        for _ in range(int(elapsed / SECONDS_PER_CONNECTION)):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -87,8 +87,8 @@ class ConnectionSlots:
     def evict_idle(self) -> bool:
         """Close the connection that has been idle longest.
 
-        In a slow-request attack these are the attacker's: a client that sends complete requests has
-        only just become idle.
+        In a slow-request attack, the longest idle connections are the attacker's: a client that
+        sends complete requests has only just become idle.
 
         Returns:
             False if no connection is idle.

@@ -54,7 +54,7 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """Return the options of every uvicorn configuration of the service.
+    """Return the options of every uvicorn configuration; raises the limit of open files.
 
     Raises:
         StartError: the certificate cannot be used.
@@ -72,7 +72,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
         answer_seconds=settings.answer_timeout,
-        connections=_connection_limit(settings.max_connections),
+        connections=_raise_file_limit(settings.max_connections),
     )
     return {
         "ssl_certfile": certificate,
@@ -88,8 +88,8 @@ def server_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _connection_limit(connections: int) -> int:
-    """Raise the limit of open files for so many connections; return how many it allows."""
+def _raise_file_limit(connections: int) -> int:
+    """Raise the limit of open files to allow these connections; return how many it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= connections + RESERVED_FILES:
         return connections

@@ -26,8 +26,8 @@ class GracefulServer(uvicorn.Server):
     On the first signal the service becomes not ready. After ``drain_grace`` seconds, in which load
     balancers notice, it refuses new requests. When every admitted request is answered, or after
     ``drain_timeout`` seconds, uvicorn stops; it then has what is left of ``drain_timeout``, at
-    least a second, to send the responses. The same signal again stops at once. SIGINT
-    (Ctrl-C) skips the grace period.
+    least a second, to send the responses. The same signal again stops at once. A first
+    SIGINT (Ctrl-C) skips the grace period.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:

@@ -135,6 +135,9 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
             "tls_cert": None,
             "tls_key": None,
             "max_connections": MAX_CONNECTIONS_PER_SERVER * settings.workers,
+            # Clients are limited by the gateways, which merge and split their requests.
+            "max_texts": max(settings.max_texts, _default("max_texts")),
+            "max_body_bytes": max(settings.max_body_bytes, _default("max_body_bytes")),
         }
     )
     service = build_service(engine_settings, Role.ENGINE)
@@ -194,6 +197,11 @@ def gateway_app() -> FastAPI:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - the sentence says it all
         sys.exit(START_FAILED)
     return create_app(service, end)
+
+
+def _default(setting: str) -> int:
+    value: int = Settings.model_fields[setting].default
+    return value
 
 
 def _starting(service: Service) -> bool:

@@ -27,8 +27,8 @@ PACKAGES = (
 )
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """Write results/NAME.json and print it."""
+def write_result(name: str, figures: dict[str, Any], *, show: bool = True) -> Path:
+    """Write results/NAME.json, and print it if ``show``."""
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
@@ -39,7 +39,8 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     file = RESULTS / f"{name}.json"
     text = json.dumps(result, indent=2)
     file.write_text(text + "\n")
-    print(text)
+    if show:
+        print(text)
     return file
 
 

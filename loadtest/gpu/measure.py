@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +35,15 @@ CUDA = torch.device("cuda")
 SHAPES = {"nano": (NANO, TINY_NANO), "small": (SMALL, TINY_SMALL)}
 LENGTHS = (16, 50, 512, 8192)
 TEXTS_A_REQUEST = 64
-TOKENS_A_ROUND = 2_000_000
+TOKENS_A_ROUND = 1_000_000
 BATCH_TOKENS = 65_536
+SINGLE_TEXTS = 300
+GEMM_ROWS, GEMM_REPEATS = 32_768, 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=TOKENS_A_ROUND, help="tokens of one round")
@@ -59,28 +62,74 @@ def main() -> None:
             figures[f"{name}, packed, difference from the oracle"] = differences(
                 checkpoint, workdir, CUDA
             )
-            figures |= asyncio.run(measure(workdir, name, shape, options))
-            write_result("gpu", figures)  # saved now, in case the next shape fails
+            asyncio.run(measure(workdir, name, shape, options, figures))
+    write_result("gpu", figures)
 
 
 async def measure(
-    workdir: Path, name: str, shape: Shape, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure each engine at each length with one task and four; profile one packed forward."""
+    workdir: Path,
+    name: str,
+    shape: Shape,
+    options: argparse.Namespace,
+    figures: dict[str, Any],
+) -> None:
+    """Measure each engine at each length with one task and four, and one text alone.
+
+    The figures are saved after each length, in case a later one fails or time runs out.
+    """
     folder = write_checkpoint(workdir / name, shape, dtype=torch.bfloat16)
     checkpoint = read_checkpoint(folder, name)
     golden_vectors(checkpoint, workdir)  # cached, so that no engine's start time includes it
-    figures: dict[str, Any] = {f"{name}, packed, profile": profile(checkpoint)}
+    figures[f"{name}, packed, profile"] = profile(checkpoint)
+    gemm = gemm_rate(checkpoint)
+    figures[f"{name}, TFLOP/s of the linear layers alone"] = round(gemm / 1e12)
+    per_token = 2 * checkpoint.backbone.linear_parameters
     for label, make in engines(checkpoint, workdir).items():
         engine = make()
         started = time.perf_counter()
         await engine.start()
         figures[f"{name}, {label}, seconds to start"] = round(time.perf_counter() - started, 1)
+        figures[f"{name}, {label}, one text of 16 tokens, ms"] = await one_text(engine)
         for length in options.lengths:
-            figures[f"{name}, {label}, {length} tokens"] = await rates(engine, length, options)
-            print(name, label, length, figures[f"{name}, {label}, {length} tokens"], flush=True)
+            measured = await rates(engine, length, options)
+            measured["share of the linear layers' rate"] = round(
+                measured["one task"]["median"] * per_token / gemm, 2
+            )
+            figures[f"{name}, {label}, {length} tokens"] = measured
+            print(name, label, length, measured, flush=True)
+            write_result("gpu", figures, show=False)
         await engine.stop()
-    return figures
+
+
+async def one_text(engine: Engine) -> dict[str, float]:
+    """Return the milliseconds of single texts of 16 tokens, one after another."""
+    times = []
+    for ids in equal_lengths(SINGLE_TEXTS, 16, engine.model.vocabulary):
+        started = time.perf_counter()
+        await engine.embed(TokenBatch([ids], ADAPTERS[0]))
+        times.append(1e3 * (time.perf_counter() - started))
+    times = sorted(times[SINGLE_TEXTS // 10 :])  # the first ones warm up
+    return {"p50": round(times[len(times) // 2], 2), "p99": round(times[int(0.99 * len(times))], 2)}
+
+
+@torch.inference_mode()
+def gemm_rate(checkpoint: Checkpoint) -> float:
+    """Return FLOP/s of the matrix products of one layer in sequence, with ``GEMM_ROWS`` rows."""
+    products = []
+    for out, into in checkpoint.backbone.projections.values():
+        x = torch.randn(GEMM_ROWS, into, device=CUDA, dtype=torch.bfloat16)
+        products.append((x, torch.randn(into, out, device=CUDA, dtype=torch.bfloat16)))
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(GEMM_REPEATS):
+            for x, weight in products:
+                torch.mm(x, weight)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    flops = sum(2 * x.numel() * weight.shape[1] for x, weight in products)
+    return GEMM_REPEATS * flops / statistics.median(seconds)
 
 
 def engines(checkpoint: Checkpoint, workdir: Path) -> dict[str, Callable[[], Engine]]:

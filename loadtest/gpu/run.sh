@@ -3,7 +3,7 @@
 # jina-embeddings-v5-text. First checks parity with transformers and peft, then measures tokens per
 # second of the packed engine and, if vllm is installed, of vLLM. Writes loadtest/results/gpu.json.
 #
-#   loadtest/gpu/run.sh [--rounds 5] [--shapes nano small] [--lengths 16 50 512 8192]
+#   loadtest/gpu/run.sh [--rounds 3] [--tokens 1000000] [--shapes nano small] [--lengths 16 50 512 8192]
 #
 # Needs torch with CUDA, transformers, peft, tokenizers, safetensors, structlog and numpy. Needs
 # neither a web framework nor a network.

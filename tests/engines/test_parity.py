@@ -15,6 +15,7 @@ from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.engines.base import TokenIds
+from taskvec.engines.packed.gpu import GpuTransformer
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import load_transformer
 
@@ -82,6 +83,15 @@ def test_bfloat16_is_close_to_the_oracle(case: Case, merge: bool) -> None:
     assert (vectors * case.truth).sum(axis=1).min() >= BF16_COSINE
 
 
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "low-rank"])
+def test_the_forward_pass_for_gpus_equals_the_oracle(case: Case, merge: bool) -> None:
+    """The forward pass for GPUs, run on the CPU with plain torch, keeps the same bounds."""
+    vectors = embed(for_gpus(load(case, torch.float32, merge=merge)), case)
+    assert np.abs(vectors - case.truth).max() <= FP32_DIFFERENCE
+    vectors = embed(for_gpus(load(case, torch.bfloat16, merge=merge)), case)
+    assert (vectors * case.truth).sum(axis=1).min() >= BF16_COSINE
+
+
 def test_blocks_do_not_change_vectors(case: Case) -> None:
     """Many small blocks give the same vectors."""
     transformer = load(case, torch.float32, merge=False)
@@ -110,7 +120,17 @@ def load(case: Case, dtype: torch.dtype, *, merge: bool) -> Transformer:
     return load_transformer(case.checkpoint, device=torch.device("cpu"), dtype=dtype, merge=merge)
 
 
-def embed(transformer: Transformer, case: Case) -> NDArray[np.float32]:
+def for_gpus(transformer: Transformer) -> GpuTransformer:
+    """Return the forward pass for GPUs with the same weights, on the CPU."""
+    return GpuTransformer(
+        transformer.backbone,
+        transformer._embedding,
+        transformer.layers,
+        transformer._final_norm,
+    )
+
+
+def embed(transformer: Transformer | GpuTransformer, case: Case) -> NDArray[np.float32]:
     """Return the normalised vectors of the batch, computed in one forward."""
     vectors = transformer.embed(case.ids, case.adapters)
     unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

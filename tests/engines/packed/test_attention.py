@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import Backbone
-from taskvec.engines.packed.attention import MIN_FUSED_TOKENS, GroupedAttention, plan_attention
+from taskvec.engines.packed.attention import MIN_FUSED_TOKENS, GroupedAttention
 from taskvec.engines.packed.packing import Packing, pack
 
-CPU = torch.device("cpu")
 DIFFERENCE = 2e-5
 Heads = NDArray[np.float64]
 
@@ -34,7 +33,7 @@ class Case:
 
     @property
     def attention(self) -> GroupedAttention:
-        return GroupedAttention(self.packing, self.backbone, CPU, torch.float32)
+        return GroupedAttention(self.packing, self.backbone, torch.float32)
 
 
 def backbone(heads: int, kv_heads: int, head_dim: int, *, causal: bool) -> Backbone:
@@ -185,11 +184,3 @@ def test_large_scores_stay_finite(causal: bool) -> None:
     got = case.attention.attend(case.q, case.k, case.v)
     assert torch.isfinite(got).all()
     assert max_error_of_attend(case) <= 1e-3
-
-
-def test_a_cpu_uses_grouped_attention() -> None:
-    """A CPU uses grouped attention for every dtype."""
-    case = random_case([3, 4], backbone(4, 2, 8, causal=True))
-    for dtype in (torch.float32, torch.bfloat16):
-        planned = plan_attention(case.packing, case.backbone, CPU, dtype)
-        assert isinstance(planned, GroupedAttention)

@@ -40,7 +40,8 @@ class AnyHistory(RuleBasedStateMachine):
     )
     def take(self, budget: int, seconds: float) -> None:
         batch = self.queue.take(budget)
-        self.queue.charge(seconds)
+        if batch:
+            self.queue.charge(self.priorities[batch[0][0]], seconds)
         assert len({self.priorities[request] for request, _ in batch}) <= 1, "a batch has one class"
         assert bool(batch) == any(self.waiting.values()), "a batch is empty only if the queue is"
         for request, index in batch:
@@ -187,10 +188,10 @@ def test_an_interactive_text_is_not_mixed_into_a_bulk_batch() -> None:
     queue.push("big", [16] * 2048, Priority.BULK)
     for n in range(10):
         assert {request for request, _ in queue.take(1024)} == {"big"}
-        queue.charge(0.1)
+        queue.charge(Priority.BULK, 0.1)
         queue.push(f"small {n}", [16])
         assert queue.take(1024) == [(f"small {n}", 0)]
-        queue.charge(0.004)
+        queue.charge(Priority.INTERACTIVE, 0.004)
 
 
 @pytest.mark.parametrize("cost", [0.001, 0.01, 0.1])
@@ -204,7 +205,7 @@ def test_classes_share_the_time_by_weight(cost: float) -> None:
     while sum(spent.values()) < 50:
         for priority in {request for request, _ in queue.take(64)}:
             spent[priority] += seconds[priority]
-            queue.charge(seconds[priority])
+            queue.charge(priority, seconds[priority])
             queue.push(priority, [16] * 4, priority)
     shares = {priority: spent[priority] / sum(spent.values()) for priority in Priority}
     whole = sum(WEIGHTS.values())
@@ -216,12 +217,12 @@ def test_the_credit_of_an_empty_class_is_limited() -> None:
     queue: FairQueue[Priority] = FairQueue(64)
     queue.push(Priority.BULK, [64] * 40, Priority.BULK)
     queue.take(64)
-    queue.charge(10_000)
+    queue.charge(Priority.BULK, 10_000)
     queue.push(Priority.INTERACTIVE, [64] * 40, Priority.INTERACTIVE)
     served = []
     for _ in range(30):
         served.append(queue.take(64)[0][0])
-        queue.charge(0.1)
+        queue.charge(served[-1], 0.1)
     assert set(served[:10]) == {Priority.INTERACTIVE}
     assert Counter(served[10:]) == {Priority.INTERACTIVE: 16, Priority.BULK: 4}
 
@@ -233,9 +234,9 @@ def test_single_interactive_texts_are_served_at_once() -> None:
     for _ in range(100):
         queue.push(Priority.INTERACTIVE, [16], Priority.INTERACTIVE)
         assert queue.take(64) == [(Priority.INTERACTIVE, 0)]
-        queue.charge(0.004)
+        queue.charge(Priority.INTERACTIVE, 0.004)
         assert queue.take(64)[0][0] == Priority.BULK
-        queue.charge(0.05)
+        queue.charge(Priority.BULK, 0.05)
 
 
 def test_dropping_counts_waiting_texts() -> None:

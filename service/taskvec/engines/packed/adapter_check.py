@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from taskvec.engines.packed.transformer import Transformer
+from taskvec.engines.packed.weights import AnyTransformer
 from taskvec.errors import CheckpointError
 
 PROBE_TOKENS = 24
@@ -18,7 +18,7 @@ MIN_COSINE = 0.99
 one text."""
 
 
-def check_adapters(transformer: Transformer, adapters: Sequence[str]) -> None:
+def check_adapters(transformer: AnyTransformer, adapters: Sequence[str]) -> None:
     """Check that every adapter gives a different vector, alone and in a mixed batch.
 
     One probe is embedded once per adapter, in batches of the same shape. Equal weights would give

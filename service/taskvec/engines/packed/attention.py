@@ -1,13 +1,10 @@
-"""Attention over a packed batch.
+"""Attention over a packed batch on a CPU.
 
 Queries, keys and values are packed rows [tokens, heads, head_dim]. Each text attends only to
-itself. There are two implementations of one interface:
-
-* ``VarlenAttention`` passes the text boundaries (cu_seqlens) to one CUDA kernel.
-* ``GroupedAttention`` gathers texts of similar length into small padded groups and multiplies whole
-  groups at once. On a CPU, calling the fused kernel once per text takes twice as long for short
-  texts (docs/adr/0003-grouped-attention.md has the figures). From ``MIN_FUSED_TOKENS`` tokens on,
-  the fused kernel is faster and is used for each text.
+itself. Texts of similar length are gathered into small padded groups, and whole groups are
+multiplied at once: calling torch's fused kernel once per text takes twice as long for short texts
+(docs/adr/0003-grouped-attention.md has the figures). From ``MIN_FUSED_TOKENS`` tokens on, the fused
+kernel is faster and is used for each text.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -37,43 +33,6 @@ shape: sixteen sizes took a hundred megabytes more and were not faster."""
 
 MAX_GROUP_SCORES = 1 << 21
 """Maximum attention scores of one group: 4 MiB in bfloat16, so that they stay in the CPU cache."""
-
-
-class Attention(Protocol):
-    """Attention within each text of one batch."""
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Compute the attention of every token.
-
-        Args:
-            q: [tokens, heads, head_dim].
-            k: [tokens, kv_heads, head_dim].
-            v: [tokens, kv_heads, head_dim].
-
-        Returns:
-            [tokens, heads * head_dim].
-        """
-
-    def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Compute the attention of the last token of each text.
-
-        Args:
-            q: [slots, heads, head_dim].
-            k: [tokens, kv_heads, head_dim].
-            v: [tokens, kv_heads, head_dim].
-
-        Returns:
-            [slots, heads * head_dim].
-        """
-
-
-def plan_attention(
-    packing: Packing, backbone: Backbone, device: torch.device, dtype: torch.dtype
-) -> Attention:
-    """Return the attention implementation for a packed batch on a device."""
-    if device.type == "cuda" and dtype != torch.float32:
-        return VarlenAttention(packing, backbone, device)
-    return GroupedAttention(packing, backbone, device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +57,7 @@ class _Group:
 class GroupedAttention:
     """Attention by groups of texts of similar length; long texts are computed one by one."""
 
-    def __init__(
-        self,
-        packing: Packing,
-        backbone: Backbone,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, packing: Packing, backbone: Backbone, dtype: torch.dtype) -> None:
         self._heads = backbone.heads
         self._kv_heads = backbone.kv_heads
         self._q_per_kv = backbone.heads // backbone.kv_heads
@@ -129,32 +82,35 @@ class GroupedAttention:
             slot_order.append(slots[members])
             self._groups.append(
                 _Group(
-                    rows=torch.from_numpy(rows.reshape(-1)).to(device),
+                    rows=torch.from_numpy(rows.reshape(-1)),
                     width=width,
-                    slots=torch.from_numpy(slots[members]).to(device),
-                    padding_mask=self._padding_mask(real, device, dtype),
+                    slots=torch.from_numpy(slots[members]),
+                    padding_mask=self._padding_mask(real, dtype),
                 )
             )
-        self._computed_rows = _inverse(
-            np.concatenate(targets), len(packing.ids) * self._kv_heads, device
-        )
-        self._computed_slots = _inverse(np.concatenate(slot_order), len(packing.last), device)
+        self._computed_rows = _inverse(np.concatenate(targets), len(packing.ids) * self._kv_heads)
+        self._computed_slots = _inverse(np.concatenate(slot_order), len(packing.last))
         widest = max((group.width for group in self._groups), default=0)
-        self._causal_mask = (
-            _causal_mask(widest, self._q_per_kv, device, dtype) if self._causal else None
-        )
+        self._causal_mask = _causal_mask(widest, self._q_per_kv, dtype) if self._causal else None
 
-    def _padding_mask(
-        self, real: NDArray[np.bool_], device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor | None:
+    def _padding_mask(self, real: NDArray[np.bool_], dtype: torch.dtype) -> torch.Tensor | None:
         if real.all():
             return None
         mask = torch.zeros(real.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~real), float("-inf"))
-        return mask.repeat_interleave(self._kv_heads, 0)[:, None, :].to(device)
+        return mask.repeat_interleave(self._kv_heads, 0)[:, None, :]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.attend``."""
+        """Compute the attention of every token.
+
+        Args:
+            q: [tokens, heads, head_dim].
+            k: [tokens, kv_heads, head_dim].
+            v: [tokens, kv_heads, head_dim].
+
+        Returns:
+            [tokens, heads * head_dim].
+        """
         width_per_kv = self._q_per_kv * self._head_dim
         rows = [self._fused(q[a:b], k[a:b], v[a:b], causal=self._causal) for a, b, _ in self._long]
         rows = [text.reshape(-1, width_per_kv) for text in rows]
@@ -176,7 +132,16 @@ class GroupedAttention:
         return computed.index_select(0, self._computed_rows).view(q.shape[0], -1)
 
     def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.attend_last``."""
+        """Compute the attention of the last token of each text.
+
+        Args:
+            q: [slots, heads, head_dim].
+            k: [tokens, kv_heads, head_dim].
+            v: [tokens, kv_heads, head_dim].
+
+        Returns:
+            [slots, heads * head_dim].
+        """
         rows = [
             self._fused(q[i : i + 1], k[a:b], v[a:b], causal=False).reshape(1, -1)
             for a, b, i in self._long
@@ -214,60 +179,6 @@ class GroupedAttention:
         return attended[0].transpose(0, 1)
 
 
-class VarlenAttention:
-    """Attention by torch's variable-length kernel (CUDA, float16 or bfloat16)."""
-
-    def __init__(self, packing: Packing, backbone: Backbone, device: torch.device) -> None:
-        lengths = packing.lengths  # not rounded up on CUDA: rows and slots have no padding
-        cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        self._cu_seqlens = torch.from_numpy(cu_seqlens).to(device)
-        self._cu_slots = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
-        self._max_seqlen = int(lengths.max())
-        self._q_per_kv = backbone.heads // backbone.kv_heads
-        self._window = (-1, 0) if backbone.causal else (-1, -1)
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.attend``."""
-        return self._varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q=self._cu_seqlens,
-            max_seqlen_q=self._max_seqlen,
-            window=self._window,
-        )
-
-    def attend_last(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See ``Attention.attend_last``."""
-        return self._varlen(q, k, v, cu_seqlens_q=self._cu_slots, max_seqlen_q=1, window=(-1, -1))
-
-    def _varlen(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        cu_seqlens_q: torch.Tensor,
-        max_seqlen_q: int,
-        window: tuple[int, int],
-    ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - CUDA builds only
-
-        if self._q_per_kv > 1:  # the kernel supports grouped-query attention from torch 2.12 on
-            k, v = (heads.repeat_interleave(self._q_per_kv, 1) for heads in (k, v))
-        attended = varlen_attn(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            cu_seqlens_q,
-            self._cu_seqlens,
-            max_seqlen_q,
-            self._max_seqlen,
-            window_size=window,
-        )
-        return cast("torch.Tensor", attended).reshape(q.shape[0], -1)
-
-
 def _length_groups(lengths: Rows, longest_first: Rows, heads: int) -> Iterator[tuple[int, Rows]]:
     """Yield (width, texts) of each group.
 
@@ -295,13 +206,12 @@ def _round_up_width(length: int) -> int:
     return -(-length // step) * step
 
 
-def _inverse(targets: Rows, size: int, device: torch.device) -> torch.Tensor:
+def _inverse(targets: Rows, size: int) -> torch.Tensor:
     """Invert a mapping of indices.
 
     Args:
         targets: target of each computed row; -1 for none.
         size: number of targets.
-        device: device of the result.
 
     Returns:
         int64 [size], computed row of each target; 0 for targets without one.
@@ -309,12 +219,10 @@ def _inverse(targets: Rows, size: int, device: torch.device) -> torch.Tensor:
     inverse = np.zeros(size, dtype=np.int64)
     real = np.flatnonzero(targets >= 0)
     inverse[targets[real]] = real
-    return torch.from_numpy(inverse).to(device)
+    return torch.from_numpy(inverse)
 
 
-def _causal_mask(
-    width: int, q_per_kv: int, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
+def _causal_mask(width: int, q_per_kv: int, dtype: torch.dtype) -> torch.Tensor:
     """Return [width * q_per_kv, width]: -inf for keys after the query's position, else 0."""
-    mask = torch.full((width, width), float("-inf"), device=device, dtype=dtype).triu(1)
+    mask = torch.full((width, width), float("-inf"), dtype=dtype).triu(1)
     return mask.repeat_interleave(q_per_kv, 0)

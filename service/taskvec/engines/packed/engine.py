@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import structlog
@@ -32,8 +35,7 @@ from taskvec.engines.packed.device import (
     release_memory,
 )
 from taskvec.engines.packed.scheduler import FairQueue, TokenBudget
-from taskvec.engines.packed.transformer import Transformer
-from taskvec.engines.packed.weights import load_transformer
+from taskvec.engines.packed.weights import AnyTransformer, load_transformer
 from taskvec.errors import (
     CheckpointError,
     DeadlineExceededError,
@@ -104,6 +106,21 @@ _Row = tuple[_Request, int]
 """One text: its request and its index in the batch of the request."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """A started forward pass.
+
+    Attributes:
+        rows: its texts.
+        started: ``time.monotonic()`` of the start.
+        wait: waits for the vectors, float32 [texts, hidden], and returns them.
+    """
+
+    rows: Sequence[_Row]
+    started: float
+    wait: Callable[[], NDArray[np.float32]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedOptions:
     """Options of the packed engine; the defaults suit most machines.
@@ -149,6 +166,7 @@ class PackedEngine:
         self._stopping = False
         self._finished = 0
         self._trimmed_at = 0.0
+        self._computed_until = 0.0
         self._running: set[_Request] = set()
         self._worker: threading.Thread | None = None
 
@@ -232,8 +250,7 @@ class PackedEngine:
                 self._health = EngineHealth(EngineState.READY)
         loop.call_soon_threadsafe(started.set_result, None)
         try:
-            while batch := self._next_batch():
-                self._run(transformer, batch)
+            self._run_batches(transformer)
         except BaseException as error:  # callers must not wait for a thread that has ended
             log.exception("engine_died")
             self._die(f"its thread ended ({type(error).__name__}: {error})")
@@ -248,7 +265,7 @@ class PackedEngine:
         for request in {*waiting, *self._running}:
             request.answer(UnavailableError(f"The engine is dead: {reason}.", retry_after=1))
 
-    def _load(self) -> Transformer:
+    def _load(self) -> AnyTransformer:
         options, checkpoint = self._options, self._checkpoint
         started = time.monotonic()
         try:
@@ -288,14 +305,18 @@ class PackedEngine:
         backbone_bytes = backbone.parameters * dtype.itemsize
         return adapter_bytes <= MAX_MERGED_SHARE * (available_bytes(device) - backbone_bytes)
 
-    def _next_batch(self) -> list[_Row]:
-        """Wait for the next batch; return an empty list when the engine has stopped."""
+    def _next_batch(self, *, wait: bool) -> list[_Row]:
+        """Return the next batch, or an empty list if there is none.
+
+        Args:
+            wait: True to wait for a batch; the list is then empty only if the engine has stopped.
+        """
         with self._wake:
             while True:
                 self._drop_abandoned()
                 self._budget.grow()
                 taken = self._queue.take(self._budget.tokens)
-                if taken or self._stopping:
+                if taken or self._stopping or not wait:
                     break
                 self._wake.wait()
             self._report_queue()
@@ -309,10 +330,29 @@ class PackedEngine:
             self._report_dropped(DropReason.EXPIRED, texts, request)
             request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
 
-    def _run(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
+    def _run_batches(self, transformer: AnyTransformer) -> None:
+        """Run batches until the engine stops; on a GPU, start one while another is computed."""
+        running: deque[_Batch] = deque()
+        while True:
+            rows = self._next_batch(wait=not running)
+            if rows:
+                self._report_started(rows)
+                batch = self._start(transformer, rows)
+                if batch is not None:
+                    running.append(batch)
+            elif not running:
+                return
+            if running and (len(running) >= transformer.max_started or not rows):
+                self._finish(transformer, running.popleft())
+            self._running = {request for batch in running for request, _ in batch.rows}
+            if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
+                trim_malloc()
+                self._trimmed_at = time.monotonic()
+
+    def _report_started(self, rows: Sequence[_Row]) -> None:
         started = time.monotonic()
         waited = []
-        self._running = {request for request, _ in rows}
+        self._running |= {request for request, _ in rows}
         for request, _ in rows:
             if request.started_at is None:
                 request.started_at = started
@@ -320,42 +360,49 @@ class PackedEngine:
                 waited.append(started - request.queued_at)
         if self._observer is not None:
             self._observer.batch_started(waited)
-        self._forward(transformer, rows)
-        self._running = set()
-        if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
-            trim_malloc()
-            self._trimmed_at = time.monotonic()
 
-    def _forward(self, transformer: Transformer, rows: Sequence[_Row]) -> None:
+    def _forward(self, transformer: AnyTransformer, rows: Sequence[_Row]) -> None:
         """Embed texts in one forward pass, or in several smaller ones if memory runs out."""
+        batch = self._start(transformer, rows)
+        if batch is not None:
+            self._finish(transformer, batch)
+
+    def _start(self, transformer: AnyTransformer, rows: Sequence[_Row]) -> _Batch | None:
+        """Start a forward pass; returns None if nothing is left to finish."""
         rows = [row for row in rows if not row[0].withdrawn]
         if not rows:
-            return
+            return None
         ids = [request.batch.ids[i] for request, i in rows]
         started = time.monotonic()
-        failure: Exception | None = None
         try:
-            vectors = transformer.embed(ids, [request.batch.adapter for request, _ in rows])
+            wait = transformer.start(ids, [request.batch.adapter for request, _ in rows])
         except Exception as error:  # noqa: BLE001 - reported to the callers
-            failure = error
-        done = time.monotonic()
-        with self._wake:
-            self._queue.charge(done - started)
-        if failure is not None:
-            if is_out_of_memory(failure):
-                failure.__traceback__ = None  # its frames reference tensors of the forward pass
-                self._split(transformer, rows, failure)
-            else:
-                log.error("forward_failed", texts=len(ids), exc_info=failure)
-                self._fail([request for request, _ in rows], failure)
+            self._charge(rows, started)
+            self._handle_failure(transformer, rows, error)
+            return None
+        return _Batch(rows, started, wait)
+
+    def _finish(self, transformer: AnyTransformer, batch: _Batch) -> None:
+        """Wait for a forward pass and answer the requests whose last text it contained."""
+        rows = batch.rows
+        try:
+            vectors = batch.wait()
+        except Exception as error:  # noqa: BLE001 - reported to the callers
+            self._charge(rows, batch.started)
+            self._handle_failure(transformer, rows, error)
             return
-        self._finished += len(ids)
+        seconds = self._charge(rows, batch.started)
+        self._finished += len(rows)
         if self._observer is not None:
-            tokens = sum(map(len, ids))
-            self._observer.batch_finished(len(ids), tokens, done - started, self._budget.tokens)
-        for (request, i), vector in zip(rows, vectors, strict=True):
-            request.vectors[i] = vector
-            request.missing -= 1
+            tokens = sum(len(request.batch.ids[i]) for request, i in rows)
+            self._observer.batch_finished(len(rows), tokens, seconds, self._budget.tokens)
+        done = time.monotonic()
+        first = 0
+        for request, own in groupby(rows, key=itemgetter(0)):
+            texts = [i for _, i in own]
+            request.vectors[texts] = vectors[first : first + len(texts)]
+            first += len(texts)
+            request.missing -= len(texts)
             if request.missing == 0 and request.started_at is not None:
                 request.answer(
                     EngineResult(
@@ -365,7 +412,26 @@ class PackedEngine:
                     )
                 )
 
-    def _split(self, transformer: Transformer, rows: Sequence[_Row], failure: Exception) -> None:
+    def _charge(self, rows: Sequence[_Row], started: float) -> float:
+        """Charge a forward pass to its class; return its seconds, without those of the previous."""
+        done = time.monotonic()
+        seconds = done - max(started, self._computed_until)
+        self._computed_until = done
+        with self._wake:
+            self._queue.charge(rows[0][0].batch.priority, seconds)
+        return seconds
+
+    def _handle_failure(
+        self, transformer: AnyTransformer, rows: Sequence[_Row], failure: Exception
+    ) -> None:
+        if is_out_of_memory(failure):
+            failure.__traceback__ = None  # its frames reference tensors of the forward pass
+            self._split(transformer, rows, failure)
+        else:
+            log.error("forward_failed", texts=len(rows), exc_info=failure)
+            self._fail([request for request, _ in rows], failure)
+
+    def _split(self, transformer: AnyTransformer, rows: Sequence[_Row], failure: Exception) -> None:
         release_memory(transformer.device)
         tokens = sum(len(request.batch.ids[i]) for request, i in rows)
         with self._wake:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -95,9 +95,13 @@ def pack(
         block_rows: maximum rows of a block, before rounding up.
         round_up: True to round the row count of each block up to one of ``ROW_COUNTS``.
     """
-    order = sorted(range(len(ids)), key=lambda i: (adapters[i] or "", -len(ids[i])))
-    lengths = np.array([len(ids[i]) for i in order], dtype=np.int64)
-    runs = [(name, len(list(run))) for name, run in groupby(adapters[i] for i in order)]
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    names = sorted(set(adapters), key=lambda name: name or "")
+    numbers = {name: i for i, name in enumerate(names)}
+    adapter_numbers = np.fromiter(map(numbers.__getitem__, adapters), np.int64, len(ids))
+    order = np.lexsort((-lengths, adapter_numbers))
+    lengths = lengths[order]
+    runs = list(zip(names, np.bincount(adapter_numbers).tolist(), strict=True))
     starts, blocks, rows = _assign_rows(runs, lengths, block_rows, round_up=round_up)
     slots, slot_blocks, slot_count = _assign_rows(
         runs, np.ones_like(lengths), block_rows, round_up=round_up
@@ -106,12 +110,12 @@ def pack(
     positions = np.zeros(rows, dtype=np.int64)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     token_rows = np.repeat(starts, lengths) + within
-    packed_ids[token_rows] = np.concatenate([ids[i] for i in order])
+    packed_ids[token_rows] = np.concatenate([ids[i] for i in order.tolist()])
     positions[token_rows] = within
     last = np.zeros(slot_count, dtype=np.int64)
     last[slots] = starts + lengths - 1
     return Packing(
-        order=np.array(order, dtype=np.int64),
+        order=order,
         lengths=lengths,
         starts=starts,
         slots=slots,

@@ -144,7 +144,6 @@ class FairQueue(Generic[T]):
         self._classes: dict[Priority, _ClassQueue[T]] = {
             priority: _ClassQueue() for priority in WEIGHTS
         }
-        self._last_served = Priority.INTERACTIVE
         self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
@@ -202,19 +201,17 @@ class FairQueue(Generic[T]):
         waiting = [priority for priority, queue in self._classes.items() if queue]
         if not waiting:
             return []
-        self._last_served = min(
-            waiting, key=lambda priority: self._classes[priority].weighted_seconds
-        )
-        batch, tokens, done = self._classes[self._last_served].take(self.quantum, budget)
+        served = min(waiting, key=lambda priority: self._classes[priority].weighted_seconds)
+        batch, tokens, done = self._classes[served].take(self.quantum, budget)
         self.texts -= len(batch)
         self.tokens -= tokens
         for request in done:
             del self._by_age[id(request)]
         return batch
 
-    def charge(self, seconds: float) -> None:
-        """Charge the engine time of the last batch to its class."""
-        self._classes[self._last_served].weighted_seconds += seconds / WEIGHTS[self._last_served]
+    def charge(self, priority: Priority, seconds: float) -> None:
+        """Charge the engine time of a batch to its class."""
+        self._classes[priority].weighted_seconds += seconds / WEIGHTS[priority]
 
 
 class TokenBudget:

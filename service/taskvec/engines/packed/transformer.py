@@ -1,13 +1,13 @@
-"""Forward pass of Qwen3 and EuroBERT over a packed batch.
+"""Forward pass of Qwen3 and EuroBERT over a packed batch on a CPU.
 
 Linear layers and norms run over blocks of rows. A block has one adapter. Its size keeps the
-activations in the CPU cache and in the free lists of the allocator: on a CPU, mapping new memory
-pages takes longer than the arithmetic.
+activations in the CPU cache and in the free lists of the allocator: mapping new memory pages takes
+longer than the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.engines.base import TokenIds
-from taskvec.engines.packed.attention import plan_attention
+from taskvec.engines.packed.attention import GroupedAttention
 from taskvec.engines.packed.lora import LoraLinear
 from taskvec.engines.packed.packing import MAX_SHARDS, Block, Packing, pack, shard
 
@@ -29,7 +29,7 @@ MAX_ACTIVATION_ELEMENTS = 3 << 20
 """Maximum elements of the widest activation of one block: 6 MiB in bfloat16."""
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements per chunk of norms and rotations on a CPU: one MiB in float32, which fits the cache."""
+"""Elements per chunk of norms and rotations: one MiB in float32, which fits the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,16 @@ class Layer:
 
 
 def block_rows(backbone: Backbone) -> int:
-    """Return the rows of a block on a CPU: 1,024 for Qwen3-0.6B, more for narrower models."""
+    """Return the rows of a block: 1,024 for Qwen3-0.6B, more for narrower models."""
     widest = max(backbone.intermediate, backbone.heads * backbone.head_dim)
     return min(2048, max(256, MAX_ACTIVATION_ELEMENTS // widest // 256 * 256))
 
 
 class Transformer:
-    """The backbone and its adapters, loaded on one device."""
+    """The backbone and its adapters, loaded in the main memory."""
+
+    max_started = 1
+    """Forward passes started before the first is finished: ``start`` computes the result."""
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Transformer:
 
         Args:
             backbone: the shape.
-            embedding: [vocabulary, hidden]; its device and dtype are those of the forward pass.
+            embedding: [vocabulary, hidden]; its dtype is that of the forward pass.
             layers: the transformer layers, in order.
             final_norm: [hidden], RMSNorm weights after the last layer.
             threads: maximum processor threads of a batch.
@@ -89,11 +92,19 @@ class Transformer:
         self._final_norm = final_norm
         self.device = embedding.device
         self.dtype = embedding.dtype
-        on_cpu = self.device.type == "cpu"
-        self.block_rows = block_rows(backbone) if on_cpu else 1 << 16
+        self.block_rows = block_rows(backbone)
         self._cos_table = self._sin_table = torch.empty(0)
-        self._sqrt_norm_eps = torch.tensor(backbone.norm_eps**0.5, device=self.device)
+        self._sqrt_norm_eps = torch.tensor(
+            backbone.norm_eps**0.5,
+        )
         self._executor = ThreadPoolExecutor(MAX_SHARDS - 1, thread_name_prefix="packed-shard")
+
+    def start(
+        self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> Callable[[], NDArray[np.float32]]:
+        """Compute a forward pass; the returned function returns its result (see ``embed``)."""
+        vectors = self.embed(ids, adapters)
+        return lambda: vectors
 
     def embed(self, ids: Sequence[TokenIds], adapters: Sequence[str | None]) -> NDArray[np.float32]:
         """Return the last token's hidden state of each text, after the final norm.
@@ -106,8 +117,6 @@ class Transformer:
             float32 [texts, hidden], in the order of ``ids``, not normalised.
         """
         self._extend_cos_sin(max(map(len, ids)))
-        if self.device.type != "cpu":
-            return self._forward(ids, adapters)
         shards, threads = shard(ids, adapters, self.backbone, self.threads)
         result = np.empty((len(ids), self.backbone.hidden), dtype=np.float32)
 
@@ -130,12 +139,10 @@ class Transformer:
     def _forward(
         self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
     ) -> NDArray[np.float32]:
-        packing = pack(
-            ids, adapters, block_rows=self.block_rows, round_up=self.device.type == "cpu"
-        )
+        packing = pack(ids, adapters, block_rows=self.block_rows, round_up=True)
         last = self._index(packing.last)
         cos_sin = self._cos_sin(packing)
-        attention = plan_attention(packing, self.backbone, self.device, self.dtype)
+        attention = GroupedAttention(packing, self.backbone, self.dtype)
 
         x = self._embedding.index_select(0, self._index(packing.ids))
         for layer in self.layers[:-1]:
@@ -151,11 +158,11 @@ class Transformer:
         x = x.index_select(0, self._index(packing.slots)).float()
         vectors = self._norm(x, self._final_norm.float())
         result = np.empty((len(ids), self.backbone.hidden), dtype=np.float32)
-        result[packing.order] = vectors.cpu().numpy()
+        result[packing.order] = vectors.numpy()
         return result
 
     def _index(self, rows: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(rows).to(self.device)
+        return torch.from_numpy(rows)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Apply RMSNorm over the last axis, in chunks, so that float32 temporaries stay in cache.
@@ -166,22 +173,15 @@ class Transformer:
         return normed[0] if len(normed) == 1 else torch.cat(normed)
 
     def _norm_chunk(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cpu":
-            normed = functional.rms_norm(x, (x.shape[-1],), None, self.backbone.norm_eps)
-            return normed * weight
-        # On a CPU, rms_norm takes 50 % longer, because it allocates temporaries.
+        # rms_norm takes 50 % longer, because it allocates temporaries.
         y = x.to(torch.float32, copy=True)
         rms = torch.linalg.vector_norm(y, dim=-1, keepdim=True).mul_(x.shape[-1] ** -0.5)
         return y.div_(torch.hypot(rms, self._sqrt_norm_eps)).mul_(weight).to(x.dtype)
 
     def _chunks(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield chunks of the same rows of all tensors; on a GPU, or if small, all rows at once."""
+        """Yield chunks of the same rows of all tensors; small tensors are one chunk."""
         rows = len(tensors[0])
-        step = (
-            max(1, CHUNK_ELEMENTS * rows // tensors[0].numel())
-            if self.device.type == "cpu"
-            else rows
-        )
+        step = max(1, CHUNK_ELEMENTS * rows // tensors[0].numel())
         if rows <= step:
             yield tensors
             return
@@ -265,9 +265,9 @@ class Transformer:
         """Extend the tables of cos and signed sin to at least ``length`` positions."""
         if length > len(self._cos_table):
             size = 1 << (length - 1).bit_length()
-            half = torch.arange(0, self.backbone.head_dim, 2, device=self.device).float()
+            half = torch.arange(0, self.backbone.head_dim, 2).float()
             frequency = 1.0 / (self.backbone.rope_theta ** (half / self.backbone.head_dim))
-            angle = torch.outer(torch.arange(size, device=self.device).float(), frequency)
+            angle = torch.outer(torch.arange(size).float(), frequency)
             cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.dtype)
             sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.dtype)
             self._cos_table, self._sin_table = cos, sin  # together, in case memory runs out before

@@ -13,8 +13,12 @@ from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.packed.device import available_cores, limit_kernel_cache
+from taskvec.engines.packed.gpu import GpuTransformer
 from taskvec.engines.packed.lora import LoraLinear, LowRank
 from taskvec.engines.packed.transformer import Layer, Transformer
+
+AnyTransformer = Transformer | GpuTransformer
+"""The forward pass of a device: ``Transformer`` on a CPU, ``GpuTransformer`` otherwise."""
 
 ReadTensor = Callable[[Path, str], torch.Tensor]
 """Returns the tensor with a key in a file."""
@@ -38,7 +42,7 @@ def load_transformer(
     dtype: torch.dtype,
     merge: bool,
     threads: int = 0,
-) -> Transformer:
+) -> AnyTransformer:
     """Load the backbone and every adapter.
 
     Args:
@@ -64,13 +68,13 @@ def load_transformer(
         for adapter in checkpoint.adapters:
             for i, layer in enumerate(layers):
                 _add_adapter(layer, i, adapter, read, checkpoint.backbone, merge=merge)
-        return Transformer(
-            checkpoint.backbone,
-            tensor("embed_tokens.weight"),
-            layers,
-            tensor("norm.weight"),
-            threads or available_cores(),
-        )
+        embedding, final_norm = tensor("embed_tokens.weight"), tensor("norm.weight")
+        if device.type != "cpu":
+            gpu = GpuTransformer(checkpoint.backbone, embedding, layers, final_norm)
+            gpu.capture(checkpoint.card.adapters or [None])
+            return gpu
+        cores = threads or available_cores()
+        return Transformer(checkpoint.backbone, embedding, layers, final_norm, cores)
 
 
 def _reader(files: ExitStack) -> ReadTensor:

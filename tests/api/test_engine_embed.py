@@ -219,12 +219,15 @@ async def test_millions_of_texts_are_refused_before_they_are_unpacked(
     head = np.tile(np.array([0, 1], dtype="<i4"), texts)
     body = np.concatenate([[texts], head, np.full(texts, 5)], dtype="<i4").tobytes()
     headers = {"content-type": WIRE_TYPE, ADAPTERS_HEADER: "retrieval"}
-    longest = 0.0
-    call = asyncio.create_task(client.post(PATH, content=body, headers=headers))
-    while not call.done():
-        began = time.perf_counter()
-        await asyncio.sleep(0.001)
-        longest = max(longest, time.perf_counter() - began)
+    for _ in range(10):
+        longest = 0.0
+        call = asyncio.create_task(client.post(PATH, content=body, headers=headers))
+        while not call.done():
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - began)
+        if (await call).status_code != 429:  # httpx sends the body in the same loop: it may be late
+            break
     assert "2600000 texts" in refused(await call, 400, "too_many_inputs")
     assert longest < 0.5  # half of it is httpx in the same loop; unpacking them took 2 s
 

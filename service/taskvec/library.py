@@ -71,7 +71,7 @@ class Embedder:
             device=device, dtype=dtype, adapter_mode=adapter_mode, threads=threads
         )
         engine = PackedEngine(checkpoint, options)
-        tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1)
+        tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1, max_waiting=NO_LIMIT)
         self._embedder = AsyncEmbedder(
             engine,
             tokenizer,

@@ -10,3 +10,8 @@ class Priority(enum.StrEnum):
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
+
+
+WEIGHTS = {Priority.INTERACTIVE: 4.0, Priority.BULK: 1.0}
+"""Relative shares of the classes in the engine's time, and in the tokenizer's, while both have
+requests that wait."""

@@ -24,7 +24,7 @@ from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.tasks import ServedNames, TaskTable
-from taskvec.core.tokenizer import TextTokenizer, TokenizerObserver
+from taskvec.core.tokenizer import MAX_WAITING_CHARACTERS, TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
@@ -255,6 +255,7 @@ def build_tokenizer(
     *,
     max_tokens: int,
     threads: int,
+    max_waiting: int = MAX_WAITING_CHARACTERS,
     observer: TokenizerObserver | None = None,
 ) -> TextTokenizer:
     """Build a checkpoint's tokenizer.
@@ -263,6 +264,7 @@ def build_tokenizer(
         checkpoint: contains tokenizer.json and the model's limits.
         max_tokens: maximum tokens of a text; 0 for the model's own limit.
         threads: requests tokenised at the same time; 0 for one per core, at most 4.
+        max_waiting: characters of a priority class that may wait for the tokenizer.
         observer: see ``TextTokenizer``.
 
     Raises:
@@ -274,6 +276,7 @@ def build_tokenizer(
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
         threads=threads or min(4, os.cpu_count() or 1),
+        max_waiting=max_waiting,
         observer=observer,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -207,6 +208,42 @@ async def test_too_many_texts(default_checkpoint: Checkpoint) -> None:
         assert (await ask(client, [ids(1)] * 5, ["retrieval"] * 5)).status_code == 200
         answer = await ask(client, [ids(1)] * 6, ["retrieval"] * 6)
         assert "at most 5" in refused(answer, 400, "too_many_inputs")
+
+
+@pytest.mark.anyio
+async def test_millions_of_texts_are_refused_before_they_are_unpacked(
+    client: httpx.AsyncClient,
+) -> None:
+    """Counting them does not keep the event loop from its other work."""
+    texts = 2_600_000
+    head = np.tile(np.array([0, 1], dtype="<i4"), texts)
+    body = np.concatenate([[texts], head, np.full(texts, 5)], dtype="<i4").tobytes()
+    headers = {"content-type": WIRE_TYPE, ADAPTERS_HEADER: "retrieval"}
+    for _ in range(10):
+        longest = 0.0
+        call = asyncio.create_task(client.post(PATH, content=body, headers=headers))
+        while not call.done():
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - began)
+        if (await call).status_code != 429:  # httpx sends the body in the same loop: it may be late
+            break
+    assert "2600000 texts" in refused(await call, 400, "too_many_inputs")
+    assert longest < 0.5  # half of it is httpx in the same loop; unpacking them took 2 s
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("wrong", [0, 1024, 2047])
+async def test_many_texts_are_checked_like_few(
+    service: tuple[httpx.AsyncClient, FakeEngine], wrong: int
+) -> None:
+    """One wrong id among as many texts as are allowed refuses the call."""
+    client, engine = service
+    texts = [ids(1, 2, 3)] * 2048
+    texts[wrong] = ids(1, DEFAULT_VOCABULARY)
+    answer = await ask(client, texts, ["retrieval"] * 2048)
+    refused(answer, 400, "invalid_token_id")
+    assert engine.batches == []
 
 
 @pytest.mark.anyio

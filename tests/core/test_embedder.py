@@ -145,6 +145,36 @@ async def test_a_bad_text_takes_no_room_and_no_engine(service: Service) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_full_tokenizer_refuses_and_frees(service: Service) -> None:
+    """Too many waiting characters are refused as a full queue is; a short text is not."""
+    texts = ["q" * 99 + "\u16a0 "] * 2048
+    long = service.job([text * 80 for text in texts], deadline=time.monotonic() + 600)
+    first, second = (asyncio.create_task(service.embedder.embed(long)) for _ in range(2))
+    await asyncio.sleep(0.05)
+    with pytest.raises(QueueFullError, match="characters of bulk requests") as refused:
+        await service.embedder.embed(long)
+    assert refused.value.retry_after is not None
+    await service.embedder.embed(service.job(["a text"]))
+    for task in (first, second):
+        task.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    await service.embedder.embed(service.job(["some words " * 100]))
+    assert len(service.engine.batches) == 2
+
+
+@pytest.mark.anyio
+async def test_a_deadline_ends_the_tokenising(service: Service) -> None:
+    """A request that takes too long to tokenise is told so in time, and others have their turns."""
+    texts = [("q" * 99 + "\u16a0 ") * 100] * 1000
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceededError):
+        await service.embedder.embed(service.job(texts, deadline=began + 0.1))
+    await service.embedder.embed(service.job(["some words " * 100]))
+    assert time.monotonic() - began < 2
+    assert len(service.engine.batches) == 1
+
+
+@pytest.mark.anyio
 async def test_a_full_queue_refuses_and_frees(default_checkpoint: Checkpoint) -> None:
     """While the budget is taken another job is refused; once it is answered there is room."""
     engine = FakeEngine(default_checkpoint.card, delay=0.2)

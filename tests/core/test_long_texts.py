@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen import VOCABULARY
-from taskvec.core.tokenizer import GUARD, MAX_TOKEN_WIDTH, TextTokenizer, _settled_until
+from taskvec.core.tokenizer import (
+    GUARD,
+    MAX_SLICE,
+    MAX_TOKEN_WIDTH,
+    MIN_SLICE,
+    TextTokenizer,
+    Tokenization,
+    _settled_until,
+)
 from taskvec.errors import InvalidRequestError
 
 LIMIT = 64
@@ -137,6 +146,28 @@ def test_a_long_text_is_cut_as_if_all_of_it_had_been_read(
         assert result == theirs(file, limit).encode(text).ids
 
 
+@settings(max_examples=150)
+@given(text=long_texts(), prompt=st.sampled_from(("", "Query: ")))
+def test_a_text_in_slices_has_the_ids_of_the_whole(file: Path, text: str, prompt: str) -> None:
+    """A text that fits is tokenised in several slices, and has exactly the ids of one piece."""
+    expected = theirs(file).encode(prompt + text).ids
+    (ids,) = ours(file, 32_768).encode_now([text], prompt=prompt, truncate=False)
+    assert ids.tolist() == expected
+
+
+@settings(max_examples=50)
+@given(
+    texts=st.lists(st.one_of(long_texts(), st.text(max_size=50).map("x".__add__)), max_size=8),
+    prompt=st.sampled_from(("", "Query: ")),
+)
+def test_short_and_long_texts_in_one_request(file: Path, texts: list[str], prompt: str) -> None:
+    """Each text of a request has its own ids, whatever is before and behind it."""
+    given_ids = ours(file, 32_768).encode_now(texts, prompt=prompt, truncate=False)
+    assert [ids.tolist() for ids in given_ids] == [
+        theirs(file).encode(prompt + text).ids for text in texts
+    ]
+
+
 @settings(max_examples=300)
 @given(text=long_texts(), data=st.data())
 def test_what_is_settled_stays(file: Path, text: str, data: st.DataObject) -> None:
@@ -206,6 +237,36 @@ def test_millions_of_one_character_are_done_with_soon(file: Path, character: str
         assert result.code == "input_too_long"
     else:
         assert len(result) == LIMIT
+
+
+def steps(work: Tokenization) -> tuple[int, int]:
+    """Tokenise until the request ends or is refused; return the slices and their characters."""
+    slices = characters = 0
+    with suppress(InvalidRequestError):
+        while not work.done:
+            slices += 1
+            characters += work.step()[0]
+    return slices, characters
+
+
+def test_a_text_that_is_too_long_ends_the_request(file: Path) -> None:
+    """The texts behind it are not tokenised, nor is the rest of it."""
+    texts = ["short", ". " * 50_000, *["hard" * 3000 + " words"] * 2000]
+    work = Tokenization(ours(file, 2048), texts, "", truncate=False)
+    slices, characters = steps(work)
+    assert len(work.ids) == 1
+    assert slices <= 8
+    assert characters <= 3 * MAX_SLICE
+
+
+def test_a_slice_has_few_characters(file: Path) -> None:
+    """Long texts and batches of short ones are done in many slices of limited size."""
+    for texts in ([english(500_000)], ["one two three"] * 2048, [english(3000)] * 100):
+        work = Tokenization(ours(file, 200_000), texts, "Query: ", truncate=False)
+        slices, characters = steps(work)
+        assert work.done
+        assert characters == sum(map(len, texts))
+        assert characters / MAX_SLICE <= slices <= characters / MIN_SLICE * 2 + 8
 
 
 @pytest.mark.parametrize("text", ["\n" + " " * 3_000_000, " " * 3_000_000 + "word"])

@@ -20,6 +20,9 @@ from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineResult, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError
 
+CHARACTERS_PER_TOKEN = 4
+"""Estimate for the class of a request that is not tokenised yet."""
+
 
 class AsyncEmbedder:
     """Embeds jobs with one engine; belongs to one event loop.
@@ -75,7 +78,8 @@ class AsyncEmbedder:
 
         Raises:
             InvalidRequestError: a text is too long, or the tokenizer cannot encode it.
-            QueueFullError: the token or request budget is used up.
+            QueueFullError: the token or request budget is used up, or too many characters wait for
+                the tokenizer.
             DeadlineExceededError: the deadline passed; queued texts are dropped.
             UnavailableError: the engine cannot embed now.
             TaskvecError: the token charge was refused.
@@ -179,7 +183,13 @@ class AsyncEmbedder:
         if isinstance(job.inputs[0], np.ndarray):
             return cast("Sequence[TokenIds]", job.inputs)
         texts = cast("Sequence[str]", job.inputs)
-        return await self._tokenizer.encode(texts, prompt=job.task.prompt, truncate=job.truncate)
+        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        return await self._tokenizer.encode(
+            texts,
+            prompt=job.task.prompt,
+            truncate=job.truncate,
+            priority=self._admission.priority_of(tokens, job.priority),
+        )
 
 
 def _deadline_exceeded() -> DeadlineExceededError:

@@ -1,26 +1,32 @@
-"""Tokenizer: text to token ids, reading no more of a text than will be kept.
+"""Tokenizer: text to token ids, in slices, reading no more of a text than will be kept.
 
-A text that may be too long is tokenised in a window that grows until it holds enough *settled*
-tokens: tokens that no later character can change. A token depends on nearby characters only: on the
-run of similar characters that it is split from, and on the merges within that run. So a token is
-settled once GUARD characters of the text follow it. There are two exceptions. A later line break
-can join a whole run of white space to the line break before it: in white space that reaches the
-window's end, nothing from the last line break on is settled. Normalisers reorder or drop whole runs
-of combining marks and control characters: a run that reaches the window's end is not settled.
+A request is tokenised in slices (``Tokenization``): each is one call of the tokenizers library with
+some thousand characters. So no call takes long or holds the interpreter lock for long, the requests
+of other clients get their turns in between (``TokenizerQueue``), a request whose client has gone
+stops, and so does one with a text that is too long, before its other texts are tokenised.
 
-The window is limited, so that a hostile text costs no more than a long one: a text that does not
+A long text is cut where the tokens of the parts are those of the whole (``CutPoints``). Where it
+has no such place, it is tokenised in a window that grows until it has one, or until it holds enough
+*settled* tokens: tokens that no later character can change. A token depends on nearby characters
+only: on the run of similar characters that it is split from, and on the merges within that run. So
+a token is settled once GUARD characters of the text follow it. There are two exceptions. A later
+line break can join a whole run of white space to the line break before it: in white space that
+reaches the window's end, nothing from the last line break on is settled. Normalisers reorder or
+drop whole runs of combining marks and control characters: a run that reaches the window's end is
+not settled.
+
+What is read is limited, so that a hostile text costs no more than a long one: a text that does not
 fill the limit within MAX_TOKEN_WIDTH characters per token, such as megabytes of white space, is
-refused.
+refused, and so is one without a cut point and without enough tokens in MAX_WINDOW characters.
 """
 
 from __future__ import annotations
 
-import asyncio
 import bisect
-import threading
+import re
+import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -28,21 +34,47 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from taskvec.core.cut_points import CutPoints
+from taskvec.core.tokenizer_queue import TokenizerQueue
 from taskvec.engines.base import TokenIds
 from taskvec.errors import CheckpointError, InvalidRequestError
+from taskvec.priority import Priority
 
 GUARD = 2048
 """Characters after a token that settle it; far more than any token or normalised cluster has."""
 
-CHARACTERS_PER_TOKEN = 5
-"""First estimate for the window, which grows fourfold if tokens are longer."""
-
-INLINE_CHARACTERS = 1024
-"""Total length of texts that are tokenised in the event loop: it takes a fraction of a
-millisecond, less than handing them to a thread."""
-
 MAX_TOKEN_WIDTH = 256
-"""Characters per token in the largest window; natural text has 2 to 8."""
+"""Characters per token of what is read of a text; natural text has 2 to 8."""
+
+MAX_WINDOW = 1 << 17
+"""Characters of the largest call: copying them into the library and freeing its result take some
+milliseconds, in which it holds the interpreter lock."""
+
+MIN_SLICE, MAX_SLICE = 2048, 16_384
+"""Characters of a slice. English takes 4 ms per 16,384 characters, words of 100 letters that are
+not in the vocabulary 7 ms per 2,048."""
+
+SLICE_SECONDS = 0.004
+"""Time that a slice should take: the next one of a request has as many characters as the last one
+would have needed for it."""
+
+SLICE_TEXTS = 256
+"""Maximum number of texts in a slice."""
+
+INLINE_COST = 768
+"""Total cost of texts that are tokenised in the event loop: at most a millisecond, on average a
+fraction of one, which is less than handing them to a thread. A character costs 1, or 2 in a text
+that is not ASCII, and a text TEXT_COST."""
+
+TEXT_COST = 16
+
+HARD_WORD = re.compile(r"[^\s!-/:-@\[-`{-~一-鿿]{25}")
+"""A word that WordPiece may look up piece by piece: its cost grows with the square of its
+length."""
+
+MAX_WAITING_CHARACTERS = 1 << 25
+"""Characters of a priority class that wait for the tokenizer or are being tokenised: 10 seconds of
+English in one thread."""
 
 
 class TokenizerObserver(Protocol):
@@ -60,6 +92,8 @@ class TextTokenizer:
 
     Attributes:
         max_tokens: maximum tokens of a text, special tokens included.
+        room: maximum tokens of a text, special tokens not included.
+        cut_points: where texts may be cut.
     """
 
     def __init__(
@@ -69,6 +103,7 @@ class TextTokenizer:
         max_tokens: int,
         vocabulary: int,
         threads: int,
+        max_waiting: int = MAX_WAITING_CHARACTERS,
         observer: TokenizerObserver | None = None,
     ) -> None:
         """Load tokenizer.json.
@@ -78,6 +113,7 @@ class TextTokenizer:
             max_tokens: maximum tokens of a text, special tokens included.
             vocabulary: number of token ids of the model; a tokenizer with higher ids is refused.
             threads: requests tokenised at the same time.
+            max_waiting: characters of a priority class that may wait, see ``TokenizerQueue``.
             observer: notified of thread usage and of truncated texts.
 
         Raises:
@@ -99,25 +135,34 @@ class TextTokenizer:
             )
         self._head, self._tail = self._specials()
         self.max_tokens = max_tokens
-        self._room = max_tokens - len(self._head) - len(self._tail)
-        if self._room < 1:
+        self.room = max_tokens - len(self._head) - len(self._tail)
+        if self.room < 1:
             raise CheckpointError(
                 f"max_tokens {max_tokens} leaves no room beside the tokenizer's special tokens."
             )
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
-        self._size = threads
-        self._running = 0
-        self._lock = threading.Lock()
+        self.cut_points = CutPoints(self._tokenizer)
+        self._hard_words = type(self._tokenizer.model).__name__ != "BPE"
         self._observer = observer
+        self._queue = TokenizerQueue(threads, max_waiting, self._report_queue)
 
-    async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
-        """Run ``encode_now``: in the event loop if the texts are short, else in a thread."""
-        if sum(map(len, texts)) <= INLINE_CHARACTERS:
-            return self.encode_now(texts, prompt=prompt, truncate=truncate)
-        job = self._threads.submit(self.encode_now, texts, prompt=prompt, truncate=truncate)
-        self._count(1)
-        job.add_done_callback(self._job_ended)
-        return await asyncio.wrap_future(job)
+    async def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str,
+        truncate: bool,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> list[TokenIds]:
+        """Run ``encode_now``: in the event loop if that is cheap, else in turns in a thread.
+
+        Raises:
+            QueueFullError: too many characters wait for the tokenizer.
+        """
+        if self.is_cheap(texts):
+            return self.encode_inline(texts, prompt, truncate=truncate)
+        work = Tokenization(self, texts, prompt, truncate=truncate)
+        await self._queue.run(work, sum(map(len, texts)), priority)
+        return work.ids
 
     def encode_now(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
         """Return the model's input ids of each text.
@@ -134,18 +179,47 @@ class TextTokenizer:
         Raises:
             InvalidRequestError: a text is too long, or has no tokens; names the text.
         """
-        wanted = self._room if truncate else self._room + 1
-        window = wanted * CHARACTERS_PER_TOKEN + GUARD
-        short = [i for i, text in enumerate(texts) if len(prompt) + len(text) <= window]
-        with _untokenizable("input"):
+        work = Tokenization(self, texts, prompt, truncate=truncate)
+        while not work.done:
+            work.step()
+        return work.ids
+
+    def encode_batch(self, texts: Sequence[str], where: str) -> list[Encoding]:
+        """Return the encodings of texts, of some thousand characters together.
+
+        ``encode_batch_fast`` releases the interpreter lock; ``encode`` does not.
+
+        Args:
+            texts: with their prompts.
+            where: the texts' place in the request, for error messages.
+        """
+        with _untokenizable(where):
             encodings: list[Encoding] = self._tokenizer.encode_batch_fast(
-                [prompt + texts[i] for i in short], add_special_tokens=False
+                texts, add_special_tokens=False
             )
-        contents = {i: (encoding.ids, 0) for i, encoding in zip(short, encodings, strict=True)}
-        for i, text in enumerate(texts):
-            if i not in contents:
-                contents[i] = self._settled(prompt, text, i, wanted, window)
-        return [self._framed(*contents[i], i, truncate=truncate) for i in range(len(texts))]
+        return encodings
+
+    def first_ids(self, text: str, until: int, count: int, where: str) -> tuple[list[int], int]:
+        """Return the first ids of a text.
+
+        Args:
+            text: with its prompt.
+            until: character at which the last one must end.
+            count: maximum number of ids.
+            where: see ``encode_batch``.
+
+        Returns:
+            The ids, and the character at which the last one ends.
+        """
+        with _untokenizable(where):
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+
+        def end_of(token: int) -> int:  # a list of all offsets would hold the interpreter lock
+            characters = encoding.token_to_chars(token)
+            return characters[1] if characters else 0
+
+        found = min(count, bisect.bisect_right(range(len(encoding)), until, key=end_of))
+        return encoding.ids[:found], end_of(found - 1) if found else 0
 
     def truncate(self, ids: list[int]) -> list[int]:
         """Return the first ``max_tokens`` of too many ids."""
@@ -154,17 +228,11 @@ class TextTokenizer:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._queue.close()
 
-    def _job_ended(self, _: Future[list[TokenIds]]) -> None:
-        self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._running += change
-            if self._observer is not None:
-                busy = min(self._running, self._size)
-                self._observer.tokenizer_changed(busy, self._running - busy)
+    def _report_queue(self, busy: int, waiting: int) -> None:
+        if self._observer is not None:
+            self._observer.tokenizer_changed(busy, waiting)
 
     def _report_cut(self, tokens: int) -> None:
         if self._observer is not None:
@@ -179,41 +247,41 @@ class TextTokenizer:
                 return framed[:start], framed[start + len(bare) :]
         raise CheckpointError("tokenizer.json has a post-processor that rewrites the text's ids.")
 
-    def _settled(
-        self, prompt: str, text: str, index: int, wanted: int, window: int
-    ) -> tuple[list[int], int]:
-        """Return the first ``wanted`` ids of a long text, or all of them if it has fewer.
+    def is_cheap(self, texts: Sequence[str]) -> bool:
+        """Return whether texts may be tokenised in the event loop."""
+        if len(texts) * TEXT_COST + sum(map(len, texts)) > INLINE_COST:
+            return False
+        cost = sum(TEXT_COST + len(text) * (1 if text.isascii() else 2) for text in texts)
+        if cost > INLINE_COST:
+            return False
+        return not (self._hard_words and any(map(HARD_WORD.search, texts)))
 
-        Returns:
-            The ids, and an estimate of how many follow them.
+    def encode_inline(self, texts: Sequence[str], prompt: str, *, truncate: bool) -> list[TokenIds]:
+        """Tokenise texts that are cheap.
+
+        ``Tokenizer.encode`` keeps the interpreter lock: giving it up for so short a time, and
+        waiting until other threads return it, would take longer.
         """
-        widest = wanted * MAX_TOKEN_WIDTH + GUARD
-        length = len(prompt) + len(text)
-        while window < length:
-            seen = prompt + text[: window - len(prompt)]
-            ids, ends = self._encode_with_ends(seen, index)
-            settled = bisect.bisect_right(ends, _settled_until(seen))
-            if settled >= wanted:
-                read = ends[wanted - 1]
-                return ids[:wanted], max(1, round(wanted * (length - read) / read))
-            if window == widest:
-                raise InvalidRequestError(
-                    f"input[{index}] has {len(text)} characters, of which the first {window} hold "
-                    f"fewer than {wanted} tokens: it is mostly white space. Shorten it.",
-                    code="input_too_long",
-                    param=f"input[{index}]",
-                )
-            window = min(4 * window, widest)
-        return self._encode_with_ends(prompt + text, index)[0], 0
+        ids = []
+        for index, text in enumerate(texts):
+            with _untokenizable(f"input[{index}]"):
+                encoding = self._tokenizer.encode(prompt + text, add_special_tokens=False)
+            ids.append(self.framed(encoding.ids, 0, index, truncate=truncate))
+        return ids
 
-    def _encode_with_ends(self, text: str, index: int) -> tuple[list[int], list[int]]:
-        """Return the ids, and the character offset at which each one ends."""
-        with _untokenizable(f"input[{index}]"):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+    def framed(self, content: list[int], beyond: int, index: int, *, truncate: bool) -> TokenIds:
+        """Return the ids of a text between the special tokens.
 
-    def _framed(self, content: list[int], beyond: int, index: int, *, truncate: bool) -> TokenIds:
-        lost = len(content) + beyond - self._room
+        Args:
+            content: ids of the text.
+            beyond: estimate of how many ids follow them.
+            index: of the text in its request.
+            truncate: see ``encode_now``.
+
+        Raises:
+            InvalidRequestError: the text is too long, or has no tokens.
+        """
+        lost = len(content) + beyond - self.room
         if lost > 0:
             if not truncate:
                 raise InvalidRequestError(
@@ -223,8 +291,8 @@ class TextTokenizer:
                     param=f"input[{index}]",
                 )
             self._report_cut(lost)
-            content = content[: self._room]
-        ids = self._head + content + self._tail
+            content = content[: self.room]
+        ids = [*self._head, *content, *self._tail]
         if not ids:
             raise InvalidRequestError(
                 f"input[{index}] contains nothing that the tokenizer turns into a token.",
@@ -232,6 +300,146 @@ class TextTokenizer:
                 param=f"input[{index}]",
             )
         return np.array(ids, dtype=np.int32)
+
+
+class Tokenization:
+    """Tokenises the texts of one request in slices; one thread at a time uses it.
+
+    Attributes:
+        ids: ids of the texts that are complete, as ``TextTokenizer.encode_now`` returns them.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, *, truncate: bool
+    ) -> None:
+        """Prepare; ``step`` does the work."""
+        self.ids: list[TokenIds] = []
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._prompt = prompt
+        self._truncate = truncate
+        self._wanted = tokenizer.room if truncate else tokenizer.room + 1
+        self._readable = self._wanted * MAX_TOKEN_WIDTH + GUARD - len(prompt)
+        self._slice = MIN_SLICE
+        self._content: list[int] = []  # of the text that is being tokenised
+        self._offset = 0
+        self._window = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all texts are tokenised."""
+        return len(self.ids) == len(self._texts)
+
+    def step(self) -> tuple[int, bool]:
+        """Tokenise one slice; return its characters, and whether all texts are tokenised.
+
+        Raises:
+            InvalidRequestError: see ``TextTokenizer.encode_now``.
+        """
+        began = time.perf_counter()
+        text = self._texts[len(self.ids)]
+        if self._offset or len(text) > self._slice:
+            characters = self._step_in(text)
+        else:
+            characters = self._step_over()
+        seconds = time.perf_counter() - began
+        fitting = int(characters * SLICE_SECONDS / max(seconds, 1e-6))
+        self._slice = min(max(fitting, MIN_SLICE), MAX_SLICE)
+        return characters, self.done
+
+    def _step_over(self) -> int:
+        """Tokenise the next short texts; return their characters."""
+        start = stop = len(self.ids)
+        characters = 0
+        for text in self._texts[start : start + SLICE_TEXTS]:
+            if stop > start and characters + len(text) > self._slice:
+                break
+            characters += len(text)
+            stop += 1
+        batch = [self._prompt + text for text in self._texts[start:stop]]
+        where = f"input[{start}]" if stop == start + 1 else f"input[{start}] to input[{stop - 1}]"
+        encodings = self._tokenizer.encode_batch(batch, where)
+        for index, encoding in enumerate(encodings, start):
+            self.ids.append(self._framed(encoding.ids, 0, index))
+        return characters
+
+    def _step_in(self, text: str) -> int:
+        """Tokenise the next part of a long text; return its characters."""
+        start = self._offset
+        readable = min(len(text), self._readable)
+        stop = min(start + max(self._window, self._slice), readable)
+        cut = self._cut(text, start, stop)
+        if cut is None:
+            stop = min(max(stop, start + MAX_SLICE), readable)
+            cut = self._cut(text, start, stop)
+        if cut is None:
+            return self._settle(text, start, stop)
+        where = f"input[{len(self.ids)}]"
+        (encoding,) = self._tokenizer.encode_batch([self._seen(text, start, cut)], where)
+        self._add(encoding.ids, cut)
+        if len(self._content) >= self._wanted or cut == len(text):
+            self._finish(text)
+        elif cut == readable:
+            raise self._too_wide(text, cut)
+        return cut - start
+
+    def _cut(self, text: str, start: int, stop: int) -> int | None:
+        """Return where the part of a text ends; None if there is no cut point up to ``stop``."""
+        if stop == len(text):
+            return stop
+        if stop - start <= MAX_SLICE:
+            return self._tokenizer.cut_points.last(text, start, stop)
+        # Half of the window was searched before it was doubled.
+        return self._tokenizer.cut_points.first(text, start + (stop - start) // 2, stop)
+
+    def _settle(self, text: str, start: int, stop: int) -> int:
+        """Tokenise a window without a cut point; return its characters.
+
+        The text is finished if the window holds enough settled tokens; otherwise the next window is
+        larger.
+        """
+        seen = self._seen(text, start, stop)
+        until = _settled_until(seen)
+        wanted = self._wanted - len(self._content)
+        if until > 0:
+            where = f"input[{len(self.ids)}]"
+            ids, end = self._tokenizer.first_ids(seen, until, wanted, where)
+            if len(ids) == wanted:
+                self._add(ids, max(1, stop - len(seen) + end))
+                self._finish(text)
+                return stop - start
+        if stop - start >= MAX_WINDOW or stop == self._readable:
+            raise self._too_wide(text, stop)
+        self._window = 2 * (stop - start)
+        return stop - start
+
+    def _seen(self, text: str, start: int, stop: int) -> str:
+        return text[start:stop] if start else self._prompt + text[:stop]
+
+    def _add(self, ids: list[int], offset: int) -> None:
+        self._content += ids
+        self._offset = offset
+        self._window = 0
+
+    def _finish(self, text: str) -> None:
+        """Add the ids of a long text, of which the rest is not needed."""
+        rest = len(text) - self._offset
+        beyond = max(1, round(len(self._content) * rest / self._offset)) if rest else 0
+        self.ids.append(self._framed(self._content, beyond, len(self.ids)))
+        self._content = []
+        self._offset = 0
+
+    def _framed(self, content: list[int], beyond: int, index: int) -> TokenIds:
+        return self._tokenizer.framed(content, beyond, index, truncate=self._truncate)
+
+    def _too_wide(self, text: str, read: int) -> InvalidRequestError:
+        index = len(self.ids)
+        return InvalidRequestError(
+            f"input[{index}] has {len(text)} characters, of which the first {read} hold "
+            f"fewer than {self._wanted} tokens: it is mostly white space. Shorten it.",
+            code="input_too_long",
+            param=f"input[{index}]",
+        )
 
 
 @contextmanager

@@ -38,18 +38,28 @@ def pack_texts(texts: Sequence[TokenIds], adapters: Sequence[str | None]) -> tup
     return ",".join(name or "" for name in names), body.tobytes()
 
 
+def count_texts(body: bytes) -> int:
+    """Return the number of texts of a request, without unpacking them.
+
+    Raises:
+        ValueError: the body is invalid; the message has the reason.
+    """
+    if len(body) % _INT.itemsize or not body:
+        raise ValueError(f"{len(body)} bytes are not a list of 32-bit numbers")
+    (texts,) = np.frombuffer(body, dtype=_INT, count=1).tolist()
+    if texts < 1 or 1 + 2 * texts > len(body) // _INT.itemsize:
+        raise ValueError(f"{texts} texts do not fit into {len(body)} bytes")
+    return int(texts)
+
+
 def unpack_texts(header: str, body: bytes) -> tuple[list[TokenIds], list[str | None]]:
     """Return the texts of a request, and the adapter of each text.
 
     Raises:
         ValueError: the header or the body is invalid; the message has the reason.
     """
-    if len(body) % _INT.itemsize or not body:
-        raise ValueError(f"{len(body)} bytes are not a list of 32-bit numbers")
+    texts = count_texts(body)
     numbers = np.frombuffer(body, dtype=_INT)
-    texts = int(numbers[0])
-    if texts < 1 or 1 + 2 * texts > len(numbers):
-        raise ValueError(f"{texts} texts do not fit into {len(body)} bytes")
     names = [name or None for name in header.split(",")]
     indices, lengths = numbers[1 : 1 + 2 * texts : 2], numbers[2 : 2 + 2 * texts : 2]
     if indices.min() < 0 or indices.max() >= len(names):

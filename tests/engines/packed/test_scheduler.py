@@ -227,6 +227,26 @@ def test_the_credit_of_an_empty_class_is_limited() -> None:
     assert Counter(served[10:]) == {Priority.INTERACTIVE: 16, Priority.BULK: 4}
 
 
+@pytest.mark.parametrize("earlier", Priority)
+def test_a_class_that_comes_late_does_not_make_up_for_the_past(earlier: Priority) -> None:
+    """After hours of one class alone, the other begins while it has nothing, and both share."""
+    (later,) = set(Priority) - {earlier}
+    queue: FairQueue[Priority] = FairQueue(64)
+    queue.push(earlier, [64], earlier)
+    queue.take(64)
+    queue.charge(earlier, 10_000)
+    queue.push(later, [64] * 400, later)
+    queue.take(64)
+    queue.charge(later, 0.1)
+    queue.push(earlier, [64] * 400, earlier)
+    served: Counter[Priority] = Counter()
+    for _ in range(100):
+        priority = queue.take(64)[0][0]
+        served[priority] += 1
+        queue.charge(priority, 0.1)
+    assert served[Priority.INTERACTIVE] == pytest.approx(80, abs=10)
+
+
 def test_single_interactive_texts_are_served_at_once() -> None:
     """Short interactive texts that arrive one by one are served at once."""
     queue: FairQueue[Priority] = FairQueue(64)

@@ -19,12 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from taskvec.priority import Priority
+from taskvec.priority import WEIGHTS, Priority
 
 T = TypeVar("T")
-
-WEIGHTS = {Priority.INTERACTIVE: 4.0, Priority.BULK: 1.0}
-"""Relative shares of the engine's time while both classes have waiting texts."""
 
 MAX_CREDIT_SECONDS = {Priority.INTERACTIVE: 1.0, Priority.BULK: 0.0}
 """Engine seconds that a class can save up while its queue is empty. Interactive requests come and
@@ -144,6 +141,7 @@ class FairQueue(Generic[T]):
         self._classes: dict[Priority, _ClassQueue[T]] = {
             priority: _ClassQueue() for priority in WEIGHTS
         }
+        self._weighted_seconds = 0.0
         self._by_age: OrderedDict[int, T] = OrderedDict()
 
     def __iter__(self) -> Iterator[T]:
@@ -166,8 +164,7 @@ class FairQueue(Generic[T]):
         queue = self._classes[priority]
         if not queue:
             credit = MAX_CREDIT_SECONDS[priority] / WEIGHTS[priority]
-            others = [other.weighted_seconds - credit for other in self._classes.values() if other]
-            queue.weighted_seconds = max([queue.weighted_seconds, *others])
+            queue.weighted_seconds = max(queue.weighted_seconds, self._weighted_seconds - credit)
         queue.push(request, costs)
         self._by_age[id(request)] = request
         self.texts += len(costs)
@@ -211,7 +208,12 @@ class FairQueue(Generic[T]):
 
     def charge(self, priority: Priority, seconds: float) -> None:
         """Charge the engine time of a batch to its class."""
-        self._classes[priority].weighted_seconds += seconds / WEIGHTS[priority]
+        served = self._classes[priority]
+        served.weighted_seconds += seconds / WEIGHTS[priority]
+        # Where a class starts whose queue was empty: not at its own, which may be far behind.
+        active = [served, *(queue for queue in self._classes.values() if queue)]
+        least = min(queue.weighted_seconds for queue in active)
+        self._weighted_seconds = max(self._weighted_seconds, least)
 
 
 class TokenBudget:

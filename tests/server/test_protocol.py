@@ -163,6 +163,22 @@ def test_what_is_not_http(default_checkpoint: Checkpoint, sent: bytes) -> None:
         assert hung_up(connection)
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/v1/models", "/metrics"])
+def test_head_is_get_without_a_body(default_checkpoint: Checkpoint, path: str) -> None:
+    """HEAD has the headers of GET and no body, and the connection goes on."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(LIVE.replace(b"GET /health/live", b"HEAD " + path.encode()))
+        received = b""
+        while not received.endswith(b"\r\n\r\n"):
+            received += connection.recv(65536)
+        headers = received.lower().split(b"\r\n")
+        assert headers[0] == b"http/1.1 200 ok"
+        (length,) = [line for line in headers if line.startswith(b"content-length: ")]
+        assert int(length.partition(b": ")[2]) > 0
+        connection.sendall(LIVE)
+        assert answer(connection)[1] == {"status": "live"}
+
+
 def test_http_1_0_needs_no_host(default_checkpoint: Checkpoint) -> None:
     """A request of HTTP/1.0 without a Host header is answered."""
     with served(default_checkpoint) as service, service.connect() as connection:

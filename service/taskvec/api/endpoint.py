@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter
+from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter, client_name
 from taskvec.api.context import RequestContext, context_of
 from taskvec.api.errors import (
     ErrorRenderer,
@@ -24,6 +24,7 @@ from taskvec.api.errors import (
     wrong_method,
 )
 from taskvec.api.load_shedding import EventLoopLag, LoadShedder
+from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
@@ -204,6 +205,7 @@ class Endpoint:
             context.key = self._auth.authenticate(request.scope)
         if not self._embeds:
             return await self._handler(request)
+        current_client.set(client_name(request.scope, context.key))
         self._shedder.check(request.scope, context.key)
         with self._health.work:
             if self._limiter is not None and context.key is not None:

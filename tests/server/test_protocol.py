@@ -213,6 +213,16 @@ def test_many_headers(default_checkpoint: Checkpoint, behind: bytes) -> None:
             assert hung_up(connection)
 
 
+def test_a_long_url(default_checkpoint: Checkpoint) -> None:
+    """A URL of 8,192 bytes is looked up, a longer one is refused without being decoded."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        for size, status, code in ((8192, 404, "not_found"), (8193, 431, "headers_too_large")):
+            connection.sendall(LIVE.replace(b"/health/live", b"/" + (size - 1) * b"a"))
+            response, body = answer(connection)
+            assert (response.status, body["code"]) == (status, code)
+        assert hung_up(connection)
+
+
 def test_trailers_are_not_headers(default_checkpoint: Checkpoint) -> None:
     """A field behind a chunked body has no effect on how its request is read."""
     with served(default_checkpoint) as service, service.connect() as connection:

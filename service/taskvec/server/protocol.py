@@ -35,6 +35,9 @@ FIRST_REQUEST_SECONDS = 0.2
 MAX_PIPELINED = 32
 """Requests that may be sent ahead of their responses; known clients send one at a time."""
 
+MAX_URL_BYTES = 8192
+"""Size of a request's URL. Decoding one takes a microsecond per ten bytes; ours are short."""
+
 MAX_HEADERS = 128
 """Headers of a request, and trailers of its body. Each costs microseconds; clients and proxies
 together send a few dozen."""
@@ -249,6 +252,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Count a piece of the URL."""
         self._count_header(len(url))
         super().on_url(url)
+        if len(self.url) > MAX_URL_BYTES:
+            self._stop_parsing(url_too_long())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a header, or a trailer of a chunked body."""
@@ -428,6 +433,13 @@ def headers_too_large(limit: int) -> TaskvecError:
     """Return the error of headers or trailers over their limit in bytes."""
     return HeadersTooLargeError(
         f"The request's headers are larger than {limit} bytes: send fewer or shorter ones."
+    )
+
+
+def url_too_long() -> TaskvecError:
+    """Return the error of a URL over its limit."""
+    return HeadersTooLargeError(
+        f"The request's URL is larger than {MAX_URL_BYTES} bytes: send texts in the body."
     )
 
 

@@ -152,7 +152,7 @@ def test_a_server_that_takes_no_token_ids_is_not_used(monkeypatch: pytest.Monkey
         with_key(monkeypatch),
         served(*before(server), probe="live") as gateway,
     ):
-        wait_for(lambda: "it has not been checked" not in readiness(gateway).json()["detail"])
+        wait_for(lambda: "token ids" in readiness(gateway).json()["detail"])
         reply = readiness(gateway)
         assert reply.status_code == 503
         assert server.url in reply.json()["detail"]

@@ -54,6 +54,10 @@ class FakeEngine:
     async def stop(self) -> None:
         self._health = EngineHealth(EngineState.DEAD, "stopped")
 
+    def set_health(self, health: EngineHealth) -> None:
+        """Be in a state from now on."""
+        self._health = health
+
     def health(self) -> EngineHealth:
         return self._health
 

@@ -52,12 +52,23 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(checkpoint: Checkpoint, delay: float = 0.0, **settings: Any) -> Iterator[Served]:
-    """Serve the application with a fake engine by uvicorn in a thread."""
+def served(
+    checkpoint: Checkpoint, delay: float = 0.0, keep_alive: float | None = None, **settings: Any
+) -> Iterator[Served]:
+    """Serve the application with a fake engine by uvicorn in a thread.
+
+    Args:
+        checkpoint: model.
+        delay: seconds that the engine takes.
+        keep_alive: seconds that an idle connection is kept; None for the server's own.
+        settings: of the service.
+    """
     engine = FakeEngine(checkpoint.card, delay=delay)
     failures: list[BaseException] = []
     app = fake_application(checkpoint, engine, failures, **settings)
     options = server_options(Settings(drain_timeout=5, **settings))
+    if keep_alive is not None:
+        options["timeout_keep_alive"] = keep_alive
     server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -144,13 +145,14 @@ def test_a_killed_server_loses_no_request() -> None:
             assert len(vectors(gateway.url, TEXTS, "clustering")) == len(TEXTS)
 
 
-def test_a_server_that_takes_no_token_ids_is_not_used() -> None:
-    """A server that rejects token ids is not called, and the probe names the setting to change."""
+def test_a_server_that_takes_no_token_ids_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that rejects token ids is not called; with a key, the probe names the setting."""
     with (
         served(*EXACT) as server,
+        with_key(monkeypatch),
         served(*before(server), probe="live") as gateway,
     ):
-        wait_for(lambda: "it has not been checked" not in readiness(gateway).json()["detail"])
+        wait_for(lambda: "token ids" in readiness(gateway).json()["detail"])
         reply = readiness(gateway)
         assert reply.status_code == 503
         assert server.url in reply.json()["detail"]
@@ -162,7 +164,7 @@ def test_a_gateway_waits_for_its_servers() -> None:
     """A gateway is live and "starting" until its servers are up, then becomes ready."""
     port = free_port()
     with served(*GATEWAY, "--engine-url", f"http://127.0.0.1:{port}", probe="live") as gateway:
-        wait_for(lambda: str(port) in readiness(gateway).json()["detail"])
+        wait_for(lambda: readiness(gateway).json()["code"] == "starting")
         refused = httpx.post(f"{gateway.url}/v1/embeddings", json={"input": "x"})
         for reply in (readiness(gateway), refused):
             assert (reply.status_code, reply.json()["code"]) == (503, "starting")
@@ -230,8 +232,17 @@ def vectors(url: str, texts: list[str], task: str) -> NDArray[np.float64]:
 
 
 def readiness(server: Served) -> httpx.Response:
-    """Return the response of the readiness probe."""
-    return httpx.get(f"{server.url}/health/ready", timeout=30)
+    """Return the response of the readiness probe to the operator."""
+    headers = {"api-key": "tv-operator"}
+    return httpx.get(f"{server.url}/health/ready", headers=headers, timeout=30)
+
+
+@contextmanager
+def with_key(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the servers that are started meanwhile an API key: the operator's."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TASKVEC_API_KEYS", "operator=tv-operator")
+        yield
 
 
 def serving(gateway: Served, server: Served) -> float:

@@ -110,15 +110,17 @@ def test_a_server_that_echoes_the_key_is_not_quoted(
     """If an engine server repeats the API key in an error, log and probe show stars instead."""
     monkeypatch.setenv("TASKVEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TASKVEC_ENGINE_API_KEY", ENGINE_KEY)
+    monkeypatch.setenv("TASKVEC_API_KEYS", "operator=tv-operator")
+    operator = {"api-key": "tv-operator"}
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         options = ("--engine", "remote", "--engine-url", url, "--log-level", "debug")
         with served(*options, probe="live") as gateway:
             ready = f"{gateway.url}/health/ready"
-            wait_for(lambda: "status 401" in httpx.get(ready).text)
-            assert "not Bearer ***!" in httpx.get(ready).text
-            assert ENGINE_KEY not in httpx.get(ready).text
+            wait_for(lambda: "status 401" in httpx.get(ready, headers=operator).text)
+            assert "not Bearer ***!" in httpx.get(ready, headers=operator).text
+            assert ENGINE_KEY not in httpx.get(ready, headers=operator).text
             written(gateway.process)
         server.shutdown()
 

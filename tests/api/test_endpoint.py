@@ -128,7 +128,7 @@ async def test_a_new_dialect_is_shed_and_drained(
     engine = FakeEngine(default_checkpoint.card, delay=0.5)
     settings = {"max_queue_tokens": 10}
     async with served(default_checkpoint, tmp_path, engine, **settings) as (client, service):
-        held = asyncio.create_task(client.post(PATH, json=["a b c d"], headers=WEB))
+        held = asyncio.create_task(client.post(PATH, json=["a b c d e f g h i j"], headers=WEB))
         while not engine.batches:
             await asyncio.sleep(0.01)
         large = ["one two three four five six seven eight"]

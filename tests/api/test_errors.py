@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from conftest import fake_service
 from fakes import FakeEngine
@@ -177,6 +178,31 @@ async def test_a_full_queue(default_checkpoint: Checkpoint, body: dict[str, Any]
         check(answer, 429, "queue_full")
         check_retry_headers(answer)
         assert len(engine.batches) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+async def test_a_long_path_is_cut(default_checkpoint: Checkpoint, method: str) -> None:
+    """Neither the answer nor the log line holds more than the beginning of a path."""
+    path = "/v1/models/" + 50_000 * "x" if method == "DELETE" else "/" + 50_000 * "x"
+    async with fake_service(default_checkpoint, log_requests=True) as (client, _):
+        with capture_logs() as lines:
+            answer = await client.request(method, path)
+    assert answer.status_code == {"GET": 404, "DELETE": 405}[method]
+    assert path[:190] in answer.json()["detail"]
+    assert len(answer.content) < 2000
+    (line,) = [line for line in lines if line["event"] == "request"]
+    assert line["path"] == f"{path[:199]}…"
+
+
+@pytest.mark.anyio
+async def test_a_long_name_is_cut(default_checkpoint: Checkpoint) -> None:
+    """A message that repeats a field of the request does not repeat megabytes of it."""
+    async with fake_service(default_checkpoint) as (client, _):
+        for field in ("model", "task", "encoding_format", "embedding_type"):
+            answer = await client.post(PATH, json={"input": "a", field: 1_000_000 * "x"})
+            assert answer.status_code in {400, 404}
+            assert len(answer.content) < 3000
 
 
 @pytest.mark.anyio

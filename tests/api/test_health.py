@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import fake_service
 from fakes import FakeEngine
+from taskvec.api.health import RENDERINGS_AT_ONCE, MetricsPage
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
 from taskvec.settings import TokenInput
@@ -116,6 +117,56 @@ async def test_health_in_each_state(default_checkpoint: Checkpoint, state: Engin
             assert answer.json()["code"] == code
             assert answer.json()["error"]["type"] == "service_unavailable"
             assert "of a reason" in answer.json()["detail"]
+
+
+@pytest.mark.anyio
+async def test_addresses_of_engines_need_a_key(default_checkpoint: Checkpoint) -> None:
+    """Readiness is told to everybody, why an engine server is not used only to holders of a key."""
+    engine = FakeEngine(default_checkpoint.card)
+    async with fake_service(default_checkpoint, engine, api_keys="web=s3cret") as (client, _):
+        engine.set_health(
+            EngineHealth(EngineState.UNAVAILABLE, "http://10.0.0.7 is down", "no server is up")
+        )
+        for headers in ({}, {"api-key": "wrong"}):
+            answer = await client.get("/health/ready", headers=headers)
+            assert (answer.status_code, answer.json()["code"]) == (503, "engine_unavailable")
+            assert "no server is up" in answer.json()["detail"]
+            assert "10.0.0.7" not in answer.text
+        answer = await client.get("/health/ready", headers={"api-key": "s3cret"})
+        assert answer.status_code == 503
+        assert "10.0.0.7" in answer.json()["detail"]
+        refused = await client.post(
+            "/v1/embeddings", json={"input": "a"}, headers={"api-key": "s3cret"}
+        )
+        assert refused.status_code == 503
+        assert "10.0.0.7" not in refused.text
+
+
+class CountingMetrics:
+    """Counts how often it is rendered."""
+
+    def __init__(self) -> None:
+        self.rendered = 0
+
+    def render(self, state: str) -> bytes:
+        time.sleep(0.01)
+        self.rendered += 1
+        return f"{state} {self.rendered}".encode()
+
+
+@pytest.mark.anyio
+async def test_metrics_are_rendered_rarely() -> None:
+    """Concurrent scrapes share a rendering; a flood of them gets the last one again."""
+    metrics = CountingMetrics()
+    page = MetricsPage(metrics)
+    first = await asyncio.gather(*(page.read("ready") for _ in range(50)))
+    assert set(first) == {b"ready 1"}
+    assert await page.read("dead") == b"dead 2"
+    for _ in range(100):
+        await page.read("ready")
+    assert metrics.rendered == RENDERINGS_AT_ONCE
+    await asyncio.sleep(1.1)
+    assert await page.read("ready") == f"ready {RENDERINGS_AT_ONCE + 1}".encode()
 
 
 @pytest.mark.anyio

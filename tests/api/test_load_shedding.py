@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from conftest import fake_service
+from conftest import fake_application, fake_service
 from fakes import FakeEngine
 from keyfiles import entry
 from processes import total
@@ -31,7 +31,9 @@ async def full(checkpoint: Checkpoint, folder: Path) -> AsyncIterator[httpx.Asyn
     engine = FakeEngine(checkpoint.card, delay=1.0)
     settings = {"keys_file": file, "max_queue_tokens": 10}
     async with fake_service(checkpoint, engine, **settings) as (client, _):
-        held = asyncio.create_task(client.post(PATH, json={"input": "a b c d"}, headers=WEB))
+        held = asyncio.create_task(
+            client.post(PATH, json={"input": "a b c d e f g h i j"}, headers=WEB)
+        )
         while not engine.batches:
             await asyncio.sleep(0.01)
         large = {"input": "one two three four five six seven eight"}
@@ -72,7 +74,7 @@ async def test_the_other_class_has_its_room(default_checkpoint: Checkpoint, tmp_
         answers = await asyncio.gather(
             client.post(PATH, json={"input": "a"}, headers=WEB | {"x-priority": "bulk"}),
             client.post(PATH, json={"input": "a"}, headers=JOBS),
-            client.post(PATH, json={"input": "a"}, headers=JOBS | {"x-priority": "interactive"}),
+            client.post(PATH, json={"input": "a"}, headers=WEB),
             client.post(PATH, json={"input": "a"}, headers=WEB | {"x-priority": "urgent"}),
             client.get(PATH, headers=WEB),
         )
@@ -98,6 +100,42 @@ async def test_who_comes_late_in_a_long_turn_is_refused(
         assert (await client.get("/health/live")).status_code == 200
         await asyncio.sleep(0.1)
         assert (await client.post(PATH, json={"input": "a"}, headers=WEB)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_another_client_has_its_share(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A queue that one key has filled admits another key's request, and none of the first."""
+    interactive = {"x-priority": "interactive"}
+    async with full(default_checkpoint, tmp_path) as client:
+        answers = await asyncio.gather(
+            client.post(PATH, json={"input": "a"}, headers=JOBS | interactive),
+            client.post(PATH, json={"input": "a"}, headers=WEB),
+        )
+        assert [answer.status_code for answer in answers] == [200, 429]
+
+
+@pytest.mark.anyio
+async def test_addresses_have_shares_without_keys(default_checkpoint: Checkpoint) -> None:
+    """Where there are no keys, a queue that one address has filled admits another address."""
+    engine = FakeEngine(default_checkpoint.card, delay=0.3)
+    app = fake_application(default_checkpoint, engine, [], max_queue_tokens=10)
+    async with app.router.lifespan_context(app), AsyncExitStack() as stack:
+        first, second = [
+            await stack.enter_async_context(
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://test"
+                )
+            )
+            for address in ("10.0.0.1", "10.0.0.2")
+        ]
+        held = asyncio.create_task(first.post(PATH, json={"input": "a b c d e f g h i j"}))
+        while not engine.batches:
+            await asyncio.sleep(0.01)
+        answers = await asyncio.gather(
+            *(client.post(PATH, json={"input": "a"}) for client in (first, second))
+        )
+        assert [answer.status_code for answer in answers] == [429, 200]
+        assert (await held).status_code == 200
 
 
 def test_a_pause_refuses_nobody(default_checkpoint: Checkpoint) -> None:

@@ -274,7 +274,7 @@ async def test_a_refused_request_of_several_batches_closes_its_own_class(
     engine = FakeEngine(default_checkpoint.card, delay=0.2)
     service = await started(default_checkpoint, engine, room=8)
     engine.batch_tokens = 2
-    first = asyncio.create_task(service.embedder.embed(service.job(["one two three"])))
+    first = asyncio.create_task(service.embedder.embed(service.job(["one two three four five"])))
     await in_the_engine(engine, 1)
     assert engine.batches[0].priority is Priority.BULK
     with pytest.raises(QueueFullError):

@@ -55,9 +55,15 @@ def test_a_pool_reaches_servers_with_keys(keys: Path, monkeypatch: pytest.Monkey
             vectors = [np.array(a.json()["data"][0]["embedding"]) for a in (mine, theirs)]
             assert np.abs(np.subtract(*vectors)).max() <= 1e-5
         monkeypatch.setenv("TASKVEC_ENGINE_API_KEY", "wrong")
+        monkeypatch.setenv("TASKVEC_API_KEYS", "operator=tv-operator")
         with served(*remote, probe="live") as shut:
-            wait_for(lambda: "401" in httpx.get(f"{shut.url}/health/ready").text)
-            assert "TASKVEC_ENGINE_API_KEY" in httpx.get(f"{shut.url}/health/ready").text
+            ready = f"{shut.url}/health/ready"
+            operator = {"api-key": "tv-operator"}
+            wait_for(lambda: "401" in httpx.get(ready, headers=operator).json()["detail"])
+            reason = httpx.get(ready, headers=operator).json()["detail"]
+            assert "TASKVEC_ENGINE_API_KEY" in reason
+            assert server.url in reason
+            assert server.url not in httpx.get(ready).text
             shut.process.terminate()
             errors = ended(shut)[1]
         assert "wrong" not in errors

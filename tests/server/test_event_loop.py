@@ -9,12 +9,13 @@ import socket
 import time
 from collections.abc import Coroutine
 from contextlib import ExitStack, closing
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import pytest
 import uvloop
 
-from taskvec.server.event_loop import BatchAcceptLoop
+from taskvec.server.event_loop import MAX_PER_ITERATION, BatchAcceptLoop
 
 T = TypeVar("T")
 WAITING = 200
@@ -66,6 +67,44 @@ async def turns_until_all_are_taken() -> int:
 def test_a_busy_loop_takes_all_that_wait() -> None:
     """Two hundred connections are taken in a few turns."""
     assert run(BatchAcceptLoop, turns_until_all_are_taken()) < WAITING / 4
+
+
+async def taken_after(pause: float, turn: float) -> int:
+    """The most connections that a turn takes, after a pause and with turns of a length."""
+    server, address = await listen()
+    with ExitStack() as open_until_the_end:
+
+        def connect(number: int) -> list[socket.socket]:
+            return [
+                open_until_the_end.enter_context(socket.create_connection(address))
+                for _ in range(number)
+            ]
+
+        (first,) = connect(1)
+        while not greeted(first):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
+        clients, taken = connect(WAITING), [0]
+        while taken[-1] < WAITING and len(taken) < 20:
+            time.sleep(turn)  # noqa: ASYNC251 - what a busy loop does
+            await asyncio.sleep(0)
+            taken.append(sum(map(greeted, clients)))
+    server.close()
+    return max(after - before for before, after in pairwise(taken))
+
+
+def test_an_idle_loop_takes_few_of_a_burst() -> None:
+    """After a second without work, a burst is not taken at once: other processes have their part.
+
+    The pause of a second is no turn of that length.
+    """
+    assert run(BatchAcceptLoop, taken_after(pause=1.0, turn=0.0)) < WAITING / 4
+
+
+def test_one_turn_takes_a_bounded_number() -> None:
+    """However long a turn lasts, the files that are reserved are enough for what it takes."""
+    most = run(BatchAcceptLoop, taken_after(pause=0.0, turn=0.1))
+    assert MAX_PER_ITERATION / 2 < most <= MAX_PER_ITERATION + 2
 
 
 def test_uvloop_takes_one_a_turn() -> None:

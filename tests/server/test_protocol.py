@@ -84,7 +84,7 @@ def test_the_rest_of_a_refused_body_is_passed_over(default_checkpoint: Checkpoin
     "request_head",
     [
         b"GET /health/live HTTP/1.1\r\nHost: test\r\nx-a: " + 20_000 * b"a",
-        b"GET /health/live HTTP/1.1\r\nHost: test\r\n" + 900 * b"x-a: aaaa\r\n" + b"\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: test\r\n" + 90 * (b"x-a: " + 90 * b"a" + b"\r\n"),
         b"GET /" + 9000 * b"a" + b" HTTP/1.1\r\nHost: test\r\n\r\n",
     ],
     ids=["one value", "many headers", "address"],
@@ -117,7 +117,9 @@ def test_headers_up_to_the_limit(default_checkpoint: Checkpoint) -> None:
             assert answer(connection)[0].status == 200
 
 
-@pytest.mark.parametrize("trailer", [b"x-a: " + 20_000 * b"a", 900 * b"x-a: aaaa\r\n"])
+@pytest.mark.parametrize(
+    "trailer", [b"x-a: " + 20_000 * b"a", 90 * (b"x-a: " + 90 * b"a" + b"\r\n")]
+)
 def test_trailers_without_end(default_checkpoint: Checkpoint, trailer: bytes) -> None:
     """What follows a chunked body counts as headers do."""
     with (
@@ -140,9 +142,11 @@ def test_trailers_without_end(default_checkpoint: Checkpoint, trailer: bytes) ->
         b"hello\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS, spoken to a plain port
         b"GET / HTTP/9.9\r\n\r\n",
-        b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nHost: test\r\n\r\n",
         b"GET http://test HTTP/1.1\r\nHost: test\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: test\r\nhost: test\r\n\r\n",
+        b"GET /health/live HTTP/1.0\r\nHost: test\r\nHost: other\r\n\r\n",
         head("Content-Length: 5", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
         head("Content-Length: -1"),
         head("Transfer-Encoding: chunked") + b"no number\r\n",
@@ -156,6 +160,140 @@ def test_what_is_not_http(default_checkpoint: Checkpoint, sent: bytes) -> None:
         assert (response.status, body["code"]) == (400, "invalid_http")
         assert response.headers["content-type"] == "application/json"
         assert set(body) == FORM
+        assert hung_up(connection)
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/v1/models", "/metrics"])
+def test_head_is_get_without_a_body(default_checkpoint: Checkpoint, path: str) -> None:
+    """HEAD has the headers of GET and no body, and the connection goes on."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(LIVE.replace(b"GET /health/live", b"HEAD " + path.encode()))
+        received = b""
+        while not received.endswith(b"\r\n\r\n"):
+            received += connection.recv(65536)
+        headers = received.lower().split(b"\r\n")
+        assert headers[0] == b"http/1.1 200 ok"
+        (length,) = [line for line in headers if line.startswith(b"content-length: ")]
+        assert int(length.partition(b": ")[2]) > 0
+        connection.sendall(LIVE)
+        assert answer(connection)[1] == {"status": "live"}
+
+
+def test_http_1_0_needs_no_host(default_checkpoint: Checkpoint) -> None:
+    """A request of HTTP/1.0 without a Host header is answered."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert answer(connection)[0].status == 200
+
+
+@pytest.mark.parametrize("target", [b"/x", b"example.org:443"])
+def test_connect_gets_one_answer(default_checkpoint: Checkpoint, target: bytes) -> None:
+    """CONNECT is a 405 that names the methods, and the end of the connection."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nHost: test\r\n\r\n" + LIVE)
+        response, body = answer(connection)
+        assert (response.status, body["code"]) == (405, "method_not_allowed")
+        assert response.headers["allow"] == "GET, HEAD, POST"
+        assert hung_up(connection)
+
+
+@pytest.mark.parametrize("behind", [b"", head("Transfer-Encoding: chunked") + b"0\r\n"])
+def test_many_headers(default_checkpoint: Checkpoint, behind: bytes) -> None:
+    """128 headers (or trailers) are accepted; one more is a 431, and what follows is not read."""
+    start, fields = behind or LIVE[:-2], 128 - (3 if behind else 1)
+    with served(default_checkpoint) as service:
+        with service.connect() as connection:
+            connection.sendall(start + fields * b"a:\r\n" + b"\r\n")
+            assert answer(connection)[0].status == (400 if behind else 200)
+        with service.connect() as connection:
+            connection.sendall(start + (fields + 1) * b"a:\r\n" + b"\r\n" + LIVE)
+            response, body = answer(connection)
+            assert (response.status, body["code"]) == (431, "headers_too_large")
+            assert "128 headers" in body["detail"]
+            assert hung_up(connection)
+
+
+def test_a_long_url(default_checkpoint: Checkpoint) -> None:
+    """A URL of 8,192 bytes is looked up, a longer one is refused without being decoded."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        for size, status, code in ((8192, 404, "not_found"), (8193, 431, "headers_too_large")):
+            connection.sendall(LIVE.replace(b"/health/live", b"/" + (size - 1) * b"a"))
+            response, body = answer(connection)
+            assert (response.status, body["code"]) == (status, code)
+        assert hung_up(connection)
+
+
+def test_trailers_are_not_headers(default_checkpoint: Checkpoint) -> None:
+    """A field behind a chunked body has no effect on how its request is read."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        body = json.dumps({"input": "a"}).encode()
+        chunked = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
+        sent = head("Transfer-Encoding: chunked") + chunked + b"x-request-id: trailer\r\n\r\n"
+        connection.sendall(sent)
+        response, _ = answer(connection)
+        assert response.status == 200
+        assert response.headers["x-request-id"] != "trailer"
+
+
+def test_small_chunks(default_checkpoint: Checkpoint) -> None:
+    """A body with a chunk for each text and each comma is read; a megabyte of 1-byte chunks not."""
+    pieces = [b'{"input": [', *[b'"a"', b","] * 2047, b'"a"', b"]}"]
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    start = head("Transfer-Encoding: chunked")
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(start + chunked + b"0\r\n\r\n")
+        assert len(answer(connection)[1]["data"]) == 2048
+        with suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(start + 200_000 * b"1\r\na\r\n")
+        response, body = answer(connection)
+        assert (response.status, body["code"]) == (400, "invalid_request")
+        assert "pieces" in body["detail"]
+        assert hung_up(connection)
+
+
+def test_a_malformed_chunk_waits_for_the_answer_before_it(default_checkpoint: Checkpoint) -> None:
+    """The first of two pipelined requests is answered first, though the second is malformed."""
+    with served(default_checkpoint, delay=0.3) as service, service.connect() as connection:
+        connection.sendall(whole({"input": "a"}) + head("Transfer-Encoding: chunked"))
+        wait_for(lambda: len(service.engine.batches) == 1)
+        connection.sendall(b"no number\r\n")
+        response, body = answer(connection)
+        assert (response.status, len(body["data"])) == (200, 1)
+        assert hung_up(connection)
+
+
+def test_a_malformed_chunk_behind_an_answer(default_checkpoint: Checkpoint) -> None:
+    """A request that was refused before its body was read gets no second answer."""
+    sent = head("Transfer-Encoding: chunked").replace(b"application/json", b"text/plain")
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(sent)
+        assert answer(connection)[0].status == 415
+        connection.sendall(b"no number\r\n")
+        assert hung_up(connection)
+
+
+def test_line_breaks_do_not_keep_a_connection(default_checkpoint: Checkpoint) -> None:
+    """An idle connection that sends nothing but CRLF is closed when its time is over."""
+    with served(default_checkpoint, keep_alive=0.5) as service, service.connect() as connection:
+        connection.sendall(LIVE)
+        assert answer(connection)[0].status == 200
+        began = time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() < began + 5:
+                connection.sendall(b"\r\n")
+                time.sleep(0.1)
+        assert time.monotonic() - began < 2
+
+
+def test_a_head_begun_before_an_answer_is_timed(default_checkpoint: Checkpoint) -> None:
+    """Half a request behind one that is being answered has the header timeout from then on."""
+    with (
+        served(default_checkpoint, delay=0.2, header_timeout=0.3) as service,
+        service.connect() as connection,
+    ):
+        connection.sendall(whole({"input": "a"}) + LIVE[:20])
+        assert answer(connection)[0].status == 200
+        assert answer(connection)[1]["code"] == "header_timeout"
         assert hung_up(connection)
 
 

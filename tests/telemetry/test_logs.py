@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from taskvec.telemetry.logs import MAX_LINES
+from taskvec.telemetry.logs import MAX_BYTES, MAX_LINES
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -121,6 +121,23 @@ def test_a_stalled_reader_does_not_block_the_process() -> None:
     lost = sum(line["lines"] for line in records if line["event"] == "log_lines_lost")
     assert lost + len(numbers) == lines
     assert lost > 0
+
+
+def test_long_lines_are_bounded_in_bytes() -> None:
+    """If they are not read, lines of 60 kB are dropped long before there are 20,000 of them."""
+    code = (
+        "for n in range(1000):\n    structlog.get_logger().info('x' * 60_000, n=n)\n"
+        "print('done', flush=True)\n"
+    )
+    command = [sys.executable, "-c", HEAD.format("info") + code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"done\n"
+        _, written = process.communicate(timeout=60)
+    assert MAX_BYTES - 70_000 < len(written) < MAX_BYTES + 70_000
+    records = [json.loads(line) for line in written.splitlines()]
+    lost = sum(line["lines"] for line in records if line["event"] == "log_lines_lost")
+    assert lost + sum("n" in line for line in records) == 1000
 
 
 def test_a_closed_reader_does_not_stop_the_process() -> None:

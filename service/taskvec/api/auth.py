@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
+from ipaddress import IPv6Address
 from typing import Any, TypeVar, get_args
 
 from starlette.types import Scope
@@ -133,6 +134,29 @@ class KeyRateLimiter:
             raise
         if window is not None:
             context.headers += _rate_limit_headers(kind, window)
+
+
+def client_name(scope: Scope, key: Key | None) -> str:
+    """Return who sent a request: the name of its key, or else its address.
+
+    The address is that of the connection, or the one that a proxy forwards if uvicorn trusts it
+    (the environment variable FORWARDED_ALLOW_IPS; by default only this machine).
+    """
+    if key is not None:
+        return f"key {key.name}"
+    client = scope.get("client")
+    return _network(client[0]) if client else ""
+
+
+@lru_cache(maxsize=1024)
+def _network(address: str) -> str:
+    """Return an IPv4 address, or the network that one customer of a provider has in IPv6."""
+    if ":" not in address or "." in address:
+        return address
+    try:
+        return IPv6Address(address).exploded[:19]
+    except ValueError:
+        return address
 
 
 def _secret(headers: list[tuple[bytes, bytes]]) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -12,16 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter
+from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter, client_name
 from taskvec.api.context import RequestContext, context_of
 from taskvec.api.errors import (
     ErrorRenderer,
     error_response,
     error_responses,
     internal_error,
+    not_answered,
     wrong_method,
 )
 from taskvec.api.load_shedding import EventLoopLag, LoadShedder
+from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
@@ -41,7 +44,7 @@ class Route:
     Attributes:
         path: as Starlette writes it; may have parameters.
         handler: answers requests.
-        method: HTTP method.
+        method: HTTP method; HEAD is answered as GET, without the body.
         public: needs no API key.
         embeds: submits work to the engine: it is refused under overload and while draining, counts
             against the key's limits, and is traced.
@@ -144,7 +147,7 @@ class Endpoint:
 
     def __init__(self, route: Route, shared: Endpoints) -> None:
         self._handler = route.handler
-        self._method = route.method
+        self._methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
         self._render_error = route.render_error
         self._embeds = route.embeds
         self._auth = None if route.public else shared.auth
@@ -176,26 +179,38 @@ class Endpoint:
                 )
 
     async def _response(self, request: Request, context: RequestContext) -> Response:
-        if request.method != self._method:
-            return wrong_method(request, self._method, self._render_error)
+        if request.method not in self._methods:
+            return wrong_method(request, ", ".join(self._methods), self._render_error)
         try:
-            if self._auth is not None:
-                context.key = self._auth.authenticate(request.scope)
-            if not self._embeds:
-                return await self._handler(request)
-            self._shedder.check(request.scope, context.key)
-            with self._health.work:
-                if self._limiter is not None and context.key is not None:
-                    return await self._limiter.run(context.key, context, self._handler, request)
-                return await self._handler(request)
+            return await self._handle(request, context)
         except TaskvecError as error:
             context.code = error.code
             return self._render_error(error, context.request_id)
+        except asyncio.CancelledError:
+            if not self._health.draining:
+                raise
+            # The server cancels what it has not answered when its time to stop is over.
+            stopped = not_answered()
+            context.code = stopped.code
+            return self._render_error(stopped, context.request_id)
         except Exception:
             log.exception("unhandled_error", request_id=context.request_id)
             hidden = internal_error()
             context.code = hidden.code
             return self._render_error(hidden, context.request_id)
+
+    async def _handle(self, request: Request, context: RequestContext) -> Response:
+        """Call the handler, if key, load and limits allow it."""
+        if self._auth is not None:
+            context.key = self._auth.authenticate(request.scope)
+        if not self._embeds:
+            return await self._handler(request)
+        current_client.set(client_name(request.scope, context.key))
+        self._shedder.check(request.scope, context.key)
+        with self._health.work:
+            if self._limiter is not None and context.key is not None:
+                return await self._limiter.run(context.key, context, self._handler, request)
+            return await self._handler(request)
 
     def _start_span(self, scope: Scope, context: RequestContext) -> RequestSpan | None:
         if self._tracer is None:

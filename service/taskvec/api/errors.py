@@ -17,6 +17,7 @@ from taskvec.errors import (
     MethodNotAllowedError,
     NotFoundError,
     TaskvecError,
+    UnavailableError,
 )
 
 ErrorRenderer = Callable[[TaskvecError, str], Response]
@@ -24,6 +25,12 @@ ErrorRenderer = Callable[[TaskvecError, str], Response]
 
 NO_RETRY_STATUSES = frozenset({500, 504})
 """A retry would only repeat the failure, or the wait."""
+
+MAX_MESSAGE = 1000
+"""Longest message in characters; what a client sends must not come back at any length."""
+
+MAX_PATH = 200
+"""Longest part of a path, in characters, in a message or a log line."""
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -60,16 +67,22 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def shortened(text: str, characters: int) -> str:
+    """Return a text, or its beginning and an ellipsis: so many characters at most."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
 def error_response(error: TaskvecError, request_id: str) -> Response:
-    """Render an error as a response."""
+    """Render an error as a response; a message that repeats a long input is cut."""
+    message = shortened(error.message, MAX_MESSAGE)
     body = {
         "error": {
-            "message": error.message,
+            "message": message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
         },
-        "detail": error.message,
+        "detail": message,
         "code": error.code,
         "request_id": request_id,
     }
@@ -102,16 +115,29 @@ def internal_error() -> TaskvecError:
     return TaskvecError("Internal error; the server's log has it under this request id.")
 
 
+def not_answered() -> TaskvecError:
+    """Return the error of an admitted request that the end of the service interrupts."""
+    return UnavailableError(
+        "The service was stopped before the request was answered: retry on another instance.",
+        code="draining",
+        retry_after=1,
+    )
+
+
 def wrong_method(request: Request, allowed: str, render: ErrorRenderer) -> Response:
     """Return the response to a request whose method its route does not answer."""
     context = context_of(request.scope)
     error = MethodNotAllowedError(
-        f"{request.scope['path']} does not answer {request.method}; use {allowed}."
+        f"{_path(request)} does not answer {shortened(request.method, 20)}; use {allowed}."
     )
     context.code = error.code
     response = render(error, context.request_id)
     response.headers["allow"] = allowed
     return response
+
+
+def _path(request: Request) -> str:
+    return shortened(request.scope["path"], MAX_PATH)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -121,7 +147,7 @@ def install_error_handlers(app: FastAPI) -> None:
         error = cast("HTTPException", error)
         translated: TaskvecError
         if error.status_code == 404:
-            translated = NotFoundError(f"There is no route {request.scope['path']}; see /docs.")
+            translated = NotFoundError(f"There is no route {_path(request)}; see /docs.")
         else:
             translated = InvalidRequestError(str(error.detail))
         context = context_of(request.scope)

@@ -11,7 +11,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskvec.api.context import CONTEXT_KEY, RequestContext
-from taskvec.api.errors import error_response, internal_error
+from taskvec.api.errors import MAX_PATH, error_response, internal_error, shortened
 from taskvec.telemetry.logs import RequestLog
 
 log = structlog.get_logger(__name__)
@@ -80,7 +80,7 @@ def _log_line(context: RequestContext, scope: Scope, seconds: float) -> dict[str
     line = {
         "request_id": context.request_id,
         "method": scope["method"],
-        "path": scope["path"],
+        "path": shortened(scope["path"], MAX_PATH),
         "status": context.status,
         "task": context.task,
         "texts": context.texts,

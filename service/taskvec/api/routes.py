@@ -28,7 +28,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *openai.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
-        *health.routes(service),
+        *health.routes(service, auth),
         *openapi.routes(app, auth),
     ]
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from taskvec.core.client_shares import ClientShares, current_client
 from taskvec.engines.base import Engine, TokenBatch
 from taskvec.errors import QueueFullError
 from taskvec.priority import Priority
@@ -54,7 +55,8 @@ class Admission:
 
     Each class has its own budget, so that bulk work does not keep interactive requests out. Tokens
     stand for the engine's time. Short texts load the process before they load the engine, so
-    requests are limited as well.
+    requests are limited as well. A full class still admits a client that holds less than its share
+    of it (``core.client_shares``); the client is ``current_client``.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Admission:
         self._open = dict.fromkeys(Priority, True)
         self._tokens = dict.fromkeys(Priority, 0)
         self._requests = dict.fromkeys(Priority, 0)
+        self._shares = {priority: ClientShares() for priority in Priority}
 
     @property
     def tokens(self) -> int:
@@ -130,9 +133,11 @@ class Admission:
         """Refuse at once while earlier requests of a class are being refused.
 
         Raises:
-            QueueFullError: the class is full; states when to retry.
+            QueueFullError: the class is full, and the client's share; states when to retry.
         """
-        if not self._open[priority] and self._tokens[priority]:
+        if self._open[priority] or not self._tokens[priority]:
+            return
+        if not self._share_admits(0, priority):
             raise self._full(0, priority)
 
     @contextmanager
@@ -140,19 +145,24 @@ class Admission:
         """Reserve a request's tokens while it is embedded.
 
         Raises:
-            QueueFullError: the class is full; states when to retry.
+            QueueFullError: the class is full, and the client's share; states when to retry.
         """
         held, requests = self._tokens[priority], self._requests[priority]
-        if (held and held + tokens > self.budget) or requests >= self._max_requests:
-            self._open[priority] = False
-            raise self._full(tokens, priority)
+        full = (held and held + tokens > self.budget) or requests >= self._max_requests
+        if full:
+            # A request that is too large for the room that is left does not keep smaller ones out.
+            self._open[priority] = self._has_room(priority)
+            if not self._share_admits(tokens, priority):
+                raise self._full(tokens, priority)
         if not self.tokens:
             self._measured_at = self._clock()
         self._tokens[priority] += tokens
         self._requests[priority] += 1
         finished = False
+        share = self._shares[priority].hold(current_client.get(), tokens, beyond=bool(full))
         try:
-            yield
+            with share:
+                yield
             finished = True
         finally:
             self._measure(tokens if finished else 0)
@@ -160,6 +170,10 @@ class Admission:
             self._requests[priority] -= 1
             if self._has_room(priority):
                 self._open[priority] = True
+
+    def _share_admits(self, tokens: int, priority: Priority) -> bool:
+        client = current_client.get()
+        return self._shares[priority].admits(client, tokens, self.budget, self._max_requests)
 
     def _has_room(self, priority: Priority) -> bool:
         return (

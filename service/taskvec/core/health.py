@@ -88,6 +88,11 @@ class ServiceHealth:
         """Seconds for which work has waited and nothing was finished."""
         return self._clock() - self._progress_at if self.waiting.count else 0.0
 
+    @property
+    def draining(self) -> bool:
+        """Whether the service is being stopped."""
+        return self._draining
+
     def start_draining(self) -> None:
         """Stop being ready; requests are still answered."""
         self._draining = True

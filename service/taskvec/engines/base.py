@@ -103,18 +103,33 @@ class DropReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """State of an engine, and the reason if it is not ready."""
+    """State of an engine, and the reason if it is not ready.
+
+    Attributes:
+        state: what the engine does.
+        reason: for operators.
+        public_reason: for clients, without addresses; empty if they may have ``reason``.
+    """
 
     state: EngineState
     reason: str = ""
+    public_reason: str = ""
 
     @property
     def ready(self) -> bool:
         """True if the engine accepts requests."""
         return self.state is EngineState.READY
 
-    def require_ready(self) -> None:
+    @property
+    def for_clients(self) -> str:
+        """The reason, without what only operators may know."""
+        return self.public_reason or self.reason
+
+    def require_ready(self, *, for_operator: bool = False) -> None:
         """Check that the engine accepts requests.
+
+        Args:
+            for_operator: give the whole reason, not the one for clients.
 
         Raises:
             UnavailableError: it does not; the message has the reason.
@@ -123,7 +138,7 @@ class EngineHealth:
             return
         codes = {EngineState.STARTING: "starting", EngineState.STOPPING: "draining"}
         raise UnavailableError(
-            f"The engine cannot embed now: {self.reason}.",
+            f"The engine cannot embed now: {self.reason if for_operator else self.for_clients}.",
             code=codes.get(self.state),
             retry_after=1,
         )

@@ -1,4 +1,4 @@
-"""Event loop of the server: uvloop, with a second accept callback for busy times."""
+"""Event loop of the server: uvloop, with a second accept callback and visible TLS handshakes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,41 @@ import os
 import ssl
 import time
 from collections.abc import Callable
+from functools import partial
 from socket import socket
-from typing import Any
+from typing import Any, Protocol, cast
 
 import uvloop
-
-IDLE_SECONDS = 2.0
-"""Time since the last callback above which the loop counts as idle rather than busy."""
+from uvloop.loop import SSLProtocol  # type: ignore[attr-defined] # not in its stubs
 
 SECONDS_PER_CONNECTION = 0.00025
 """One more connection is accepted for each such interval of the last loop iteration."""
+
+MAX_PER_ITERATION = 64
+"""Maximum number of connections accepted in one iteration. Connections that are evicted for them
+give their files back only in the next one, so it must fit into the files that are reserved."""
+
+TLS_SHUTDOWN_SECONDS = 1.0
+"""Time that a client has to answer the end of a TLS connection."""
 
 RETRY_SECONDS = 1.0
 """Pause in accepting after the process ran out of file descriptors."""
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
+
+
+class HandshakeObserver(Protocol):
+    """A protocol that knows of its connection from before the TLS handshake."""
+
+    def handshake_started(self, transport: asyncio.Transport) -> None:
+        """The connection was accepted.
+
+        Args:
+            transport: the connection without TLS; closing it ends the handshake.
+        """
+
+    def handshake_ended(self) -> None:
+        """The handshake succeeded, after ``connection_made``, or failed, without it."""
 
 
 class BatchAcceptLoop(uvloop.Loop):
@@ -31,6 +51,9 @@ class BatchAcceptLoop(uvloop.Loop):
     with many requests in progress takes tens of milliseconds: new connections then wait for
     seconds, and are lost when the kernel's queue is full. An idle loop still accepts one at a time,
     so that several processes on one socket share a burst.
+
+    With TLS, the factory must make protocols that are ``HandshakeObserver``: a connection in its
+    handshake takes a file and must be counted and timed like any other.
     """
 
     async def create_server(  # type: ignore[override]
@@ -41,8 +64,45 @@ class BatchAcceptLoop(uvloop.Loop):
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Listen, as ``asyncio.loop.create_server`` does; starts serving at once."""
-        server = await super().create_server(protocol_factory, *address, ssl=ssl, **options)
-        return _BatchAcceptServer(self, server, protocol_factory, ssl)
+        factory = protocol_factory
+        if ssl is not None:
+            observers = cast("Callable[[], HandshakeObserver]", protocol_factory)
+            factory = partial(_TlsHandshake, self, ssl, observers)
+        server = await super().create_server(factory, *address, **options)
+        return _BatchAcceptServer(self, server, factory)
+
+
+class _TlsHandshake(asyncio.Protocol):
+    """Protocol of an accepted connection until it has uvloop's TLS protocol."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: ssl.SSLContext,
+        factory: Callable[[], HandshakeObserver],
+    ) -> None:
+        self._protocol = factory()
+        self._done: asyncio.Future[None] = loop.create_future()
+        # asyncio's start_tls needs a turn of the loop, in which data arrives that it never sees.
+        self._tls = SSLProtocol(
+            loop,
+            self._protocol,
+            context,
+            self._done,
+            server_side=True,
+            ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
+        )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._protocol.handshake_started(cast("asyncio.Transport", transport))
+        self._done.add_done_callback(self._finish)
+        transport.set_protocol(self._tls)
+        self._tls.connection_made(transport)
+
+    def _finish(self, done: asyncio.Future[None]) -> None:
+        if not done.cancelled():
+            done.exception()  # the client is gone, too slow, or does not speak TLS
+        self._protocol.handshake_ended()
 
 
 class _BatchAcceptServer(asyncio.AbstractServer):
@@ -53,17 +113,15 @@ class _BatchAcceptServer(asyncio.AbstractServer):
         loop: asyncio.AbstractEventLoop,
         server: Any,
         protocol_factory: ProtocolFactory,
-        context: ssl.SSLContext | None,
     ) -> None:
         self.sockets = server.sockets
         self._loop = loop
         self._server = server
         self._factory = protocol_factory
-        self._context = context
         self._connecting: set[asyncio.Task[Any]] = set()
         # libuv polls its own file descriptor: a duplicate can be polled besides.
         duplicates = [socket(fileno=os.dup(each.fileno())) for each in server.sockets]
-        self._called_at = dict.fromkeys(duplicates, 0.0)
+        self._called_at: dict[socket, float | None] = dict.fromkeys(duplicates)
         for listening in duplicates:
             self._add_reader(listening)
 
@@ -95,10 +153,13 @@ class _BatchAcceptServer(asyncio.AbstractServer):
 
     def _accept(self, listening: socket) -> None:
         now = time.monotonic()
-        elapsed, self._called_at[listening] = now - self._called_at[listening], now
-        if elapsed > IDLE_SECONDS:
+        called_at, self._called_at[listening] = self._called_at[listening], now
+        # Runs at the end of the next iteration, if no further call replaces the time before.
+        self._loop.call_soon(self._loop.call_soon, self._forget, listening, now)
+        if called_at is None:
             return
-        for _ in range(int(elapsed / SECONDS_PER_CONNECTION)):
+        connections = int((now - called_at) / SECONDS_PER_CONNECTION)
+        for _ in range(min(connections, MAX_PER_ITERATION)):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -112,8 +173,13 @@ class _BatchAcceptServer(asyncio.AbstractServer):
             self._connecting.add(connecting)
             connecting.add_done_callback(self._connecting.discard)
 
+    def _forget(self, listening: socket, called_at: float) -> None:
+        """Forget when a callback ran, unless another one has run in the iteration after it."""
+        if self._called_at.get(listening) == called_at:
+            self._called_at[listening] = None
+
     async def _connect(self, connection: socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._factory, connection, ssl=self._context)
-        except OSError:  # the client is gone, or does not speak TLS
+            await self._loop.connect_accepted_socket(self._factory, connection)
+        except OSError:  # the client is gone
             connection.close()

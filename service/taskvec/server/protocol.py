@@ -1,4 +1,4 @@
-"""Client connections: uvicorn's HTTP protocol, with limits on headers, pipelining and reading."""
+"""Client connections: uvicorn's HTTP protocol, with limits on all that precedes a response."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import os
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import httptools
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from taskvec.api.errors import error_response
 from taskvec.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
+    MethodNotAllowedError,
     SlowRequestError,
     TaskvecError,
     UnavailableError,
@@ -33,6 +35,21 @@ FIRST_REQUEST_SECONDS = 0.2
 MAX_PIPELINED = 32
 """Requests that may be sent ahead of their responses; known clients send one at a time."""
 
+MAX_URL_BYTES = 8192
+"""Size of a request's URL. Decoding one takes a microsecond per ten bytes; ours are short."""
+
+MAX_HEADERS = 128
+"""Headers of a request, and trailers of its body. Each costs microseconds; clients and proxies
+together send a few dozen."""
+
+FREE_PIECES, BYTES_PER_PIECE = 4096, 64
+"""Pieces in which a body may arrive: a number of any size, and one more for each of these bytes.
+Each chunk costs the event loop a microsecond; a chunk for each of 2,048 short texts and each comma
+between them is still accepted."""
+
+ALLOWED_METHODS = "GET, HEAD, POST"
+"""Methods of all routes together."""
+
 WARN_INTERVAL = 10.0
 """Seconds between two warnings that connections are closed for lack of slots."""
 
@@ -44,7 +61,7 @@ class ConnectionLimits(NamedTuple):
 
     Attributes:
         header_seconds: time for a request's headers, from their first byte or from the
-            connection's start.
+            connection's start, its TLS handshake included.
         header_bytes: maximum size of a request's headers, and of a body's trailers.
         answer_seconds: time in which a client must read a response.
         connections: maximum number of connections.
@@ -57,7 +74,7 @@ class ConnectionLimits(NamedTuple):
 
 
 class Closable(Protocol):
-    """An idle connection."""
+    """A connection without a request in progress."""
 
     def close(self) -> None:
         """Close it and free its slot at once."""
@@ -66,41 +83,50 @@ class Closable(Protocol):
 class ConnectionSlots:
     """Connection slots of one process, and its idle connections, longest idle first.
 
-    A connection is idle until its first request is complete, and between requests.
+    A connection is idle until its first request is complete, and between requests. During its TLS
+    handshake it is listed apart.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
         """Start without connections."""
         self.limits = limits
         self._idle: dict[Closable, None] = {}
+        self._handshakes: dict[Closable, None] = {}
         self._warned_at = -WARN_INTERVAL
+
+    def mark_handshake(self, connection: Closable) -> None:
+        """Append a connection to those in their TLS handshake."""
+        self._handshakes[connection] = None
 
     def mark_idle(self, connection: Closable) -> None:
         """Append a connection to the idle ones."""
-        self._idle.pop(connection, None)
+        self.mark_busy(connection)
         self._idle[connection] = None
 
     def mark_busy(self, connection: Closable) -> None:
         """Remove a connection that has a request in progress, or is closed."""
         self._idle.pop(connection, None)
+        self._handshakes.pop(connection, None)
 
     def evict_idle(self) -> bool:
-        """Close the connection that has been idle longest.
+        """Close the connection whose TLS handshake began first, or else the one idle longest.
 
         In a slow-request attack, the longest idle connections are the attacker's: a client that
-        sends complete requests has only just become idle.
+        sends complete requests has only just become idle. A handshake takes milliseconds, so the
+        oldest of many is an attacker's as well, and a client that has shaken hands has done more.
 
         Returns:
-            False if no connection is idle.
+            False if every connection has a request in progress.
         """
         now = time.monotonic()
         if now - self._warned_at >= WARN_INTERVAL:
             self._warned_at = now
             log.warning("too_many_connections", limit=self.limits.connections)
-        if not self._idle:
-            return False
-        next(iter(self._idle)).close()
-        return True
+        for connections in (self._handshakes, self._idle):
+            if connections:
+                next(iter(connections)).close()
+                return True
+        return False
 
 
 class Timer:
@@ -147,20 +173,41 @@ class HttpProtocol(HttpToolsProtocol):
         self._reading_headers = False
         self._reading_request = False
         self._header_bytes = 0
+        self._headers = 0
         self._unparsed_bytes = 0
+        self._body_bytes = 0
+        self._body_pieces = 0
         self._error: TaskvecError | None = None
+        self._refused = False
+        self._running: RequestResponseCycle | None = None
+
+    def handshake_started(self, transport: asyncio.Transport) -> None:
+        """Take a slot before the TLS handshake, evicting another connection if needed.
+
+        Args:
+            transport: the connection without TLS.
+        """
+        self.transport = transport
+        self._take_slot()
+        self._slots.mark_handshake(self)
+
+    def handshake_ended(self) -> None:
+        """Free the slot if the TLS handshake failed."""
+        if self.flow is None:  # set when the connection is made
+            self.connection_lost(None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a slot, evicting an idle connection if needed; without one, answer probes only."""
+        if self not in self.connections:
+            self._take_slot()
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections and not self._slots.evict_idle():
-            self.app = self._answer_probes
         self._slots.mark_idle(self)
-        self._header_timer.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Free the slot."""
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._disconnect(self._running)
         self._slots.mark_busy(self)
         self._header_timer.stop()
         self._answer_timer.stop()
@@ -169,7 +216,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Close an idle connection and free its slot at once."""
         self.connections.discard(self)
         self._slots.mark_busy(self)
-        self.transport.close()
+        self.transport.abort()
 
     def shutdown(self) -> None:
         """Shut down; a connection whose first request is still arriving gets a moment longer."""
@@ -179,8 +226,9 @@ class HttpProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def data_received(self, data: bytes) -> None:
-        """Parse data; refuse malformed HTTP, and headers or trailers beyond their limit."""
-        self._unset_keepalive_if_required()
+        """Parse data; refuse malformed HTTP, and what is beyond its limit. Then parse no more."""
+        if self._refused:
+            return
         self._unparsed_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -188,42 +236,55 @@ class HttpProtocol(HttpToolsProtocol):
             self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._refuse(self._error or malformed_http())
-        if self.cycle is not None and self.cycle.response_complete:
-            self._start_timer_after_response()
         if self._unparsed_bytes > self._limits.header_bytes:
             self._refuse(headers_too_large(self._limits.header_bytes))
+        if self._reading_request and self.cycle is not None and self.cycle.response_complete:
+            self._header_timer.start()
 
     def on_message_begin(self) -> None:
-        """Start reading a request."""
+        """Start reading a request; the time of an idle connection ends only here."""
+        self._unset_keepalive_if_required()
         super().on_message_begin()
         self._reading_headers = self._reading_request = True
-        self._header_bytes = 0
+        self._header_bytes = self._headers = self._body_bytes = self._body_pieces = 0
 
     def on_url(self, url: bytes) -> None:
         """Count a piece of the URL."""
-        super().on_url(url)
         self._count_header(len(url))
+        super().on_url(url)
+        if len(self.url) > MAX_URL_BYTES:
+            self._stop_parsing(url_too_long())
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a header, or a trailer of a chunked body."""
-        super().on_header(name, value)
+        self._headers += 1
+        if self._headers > MAX_HEADERS:
+            self._stop_parsing(too_many_headers())
         self._count_header(len(name) + len(value) + len(": \r\n"))
+        if self._reading_headers:  # trailers must not pass for headers
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
         self._unparsed_bytes = 0
+        if self.parser.get_method() == b"CONNECT":
+            self._stop_parsing(connect_method())
+        self._check_host()
         if self._offers_upgrade():
             return
         self._reading_headers = False
         self._header_timer.stop()
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._error = too_many_pipelined()
-            raise self._error
+            self._stop_parsing(too_many_pipelined())
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to the application."""
         self._unparsed_bytes = 0
+        self._body_bytes += len(body)
+        self._body_pieces += 1
+        if self._body_pieces > FREE_PIECES + self._body_bytes // BYTES_PER_PIECE:
+            self._stop_parsing(chunks_too_small())
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -234,6 +295,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._reading_request = False
         if self.cycle.response_complete:
             self._header_timer.stop()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         else:
             self._slots.mark_busy(self)
 
@@ -244,6 +308,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._answer_timer.start()
         elif self.cycle.response_complete:
             self._slots.mark_idle(self)
+            if self._reading_request:  # the next headers, or the rest of a refused body
+                self._unset_keepalive_if_required()
+                self._header_timer.start()
 
     def pause_writing(self) -> None:
         """Start the timeout of a client that reads more slowly than the response is written."""
@@ -260,9 +327,25 @@ class HttpProtocol(HttpToolsProtocol):
         """Close a connection that was idle too long, with whatever it has not read."""
         self._abort()
 
+    def _take_slot(self) -> None:
+        self.connections.add(self)
+        if len(self.connections) > self._limits.connections and not self._slots.evict_idle():
+            self.app = self._answer_probes
+        self._header_timer.start()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _offers_upgrade(self) -> bool:
         """Return whether the request offers another protocol; its body is not parsed then."""
-        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        return bool(self.parser.should_upgrade())
+
+    def _check_host(self) -> None:
+        """Refuse a request whose Host is ambiguous: proxies and servers might read two of them."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._stop_parsing(wrong_hosts(hosts))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the request again without its offer of another protocol.
@@ -286,15 +369,6 @@ class HttpProtocol(HttpToolsProtocol):
             response = closing_response(too_many_connections(self._limits.connections))
             await response(scope, receive, send)
 
-    def _start_timer_after_response(self) -> None:
-        """Limit the wait for the next headers, or for the rest of a refused body."""
-        if self._reading_request:
-            self._header_timer.start()
-        else:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-
     def _header_timeout(self) -> None:
         if self._reading_headers:
             self._refuse(headers_too_slow(self._limits.header_seconds))
@@ -305,22 +379,38 @@ class HttpProtocol(HttpToolsProtocol):
         self._unparsed_bytes = 0
         self._header_bytes += size
         if self._header_bytes > self._limits.header_bytes:
-            self._error = headers_too_large(self._limits.header_bytes)
-            raise self._error  # the parser replaces it with an error of its own
+            self._stop_parsing(headers_too_large(self._limits.header_bytes))
+
+    def _stop_parsing(self, error: TaskvecError) -> NoReturn:
+        """Leave a parser callback; the parser replaces the error with one of its own."""
+        self._error = error
+        raise error
 
     def _refuse(self, error: TaskvecError) -> None:
-        """Send an error response unless another response is due, and close."""
-        cycle = self.cycle
-        if self.transport.is_closing():
+        """Stop reading and close: after the responses to earlier requests, or with an error."""
+        if self._refused or self.transport.is_closing():
             return
-        if cycle is not None and not cycle.response_complete and not cycle.more_body:
-            cycle.keep_alive = False  # the request before the invalid one is answered first
+        self._refused = True
+        invalid = self.cycle if self._reading_request and not self._reading_headers else None
+        if self.pipeline and self.pipeline[0][0] is invalid:
+            self.pipeline.popleft()  # it waited for earlier requests
+        last = self.pipeline[0][0] if self.pipeline else self._running
+        if last is not None and last is not invalid and not last.response_complete:
+            last.keep_alive = False
+            self._header_timer.stop()
             self.flow.pause_reading()
             return
-        if cycle is None or cycle.response_complete or not cycle.response_started:
+        if invalid is None or not invalid.response_started:
             self.transport.write(closing_bytes(error))
+        if invalid is not None:
+            self._disconnect(invalid)  # what the application still sends is not to be written
         self.transport.close()
         self._answer_timer.start()
+
+    @staticmethod
+    def _disconnect(cycle: RequestResponseCycle) -> None:
+        cycle.disconnected = True
+        cycle.message_event.set()
 
     def _abort(self) -> None:
         self.transport.abort()
@@ -346,6 +436,41 @@ def headers_too_large(limit: int) -> TaskvecError:
     )
 
 
+def url_too_long() -> TaskvecError:
+    """Return the error of a URL over its limit."""
+    return HeadersTooLargeError(
+        f"The request's URL is larger than {MAX_URL_BYTES} bytes: send texts in the body."
+    )
+
+
+def too_many_headers() -> TaskvecError:
+    """Return the error of too many headers or trailers."""
+    return HeadersTooLargeError(f"The request has more than {MAX_HEADERS} headers: send fewer.")
+
+
+def chunks_too_small() -> TaskvecError:
+    """Return the error of a body in very many small pieces."""
+    return InvalidRequestError(
+        f"The body arrives in more than {FREE_PIECES} pieces of fewer than {BYTES_PER_PIECE} bytes "
+        "on average: send it in larger chunks, or with Content-Length."
+    )
+
+
+def connect_method() -> TaskvecError:
+    """Return the error of a request for a tunnel."""
+    return MethodNotAllowedError(
+        "This server is no proxy and does not answer CONNECT: check the proxy settings."
+    )
+
+
+def wrong_hosts(hosts: int) -> TaskvecError:
+    """Return the error of a request with a number of Host headers other than one."""
+    return InvalidRequestError(
+        f"The request has {hosts or 'no'} Host headers: HTTP/1.1 needs exactly one.",
+        code="invalid_http",
+    )
+
+
 def headers_too_slow(seconds: float) -> TaskvecError:
     """Return the error of headers that are not complete in time."""
     return SlowRequestError(
@@ -368,6 +493,8 @@ def closing_response(error: TaskvecError) -> Response:
     response = error_response(error, request_id)
     response.headers["x-request-id"] = request_id
     response.headers["connection"] = "close"
+    if isinstance(error, MethodNotAllowedError):
+        response.headers["allow"] = ALLOWED_METHODS
     return response
 
 

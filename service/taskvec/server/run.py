@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import ssl
+import sys
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,11 @@ from taskvec.telemetry.logs import RequestLog
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle timeout of common load balancers."""
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread waits for the interpreter lock before it asks for it; a tenth of
+Python's default. The engine's thread needs the lock at each of a forward pass's thousand calls, and
+would wait that long at each while the event loop is busy (docs/adr/0017)."""
 
 RESERVED_FILES = 128
 """Open files besides client connections: weights, pipes, connections to engine servers."""
@@ -54,11 +60,14 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """Return the options of every uvicorn configuration; raises the limit of open files.
+    """Return the options of every uvicorn configuration.
+
+    Also raises the limit of open files and shortens the interpreter's switch interval.
 
     Raises:
         StartError: the certificate cannot be used.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL)
     certificate, key = settings.tls_cert, settings.tls_key
     if certificate is not None:
         try:

@@ -16,7 +16,10 @@ import structlog
 log = structlog.get_logger(__name__)
 
 MAX_LINES = 20_000
-"""Maximum number of lines in the buffer: a few megabytes."""
+"""Maximum number of lines that wait to be written."""
+
+MAX_BYTES = 8 << 20
+"""Maximum size of the lines that wait, together: some 400 bytes for each of ``MAX_LINES``."""
 
 FLUSH_INTERVAL = 0.05
 """Seconds between two writes."""
@@ -28,25 +31,28 @@ SHUTDOWN_TIMEOUT = 1.0
 class LineWriter:
     """A file-like object that writes lines from a thread, so that a slow reader delays nothing.
 
-    Lines are lost if the buffer has ``MAX_LINES``; a later line says how many were lost.
+    Lines are lost beyond ``MAX_LINES`` or ``MAX_BYTES``; a later line says how many were lost.
     """
 
     def __init__(self, descriptor: int) -> None:
         """Start the thread that writes to an open file descriptor."""
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
+        self._bytes = 0
         self._lost = 0
-        self._lost_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._flush_requested = threading.Event()
         self._written = threading.Event()
         threading.Thread(target=self._run, name="log-writer", daemon=True).start()
 
     def write(self, line: bytes) -> None:
         """Append a line to the buffer."""
-        if len(self._lines) < MAX_LINES:
-            self._lines.append(line)
-        else:
-            self._count_lost(1)
+        with self._lock:
+            if len(self._lines) < MAX_LINES and self._bytes + len(line) <= MAX_BYTES:
+                self._bytes += len(line)
+                self._lines.append(line)
+            else:
+                self._lost += 1
 
     def flush(self) -> None:
         """Do nothing: structlog calls this after every line."""
@@ -70,13 +76,16 @@ class LineWriter:
                 self._written.set()
 
     def _count_lost(self, lines: int) -> int:
-        with self._lost_lock:
+        with self._lock:
             self._lost += lines
             return self._lost
 
     def _write_all(self) -> None:
         while self._lines:
-            self._write(b"".join(self._lines.popleft() for _ in range(len(self._lines))))
+            lines = b"".join(self._lines.popleft() for _ in range(len(self._lines)))
+            self._write(lines)
+            with self._lock:
+                self._bytes -= len(lines)  # lines that are being written take memory as well
 
     def _write(self, lines: bytes) -> None:
         remaining = memoryview(lines)

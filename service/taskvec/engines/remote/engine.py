@@ -172,7 +172,11 @@ class RemoteEngine:
         reason = "; ".join(reasons + self._lookup_errors) or "no server has been found yet"
         starting = self._state is EngineState.STARTING
         state = EngineState.STARTING if starting else EngineState.UNAVAILABLE
-        return EngineHealth(state, f"no engine server can be used: {reason}")
+        return EngineHealth(
+            state,
+            f"no engine server can be used: {reason}",
+            "no engine server can be used; the log has the reason of each",
+        )
 
     async def start(self) -> None:
         """See ``Engine.start``; does not wait for the servers."""

@@ -1,0 +1,129 @@
+"""TLS connections are counted and timed from the moment they are accepted."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+import trustme
+
+from conftest import wait_until
+from processes import EXACT, started
+from sockets import answer, hung_up, served, wait_for, whole
+from taskvec.checkpoint.checkpoint import Checkpoint
+
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n"
+FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from taskvec.cli.main import main
+main()
+"""
+
+
+class Certificate(NamedTuple):
+    """A server's files, and a client's context that trusts them."""
+
+    settings: dict[str, Path]
+    trusting: ssl.SSLContext
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    return Certificate({"tls_cert": folder / "cert.pem", "tls_key": folder / "key.pem"}, trusting)
+
+
+def secure(stack: ExitStack, certificate: Certificate, port: int) -> ssl.SSLSocket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+    return stack.enter_context(
+        certificate.trusting.wrap_socket(connection, server_hostname="127.0.0.1")
+    )
+
+
+def test_requests_are_answered(default_checkpoint: Checkpoint, certificate: Certificate) -> None:
+    """Several requests on a connection, the first of which comes with the handshake's end."""
+    with served(default_checkpoint, **certificate.settings) as service, ExitStack() as stack:
+        connection = secure(stack, certificate, service.port)
+        for _ in range(3):
+            connection.sendall(whole({"input": "a"}))
+            response, body = answer(connection)
+            assert (response.status, len(body["data"])) == (200, 1)
+        assert service.connections() == 1
+        connection.close()
+        wait_for(lambda: service.connections() == 0)
+
+
+@pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "slow"])
+def test_a_handshake_is_timed(
+    default_checkpoint: Checkpoint, certificate: Certificate, hello: bytes
+) -> None:
+    """A handshake that is not over within the header timeout is the end of its connection."""
+    with (
+        served(default_checkpoint, header_timeout=0.4, **certificate.settings) as service,
+        service.connect() as connection,
+    ):
+        began = time.monotonic()
+        for byte in hello:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+        assert hung_up(connection)
+        assert 0.3 < time.monotonic() - began < 5
+        wait_for(lambda: service.connections() == 0)
+
+
+def test_what_is_not_tls_gives_its_slot_back(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """A failed handshake is no connection any more."""
+    with (
+        served(default_checkpoint, **certificate.settings) as service,
+        service.connect() as connection,
+    ):
+        connection.sendall(LIVE)
+        wait_for(lambda: service.connections() == 0)
+
+
+def test_handshakes_are_evicted_first(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """At the limit the oldest handshake is closed, and a connection that was idle longer is not."""
+    with (
+        served(default_checkpoint, max_connections=4, **certificate.settings) as service,
+        ExitStack() as stack,
+    ):
+        idle = secure(stack, certificate, service.port)
+        idle.sendall(LIVE)
+        assert answer(idle)[0].status == 200
+        silent = [stack.enter_context(service.connect()) for _ in range(3)]
+        wait_for(lambda: service.connections() == 4)
+        late = secure(stack, certificate, service.port)
+        assert hung_up(silent[0])
+        for connection in (late, idle):
+            connection.sendall(LIVE)
+            assert answer(connection)[0].status == 200
+
+
+def test_silent_connections_do_not_use_up_the_files(certificate: Certificate) -> None:
+    """600 connections that say nothing, in a process with 256 files: others are answered."""
+    options = [f"--{name.replace('_', '-')}={file}" for name, file in certificate.settings.items()]
+    with started(*options, *EXACT, run=("-c", FILES)) as server, ExitStack() as stack:
+        live = f"https://127.0.0.1:{server.port}/health/live"
+        wait_until(live, server.process, verify=certificate.trusting)
+        address = ("127.0.0.1", server.port)
+        for _ in range(600):
+            stack.enter_context(socket.create_connection(address, timeout=10))
+        for _ in range(10):
+            assert httpx.get(live, verify=certificate.trusting, timeout=10).status_code == 200

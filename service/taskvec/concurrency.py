@@ -1,8 +1,9 @@
-"""Structured concurrency for asyncio: gather with cancellation, and a cancel scope."""
+"""Structured concurrency for asyncio: gather with cancellation, cancel scopes."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -81,3 +82,52 @@ class CancelScope:
         others = self._task.uncancel() > self._before
         if kind is asyncio.CancelledError and not others:
             raise self._error() from None
+
+
+TICKS = 5
+"""Ticks of a ``ResponsiveTimeout``."""
+
+LATE_SECONDS = 0.01
+"""A tick that is later than this shows that the event loop was busy with other work."""
+
+
+class ResponsiveTimeout(CancelScope):
+    """Cancel scope whose timeout counts only time in which the event loop ran on schedule.
+
+    A loop that is late reads an answer late: with an ordinary timeout, its own work counts as the
+    silence of the other side. This timeout is divided into ticks, and a tick that comes late is
+    repeated. Between two ticks the loop reads what has arrived.
+    """
+
+    __slots__ = ("_tick_seconds", "_ticked_at", "_ticks_left")
+
+    def __init__(self, error: Callable[[], Exception], seconds: float) -> None:
+        """Create a scope, which can be entered once.
+
+        Args:
+            error: makes the exception that the scope raises if it was cancelled.
+            seconds: timeout, at least ``TICKS * LATE_SECONDS``.
+        """
+        super().__init__(error)
+        self._tick_seconds = seconds / TICKS
+        self._ticks_left = TICKS
+
+    def __enter__(self) -> Self:
+        """Enter the scope in the current task and start the timeout."""
+        super().__enter__()
+        self._start_tick()
+        return self
+
+    def _start_tick(self) -> None:
+        self._ticked_at = time.monotonic()
+        loop = self._task.get_loop()
+        self._timer = loop.call_later(self._tick_seconds, self._end_tick)
+
+    def _end_tick(self) -> None:
+        lateness = time.monotonic() - self._ticked_at - self._tick_seconds
+        if abs(lateness) < LATE_SECONDS:
+            self._ticks_left -= 1
+        if self._ticks_left:
+            self._start_tick()
+        else:
+            self.cancel()

@@ -443,8 +443,8 @@ class Settings(BaseSettings):
     limits_down: Annotated[
         LimitsDown,
         Field(
-            description="While the Redis of --limits-url is down: open lets requests pass "
-            "unchecked, closed answers with status 503."
+            description="While the Redis of --limits-url is down: open counts requests in "
+            "each process alone, closed answers with status 503."
         ),
     ] = LimitsDown.OPEN
     metrics_without_key: Annotated[

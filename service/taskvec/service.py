@@ -28,6 +28,7 @@ from taskvec.core.tokenizer import TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
+from taskvec.open_files import divide_open_files
 from taskvec.settings import EngineKind, LimitsDown, Settings
 from taskvec.telemetry.logs import RequestLog
 from taskvec.telemetry.tracing import Tracer, make_tracer
@@ -45,6 +46,10 @@ connections meanwhile: the others on the same socket take them, instead of this 
 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
+
+ENGINE_CONNECTIONS = "TASKVEC_ENGINE_CONNECTIONS"
+"""Environment variable with the number of connections that the engine process of ``--workers`` has
+for each gateway; not set elsewhere."""
 
 log = structlog.get_logger(__name__)
 
@@ -396,5 +401,7 @@ def _remote_engine(
         max_tokens=settings.max_tokens,
         call_seconds=settings.engine_call_timeout,
         reports_queue=reports_queue,
+        connections=int(os.environ.get(ENGINE_CONNECTIONS, "0"))
+        or divide_open_files(settings.max_connections, remote=True).engines,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from redis import Redis as RedisClient
 from structlog.testing import capture_logs
 
+from conftest import no_open_files
 from keyfiles import Redis, avoid_the_end_of_a_minute, running_redis
 from taskvec.auth.rate_limit import LimitReachedError, RateLimiter, Usage, Window
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
@@ -46,6 +45,11 @@ def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
         return
     with running_redis() as server:
         yield server.url.replace("redis", request.param, 1)
+
+
+def hold(seconds: float) -> None:
+    """Hold the thread, and with it the event loop."""
+    time.sleep(seconds)
 
 
 def limiter(url: str | None, *, open_when_down: bool = True) -> tuple[RateLimiter, Unchecked]:
@@ -188,7 +192,7 @@ async def test_a_busy_event_loop_is_no_outage(redis: Redis) -> None:
 
     async def hold_the_loop() -> None:
         while not stop.is_set():
-            time.sleep(2 * TIMEOUT_SECONDS)
+            hold(2 * TIMEOUT_SECONDS)
             await asyncio.sleep(0)
 
     holding = asyncio.create_task(hold_the_loop())
@@ -203,26 +207,12 @@ async def test_a_busy_event_loop_is_no_outage(redis: Redis) -> None:
 async def test_a_lack_of_open_files_is_no_outage(redis: Redis) -> None:
     """Without a file for the connection, a limit waits for one, and is then checked."""
     counted, unchecked = limiter(redis.url, open_when_down=False)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held: list[int] = []
-    try:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard)
-        )
-        with suppress(OSError):
-            while True:
-                held.append(os.dup(0))
-        with capture_logs() as lines:
-            taking = asyncio.create_task(counted.take("web", "requests", 5, 1))
-            await asyncio.sleep(0.3)
-            assert not taking.done()
-            while held:
-                os.close(held.pop())
-            assert (await taking).remaining == 4
-    finally:
-        for file in held:
-            os.close(file)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with no_open_files() as release, capture_logs() as lines:
+        taking = asyncio.create_task(counted.take("web", "requests", 5, 1))
+        await asyncio.sleep(0.3)
+        assert not taking.done()
+        release()
+        assert (await taking).remaining == 4
     assert unchecked.count == 0
     assert {line["event"] for line in lines} <= {"out_of_files"}
     await counted.close()

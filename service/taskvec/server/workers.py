@@ -21,12 +21,12 @@ from uvicorn.supervisors import multiprocess
 
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.engines.base import EngineState
-from taskvec.engines.remote.engine import MAX_CONNECTIONS_PER_SERVER
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
+from taskvec.open_files import MAX_ENGINE_CONNECTIONS, divide_open_files
 from taskvec.server.run import server_options
 from taskvec.server.shutdown import GracefulServer
-from taskvec.service import START_WAIT, Role, Service, build_service, key_source
+from taskvec.service import ENGINE_CONNECTIONS, START_WAIT, Role, Service, build_service, key_source
 from taskvec.settings import EngineKind, Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
 
@@ -134,7 +134,7 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
             "token_input": TokenInput.ACCEPT,
             "tls_cert": None,
             "tls_key": None,
-            "max_connections": MAX_CONNECTIONS_PER_SERVER * settings.workers,
+            "max_connections": MAX_ENGINE_CONNECTIONS * settings.workers,
             # Clients are limited by the gateways, which merge and split their requests.
             "max_texts": max(settings.max_texts, _default("max_texts")),
             "max_body_bytes": max(settings.max_body_bytes, _default("max_body_bytes")),
@@ -142,7 +142,17 @@ def _serve_engine_and_gateways(settings: Settings, folder: Path) -> None:
     )
     service = build_service(engine_settings, Role.ENGINE)
     golden_vectors(service.checkpoint, settings.cache)
+    shares = divide_open_files(engine_settings.max_connections, remote=False)
     os.environ[ENGINE_PROCESS] = settings.engine.value
+    os.environ[ENGINE_CONNECTIONS] = str(
+        max(
+            1,
+            min(
+                shares.clients // settings.workers,
+                divide_open_files(settings.max_connections, remote=True).engines,
+            ),
+        )
+    )
     remote = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
     gateways = Gateways(settings.model_copy(update=remote))
     app = create_app(service, stop_all)

@@ -38,6 +38,7 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
+from taskvec.open_files import MAX_ENGINE_CONNECTIONS
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +47,6 @@ MAX_CALL_TEXTS, MAX_CALL_TOKENS = 64, 16_384
 
 MAX_ATTEMPTS = 3
 """Maximum number of times that one call is sent; each time to another server if possible."""
-
-MAX_CONNECTIONS_PER_SERVER = 512
-"""Maximum connections from this process to one server."""
 
 KEEPALIVE_SECONDS = 3.0
 """Idle connections are closed after this time, before vLLM closes them after five seconds."""
@@ -73,6 +71,7 @@ class RemoteOptions:
         call_seconds: timeout of one call, after which another server is tried.
         check_seconds: a server without an answer for this long is probed.
         lookup_seconds: interval of DNS lookups.
+        connections: maximum concurrent calls to all servers together; further calls wait.
         reports_queue: False if the single server reports the queue to the same metrics.
     """
 
@@ -84,6 +83,7 @@ class RemoteOptions:
     check_seconds: float = 10.0
     lookup_seconds: float = 5.0
     reports_queue: bool = True
+    connections: int = MAX_ENGINE_CONNECTIONS
 
 
 class RetryBudget:
@@ -143,6 +143,7 @@ class RemoteEngine:
         self._state = EngineState.STARTING
         self._golden: GoldenVectors | None = None
         self._lookup_errors: list[str] = []
+        self._connections = asyncio.Semaphore(options.connections)
         self._finished = 0
         self._in_flight = InFlight(observer if options.reports_queue else None)
 
@@ -183,8 +184,7 @@ class RemoteEngine:
         if self._state is EngineState.STARTING:
             self._sessions["tcp"] = self._session(
                 aiohttp.TCPConnector(
-                    limit=0,
-                    limit_per_host=MAX_CONNECTIONS_PER_SERVER,
+                    limit=0,  # the semaphore limits all calls
                     keepalive_timeout=KEEPALIVE_SECONDS,
                     ssl=self._ssl,
                 )
@@ -305,9 +305,7 @@ class RemoteEngine:
         if key not in self._sessions:
             path = url.removeprefix("unix://")
             self._sessions[key] = self._session(
-                aiohttp.UnixConnector(
-                    path, limit=MAX_CONNECTIONS_PER_SERVER, keepalive_timeout=KEEPALIVE_SECONDS
-                )
+                aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
             )
         assert self._golden is not None  # noqa: S101 - set by start()
         model_limit = self.model.max_tokens
@@ -319,6 +317,7 @@ class RemoteEngine:
             max_tokens=min(self._options.max_tokens or model_limit, model_limit),
             call_seconds=self._options.call_seconds,
             check_seconds=self._options.check_seconds,
+            connections=self._connections,
             observer=self._observer,
         )
         self._servers[url] = (server, asyncio.create_task(server.run()))

@@ -17,10 +17,13 @@ import structlog
 
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
+from taskvec.concurrency import CancelScope
 from taskvec.engines.base import CallOutcome, QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
 from taskvec.engines.remote.client import OPENS_CIRCUIT, ServerCallError, ServerClient
 from taskvec.engines.remote.protocols import (
+    MAX_LISTING_BYTES,
+    DistinctVectors,
     ServerProtocol,
     Vectors,
     detect_protocol,
@@ -45,6 +48,17 @@ PROBE_INTERVALS = 6
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.25, 5.0
 """Delay until the checks are repeated while the circuit is open; it grows by half each time."""
+
+
+HEARTBEAT_SECONDS = 2.0
+"""While calls wait without any answer for this long, the server must answer a request that needs no
+engine."""
+
+HEARTBEAT_TIMEOUT_SECONDS = 5.0
+"""Time for that answer, without delays of this process."""
+
+LISTING_SECONDS = 10.0
+"""Time for the list of models when a server is checked, which needs no engine."""
 
 
 class ServerState(enum.StrEnum):
@@ -96,6 +110,7 @@ class PoolServer:
         max_tokens: int,
         call_seconds: float,
         check_seconds: float,
+        connections: asyncio.Semaphore,
         observer: PoolObserver | None,
     ) -> None:
         """Create a server that has not been checked.
@@ -108,6 +123,7 @@ class PoolServer:
             max_tokens: longest text that it will be sent, in tokens.
             call_seconds: timeout of a call, after which the server counts as hung.
             check_seconds: a server without an answer for this long is probed.
+            connections: limits the concurrent calls to all servers.
             observer: notified of every call and every change of ``serving``.
         """
         self.url = url
@@ -116,7 +132,9 @@ class PoolServer:
         self.reason = "it has not been checked yet"
         self.tokens = 0
         base = "http://engine" if url.startswith("unix:") else url
-        self._client = ServerClient(session, base)
+        self._client = ServerClient(session, base, connections)
+        self._distinct = DistinctVectors()
+        self._calls: set[CancelScope] = set()
         self._card = card
         self._golden = golden
         self._max_tokens = max_tokens
@@ -251,13 +269,20 @@ class PoolServer:
         started = time.monotonic()
         outcome = CallOutcome.ABANDONED
         dimension = self._card.dimension
+        scope = CancelScope(self._frozen)
         try:
-            content = await self._client.post(
-                self._protocol.request(texts, adapters, timeout_seconds, priority),
-                len(texts) * dimension * 4,
-                timeout_seconds,
-            )
+            with scope:
+                self._calls.add(scope)
+                try:
+                    content = await self._client.post(
+                        self._protocol.request(texts, adapters, timeout_seconds, priority),
+                        len(texts) * dimension * 4,
+                        timeout_seconds,
+                    )
+                finally:
+                    self._calls.discard(scope)
             vectors = read_vectors(content, len(texts), dimension)
+            self._distinct.check(texts, adapters, vectors)
             outcome = CallOutcome.OK
         except ServerCallError as error:
             outcome = error.outcome
@@ -265,7 +290,7 @@ class PoolServer:
                 outcome = (
                     CallOutcome.ABANDONED
                 )  # the client's deadline passed; the server may be fine
-            else:
+            elif outcome is not CallOutcome.ABANDONED:  # a shortage of this process
                 self._record_failure(error)
             raise
         finally:
@@ -291,7 +316,10 @@ class PoolServer:
         """Check the kind of the server, its model, and the golden vectors of every adapter."""
         try:
             self._protocol = await detect_protocol(
-                self._client, self._card, self._max_tokens, self._call_seconds
+                self._client,
+                self._card,
+                self._max_tokens,
+                min(self._call_seconds, LISTING_SECONDS),
             )
         except (TypeError, AttributeError, LookupError) as error:
             raise ServerCallError(
@@ -308,8 +336,42 @@ class PoolServer:
         if mismatch is not None:
             raise ServerCallError(CallOutcome.WRONG, mismatch)
 
+    def _frozen(self) -> ServerCallError:
+        return ServerCallError(
+            CallOutcome.TIMEOUT,
+            f"it did not answer GET /v1/models within {HEARTBEAT_TIMEOUT_SECONDS:g} seconds",
+        )
+
+    async def _watch_heartbeat(self) -> None:
+        """While calls wait in silence, check that the server answers HTTP, until it does not.
+
+        A server that computes for minutes still lists its models; one that is frozen, or whose host
+        has vanished, does not, and its calls are ended, so that others take them.
+        """
+        while self.serving:
+            started = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            if not self._calls or self._answered_at >= started:
+                continue
+            if await self._client.answers(
+                "/v1/models", MAX_LISTING_BYTES, HEARTBEAT_TIMEOUT_SECONDS
+            ):
+                continue
+            if self.serving and self._answered_at < started:
+                self._set_state(ServerState.OPEN, self._frozen().message)
+                self._opened.set()
+                for scope in list(self._calls):
+                    scope.cancel()
+
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
+        heartbeat = asyncio.create_task(self._watch_heartbeat())
+        try:
+            await self._watch_answers()
+        finally:
+            heartbeat.cancel()
+
+    async def _watch_answers(self) -> None:
         while self.serving:
             due = min(
                 self._answered_at + self._check_seconds,

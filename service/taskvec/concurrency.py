@@ -1,4 +1,4 @@
-"""Structured concurrency for asyncio: gather with cancellation, cancel scopes."""
+"""Structured concurrency for asyncio: gather with cancellation, cancel scopes, background tasks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -131,3 +135,68 @@ class ResponsiveTimeout(CancelScope):
             self._start_tick()
         else:
             self.cancel()
+
+
+FIRST_RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
+"""Pause after an unexpected error of a background task; it doubles each time."""
+
+
+async def keep_running(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine function; after an unexpected error, log it and run the function again.
+
+    Returns when the function does.
+    """
+    pause = FIRST_RESTART_SECONDS
+    while True:
+        started = time.monotonic()
+        try:
+            return await run()
+        except Exception:
+            log.exception("background_task_failed", task=name, restart_seconds=pause)
+        await asyncio.sleep(pause)
+        lasted = time.monotonic() - started
+        pause = FIRST_RESTART_SECONDS if lasted > MAX_RESTART_SECONDS else pause * 2
+        pause = min(pause, MAX_RESTART_SECONDS)
+
+
+class BackgroundTasks:
+    """Owns the tasks that run as long as the service, and reports one that ends before."""
+
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        """Start without tasks.
+
+        Args:
+            on_end: called with a sentence if a task ends that was to run until ``stop``.
+        """
+        self._on_end = on_end
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def start(
+        self, name: str, run: Callable[[], Coroutine[Any, Any, None]], *, may_end: bool = False
+    ) -> None:
+        """Start a task; after an unexpected error it is started again.
+
+        Args:
+            name: name in logs and reasons.
+            run: the coroutine function.
+            may_end: whether the function may return.
+        """
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if self._stopping or (may_end and not task.cancelled() and task.exception() is None):
+                return
+            log.error("background_task_ended", task=name)
+            self._on_end(f"its background task {name!r} has ended: restart the process")
+
+        task = asyncio.create_task(keep_running(name, run), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    async def stop(self) -> None:
+        """Cancel all tasks and wait for their end."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

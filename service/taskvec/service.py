@@ -20,6 +20,7 @@ from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
+from taskvec.concurrency import BackgroundTasks
 from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -29,7 +30,13 @@ from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
 from taskvec.open_files import divide_open_files
-from taskvec.settings import EngineKind, LimitsDown, Settings
+from taskvec.settings import (
+    KEY_SETTINGS,
+    EngineKind,
+    LimitsDown,
+    Settings,
+    environment_variable,
+)
 from taskvec.telemetry.logs import RequestLog
 from taskvec.telemetry.tracing import Tracer, make_tracer
 
@@ -99,21 +106,16 @@ class Service:
             on_failure: called with the error if the engine does not start.
         """
         starting = asyncio.create_task(self._start_engine(on_failure))
-        background = [
-            asyncio.create_task(self._measure_engine()),
-            asyncio.create_task(self.health.watch()),
-        ]
+        background = BackgroundTasks(self.health.report_defect)
+        background.start("measure engine", self._measure_engine, may_end=True)
+        background.start("watch engine", self.health.watch)
         if self.keys is not None:
-            background.append(asyncio.create_task(self.keys.watch()))
+            background.start("watch keys", self.keys.watch)
         await self._wait_for_engine(START_WAIT if self.role is Role.GATEWAY else 0.0)
         try:
             yield
         finally:
-            for task in background:
-                task.cancel()
-            for ended in await asyncio.gather(*background, return_exceptions=True):
-                if isinstance(ended, Exception):
-                    log.error("background_task_failed", exc_info=ended)
+            await background.stop()
             if self.limiter is not None:
                 await self.limiter.close()
             await self.engine.stop()
@@ -316,7 +318,18 @@ def build_cache(
 
 
 def key_source(settings: Settings) -> KeySource | None:
-    """Return where the API keys are; None if none are configured."""
+    """Return where the API keys are; None if none are configured.
+
+    Raises:
+        StartError: a variable for keys is set and empty, as when a secret could not be read.
+    """
+    for name in KEY_SETTINGS:
+        variable = environment_variable(name)
+        if getattr(settings, name) is None and os.environ.get(variable) == "":
+            raise StartError(
+                f"{variable} is set and empty, so that everybody would have access without a key: "
+                "give it a value, or unset it to serve without keys."
+            )
     if settings.keys_file is None and settings.api_keys is None:
         return None
     return KeySource(

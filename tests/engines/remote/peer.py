@@ -35,7 +35,8 @@ class Peer:
 
     Attributes:
         behaviour: honest, swapped, base, missing, wrong dimension, nan, zeros, huge,
-            equal, constant, wrong count, truncated, endless, silent, closing, slow, no list, or a status; applies to new calls.
+            equal, constant, wrong count, truncated, endless, silent, closing, slow,
+            no list, or a status; applies to new calls.
         calls: texts and adapters of each received call, without probes.
         posts: number of received calls, including probes.
         closed: number of calls that the client cancelled.

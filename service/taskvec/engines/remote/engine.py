@@ -17,7 +17,7 @@ import structlog
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
-from taskvec.concurrency import gather_or_cancel
+from taskvec.concurrency import gather_or_cancel, keep_running
 from taskvec.engines.base import (
     CallOutcome,
     EngineHealth,
@@ -189,7 +189,9 @@ class RemoteEngine:
                     ssl=self._ssl,
                 )
             )
-            self._discovery = asyncio.create_task(self._discover_servers())
+            self._discovery = asyncio.create_task(
+                keep_running("find engine servers", self._discover_servers)
+            )
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
         """See ``Engine.embed``."""
@@ -320,7 +322,10 @@ class RemoteEngine:
             connections=self._connections,
             observer=self._observer,
         )
-        self._servers[url] = (server, asyncio.create_task(server.run()))
+        self._servers[url] = (
+            server,
+            asyncio.create_task(keep_running(f"watch {server.name}", server.run)),
+        )
 
     def _remove_server(self, url: str) -> None:
         """Send no new calls to a server; calls in progress continue."""

@@ -17,7 +17,7 @@ import structlog
 
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
-from taskvec.concurrency import CancelScope
+from taskvec.concurrency import CancelScope, keep_running
 from taskvec.engines.base import CallOutcome, QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
 from taskvec.engines.remote.client import OPENS_CIRCUIT, ServerCallError, ServerClient
@@ -157,7 +157,17 @@ class PoolServer:
         return self.state is ServerState.CLOSED
 
     async def run(self) -> None:
-        """Check the server until it passes, then watch it until the circuit opens; repeat."""
+        """Check the server until it passes, then watch it until the circuit opens; repeat.
+
+        After an unexpected error the server is not called until it passes its checks again.
+        """
+        try:
+            await self._check_and_watch()
+        except Exception as error:
+            self._set_state(ServerState.OPEN, f"unexpected {type(error).__name__} in its check")
+            raise
+
+    async def _check_and_watch(self) -> None:
         retry_delay = MIN_RETRY_SECONDS
         while True:
             try:
@@ -365,11 +375,14 @@ class PoolServer:
 
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
-        heartbeat = asyncio.create_task(self._watch_heartbeat())
+        heartbeat = asyncio.create_task(
+            keep_running(f"heartbeat {self.name}", self._watch_heartbeat)
+        )
         try:
             await self._watch_answers()
         finally:
             heartbeat.cancel()
+            await asyncio.gather(heartbeat, return_exceptions=True)
 
     async def _watch_answers(self) -> None:
         while self.serving:

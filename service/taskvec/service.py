@@ -230,7 +230,7 @@ def build_service(
             tasks,
             admission,
             health,
-            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics),
+            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics, engine),
         ),
         admission=admission,
         health=health,
@@ -286,9 +286,14 @@ def build_tokenizer(
 
 
 def build_cache(
-    settings: Settings, checkpoint: Checkpoint, observer: CacheObserver
+    settings: Settings,
+    checkpoint: Checkpoint,
+    observer: CacheObserver,
+    engine: Engine | None = None,
 ) -> EmbeddingCache | None:
     """Build the embedding cache; None if the settings configure none.
+
+    Vectors of an engine with servers are stored after the servers were checked again.
 
     Raises:
         StartError: the URL of its Redis cannot be used.
@@ -308,6 +313,13 @@ def build_cache(
         store = MemoryStore(settings.answer_cache_bytes, observer)
     else:
         return None
+    if settings.engine is EngineKind.REMOTE:
+        from taskvec.cache.proven import ProvenStore  # noqa: PLC0415 - only where it is used
+        from taskvec.engines.remote.engine import RemoteEngine  # noqa: PLC0415
+
+        if isinstance(engine, RemoteEngine):
+            store = ProvenStore(store)
+            engine.watch_proofs(store)
     return EmbeddingCache(
         store,
         identity=identity,

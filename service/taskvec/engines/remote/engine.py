@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import numpy as np
@@ -86,6 +87,16 @@ class RemoteOptions:
     connections: int = MAX_ENGINE_CONNECTIONS
 
 
+class ProofObserver(Protocol):
+    """Observer of the checks of all servers."""
+
+    def servers_proven(self, since: float) -> None:
+        """Every serving server passed a check that began at ``since`` or later."""
+
+    def server_failed(self) -> None:
+        """A server failed or left the pool, so its latest vectors will not be proven."""
+
+
 class RetryBudget:
     """Limits retries to a fraction of the calls, as the retry budgets of Finagle and Envoy.
 
@@ -143,6 +154,7 @@ class RemoteEngine:
         self._state = EngineState.STARTING
         self._golden: GoldenVectors | None = None
         self._lookup_errors: list[str] = []
+        self._proofs: ProofObserver | None = None
         self._connections = asyncio.Semaphore(options.connections)
         self._finished = 0
         self._in_flight = InFlight(observer if options.reports_queue else None)
@@ -321,6 +333,8 @@ class RemoteEngine:
             check_seconds=self._options.check_seconds,
             connections=self._connections,
             observer=self._observer,
+            on_proof=self._report_proof,
+            on_failure=self._report_failure,
         )
         self._servers[url] = (
             server,
@@ -332,9 +346,22 @@ class RemoteEngine:
         server, task = self._servers.pop(url)
         task.cancel()
         server.detach()
+        self._report_failure()  # it will not be checked again
         log.info("engine_server", server=server.name, state="left")
         if self._observer is not None:
             self._observer.server_left(server.name)
+
+    def watch_proofs(self, observer: ProofObserver) -> None:
+        """Notify an observer when the servers have passed checks, and when one has failed."""
+        self._proofs = observer
+
+    def _report_proof(self) -> None:
+        if self._proofs is not None:
+            self._proofs.servers_proven(min(server.proven_at for server in self._serving()))
+
+    def _report_failure(self) -> None:
+        if self._proofs is not None:
+            self._proofs.server_failed()
 
     def _session(self, connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
         key = self._options.api_key

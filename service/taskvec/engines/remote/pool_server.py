@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import PurePath
 from typing import Protocol
@@ -42,9 +41,6 @@ calls do not wait long behind them in a queue without priorities, such as vLLM's
 
 MAX_ERRORS = 3
 """Consecutive failed calls that open the circuit."""
-
-PROBE_INTERVALS = 6
-"""A server that answers calls is still probed once per this many check intervals."""
 
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.25, 5.0
 """Delay until the checks are repeated while the circuit is open; it grows by half each time."""
@@ -98,6 +94,7 @@ class PoolServer:
         state: state of the circuit breaker.
         reason: why the server is not called; empty while it is.
         tokens: tokens of the calls in progress.
+        proven_at: ``time.monotonic()`` when the last check that it passed began.
     """
 
     def __init__(
@@ -112,6 +109,8 @@ class PoolServer:
         check_seconds: float,
         connections: asyncio.Semaphore,
         observer: PoolObserver | None,
+        on_proof: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         """Create a server that has not been checked.
 
@@ -124,6 +123,8 @@ class PoolServer:
             call_seconds: timeout of a call, after which the server counts as hung.
             check_seconds: a server without an answer for this long is probed.
             connections: limits the concurrent calls to all servers.
+            on_proof: called after each check that the server passed while it was called.
+            on_failure: called when its circuit opens.
             observer: notified of every call and every change of ``serving``.
         """
         self.url = url
@@ -131,6 +132,7 @@ class PoolServer:
         self.state = ServerState.JOINING
         self.reason = "it has not been checked yet"
         self.tokens = 0
+        self.proven_at = 0.0
         base = "http://engine" if url.startswith("unix:") else url
         self._client = ServerClient(session, base, connections)
         self._distinct = DistinctVectors()
@@ -147,7 +149,8 @@ class PoolServer:
         self._errors = 0
         self._answered_at = self._probed_at = 0.0
         self._opened = asyncio.Event()
-        self._next_probe = itertools.cycle(golden.adapters)
+        self._on_proof = on_proof
+        self._on_failure = on_failure
         if observer is not None:
             observer.server_changed(self.name, serving=False)
 
@@ -324,6 +327,7 @@ class PoolServer:
 
     async def _check(self) -> None:
         """Check the kind of the server, its model, and the golden vectors of every adapter."""
+        started = time.monotonic()
         try:
             self._protocol = await detect_protocol(
                 self._client,
@@ -338,6 +342,7 @@ class PoolServer:
         for adapter in self._golden.adapters:
             await self._probe(adapter)
         self._answered_at = self._probed_at = time.monotonic()
+        self.proven_at = started
 
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
@@ -387,8 +392,7 @@ class PoolServer:
     async def _watch_answers(self) -> None:
         while self.serving:
             due = min(
-                self._answered_at + self._check_seconds,
-                self._probed_at + PROBE_INTERVALS * self._check_seconds,
+                self._answered_at + self._check_seconds, self._probed_at + self._check_seconds
             )
             if time.monotonic() < due:
                 with suppress(TimeoutError):
@@ -397,15 +401,21 @@ class PoolServer:
                 continue
             self._probed_at = time.monotonic()
             try:
-                await self._probe(next(self._next_probe))
+                for adapter in self._golden.adapters:
+                    await self._probe(adapter)
             except ServerCallError as error:
                 if self.serving and error.outcome is not CallOutcome.BUSY:
                     self._set_state(ServerState.OPEN, error.message)
+            else:
+                self.proven_at = self._probed_at
+                self._on_proof()
 
     def _set_state(self, state: ServerState, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):
             level = log.info if state is ServerState.CLOSED else log.warning
             level("engine_server", server=self.name, state=state, reason=reason)
+        if self.serving and state is not ServerState.CLOSED:
+            self._on_failure()
         self.state, self.reason = state, reason
         if self._observer is not None:
             self._observer.server_changed(self.name, serving=self.serving)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import resource
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,28 @@ def anyio_backend() -> str:
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's Redis may be slow without being down."""
-    for module in ("taskvec.redis", "taskvec.auth.rate_limit", "taskvec.cache.redis"):
-        monkeypatch.setattr(f"{module}.TIMEOUT_SECONDS", 10.0)
+    monkeypatch.setattr("taskvec.redis.TIMEOUT_SECONDS", 10.0)
+
+
+@contextmanager
+def no_open_files() -> Iterator[Callable[[], None]]:
+    """Take every file that this process may open; yields a function that gives them back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+
+    def release() -> None:
+        while held:
+            os.close(held.pop())
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+        with suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        yield release
+    finally:
+        release()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,16 @@
-"""Structured concurrency for asyncio: gather with cancellation, and a cancel scope."""
+"""Structured concurrency for asyncio: gather with cancellation, cancel scopes, background tasks."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -81,3 +86,117 @@ class CancelScope:
         others = self._task.uncancel() > self._before
         if kind is asyncio.CancelledError and not others:
             raise self._error() from None
+
+
+TICKS = 5
+"""Ticks of a ``ResponsiveTimeout``."""
+
+LATE_SECONDS = 0.01
+"""A tick that is later than this shows that the event loop was busy with other work."""
+
+
+class ResponsiveTimeout(CancelScope):
+    """Cancel scope whose timeout counts only time in which the event loop ran on schedule.
+
+    A loop that is late reads an answer late: with an ordinary timeout, its own work counts as the
+    silence of the other side. This timeout is divided into ticks, and a tick that comes late is
+    repeated. Between two ticks the loop reads what has arrived.
+    """
+
+    __slots__ = ("_tick_seconds", "_ticked_at", "_ticks_left")
+
+    def __init__(self, error: Callable[[], Exception], seconds: float) -> None:
+        """Create a scope, which can be entered once.
+
+        Args:
+            error: makes the exception that the scope raises if it was cancelled.
+            seconds: timeout, at least ``TICKS * LATE_SECONDS``.
+        """
+        super().__init__(error)
+        self._tick_seconds = seconds / TICKS
+        self._ticks_left = TICKS
+
+    def __enter__(self) -> Self:
+        """Enter the scope in the current task and start the timeout."""
+        super().__enter__()
+        self._start_tick()
+        return self
+
+    def _start_tick(self) -> None:
+        self._ticked_at = time.monotonic()
+        loop = self._task.get_loop()
+        self._timer = loop.call_later(self._tick_seconds, self._end_tick)
+
+    def _end_tick(self) -> None:
+        lateness = time.monotonic() - self._ticked_at - self._tick_seconds
+        if abs(lateness) < LATE_SECONDS:
+            self._ticks_left -= 1
+        if self._ticks_left:
+            self._start_tick()
+        else:
+            self.cancel()
+
+
+FIRST_RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
+"""Pause after an unexpected error of a background task; it doubles each time."""
+
+
+async def keep_running(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine function; after an unexpected error, log it and run the function again.
+
+    Returns when the function does.
+    """
+    pause = FIRST_RESTART_SECONDS
+    while True:
+        started = time.monotonic()
+        try:
+            return await run()
+        except Exception:
+            log.exception("background_task_failed", task=name, restart_seconds=pause)
+        await asyncio.sleep(pause)
+        lasted = time.monotonic() - started
+        pause = FIRST_RESTART_SECONDS if lasted > MAX_RESTART_SECONDS else pause * 2
+        pause = min(pause, MAX_RESTART_SECONDS)
+
+
+class BackgroundTasks:
+    """Owns the tasks that run as long as the service, and reports one that ends before."""
+
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        """Start without tasks.
+
+        Args:
+            on_end: called with a sentence if a task ends that was to run until ``stop``.
+        """
+        self._on_end = on_end
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def start(
+        self, name: str, run: Callable[[], Coroutine[Any, Any, None]], *, may_end: bool = False
+    ) -> None:
+        """Start a task; after an unexpected error it is started again.
+
+        Args:
+            name: name in logs and reasons.
+            run: the coroutine function.
+            may_end: whether the function may return.
+        """
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if self._stopping or (may_end and not task.cancelled() and task.exception() is None):
+                return
+            log.error("background_task_ended", task=name)
+            self._on_end(f"its background task {name!r} has ended: restart the process")
+
+        task = asyncio.create_task(keep_running(name, run), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    async def stop(self) -> None:
+        """Cancel all tasks and wait for their end."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

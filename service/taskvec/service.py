@@ -20,6 +20,7 @@ from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
+from taskvec.concurrency import BackgroundTasks
 from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -28,7 +29,14 @@ from taskvec.core.tokenizer import MAX_WAITING_CHARACTERS, TextTokenizer, Tokeni
 from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
-from taskvec.settings import EngineKind, LimitsDown, Settings
+from taskvec.open_files import divide_open_files
+from taskvec.settings import (
+    KEY_SETTINGS,
+    EngineKind,
+    LimitsDown,
+    Settings,
+    environment_variable,
+)
 from taskvec.telemetry.logs import RequestLog
 from taskvec.telemetry.tracing import Tracer, make_tracer
 
@@ -45,6 +53,10 @@ connections meanwhile: the others on the same socket take them, instead of this 
 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
+
+ENGINE_CONNECTIONS = "TASKVEC_ENGINE_CONNECTIONS"
+"""Environment variable with the number of connections that the engine process of ``--workers`` has
+for each gateway; not set elsewhere."""
 
 log = structlog.get_logger(__name__)
 
@@ -94,21 +106,16 @@ class Service:
             on_failure: called with the error if the engine does not start.
         """
         starting = asyncio.create_task(self._start_engine(on_failure))
-        background = [
-            asyncio.create_task(self._measure_engine()),
-            asyncio.create_task(self.health.watch()),
-        ]
+        background = BackgroundTasks(self.health.report_defect)
+        background.start("measure engine", self._measure_engine, may_end=True)
+        background.start("watch engine", self.health.watch)
         if self.keys is not None:
-            background.append(asyncio.create_task(self.keys.watch()))
+            background.start("watch keys", self.keys.watch)
         await self._wait_for_engine(START_WAIT if self.role is Role.GATEWAY else 0.0)
         try:
             yield
         finally:
-            for task in background:
-                task.cancel()
-            for ended in await asyncio.gather(*background, return_exceptions=True):
-                if isinstance(ended, Exception):
-                    log.error("background_task_failed", exc_info=ended)
+            await background.stop()
             if self.limiter is not None:
                 await self.limiter.close()
             await self.engine.stop()
@@ -223,7 +230,7 @@ def build_service(
             tasks,
             admission,
             health,
-            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics),
+            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics, engine),
         ),
         admission=admission,
         health=health,
@@ -282,9 +289,14 @@ def build_tokenizer(
 
 
 def build_cache(
-    settings: Settings, checkpoint: Checkpoint, observer: CacheObserver
+    settings: Settings,
+    checkpoint: Checkpoint,
+    observer: CacheObserver,
+    engine: Engine | None = None,
 ) -> EmbeddingCache | None:
     """Build the embedding cache; None if the settings configure none.
+
+    Vectors of an engine with servers are stored after the servers were checked again.
 
     Raises:
         StartError: the URL of its Redis cannot be used.
@@ -304,6 +316,13 @@ def build_cache(
         store = MemoryStore(settings.answer_cache_bytes, observer)
     else:
         return None
+    if settings.engine is EngineKind.REMOTE:
+        from taskvec.cache.proven import ProvenStore  # noqa: PLC0415 - only where it is used
+        from taskvec.engines.remote.engine import RemoteEngine  # noqa: PLC0415
+
+        if isinstance(engine, RemoteEngine):
+            store = ProvenStore(store)
+            engine.watch_proofs(store)
     return EmbeddingCache(
         store,
         identity=identity,
@@ -314,7 +333,18 @@ def build_cache(
 
 
 def key_source(settings: Settings) -> KeySource | None:
-    """Return where the API keys are; None if none are configured."""
+    """Return where the API keys are; None if none are configured.
+
+    Raises:
+        StartError: a variable for keys is set and empty, as when a secret could not be read.
+    """
+    for name in KEY_SETTINGS:
+        variable = environment_variable(name)
+        if getattr(settings, name) is None and os.environ.get(variable) == "":
+            raise StartError(
+                f"{variable} is set and empty, so that everybody would have access without a key: "
+                "give it a value, or unset it to serve without keys."
+            )
     if settings.keys_file is None and settings.api_keys is None:
         return None
     return KeySource(
@@ -399,5 +429,7 @@ def _remote_engine(
         max_tokens=settings.max_tokens,
         call_seconds=settings.engine_call_timeout,
         reports_queue=reports_queue,
+        connections=int(os.environ.get(ENGINE_CONNECTIONS, "0"))
+        or divide_open_files(settings.max_connections, remote=True).engines,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)

@@ -24,6 +24,10 @@ _REDIS_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
+KEY_SETTINGS = ("keys_file", "api_keys")
+"""Settings that make the service require API keys."""
+
+
 class EngineKind(enum.StrEnum):
     """Engine that computes the embeddings."""
 
@@ -443,8 +447,8 @@ class Settings(BaseSettings):
     limits_down: Annotated[
         LimitsDown,
         Field(
-            description="While the Redis of --limits-url is down: open lets requests pass "
-            "unchecked, closed answers with status 503."
+            description="While the Redis of --limits-url is down: open counts requests in "
+            "each process alone, closed answers with status 503."
         ),
     ] = LimitsDown.OPEN
     metrics_without_key: Annotated[
@@ -560,11 +564,14 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """Return the environment variables that give another process the same settings.
 
-        Every setting is included, so that variables which that process inherits have no effect.
+        Every setting is included, so that variables which that process inherits have no effect;
+        except keys that are not set, because an empty variable for keys is an error.
         """
         variables = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
+            if value is None and name in KEY_SETTINGS:
+                continue
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
             elif isinstance(value, tuple):

@@ -7,13 +7,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+from redis import Redis as RedisClient
 from structlog.testing import capture_logs
 
+from conftest import no_open_files
 from keyfiles import Redis, avoid_the_end_of_a_minute, running_redis
 from taskvec.auth.rate_limit import LimitReachedError, RateLimiter, Usage, Window
 from taskvec.errors import InvalidRequestError, StartError, UnavailableError
+from taskvec.redis import TIMEOUT_SECONDS
 
 
 class Unchecked:
@@ -41,6 +45,11 @@ def url(request: pytest.FixtureRequest) -> Iterator[str | None]:
         return
     with running_redis() as server:
         yield server.url.replace("redis", request.param, 1)
+
+
+def hold(seconds: float) -> None:
+    """Hold the thread, and with it the event loop."""
+    time.sleep(seconds)
 
 
 def limiter(url: str | None, *, open_when_down: bool = True) -> tuple[RateLimiter, Unchecked]:
@@ -114,15 +123,16 @@ async def test_processes_count_together_in_redis(redis: Redis) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("open_when_down", [True, False])
 async def test_requests_go_on_while_redis_is_down(redis: Redis, open_when_down: bool) -> None:
-    """While Redis is down requests pass unchecked or get a 503, at once; later they are counted."""
+    """While Redis is down the process counts alone or rejects, at once; later Redis counts."""
     counted, unchecked = limiter(redis.url, open_when_down=open_when_down)
-    assert await counted.take("web", "requests", 100, 1) is not None
+    avoid_the_end_of_a_minute()
+    assert (await counted.take("web", "requests", 100, 1)).remaining == 99
     redis.stop()
     with capture_logs() as lines:
         for n in range(1, 4):
             start = time.monotonic()
             if open_when_down:
-                assert await counted.take("web", "requests", 100, 1) is None
+                assert (await counted.take("web", "requests", 100, 1)).remaining == 99 - n
             else:
                 with pytest.raises(UnavailableError) as refused:
                     await counted.take("web", "requests", 100, 1)
@@ -132,18 +142,103 @@ async def test_requests_go_on_while_redis_is_down(redis: Redis, open_when_down: 
             assert unchecked.count == n
         redis.start()
         async with asyncio.timeout(20):
-            while await passes(counted) is None:
+            while lines[-1]["event"] != "limits_back":
                 await asyncio.sleep(0.1)
+                with suppress(UnavailableError):
+                    await counted.take("web", "requests", 100, 1)
     assert [line["event"] for line in lines] == ["limits_down", "limits_back"]
     assert redis.url not in str(lines)
     await counted.close()
 
 
-async def passes(counted: RateLimiter) -> Window | None:
-    try:
-        return await counted.take("web", "requests", 100, 1)
-    except UnavailableError:
-        return None
+@pytest.mark.anyio
+async def test_the_limit_holds_while_redis_is_down(redis: Redis) -> None:
+    """What Redis has counted for this process is not forgiven when Redis goes down."""
+    counted, _ = limiter(redis.url)
+    avoid_the_end_of_a_minute()
+    for _ in range(3):
+        await counted.take("web", "requests", 5, 1)
+    redis.stop()
+    results = await asyncio.gather(
+        *(counted.take("web", "requests", 5, 1) for _ in range(20)), return_exceptions=True
+    )
+    assert sum(isinstance(result, Window) for result in results) == 2
+    assert sum(isinstance(result, LimitReachedError) for result in results) == 18
+    await counted.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("open_when_down", [True, False])
+async def test_many_at_once_are_no_outage(redis: Redis, open_when_down: bool) -> None:
+    """Of 600 at once exactly 10 pass with a healthy Redis; those of another key all pass."""
+    counted, unchecked = limiter(redis.url, open_when_down=open_when_down)
+    with capture_logs() as lines:
+        results = await asyncio.gather(
+            *(counted.take("web", "requests", 10, 1) for _ in range(600)),
+            *(counted.take("jobs", "requests", 10_000, 1) for _ in range(255)),
+            return_exceptions=True,
+        )
+    passed = [isinstance(result, Window) for result in results]
+    assert (sum(passed[:600]), sum(passed[600:])) == (10, 255)
+    assert (lines, unchecked.count) == ([], 0)
+    await counted.close()
+
+
+@pytest.mark.anyio
+async def test_a_busy_event_loop_is_no_outage(redis: Redis) -> None:
+    """Work that holds the event loop for longer than the timeout does not make Redis late."""
+    counted, unchecked = limiter(redis.url, open_when_down=False)
+    stop = asyncio.Event()
+
+    async def hold_the_loop() -> None:
+        while not stop.is_set():
+            hold(2 * TIMEOUT_SECONDS)
+            await asyncio.sleep(0)
+
+    holding = asyncio.create_task(hold_the_loop())
+    assert (await counted.take("web", "requests", 5, 1)).remaining == 4
+    stop.set()
+    await holding
+    assert unchecked.count == 0
+    await counted.close()
+
+
+@pytest.mark.anyio
+async def test_a_lack_of_open_files_is_no_outage(redis: Redis) -> None:
+    """Without a file for the connection, a limit waits for one, and is then checked."""
+    counted, unchecked = limiter(redis.url, open_when_down=False)
+    with no_open_files() as release, capture_logs() as lines:
+        taking = asyncio.create_task(counted.take("web", "requests", 5, 1))
+        await asyncio.sleep(0.3)
+        assert not taking.done()
+        release()
+        assert (await taking).remaining == 4
+    assert unchecked.count == 0
+    assert {line["event"] for line in lines} <= {"out_of_files"}
+    await counted.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("value", ["1e3", "many", b"\xff"])
+@pytest.mark.parametrize("limit", [5, 5000])
+async def test_a_stored_value_that_is_no_count(redis: Redis, value: str, limit: int) -> None:
+    """A value that is no count costs its own key the shared limit, logged once; nothing else."""
+    counted, unchecked = limiter(redis.url)
+    avoid_the_end_of_a_minute()
+    await counted.take("web", "requests", limit, 1)
+    with RedisClient.from_url(redis.url) as direct:
+        names = direct.keys("*web*")
+        assert names
+        for name in names:
+            direct.set(name, value, keepttl=True)
+    with capture_logs() as lines:
+        for n in range(2, 5):
+            assert (await counted.take("web", "requests", limit, 1)).remaining == limit - n
+        other = await counted.take("jobs", "requests", limit, 1)
+    assert other.remaining == limit - 1
+    assert unchecked.count == 3
+    assert [(line["event"], line["key"]) for line in lines] == [("limit_unusable", "web")]
+    await counted.close()
 
 
 @pytest.mark.anyio
@@ -158,7 +253,7 @@ async def test_a_redis_that_hangs_is_not_waited_for(redis: Redis) -> None:
         for _ in range(20):
             taken.append(await counted.take("web", "requests", 100, 1))
         assert time.monotonic() - start < 1
-        assert taken == [None] * 40
+        assert {window.limit for window in taken} == {100}
         assert unchecked.count == 40
     finally:
         os.kill(redis.process.pid, signal.SIGCONT)

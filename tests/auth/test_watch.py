@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from keyfiles import entry
 from taskvec.auth.keys import KeyLimits, KeySource, WatchedKeys
+from taskvec.errors import StartError
 
 
 def watched(file: Path) -> tuple[WatchedKeys, list[frozenset[str]]]:
@@ -82,6 +83,37 @@ def test_an_invalid_file_keeps_the_old_keys(tmp_path: Path) -> None:
     assert "entry 2" in lines[0]["reason"]
     assert keys.find(b"a") is None
     assert len(seen) == 2
+
+
+@pytest.mark.anyio
+async def test_a_file_nested_too_deeply(tmp_path: Path) -> None:
+    """A file on which the parser's recursion ends is logged, and the next file is read."""
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("a", "a"))
+    keys, _ = watched(file)
+    task = asyncio.create_task(keys.watch())
+    with capture_logs() as lines:
+        replace(file, "keys = " + "[" * 3000 + "]" * 3000)
+        async with asyncio.timeout(20):
+            while not lines:
+                await asyncio.sleep(0.05)
+        assert "nested too deeply" in lines[0]["reason"]
+        replace(file, entry("b", "b"))
+        async with asyncio.timeout(20):
+            while keys.find(b"b") is None:
+                await asyncio.sleep(0.05)
+    assert keys.find(b"a") is None
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def test_the_digest_of_an_empty_secret_is_refused(tmp_path: Path) -> None:
+    """An entry that would admit an empty bearer token is an error that names the entry."""
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("a", "a") + entry("b", ""))
+    with pytest.raises(StartError, match=r"entry 2: sha256 is that of an empty secret"):
+        watched(file)
 
 
 @pytest.mark.anyio

@@ -81,7 +81,7 @@ def test_our_services_have_a_target_and_real_settings(name: str) -> None:
     variables = dict(re.findall(r"(TASKVEC_\w+)=(\S+)", text))
     for variable, value in service["environment"].items():
         if variable.startswith("TASKVEC_"):
-            variables[variable] = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value)
+            variables[variable] = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value or "")
     names = {environment_variable(field): field for field in Settings.model_fields}
     settings = Settings(**{names[name]: value for name, value in variables.items() if value})
     assert int(service["stop_grace_period"].rstrip("s")) > settings.drain_timeout

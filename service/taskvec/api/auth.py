@@ -132,8 +132,7 @@ class KeyRateLimiter:
         except LimitReachedError as reached:
             context.headers += _rate_limit_headers(kind, reached.window)
             raise
-        if window is not None:
-            context.headers += _rate_limit_headers(kind, window)
+        context.headers += _rate_limit_headers(kind, window)
 
 
 def client_name(scope: Scope, key: Key | None) -> str:

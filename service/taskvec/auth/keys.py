@@ -33,6 +33,8 @@ RELOAD_INTERVAL = 2.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+_EMPTY_DIGEST = hashlib.sha256(b"").digest()
+
 log = structlog.get_logger(__name__)
 
 
@@ -175,6 +177,9 @@ class WatchedKeys:
         except StartError as error:
             log.error("keys_not_reloaded", reason=str(error))  # noqa: TRY400 - the reason suffices
             return
+        except Exception as error:
+            log.exception("keys_not_reloaded", reason=f"unexpected {type(error).__name__}")
+            return
         self._keys = keys
         self._on_change(keys.names)
         log.info("keys_reloaded", keys=len(keys.names))
@@ -223,6 +228,8 @@ def _read_file(file: Path, defaults: KeyLimits) -> list[Key]:
         raise StartError(f"The keys file {file} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise StartError(f"The keys file {file} is not valid TOML: {error}.") from None
+    except RecursionError:
+        raise StartError(f"The keys file {file} is nested too deeply.") from None
     entries = content.get("keys")
     if set(content) != {"keys"} or not isinstance(entries, list) or not entries:
         raise StartError(
@@ -246,6 +253,11 @@ def _read_entry(file: Path, number: int, content: Any, defaults: KeyLimits) -> K
         raise StartError(
             f"The keys file {file}, entry {number}: name must be 1 to 64 letters, digits, dots, "
             f"dashes and underscores, and not {NO_KEY}."
+        )
+    if bytes.fromhex(entry.sha256) == _EMPTY_DIGEST:
+        raise StartError(
+            f"The keys file {file}, entry {number}: sha256 is that of an empty secret, with which "
+            "everybody would have access; `taskvec key NAME` prints an entry."
         )
     stated = [entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency]
     limits = [

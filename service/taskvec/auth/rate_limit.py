@@ -7,21 +7,20 @@ the previous minute, weighted by the fraction of that minute that is less than 6
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, Self
-
-from limits import RateLimitItemPerMinute
-from limits.aio.storage import RedisStorage
-from limits.aio.strategies import SlidingWindowCounterRateLimiter
-from limits.errors import StorageError
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 from taskvec.errors import InvalidRequestError, RateLimitError, UnavailableError
-from taskvec.redis import OPEN_SECONDS, TIMEOUT_SECONDS, CircuitBreaker, connection_pool
+
+if TYPE_CHECKING:
+    from taskvec.auth.shared_windows import SharedWindows
 
 MINUTE = 60.0
 """Seconds of a window."""
+
+RETRY_SECONDS = 1.0
+"""Retry-After of a request that is rejected because Redis is down."""
 
 Kind = Literal["requests", "tokens"]
 """What is counted. Not an enum: its members would be hashed in Python on every request."""
@@ -57,7 +56,7 @@ class LimitObserver(Protocol):
     """Callback for the metrics of limits."""
 
     def limit_unchecked(self) -> None:
-        """Record one limit that could not be checked because Redis was down."""
+        """Record one limit that could not be checked in Redis."""
 
 
 class RateLimiter:
@@ -69,28 +68,25 @@ class RateLimiter:
         Args:
             url: ``redis://``, ``rediss://``, ``valkey://`` or ``valkeys://``, in which all
                 processes count together; None to count in this process.
-            open_when_down: True lets requests pass unchecked while Redis is down, False rejects
-                them.
-            observer: notified of limits that could not be checked.
+            open_when_down: while Redis is down, True counts in this process, False rejects
+                requests.
+            observer: notified of limits that could not be checked in Redis.
 
         Raises:
             StartError: the URL cannot be used.
         """
-        self._pool = None if url is None else connection_pool(url, "--limits-url")
         self._local = SlidingWindows()
-        if self._pool is not None:
-            self._storage = RedisStorage(
-                "async+redis://",
-                wrap_exceptions=True,
-                implementation="redispy",
-                connection_pool=self._pool,  # type: ignore[arg-type] # passed to redis-py as it is
+        self._shared: SharedWindows | None = None
+        if url is not None:
+            from taskvec.auth.shared_windows import (  # noqa: PLC0415 - redis is slow to import
+                SharedWindows,
             )
-            self._shared = SlidingWindowCounterRateLimiter(self._storage)
+
+            self._shared = SharedWindows(url, open_when_down=open_when_down)
         self._open_when_down = open_when_down
         self._observer = observer
-        self._breaker = CircuitBreaker("limits", open=open_when_down)
 
-    async def take(self, name: str, kind: Kind, limit: int, amount: int) -> Window | None:
+    async def take(self, name: str, kind: Kind, limit: int, amount: int) -> Window:
         """Count an amount against a key's limit per minute.
 
         Args:
@@ -100,7 +96,7 @@ class RateLimiter:
             amount: number of requests or tokens to count; nothing is counted if it does not fit.
 
         Returns:
-            State of the limit; None if it could not be checked.
+            State of the limit; that of this process alone if Redis is down.
 
         Raises:
             InvalidRequestError: the amount exceeds the whole limit, so a retry cannot succeed.
@@ -114,13 +110,10 @@ class RateLimiter:
                 code="too_many_tokens",
             )
         identity = (name, kind)
-        if self._pool is None:
-            counted: tuple[bool, Usage] | None = self._local.take(identity, limit, amount)
+        if self._shared is None:
+            taken, usage = self._local.take(identity, limit, amount)
         else:
-            counted = await self._take_in_redis(identity, limit, amount)
-        if counted is None:
-            return None
-        taken, usage = counted
+            taken, usage = await self._take_shared(self._shared, identity, limit, amount)
         window = Window(limit, max(0, limit - usage.used), usage.seconds_until(0))
         if not taken:
             raise LimitReachedError(name, kind, window, usage.seconds_until(limit - amount))
@@ -128,38 +121,26 @@ class RateLimiter:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._pool is not None:
-            await self._pool.aclose()
+        if self._shared is not None:
+            await self._shared.close()
 
-    async def _take_in_redis(
-        self, identity: tuple[str, str], limit: int, amount: int
-    ) -> tuple[bool, Usage] | None:
-        if self._breaker.open:
-            self._pass_unchecked()
-            return None
-        item = RateLimitItemPerMinute(limit, namespace="taskvec")
-        try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                taken = await self._shared.hit(item, *identity, cost=amount)
-                counts = await self._storage.get_sliding_window(
-                    item.key_for(*identity), item.get_expiry()
-                )
-        except (StorageError, OSError, TimeoutError) as error:
-            self._breaker.record_failure(error)
-            self._pass_unchecked()
-            return None
-        self._breaker.record_success()
-        return taken, Usage.from_storage(*counts)
-
-    def _pass_unchecked(self) -> None:
-        """Let a request pass while Redis is down, or reject it, as configured."""
+    async def _take_shared(
+        self, shared: SharedWindows, identity: tuple[str, str], limit: int, amount: int
+    ) -> tuple[bool, Usage]:
+        """Count in Redis; while it is down, count in this process, or reject, as configured."""
+        counted = await shared.take(identity, limit, amount)
+        if counted is not None:
+            if counted[0]:
+                self._local.add(identity, amount)  # so that an outage does not start at zero
+            return counted
         self._observer.limit_unchecked()
-        if not self._open_when_down:
-            raise UnavailableError(
-                "The rate limits cannot be checked now: send the request again later.",
-                code="limits_unavailable",
-                retry_after=OPEN_SECONDS,
-            )
+        if self._open_when_down:
+            return self._local.take(identity, limit, amount)
+        raise UnavailableError(
+            "The rate limits cannot be checked now: send the request again later.",
+            code="limits_unavailable",
+            retry_after=RETRY_SECONDS,
+        )
 
 
 class SlidingWindows:
@@ -172,16 +153,25 @@ class SlidingWindows:
 
     def take(self, identity: tuple[str, str], limit: int, amount: int) -> tuple[bool, Usage]:
         """Count an amount if it fits; return whether it did, and the usage after that."""
+        minute, left, previous, current = self._state(identity)
+        taken = weighted(previous, left) + current + amount <= limit
+        if taken:
+            current += amount
+        self._counts[identity] = (minute, previous, current)
+        return taken, Usage(previous, left, current, left)
+
+    def add(self, identity: tuple[str, str], amount: int) -> None:
+        """Count an amount that was allowed elsewhere."""
+        minute, _, previous, current = self._state(identity)
+        self._counts[identity] = (minute, previous, current + amount)
+
+    def _state(self, identity: tuple[str, str]) -> tuple[int, float, int, int]:
+        """Return the minute, the seconds left of it, and the counts of the last and this minute."""
         minute, elapsed = divmod(self._clock(), MINUTE)
         counted_minute, previous, current = self._counts.get(identity, (0, 0, 0))
         if counted_minute != minute:
             previous, current = (current if counted_minute == minute - 1 else 0), 0
-        left = MINUTE - elapsed
-        taken = weighted(previous, left) + current + amount <= limit
-        if taken:
-            current += amount
-        self._counts[identity] = (int(minute), previous, current)
-        return taken, Usage(previous, left, current, left)
+        return int(minute), MINUTE - elapsed, previous, current
 
 
 class Usage(NamedTuple):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from taskvec.cache.embeddings import CacheObserver
-from taskvec.redis import TIMEOUT_SECONDS, CircuitBreaker, connection_pool
+from taskvec.redis import CircuitBreaker, SharedRedis, StoreDownError, StoredValueError
 
 T = TypeVar("T")
 
@@ -37,11 +37,11 @@ class RedisStore:
         Raises:
             StartError: the URL cannot be used.
         """
-        self._pool = connection_pool(url, "--answer-cache-url")
-        self._redis = Redis(connection_pool=self._pool)
+        self._breaker = CircuitBreaker("answer_cache")
+        self._shared = SharedRedis(url, "--answer-cache-url", self._breaker)
+        self._redis = Redis(connection_pool=self._shared.pool)
         self._ttl_seconds = ttl_seconds
         self._observer = observer
-        self._breaker = CircuitBreaker("answer_cache")
         self._writes: set[asyncio.Task[None]] = set()
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
@@ -51,8 +51,7 @@ class RedisStore:
         found: list[bytes | None] = []
         for start in range(0, len(keys), KEYS_PER_CALL):
             names = [PREFIX + key for key in keys[start : start + KEYS_PER_CALL]]
-            call = cast("Awaitable[list[bytes | None]]", self._redis.mget(names))
-            values = await self._await(call)
+            values = await self._call(partial(self._read, names))
             found += [None] * len(names) if values is None else values
         return found
 
@@ -68,24 +67,27 @@ class RedisStore:
     async def close(self) -> None:
         """See ``VectorStore``."""
         await asyncio.gather(*self._writes)
-        await self._pool.aclose()
+        await self._shared.close()
+
+    def _read(self, names: Sequence[bytes]) -> Awaitable[list[bytes | None]]:
+        return cast("Awaitable[list[bytes | None]]", self._redis.mget(names))
 
     async def _write(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
         for start in range(0, len(entries), KEYS_PER_CALL):
-            pipe = self._redis.pipeline(transaction=False)
-            for key, value in entries[start : start + KEYS_PER_CALL]:
-                pipe.set(PREFIX + key, value, ex=self._ttl_seconds)
-            if await self._await(pipe.execute()) is None:
+            part = entries[start : start + KEYS_PER_CALL]
+            if await self._call(partial(self._set, part)) is None:
                 return
 
-    async def _await(self, call: Awaitable[list[T]]) -> list[T] | None:
+    def _set(self, entries: Sequence[tuple[bytes, bytes]]) -> Awaitable[list[bool]]:
+        pipe = self._redis.pipeline(transaction=False)
+        for key, value in entries:
+            pipe.set(PREFIX + key, value, ex=self._ttl_seconds)
+        return pipe.execute()
+
+    async def _call(self, send: Callable[[], Awaitable[list[T]]]) -> list[T] | None:
         """Return the result of a call; None if it failed or took too long."""
         try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                result = await call
-        except (RedisError, OSError, TimeoutError) as error:
-            self._breaker.record_failure(error)
+            return await self._shared.call(send)
+        except (StoreDownError, StoredValueError):
             self._observer.cache_failed()
             return None
-        self._breaker.record_success()
-        return result

@@ -80,6 +80,7 @@ class ServiceHealth:
         self._finished = engine.finished
         self._finished_at = self._progress_at = clock()
         self._canary_error = ""
+        self._defect = ""
         self.work = GuardedCounter(self.require_open)
         self.waiting = GuardedCounter(self._start_waiting)
 
@@ -101,10 +102,16 @@ class ServiceHealth:
         """Refuse new requests from now on; admitted ones are still answered."""
         self._draining = self._refusing = True
 
+    def report_defect(self, reason: str) -> None:
+        """Stop being ready until the process ends; requests are still answered."""
+        self._defect = reason
+
     def readiness(self) -> EngineHealth:
         """Return whether a load balancer should send requests here."""
         if self._draining:
             return EngineHealth(EngineState.STOPPING, "the service is being stopped")
+        if self._defect:
+            return EngineHealth(EngineState.UNAVAILABLE, self._defect)
         return self._engine_health()
 
     def liveness(self) -> EngineHealth:
@@ -173,6 +180,9 @@ class ServiceHealth:
         except TaskvecError as error:
             self._canary_error = error.message
             log.error("canary_failed", reason=error.message)  # noqa: TRY400 - the message says all
+        except Exception as error:
+            self._canary_error = f"unexpected {type(error).__name__}"
+            log.exception("canary_failed", reason=self._canary_error)
 
     def _engine_health(self) -> EngineHealth:
         health = self._engine.health()

@@ -6,11 +6,14 @@ event. The help text of each metric is the question that it answers.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from taskvec.metrics.cache import CacheMetrics
@@ -18,6 +21,9 @@ from taskvec.metrics.engine import EngineMetrics
 from taskvec.metrics.pool import PoolMetrics
 from taskvec.metrics.process import MULTIPROCESS_VARIABLE, ProcessMetrics
 from taskvec.metrics.requests import RequestMetrics
+
+MERGED = "ended"
+"""Stands for the process in the names of the files with the sums of processes that have ended."""
 
 
 class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics, RequestMetrics):
@@ -51,17 +57,54 @@ class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics, RequestM
         shared = os.environ.get(MULTIPROCESS_VARIABLE)
         if shared is None:
             return generate_latest(self.registry)
-        _remove_gauges_of_dead_processes(Path(shared))
+        merge_dead_processes(Path(shared))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, shared)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        with _locked(Path(shared), exclusive=False):
+            return generate_latest(registry)
 
 
-def _remove_gauges_of_dead_processes(shared: Path) -> None:
-    """Delete the live gauges of processes that have ended; their counters stay."""
-    for file in shared.glob("gauge_live*_*.db"):
-        process = int(file.stem.rpartition("_")[2])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
+def merge_dead_processes(shared: Path) -> None:
+    """Remove the files of ended processes: live gauges, and counters after adding them up.
+
+    Without this, each process that was replaced leaves its files behind, and they are read at every
+    scrape.
+    """
+    with _locked(shared, exclusive=True):
+        for file in shared.glob("*_*.db"):
+            kind, _, process = file.stem.rpartition("_")
+            if process == MERGED or not process.isdecimal() or _alive(int(process)):
+                continue
+            if kind.startswith("gauge") and not kind.startswith("gauge_live"):
+                continue  # it counts after the end of its process
+            if not kind.startswith("gauge"):
+                _add(shared / f"{kind}_{MERGED}.db", file)
             file.unlink(missing_ok=True)
+
+
+def _add(total: Path, file: Path) -> None:
+    """Add the values of a file of counters to those of another."""
+    values = MmapedDict(str(total))  # type: ignore[no-untyped-call]
+    try:
+        added = MmapedDict.read_all_values_from_file(str(file))  # type: ignore[no-untyped-call]
+        for key, value, timestamp, _ in added:
+            before, _ = values.read_value(key)  # type: ignore[no-untyped-call]
+            values.write_value(key, before + value, timestamp)  # type: ignore[no-untyped-call]
+    finally:
+        values.close()  # type: ignore[no-untyped-call]
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(shared: Path, *, exclusive: bool) -> Iterator[None]:
+    """Hold the lock of a folder: no process reads files while another one merges them."""
+    with (shared / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield  # closing the file frees the lock

@@ -112,7 +112,7 @@ class RequestMetrics:
         )
         self._limits_unchecked = Counter(
             "taskvec_limits_unchecked",
-            "How many limits of API keys were not checked because Redis was down?",
+            "How many limits of API keys could not be checked in Redis, because it was down?",
             registry=registry,
         )
         self._in_flight = Gauge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import ssl
 import sys
 from functools import partial
@@ -12,10 +11,11 @@ import uvicorn
 
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
+from taskvec.open_files import divide_open_files
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
 from taskvec.server.shutdown import GracefulServer
 from taskvec.service import build_service
-from taskvec.settings import Settings
+from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import RequestLog
 
 KEEP_ALIVE_SECONDS = 75
@@ -24,10 +24,7 @@ KEEP_ALIVE_SECONDS = 75
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread waits for the interpreter lock before it asks for it; a tenth of
 Python's default. The engine's thread needs the lock at each of a forward pass's thousand calls, and
-would wait that long at each while the event loop is busy (docs/adr/0017)."""
-
-RESERVED_FILES = 128
-"""Open files besides client connections: weights, pipes, connections to engine servers."""
+would wait that long at each while the event loop is busy (docs/adr/0018)."""
 
 
 def serve(settings: Settings, request_log: RequestLog) -> None:
@@ -81,7 +78,9 @@ def server_options(settings: Settings) -> dict[str, Any]:
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
         answer_seconds=settings.answer_timeout,
-        connections=_raise_file_limit(settings.max_connections),
+        connections=divide_open_files(
+            settings.max_connections, remote=settings.engine is EngineKind.REMOTE
+        ).clients,
     )
     return {
         "ssl_certfile": certificate,
@@ -95,14 +94,3 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
         "timeout_graceful_shutdown": settings.drain_timeout,
     }
-
-
-def _raise_file_limit(connections: int) -> int:
-    """Raise the limit of open files to allow these connections; return how many it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= connections + RESERVED_FILES:
-        return connections
-    wanted = connections + RESERVED_FILES
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(connections, soft - RESERVED_FILES))

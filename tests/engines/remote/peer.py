@@ -34,8 +34,9 @@ class Peer:
     """A vLLM or taskvec server: golden vectors for the probes, hashed vectors for other texts.
 
     Attributes:
-        behaviour: honest, swapped, base, missing, wrong dimension, nan, wrong count, truncated,
-            endless, silent, closing, slow, no list, or a status; applies to new calls.
+        behaviour: honest, swapped, base, missing, wrong dimension, nan, zeros, huge,
+            equal, constant, wrong count, truncated, endless, silent, closing, slow,
+            no list, or a status; applies to new calls.
         calls: texts and adapters of each received call, without probes.
         posts: number of received calls, including probes.
         closed: number of calls that the client cancelled.
@@ -151,6 +152,14 @@ class Peer:
         rows = [self._vector(*pair) for pair in zip(texts, adapters, strict=True)]
         if self.behaviour == "nan":
             rows[0][3] = np.nan
+        if self.behaviour == "zeros":
+            rows[0][:] = 0
+        if self.behaviour == "huge":
+            rows[0][3] = 3e38
+        if self.behaviour == "equal":
+            rows = rows[:1] * len(rows)
+        if self.behaviour == "constant":
+            rows = [np.ones_like(row) for row in rows]
         if self.behaviour == "wrong count":
             rows = rows[:-1]
         vectors = np.stack(rows) if rows else np.empty((0, self.card.dimension), dtype="<f4")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from conftest import free_port
+from conftest import free_port, no_open_files
 from engines.remote.peer import Peer, batch, ended, listening, pool, serving, truth, until
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
@@ -21,6 +21,9 @@ from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableErr
 OUTCOMES = {
     "wrong dimension": "wrong",
     "nan": "wrong",
+    "zeros": "wrong",
+    "huge": "wrong",
+    "equal": "wrong",
     "wrong count": "wrong",
     "endless": "wrong",
     "truncated": "unreachable",
@@ -51,6 +54,9 @@ def checked(engine: RemoteEngine) -> bool:
         ("no list", "its /v1/models is not a list of models"),
         ("endless", "not a list of models"),
         ("nan", "values that are not finite"),
+        ("zeros", "it sent a vector of zeros"),
+        ("huge", "too large to normalise"),
+        ("equal", "it sent equal vectors for different texts"),
         ("wrong count", "bytes or more for 2 vectors of 256 values"),
         ("wrong dimension", "bytes or more for 2 vectors of 256 values"),
     ],
@@ -153,6 +159,117 @@ async def test_one_of_two_servers_starts_to_misbehave(
             assert np.array_equal(answer.vectors, truth(ask, 256))
         assert good.calls
         assert ended(metrics, OUTCOMES.get(behaviour, "ok"), bad)
+
+
+@pytest.mark.anyio
+async def test_one_vector_for_all_texts(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A server that gives one vector for every text is wrong, also where each call has one text."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = "constant"
+        await engine.embed(batch(1, start=1))
+        with pytest.raises(UnavailableError):
+            await engine.embed(batch(1, start=2))
+        assert ended(metrics, "wrong", peer) == 1
+        assert serving(metrics) == 0
+
+
+@pytest.mark.anyio
+async def test_the_same_text_twice(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Equal vectors of equal texts are right, in one call and in two."""
+    peer = Peer(default_checkpoint)
+    ids = batch(1).ids[0]
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        for _ in range(2):
+            vectors = (await engine.embed(TokenBatch([ids, ids], "retrieval"))).vectors
+            assert np.array_equal(vectors[0], vectors[1])
+
+
+@pytest.fixture
+def quick_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers are found frozen after a second instead of seven."""
+    monkeypatch.setattr("taskvec.engines.remote.pool_server.HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("taskvec.engines.remote.pool_server.HEARTBEAT_TIMEOUT_SECONDS", 0.5)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("quick_heartbeat")
+@PROTOCOLS
+async def test_a_frozen_server_holds_no_calls(
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
+) -> None:
+    """Calls to a server that answers nothing at all move to another long before their timeout."""
+    good, frozen = peers = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
+    async with (
+        listening(*peers),
+        pool(default_checkpoint, tmp_path, *peers, call_seconds=60.0) as (engine, metrics),
+    ):
+        frozen.behaviour = "silent"
+        begun = time.monotonic()
+        asked = [batch(1 + i % 12, start=i + 1) for i in range(24)]
+        answers = await asyncio.gather(*map(engine.embed, asked))
+        assert time.monotonic() - begun < 10
+        for ask, answer in zip(asked, answers, strict=True):
+            assert np.array_equal(answer.vectors, truth(ask, 256))
+        assert frozen.closed
+        assert good.calls
+        assert serving(metrics) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("quick_heartbeat")
+async def test_a_long_computation_is_not_frozen(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A server that computes for long, and still lists its models, keeps its calls."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.released.clear()
+        waiting = asyncio.create_task(engine.embed(batch(3)))
+        await asyncio.sleep(2)
+        assert not waiting.done()
+        peer.released.set()
+        assert np.array_equal((await waiting).vectors, truth(batch(3), 256))
+        assert (serving(metrics), len(peer.calls)) == (1, 1)
+
+
+@pytest.mark.anyio
+async def test_a_lack_of_open_files_drops_nobody(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Without files for connections, calls wait for one; no server is dropped, no call is lost."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        asked = [batch(9, start=i + 1) for i in range(40)]
+        with no_open_files() as release:
+            waiting = [asyncio.create_task(engine.embed(each)) for each in asked]
+            await asyncio.sleep(0.5)
+            assert not all(task.done() for task in waiting)
+            release()
+            answers = await asyncio.gather(*waiting)
+        for ask, answer in zip(asked, answers, strict=True):
+            assert np.array_equal(answer.vectors, truth(ask, 256))
+        assert (serving(metrics), ended(metrics, "unreachable"), ended(metrics, "timeout")) == (
+            1,
+            0,
+            0,
+        )
+
+
+@pytest.mark.anyio
+async def test_more_calls_than_connections(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Calls beyond the connections of this process wait, and that is no failure of the server."""
+    peer = Peer(default_checkpoint)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, connections=2) as (engine, metrics),
+    ):
+        peer.behaviour = "slow"
+        asked = [batch(9, start=i + 1) for i in range(12)]
+        answers = await asyncio.gather(*map(engine.embed, asked))
+        for ask, answer in zip(asked, answers, strict=True):
+            assert np.array_equal(answer.vectors, truth(ask, 256))
+        assert serving(metrics) == 1
 
 
 @pytest.mark.anyio

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
 import aiohttp
 
+from taskvec.concurrency import ResponsiveTimeout
 from taskvec.engines.base import CallOutcome
+from taskvec.open_files import FILE_RETRY_SECONDS, out_of_files
 from taskvec.telemetry.tracing import current_span
 
 _MAX_ERROR_BYTES = 4096
@@ -43,6 +46,10 @@ class ServerCallError(Exception):
         self.retry_after = retry_after
 
 
+class _OutOfFilesError(Exception):
+    """This process had no file left for a connection."""
+
+
 class HttpRequest(NamedTuple):
     """Path, body and headers of a request."""
 
@@ -54,19 +61,41 @@ class HttpRequest(NamedTuple):
 class ServerClient:
     """HTTP client for one server."""
 
-    def __init__(self, session: aiohttp.ClientSession, base: str) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, base: str, connections: asyncio.Semaphore
+    ) -> None:
         """Create the client; no connection is opened yet.
 
         Args:
             session: connection pool and default headers.
             base: URL of the server, without a trailing slash.
+            connections: limits the concurrent calls to all servers.
         """
         self._session = session
         self._base = base
+        self._connections = connections
 
     async def get(self, path: str, max_bytes: int, timeout_seconds: float) -> bytes:
         """Send a GET request; see ``post``."""
         return await self._exchange("GET", HttpRequest(path, b"", {}), max_bytes, timeout_seconds)
+
+    async def answers(self, path: str, max_bytes: int, timeout_seconds: float) -> bool:
+        """Return whether the server answers a GET request in time, with any status.
+
+        Needs no free slot of ``connections``. Delays of this process do not count, and without a
+        free file the server gets the benefit of the doubt.
+        """
+        request = HttpRequest(path, b"", {})
+        try:
+            with ResponsiveTimeout(TimeoutError, timeout_seconds):
+                await self._attempt("GET", request, max_bytes, 10 * timeout_seconds)
+        except TimeoutError:
+            return False
+        except _OutOfFilesError:
+            return True
+        except ServerCallError as error:
+            return error.outcome is not CallOutcome.UNREACHABLE
+        return True
 
     async def post(self, request: HttpRequest, max_bytes: int, timeout_seconds: float) -> bytes:
         """Send a POST request.
@@ -77,7 +106,8 @@ class ServerClient:
 
         Raises:
             ServerCallError: the connection failed, the status is not 200, or the response was not
-                complete in time.
+                complete in time. ABANDONED: this process had no connection or file left in time,
+                which says nothing about the server.
         """
         span = current_span.get()
         if span is None:
@@ -87,6 +117,27 @@ class ServerClient:
             return await self._exchange("POST", traced, max_bytes, timeout_seconds)
 
     async def _exchange(
+        self, method: str, request: HttpRequest, max_bytes: int, timeout_seconds: float
+    ) -> bytes:
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._connections.acquire()
+        except TimeoutError:
+            raise _no_connection(timeout_seconds) from None
+        try:
+            while True:
+                # The server gets its whole time, whatever the wait for a connection was.
+                try:
+                    return await self._attempt(method, request, max_bytes, timeout_seconds)
+                except _OutOfFilesError:
+                    if time.monotonic() + FILE_RETRY_SECONDS >= deadline:
+                        raise _no_connection(timeout_seconds) from None
+                await asyncio.sleep(FILE_RETRY_SECONDS)
+        finally:
+            self._connections.release()
+
+    async def _attempt(
         self, method: str, request: HttpRequest, max_bytes: int, timeout_seconds: float
     ) -> bytes:
         url = self._base + request.path
@@ -111,6 +162,8 @@ class ServerClient:
                 CallOutcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if out_of_files(error):
+                raise _OutOfFilesError from None
             raise ServerCallError(
                 CallOutcome.UNREACHABLE, f"{type(error).__name__}: {error}"
             ) from None
@@ -126,6 +179,12 @@ class ServerClient:
         """Mask the API key, which some servers repeat in error responses."""
         key = self._session.headers.get("authorization", "").removeprefix("Bearer ")
         return text.replace(key, "***") if key else text
+
+
+def _no_connection(seconds: float) -> ServerCallError:
+    return ServerCallError(
+        CallOutcome.ABANDONED, f"this process had no connection left for {seconds:.3g} seconds"
+    )
 
 
 def _retry_after_seconds(header: str) -> float:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import numpy as np
@@ -17,7 +18,7 @@ import structlog
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
-from taskvec.concurrency import gather_or_cancel
+from taskvec.concurrency import gather_or_cancel, keep_running
 from taskvec.engines.base import (
     CallOutcome,
     EngineHealth,
@@ -38,6 +39,7 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
+from taskvec.open_files import MAX_ENGINE_CONNECTIONS
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +48,6 @@ MAX_CALL_TEXTS, MAX_CALL_TOKENS = 64, 16_384
 
 MAX_ATTEMPTS = 3
 """Maximum number of times that one call is sent; each time to another server if possible."""
-
-MAX_CONNECTIONS_PER_SERVER = 512
-"""Maximum connections from this process to one server."""
 
 KEEPALIVE_SECONDS = 3.0
 """Idle connections are closed after this time, before vLLM closes them after five seconds."""
@@ -73,6 +72,7 @@ class RemoteOptions:
         call_seconds: timeout of one call, after which another server is tried.
         check_seconds: a server without an answer for this long is probed.
         lookup_seconds: interval of DNS lookups.
+        connections: maximum concurrent calls to all servers together; further calls wait.
         reports_queue: False if the single server reports the queue to the same metrics.
     """
 
@@ -84,6 +84,17 @@ class RemoteOptions:
     check_seconds: float = 10.0
     lookup_seconds: float = 5.0
     reports_queue: bool = True
+    connections: int = MAX_ENGINE_CONNECTIONS
+
+
+class ProofObserver(Protocol):
+    """Observer of the checks of all servers."""
+
+    def servers_proven(self, since: float) -> None:
+        """Every serving server passed a check that began at ``since`` or later."""
+
+    def server_failed(self) -> None:
+        """A server failed or left the pool, so its latest vectors will not be proven."""
 
 
 class RetryBudget:
@@ -143,6 +154,8 @@ class RemoteEngine:
         self._state = EngineState.STARTING
         self._golden: GoldenVectors | None = None
         self._lookup_errors: list[str] = []
+        self._proofs: ProofObserver | None = None
+        self._connections = asyncio.Semaphore(options.connections)
         self._finished = 0
         self._in_flight = InFlight(observer if options.reports_queue else None)
 
@@ -187,13 +200,14 @@ class RemoteEngine:
         if self._state is EngineState.STARTING:
             self._sessions["tcp"] = self._session(
                 aiohttp.TCPConnector(
-                    limit=0,
-                    limit_per_host=MAX_CONNECTIONS_PER_SERVER,
+                    limit=0,  # the semaphore limits all calls
                     keepalive_timeout=KEEPALIVE_SECONDS,
                     ssl=self._ssl,
                 )
             )
-            self._discovery = asyncio.create_task(self._discover_servers())
+            self._discovery = asyncio.create_task(
+                keep_running("find engine servers", self._discover_servers)
+            )
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
         """See ``Engine.embed``."""
@@ -309,9 +323,7 @@ class RemoteEngine:
         if key not in self._sessions:
             path = url.removeprefix("unix://")
             self._sessions[key] = self._session(
-                aiohttp.UnixConnector(
-                    path, limit=MAX_CONNECTIONS_PER_SERVER, keepalive_timeout=KEEPALIVE_SECONDS
-                )
+                aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
             )
         assert self._golden is not None  # noqa: S101 - set by start()
         model_limit = self.model.max_tokens
@@ -323,18 +335,37 @@ class RemoteEngine:
             max_tokens=min(self._options.max_tokens or model_limit, model_limit),
             call_seconds=self._options.call_seconds,
             check_seconds=self._options.check_seconds,
+            connections=self._connections,
             observer=self._observer,
+            on_proof=self._report_proof,
+            on_failure=self._report_failure,
         )
-        self._servers[url] = (server, asyncio.create_task(server.run()))
+        self._servers[url] = (
+            server,
+            asyncio.create_task(keep_running(f"watch {server.name}", server.run)),
+        )
 
     def _remove_server(self, url: str) -> None:
         """Send no new calls to a server; calls in progress continue."""
         server, task = self._servers.pop(url)
         task.cancel()
         server.detach()
+        self._report_failure()  # it will not be checked again
         log.info("engine_server", server=server.name, state="left")
         if self._observer is not None:
             self._observer.server_left(server.name)
+
+    def watch_proofs(self, observer: ProofObserver) -> None:
+        """Notify an observer when the servers have passed checks, and when one has failed."""
+        self._proofs = observer
+
+    def _report_proof(self) -> None:
+        if self._proofs is not None:
+            self._proofs.servers_proven(min(server.proven_at for server in self._serving()))
+
+    def _report_failure(self) -> None:
+        if self._proofs is not None:
+            self._proofs.server_failed()
 
     def _session(self, connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
         key = self._options.api_key

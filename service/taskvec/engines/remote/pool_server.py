@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import PurePath
 from typing import Protocol
@@ -17,10 +16,13 @@ import structlog
 
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.golden import GoldenVectors
+from taskvec.concurrency import CancelScope, keep_running
 from taskvec.engines.base import CallOutcome, QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
 from taskvec.engines.remote.client import OPENS_CIRCUIT, ServerCallError, ServerClient
 from taskvec.engines.remote.protocols import (
+    MAX_LISTING_BYTES,
+    DistinctVectors,
     ServerProtocol,
     Vectors,
     detect_protocol,
@@ -40,11 +42,19 @@ calls do not wait long behind them in a queue without priorities, such as vLLM's
 MAX_ERRORS = 3
 """Consecutive failed calls that open the circuit."""
 
-PROBE_INTERVALS = 6
-"""A server that answers calls is still probed once per this many check intervals."""
-
 MIN_RETRY_SECONDS, MAX_RETRY_SECONDS = 0.25, 5.0
 """Delay until the checks are repeated while the circuit is open; it grows by half each time."""
+
+
+HEARTBEAT_SECONDS = 2.0
+"""While calls wait without any answer for this long, the server must answer a request that needs no
+engine."""
+
+HEARTBEAT_TIMEOUT_SECONDS = 5.0
+"""Time for that answer, without delays of this process."""
+
+LISTING_SECONDS = 10.0
+"""Time for the list of models when a server is checked, which needs no engine."""
 
 
 class ServerState(enum.StrEnum):
@@ -84,6 +94,7 @@ class PoolServer:
         state: state of the circuit breaker.
         reason: why the server is not called; empty while it is.
         tokens: tokens of the calls in progress.
+        proven_at: ``time.monotonic()`` when the last check that it passed began.
     """
 
     def __init__(
@@ -96,7 +107,10 @@ class PoolServer:
         max_tokens: int,
         call_seconds: float,
         check_seconds: float,
+        connections: asyncio.Semaphore,
         observer: PoolObserver | None,
+        on_proof: Callable[[], None],
+        on_failure: Callable[[], None],
     ) -> None:
         """Create a server that has not been checked.
 
@@ -108,6 +122,9 @@ class PoolServer:
             max_tokens: longest text that it will be sent, in tokens.
             call_seconds: timeout of a call, after which the server counts as hung.
             check_seconds: a server without an answer for this long is probed.
+            connections: limits the concurrent calls to all servers.
+            on_proof: called after each check that the server passed while it was called.
+            on_failure: called when its circuit opens.
             observer: notified of every call and every change of ``serving``.
         """
         self.url = url
@@ -115,8 +132,11 @@ class PoolServer:
         self.state = ServerState.JOINING
         self.reason = "it has not been checked yet"
         self.tokens = 0
+        self.proven_at = 0.0
         base = "http://engine" if url.startswith("unix:") else url
-        self._client = ServerClient(session, base)
+        self._client = ServerClient(session, base, connections)
+        self._distinct = DistinctVectors()
+        self._calls: set[CancelScope] = set()
         self._card = card
         self._golden = golden
         self._max_tokens = max_tokens
@@ -129,7 +149,8 @@ class PoolServer:
         self._errors = 0
         self._answered_at = self._probed_at = 0.0
         self._opened = asyncio.Event()
-        self._next_probe = itertools.cycle(golden.adapters)
+        self._on_proof = on_proof
+        self._on_failure = on_failure
         if observer is not None:
             observer.server_changed(self.name, serving=False)
 
@@ -139,7 +160,17 @@ class PoolServer:
         return self.state is ServerState.CLOSED
 
     async def run(self) -> None:
-        """Check the server until it passes, then watch it until the circuit opens; repeat."""
+        """Check the server until it passes, then watch it until the circuit opens; repeat.
+
+        After an unexpected error the server is not called until it passes its checks again.
+        """
+        try:
+            await self._check_and_watch()
+        except Exception as error:
+            self._set_state(ServerState.OPEN, f"unexpected {type(error).__name__} in its check")
+            raise
+
+    async def _check_and_watch(self) -> None:
         retry_delay = MIN_RETRY_SECONDS
         while True:
             try:
@@ -251,13 +282,20 @@ class PoolServer:
         started = time.monotonic()
         outcome = CallOutcome.ABANDONED
         dimension = self._card.dimension
+        scope = CancelScope(self._frozen)
         try:
-            content = await self._client.post(
-                self._protocol.request(texts, adapters, timeout_seconds, priority),
-                len(texts) * dimension * 4,
-                timeout_seconds,
-            )
+            with scope:
+                self._calls.add(scope)
+                try:
+                    content = await self._client.post(
+                        self._protocol.request(texts, adapters, timeout_seconds, priority),
+                        len(texts) * dimension * 4,
+                        timeout_seconds,
+                    )
+                finally:
+                    self._calls.discard(scope)
             vectors = read_vectors(content, len(texts), dimension)
+            self._distinct.check(texts, adapters, vectors)
             outcome = CallOutcome.OK
         except ServerCallError as error:
             outcome = error.outcome
@@ -265,7 +303,7 @@ class PoolServer:
                 outcome = (
                     CallOutcome.ABANDONED
                 )  # the client's deadline passed; the server may be fine
-            else:
+            elif outcome is not CallOutcome.ABANDONED:  # a shortage of this process
                 self._record_failure(error)
             raise
         finally:
@@ -289,9 +327,13 @@ class PoolServer:
 
     async def _check(self) -> None:
         """Check the kind of the server, its model, and the golden vectors of every adapter."""
+        started = time.monotonic()
         try:
             self._protocol = await detect_protocol(
-                self._client, self._card, self._max_tokens, self._call_seconds
+                self._client,
+                self._card,
+                self._max_tokens,
+                min(self._call_seconds, LISTING_SECONDS),
             )
         except (TypeError, AttributeError, LookupError) as error:
             raise ServerCallError(
@@ -300,6 +342,7 @@ class PoolServer:
         for adapter in self._golden.adapters:
             await self._probe(adapter)
         self._answered_at = self._probed_at = time.monotonic()
+        self.proven_at = started
 
     async def _probe(self, adapter: str | None) -> None:
         probes = self._golden.probes
@@ -308,12 +351,48 @@ class PoolServer:
         if mismatch is not None:
             raise ServerCallError(CallOutcome.WRONG, mismatch)
 
+    def _frozen(self) -> ServerCallError:
+        return ServerCallError(
+            CallOutcome.TIMEOUT,
+            f"it did not answer GET /v1/models within {HEARTBEAT_TIMEOUT_SECONDS:g} seconds",
+        )
+
+    async def _watch_heartbeat(self) -> None:
+        """While calls wait in silence, check that the server answers HTTP, until it does not.
+
+        A server that computes for minutes still lists its models; one that is frozen, or whose host
+        has vanished, does not, and its calls are ended, so that others take them.
+        """
+        while self.serving:
+            started = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            if not self._calls or self._answered_at >= started:
+                continue
+            if await self._client.answers(
+                "/v1/models", MAX_LISTING_BYTES, HEARTBEAT_TIMEOUT_SECONDS
+            ):
+                continue
+            if self.serving and self._answered_at < started:
+                self._set_state(ServerState.OPEN, self._frozen().message)
+                self._opened.set()
+                for scope in list(self._calls):
+                    scope.cancel()
+
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
+        heartbeat = asyncio.create_task(
+            keep_running(f"heartbeat {self.name}", self._watch_heartbeat)
+        )
+        try:
+            await self._watch_answers()
+        finally:
+            heartbeat.cancel()
+            await asyncio.gather(heartbeat, return_exceptions=True)
+
+    async def _watch_answers(self) -> None:
         while self.serving:
             due = min(
-                self._answered_at + self._check_seconds,
-                self._probed_at + PROBE_INTERVALS * self._check_seconds,
+                self._answered_at + self._check_seconds, self._probed_at + self._check_seconds
             )
             if time.monotonic() < due:
                 with suppress(TimeoutError):
@@ -322,15 +401,21 @@ class PoolServer:
                 continue
             self._probed_at = time.monotonic()
             try:
-                await self._probe(next(self._next_probe))
+                for adapter in self._golden.adapters:
+                    await self._probe(adapter)
             except ServerCallError as error:
                 if self.serving and error.outcome is not CallOutcome.BUSY:
                     self._set_state(ServerState.OPEN, error.message)
+            else:
+                self.proven_at = self._probed_at
+                self._on_proof()
 
     def _set_state(self, state: ServerState, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):
             level = log.info if state is ServerState.CLOSED else log.warning
             level("engine_server", server=self.name, state=state, reason=reason)
+        if self.serving and state is not ServerState.CLOSED:
+            self._on_failure()
         self.state, self.reason = state, reason
         if self._observer is not None:
             self._observer.server_changed(self.name, serving=self.serving)

@@ -17,7 +17,7 @@ from taskvec.priority import Priority
 
 Vectors = NDArray[np.float32]
 
-_MAX_LISTING_BYTES = 1 << 20
+MAX_LISTING_BYTES = 1 << 20
 """Bytes that are read of the response of /v1/models."""
 
 
@@ -119,7 +119,7 @@ async def detect_protocol(
         ServerCallError: the server cannot be reached, is of another kind, lacks an adapter, or
             accepts only shorter texts.
     """
-    listing = await client.get("/v1/models", _MAX_LISTING_BYTES, timeout_seconds)
+    listing = await client.get("/v1/models", MAX_LISTING_BYTES, timeout_seconds)
     try:
         entries = {str(entry["id"]): entry for entry in orjson.loads(listing)["data"]}
     except (ValueError, KeyError, TypeError):
@@ -171,10 +171,10 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
     """Return the vectors of a response.
 
     Returns:
-        float32 [texts, dimension]; every value is finite.
+        float32 [texts, dimension]; every vector has a length that float32 can represent.
 
     Raises:
-        ServerCallError: the response has another size, or a value is not finite.
+        ServerCallError: the response has another size, or a vector has no usable length.
     """
     size = texts * dimension * 4
     if len(content) != size:
@@ -184,6 +184,44 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
             f"{size}",
         )
     vectors: Vectors = np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
-    if not np.isfinite(vectors).all():
-        raise ServerCallError(CallOutcome.WRONG, "it sent values that are not finite")
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+    if not np.isfinite(squares).all():
+        reason = "that are not finite, or too large to normalise"
+        raise ServerCallError(CallOutcome.WRONG, f"it sent values {reason}")
+    if not squares.all():
+        raise ServerCallError(CallOutcome.WRONG, "it sent a vector of zeros")
     return vectors
+
+
+class DistinctVectors:
+    """Checks that a server does not return one vector for different texts.
+
+    Remembers the last text of the previous call, so that calls of one text are checked, too.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing remembered."""
+        self._last: tuple[TokenIds, str | None, NDArray[np.float32]] | None = None
+
+    def check(
+        self, texts: Sequence[TokenIds], adapters: Sequence[str | None], vectors: Vectors
+    ) -> None:
+        """Check the vectors of a call.
+
+        Raises:
+            ServerCallError: texts with different ids or adapters have equal vectors.
+        """
+        seen: dict[float, tuple[TokenIds, str | None, NDArray[np.float32]]] = {}
+        if self._last is not None:
+            seen[float(self._last[2][0])] = self._last
+        for answer in zip(texts, adapters, vectors, strict=True):
+            ids, adapter, vector = answer
+            other = seen.setdefault(float(vector[0]), answer)
+            same_text = other[1] == adapter and np.array_equal(other[0], ids)
+            if not same_text and np.array_equal(other[2], vector):
+                self._last = None
+                raise ServerCallError(
+                    CallOutcome.WRONG, "it sent equal vectors for different texts"
+                )
+        self._last = (texts[-1], adapters[-1], vectors[-1].copy())

@@ -1,0 +1,120 @@
+"""The processes of ``--workers``: failed starts, early signals, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from processes import EXACT, command_of, connects, embed, ended, served, started, total, wait_for
+
+WORKERS = ("--workers", "2", *EXACT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers keep what they compute once in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_gateways_end_with_the_main_process() -> None:
+    """After SIGKILL of the main process no gateway stays, and the port is free."""
+    with served(*WORKERS) as server:
+        embed(server.url, {"input": "before"})
+        processes = server.descendants()
+        assert len(server.gateways()) == 2
+        server.process.kill()
+        wait_for(lambda: not any(map(command_of, processes)), seconds=20)
+        assert not connects(server.port)
+
+
+def test_metrics_of_dead_gateways_leave_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateways that die add their counts to one set of files; the counts stay."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with served(*WORKERS) as server:
+        killed: set[int] = set()
+        for _ in range(3):
+            embed(server.url, {"input": "text"})
+            gateway = min(server.gateways() - killed)
+            os.kill(gateway, signal.SIGKILL)
+            killed.add(gateway)
+            wait_for(lambda: len(server.gateways() - killed) == 2)
+        wait_for(lambda: not any(str(one) in names(tmp_path) for one in killed))
+        embed(server.url, {"input": "text"})
+        shown = httpx.get(f"{server.url}/metrics").text
+        assert total(shown, "taskvec_requests_total", 'status="200"') == 4
+        assert total(shown, "taskvec_requests_in_flight") == 0
+
+
+def names(folder: Path) -> str:
+    return " ".join(file.name for file in folder.glob("taskvec-*/series/*"))
+
+
+def test_a_long_temporary_folder_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder in which no socket can be is a sentence and exit code 3."""
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with started(*WORKERS) as server:
+        code, errors = ended(server)
+    assert code == 3
+    assert "set TMPDIR to a shorter folder" in errors
+    assert "Traceback" not in errors
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_temporary_folder_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without space for the metrics is a sentence and exit code 3."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    made = (
+        mount
+        and umount
+        and subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)],
+            check=False,
+            capture_output=True,
+        )
+    )
+    if not made or made.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        with started(*WORKERS) as server:
+            code, errors = ended(server)
+        assert code == 3
+        assert "free some space, or set TMPDIR" in errors
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run([str(umount), str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0])
+def test_an_early_sigterm_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """SIGTERM soon after the temporary folder was made removes it, and ends every process."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with started(*WORKERS) as server:
+        wait_for(lambda: any(tmp_path.glob("taskvec-*")))
+        time.sleep(seconds)
+        processes = server.descendants()
+        server.process.terminate()
+        code, errors = ended(server)
+        assert code in {0, 143, -signal.SIGTERM}, errors
+        wait_for(lambda: not any(map(command_of, processes)))
+    assert list(tmp_path.glob("taskvec-*")) == []

@@ -1,0 +1,101 @@
+"""Background tasks: restarted after unexpected errors, reported when they end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from fakes import FakeEngine
+from taskvec.api.app import create_app
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.concurrency import BackgroundTasks
+from taskvec.errors import StartError
+from taskvec.service import build_service, key_source
+from taskvec.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def quick_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are restarted at once."""
+    monkeypatch.setattr("taskvec.concurrency.FIRST_RESTART_SECONDS", 0.01)
+
+
+async def test_a_task_is_restarted_after_an_error() -> None:
+    """An unexpected error is logged with the task's name, and the task runs again."""
+    ended: list[str] = []
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise RecursionError
+        await asyncio.Event().wait()
+
+    tasks = BackgroundTasks(ended.append)
+    with capture_logs() as lines:
+        tasks.start("watch", run)
+        async with asyncio.timeout(10):
+            while runs < 3:
+                await asyncio.sleep(0.01)
+    await tasks.stop()
+    assert [(line["event"], line["task"]) for line in lines] == [
+        ("background_task_failed", "watch")
+    ] * 2
+    assert ended == []
+
+
+@pytest.mark.parametrize("may_end", [True, False])
+async def test_a_task_that_ends(*, may_end: bool) -> None:
+    """A task that returns is reported, unless it may end."""
+    ended: list[str] = []
+    tasks = BackgroundTasks(ended.append)
+    tasks.start("measure", lambda: asyncio.sleep(0), may_end=may_end)
+    await asyncio.sleep(0.05)
+    assert len(ended) == (0 if may_end else 1)
+    await tasks.stop()
+
+
+async def test_a_service_whose_task_has_ended_is_not_ready(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """A background task that somebody cancels makes the service not ready, with its name."""
+    engine = FakeEngine(default_checkpoint.card)
+    service = build_service(Settings(), checkpoint=default_checkpoint, engine=engine)
+    app = create_app(service, lambda _: None)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        await asyncio.sleep(0.1)
+        assert (await client.get("/health/ready")).status_code == 200
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "watch engine"]
+        task.cancel()
+        await asyncio.sleep(0.05)
+        answer = await client.get("/health/ready")
+        assert answer.status_code == 503
+        assert "'watch engine' has ended" in answer.json()["error"]["message"]
+        assert (await client.get("/health/live")).status_code == 200
+        reply = await client.post("/v1/embeddings", json={"input": "a"})
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("name", ["TASKVEC_API_KEYS", "TASKVEC_KEYS_FILE"])
+def test_an_empty_variable_for_keys_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A variable for keys that is set and empty does not serve without keys in silence."""
+    monkeypatch.setenv(name, "")
+    with pytest.raises(StartError, match=f"{name} is set and empty"):
+        key_source(Settings())
+
+
+def test_other_processes_are_given_no_empty_keys() -> None:
+    """Settings without keys give another process no empty variable for keys."""
+    assert not {"TASKVEC_API_KEYS", "TASKVEC_KEYS_FILE"} & set(Settings().environment())

@@ -89,6 +89,10 @@ soak: $(VENV)/dev.stamp ## Run mixed traffic and check that memory does not grow
 overload: $(VENV)/dev.stamp ## Run five times the service's capacity for one minute and check the goodput
 	$(VENV)/bin/python loadtest/overload.py
 
+.PHONY: hostile
+hostile: $(VENV)/dev.stamp ## Measure what ordinary clients see beside hostile ones: ARGS=
+	$(VENV)/bin/python loadtest/hostile.py $(ARGS)
+
 .PHONY: load
 load: NAME = load
 load: $(VENV)/dev.stamp ## Measure latency against load: URL= (empty starts a server) MODEL= DURATION=60 NAME=load ARGS=

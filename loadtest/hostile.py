@@ -1,0 +1,240 @@
+"""Measure what ordinary clients see beside hostile ones.
+
+Starts a server with the built-in model on this machine. While attackers of one kind send their
+requests without pause, from another process, one client sends short texts and one asks
+``/health/live``. With ``--before``, the server of another checkout takes turns with this one's.
+
+    python loadtest/hostile.py --seconds 3 --before ../taskvec-before
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import http.client
+import json
+import multiprocessing
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from report import write_result
+from server import free_port, wait_ready
+
+ROOT = Path(__file__).parents[1]
+HARD_WORD = "q" * 99 + "\u16a0 "
+"""One token for which WordPiece makes 5,000 look-ups."""
+
+PAUSE = 0.01
+"""Seconds between two requests of an ordinary client."""
+
+TIMEOUT = 60.0
+"""Seconds after which a client gives up."""
+
+
+def embed(body: object) -> bytes:
+    """Return a request to ``/v1/embeddings``."""
+    return post(json.dumps(body, ensure_ascii=False).encode(), "/v1/embeddings", "")
+
+
+def post(body: bytes, path: str, headers: str) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def get(path: str, headers: str = "") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode()
+
+
+def empty_texts(count: int) -> bytes:
+    """Return a call of the engine's binary route with texts of no tokens."""
+    body = struct.pack("<i", count) + struct.pack("<ii", 0, 1) * count + struct.pack("<i", 5)
+    headers = "Content-Type: application/octet-stream\r\nx-adapters: retrieval\r\n"
+    return post(body, "/v1/engine/embed", headers)
+
+
+ATTACKS: dict[str, Callable[[], bytes]] = {
+    "one text of 205 KB": lambda: embed({"input": HARD_WORD * 1990}),
+    "85 texts, 1 MB": lambda: embed({"input": [HARD_WORD * 121] * 85}),
+    "2,048 texts, 25 MB, refused": lambda: embed({"input": ["." * 12_200] * 2048}),
+    "64 short texts of 40 KB": lambda: embed({"input": ["short words in a row " * 30] * 64}),
+    "GET of 60 KB, no such route": lambda: get("/" + "%01" * 20_000),
+    "GET of 8 KB, no such route": lambda: get("/" + "%01" * 2_600),
+    "13,000 headers": lambda: get("/health/live", "a:\r\n" * 13_000),
+    "GET /metrics": lambda: get("/metrics"),
+    "a million texts of no tokens": lambda: empty_texts(1_000_000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each attack")
+    parser.add_argument("--attackers", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--before", type=Path, help="another checkout")
+    parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    options = parser.parse_args()
+    sides = {"after": ROOT} | ({"before": options.before.resolve()} if options.before else {})
+    figures: dict[str, Any] = {"seconds": options.seconds}
+    for name in ["nobody", *options.only]:
+        for attackers in options.attackers if name in ATTACKS else [0]:
+            for side, checkout in sides.items():
+                with serving(checkout) as server:
+                    measured = attacked(server, name, attackers, options.seconds)
+                figures[f"{name}, {attackers} attackers, {side}"] = measured
+                print(f"{name}, {attackers} attackers, {side}: {measured}", flush=True)
+    write_result("hostile", figures)
+
+
+@contextmanager
+def serving(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
+    """Start the server of a checkout; yields its port and its process."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(checkout / "service"),
+        "TASKVEC_TOKEN_INPUT": "accept",
+    }
+    command = [sys.executable, "-m", "taskvec.cli.main", "serve", "--port", str(port)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_ready(port, process=process)
+            yield port, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def attacked(
+    server: tuple[int, psutil.Process], name: str, attackers: int, seconds: float
+) -> dict[str, Any]:
+    """Return what ordinary clients see during an attack."""
+    port, process = server
+    for _ in range(20):  # warm up
+        status_of(port, "POST", "/v1/embeddings", {"input": "a short text"})
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    answers = context.Manager().dict()
+    attack = context.Process(target=run_attackers, args=(port, name, attackers, stop, answers))
+    if attackers:
+        attack.start()
+        time.sleep(1.0)  # the process has to start
+    ended = threading.Event()
+    small, live, rss = Seen(), Seen(), [process.memory_info().rss]
+    clients = [
+        threading.Thread(target=small.ask, args=(port, "POST", "/v1/embeddings", ended)),
+        threading.Thread(target=live.ask, args=(port, "GET", "/health/live", ended)),
+        threading.Thread(target=watch_memory, args=(process, rss, ended)),
+    ]
+    for client in clients:
+        client.start()
+    time.sleep(seconds)
+    ended.set()
+    stop.set()
+    for client in clients:
+        client.join()
+    if attackers:
+        attack.join(TIMEOUT)
+        if attack.is_alive():
+            attack.kill()
+    return {
+        "small": small.summary(),
+        "live": live.summary(),
+        "rss_mb": round(max(rss) / 1e6),
+        "attackers": dict(answers),
+    }
+
+
+class Seen:
+    """The answers that one ordinary client got."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._statuses: collections.Counter[str] = collections.Counter()
+
+    def ask(self, port: int, method: str, path: str, ended: threading.Event) -> None:
+        """Send one request after another."""
+        body = {"input": "a short text"} if method == "POST" else None
+        while not ended.is_set():
+            began = time.perf_counter()
+            status = status_of(port, method, path, body)
+            self._seconds.append(time.perf_counter() - began)
+            self._statuses[status] += 1
+            time.sleep(PAUSE)
+
+    def summary(self) -> dict[str, Any]:
+        """Return milliseconds and the number of answers with each status."""
+        ordered = sorted(self._seconds)
+        return {
+            "p50_ms": round(1e3 * ordered[len(ordered) // 2], 1),
+            "p99_ms": round(1e3 * ordered[int(0.99 * len(ordered))], 1),
+            **self._statuses,
+        }
+
+
+def status_of(port: int, method: str, path: str, body: object) -> str:
+    """Send one request on a connection of its own; return its status, or ``lost``."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body))
+        answer = connection.getresponse()
+        answer.read()
+    except (OSError, http.client.HTTPException):
+        return "lost"
+    finally:
+        connection.close()
+    return str(answer.status)
+
+
+def watch_memory(process: psutil.Process, rss: list[int], ended: threading.Event) -> None:
+    while not ended.is_set():
+        rss.append(process.memory_info().rss)
+        time.sleep(0.02)
+
+
+def run_attackers(port: int, name: str, attackers: int, stop: Event, answers: Any) -> None:
+    """Send the requests of an attack from threads until stopped."""
+    request = ATTACKS[name]()
+    statuses: collections.Counter[str] = collections.Counter()
+
+    def attack() -> None:
+        while not stop.is_set():
+            statuses[send(port, request)] += 1
+
+    threads = [threading.Thread(target=attack, daemon=True) for _ in range(attackers)]
+    for thread in threads:
+        thread.start()
+    stop.wait()
+    for thread in threads:
+        thread.join(1.0)
+    answers.update(statuses)
+
+
+def send(port: int, request: bytes) -> str:
+    """Send a request on a connection of its own; return the status of its answer."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as connection:
+            connection.sendall(request)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            answer.read()
+    except (OSError, http.client.HTTPException):
+        return "connection closed"
+    return str(answer.status)
+
+
+if __name__ == "__main__":
+    main()

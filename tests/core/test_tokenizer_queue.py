@@ -117,6 +117,26 @@ async def test_requests_share_the_time_not_the_slices(
 
 
 @pytest.mark.anyio
+async def test_short_requests_do_not_starve_a_longer_one(log: list[str]) -> None:
+    """While short requests always wait, a request of several slices still gets its share."""
+    queue = TokenizerQueue(1, LIMIT, lambda _busy, _waiting: None)
+    ended = asyncio.Event()
+
+    async def short() -> None:
+        while not ended.is_set():
+            await queue.run(Work("short", 1, log), 10, INTERACTIVE)
+
+    clients = [asyncio.create_task(short()) for _ in range(8)]
+    await started(log)
+    await asyncio.wait_for(queue.run(Work("long", 5, log), 50, INTERACTIVE), 20)
+    ended.set()
+    await asyncio.gather(*clients)
+    queue.close()
+    between = len(log) - log.index("long") - log[::-1].index("long")
+    assert between < 120, "five slices among eight clients: about forty slices of others"
+
+
+@pytest.mark.anyio
 async def test_the_classes_share_by_weight(queue: TokenizerQueue, log: list[str]) -> None:
     """Interactive requests get four fifths of the time, and bulk the rest."""
     tasks = [

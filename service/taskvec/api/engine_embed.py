@@ -31,7 +31,8 @@ from taskvec.priority import Priority
 from taskvec.service import Service
 
 UNPACK_INLINE_TEXTS = 256
-"""Largest number of texts that are unpacked in the event loop: a fraction of a millisecond."""
+UNPACK_INLINE_BYTES = 1 << 18
+"""Largest call that is unpacked in the event loop: a fraction of a millisecond."""
 
 
 def routes(service: Service, limits: RequestLimits) -> list[Route]:
@@ -71,7 +72,7 @@ class EngineEmbed:
         priority = request_priority(headers, context.key)
         body = await read_bytes(request.receive, headers, self._limits)
         names = headers.get(ADAPTERS_HEADER, "")
-        if self._count(body) <= UNPACK_INLINE_TEXTS:
+        if self._count(body) <= UNPACK_INLINE_TEXTS and len(body) <= UNPACK_INLINE_BYTES:
             ids, adapters = self._unpack(names, body)
         else:
             ids, adapters = await asyncio.to_thread(self._unpack, names, body)

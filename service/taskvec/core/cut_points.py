@@ -77,7 +77,10 @@ def _rule(tokenizer: Tokenizer) -> str | None:
         None,
         "BertNormalizer",
     ):
-        ideographs = "一-鿿" if normalizer.get("handle_chinese_chars") else ""
+        apart = normalizer.get("handle_chinese_chars") and not any(
+            "一" <= c <= "鿿" for c in inside
+        )
+        ideographs = "一-鿿" if apart else ""
         return f"(?s:.)(?=[ {BREAKS}{punctuation}{ideographs}])"
     if _is_byte_level(splitter) and normalizer.get("type") in (None, "NFC"):
         return rf"\S(?= )|[{_ALPHANUMERIC}](?=[{BREAKS}{punctuation}])"

@@ -161,7 +161,7 @@ class TextTokenizer:
         if self.is_cheap(texts):
             return self.encode_inline(texts, prompt, truncate=truncate)
         work = Tokenization(self, texts, prompt, truncate=truncate)
-        await self._queue.run(work, sum(map(len, texts)), priority)
+        await self._queue.run(work, work.characters, priority)
         return work.ids
 
     def encode_now(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
@@ -324,6 +324,12 @@ class Tokenization:
         self._content: list[int] = []  # of the text that is being tokenised
         self._offset = 0
         self._window = 0
+
+    @property
+    def characters(self) -> int:
+        """Maximum number of characters that are read: a long text is read up to its limit."""
+        readable = max(1, self._readable)
+        return sum(min(len(text), readable) for text in self._texts)
 
     @property
     def done(self) -> bool:

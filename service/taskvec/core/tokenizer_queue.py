@@ -71,7 +71,7 @@ class _ClassQueue:
         waiting: requests without a thread, as a heap.
         requests: requests that have not ended.
         characters: their characters.
-        virtual_time: seconds that a request present from the start would have received.
+        virtual_time: seconds that a request present from the start should have received.
         weighted_seconds: seconds used by this class, divided by its weight.
     """
 
@@ -208,6 +208,9 @@ class TokenizerQueue:
     def _charge(self, request: _Request, characters: int, seconds: float) -> None:
         queue = self._classes[request.priority]
         request.received += seconds
+        # New requests start here. Without this, a stream of them would keep one that has had a
+        # slice waiting for ever; with the share of one request more, a new one is served next.
+        queue.virtual_time += seconds / (queue.requests + 1)
         queue.weighted_seconds += seconds / WEIGHTS[request.priority]
         active = [queue, *(other for other in self._classes.values() if other.requests)]
         least = min(other.weighted_seconds for other in active)

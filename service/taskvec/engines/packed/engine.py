@@ -167,6 +167,7 @@ class PackedEngine:
         self._finished = 0
         self._trimmed_at = 0.0
         self._computed_until = 0.0
+        self._started: deque[_Batch] = deque()
         self._running: set[_Request] = set()
         self._worker: threading.Thread | None = None
 
@@ -332,7 +333,7 @@ class PackedEngine:
 
     def _run_batches(self, transformer: AnyTransformer) -> None:
         """Run batches until the engine stops; on a GPU, start one while another is computed."""
-        running: deque[_Batch] = deque()
+        running = self._started
         while True:
             rows = self._next_batch(wait=not running)
             if rows:
@@ -432,6 +433,8 @@ class PackedEngine:
             self._fail([request for request, _ in rows], failure)
 
     def _split(self, transformer: AnyTransformer, rows: Sequence[_Row], failure: Exception) -> None:
+        while self._started:  # they are being computed, and must not wait for this batch
+            self._finish(transformer, self._started.popleft())
         release_memory(transformer.device)
         tokens = sum(len(request.batch.ids[i]) for request, i in rows)
         with self._wake:

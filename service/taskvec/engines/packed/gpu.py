@@ -121,6 +121,8 @@ class GpuTransformer:
         self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
     ) -> Callable[[], Vectors]:
         """Start a forward pass; the returned function waits for its result (see ``embed``)."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # for this thread: kernels, events and graphs
         packing = pack(ids, adapters, block_rows=self.block_rows, round_up=False)
         graph = self._graph_for(packing)
         if graph is not None:
@@ -130,15 +132,29 @@ class GpuTransformer:
         return _in_order(self.copy_back(vectors), packing.order)
 
     def capture(self, adapters: Sequence[str | None]) -> None:
-        """Capture the CUDA graphs for small batches of each adapter; does nothing without CUDA."""
-        if self.device.type != "cuda":
+        """Compile the kernels, and capture the CUDA graphs for small batches of each adapter.
+
+        Does nothing with plain torch, whose attention waits for the device.
+        """
+        if not self.uses_triton:
             return
+        self._compile(adapters[0])
         pool = None
         for tokens in reversed(GRAPH_TOKENS):  # the largest first: the others reuse its memory
             for adapter in adapters:
                 graph = _Graph(self, adapter, tokens, pool)
                 pool = graph.graph.pool()
                 self._graphs[adapter, tokens] = graph
+
+    @property
+    def uses_triton(self) -> bool:
+        """Whether the operations are Triton kernels."""
+        return self._ops is not gpu_operations
+
+    def _compile(self, adapter: str | None) -> None:
+        """Embed a text of each tile size, so that no request waits for a compiler."""
+        for rows in TILE_ROWS:
+            self.embed([np.zeros(rows, np.int32)], [adapter])
 
     def _graph_for(self, packing: Packing) -> _Graph | None:
         rows, texts = len(packing.ids), len(packing.last)

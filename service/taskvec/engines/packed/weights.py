@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,10 +12,15 @@ from safetensors import safe_open
 from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.packed.device import available_cores, limit_kernel_cache
+from taskvec.engines.packed.device import (
+    available_cores,
+    is_out_of_memory,
+    limit_kernel_cache,
+)
 from taskvec.engines.packed.gpu import GpuTransformer
 from taskvec.engines.packed.lora import LoraLinear, LowRank
 from taskvec.engines.packed.transformer import Layer, Transformer
+from taskvec.errors import StartError
 
 AnyTransformer = Transformer | GpuTransformer
 """The forward pass of a device: ``Transformer`` on a CPU, ``GpuTransformer`` otherwise."""
@@ -70,11 +75,31 @@ def load_transformer(
                 _add_adapter(layer, i, adapter, read, checkpoint.backbone, merge=merge)
         embedding, final_norm = tensor("embed_tokens.weight"), tensor("norm.weight")
         if device.type != "cpu":
-            gpu = GpuTransformer(checkpoint.backbone, embedding, layers, final_norm)
-            gpu.capture(checkpoint.card.adapters or [None])
-            return gpu
+            return _for_gpu(
+                GpuTransformer(checkpoint.backbone, embedding, layers, final_norm),
+                checkpoint.card.adapters or [None],
+            )
         cores = threads or available_cores()
         return Transformer(checkpoint.backbone, embedding, layers, final_norm, cores)
+
+
+def _for_gpu(transformer: GpuTransformer, adapters: Sequence[str | None]) -> GpuTransformer:
+    """Compile the kernels and capture the graphs of a transformer.
+
+    Raises:
+        StartError: Triton is installed and cannot compile.
+    """
+    try:
+        transformer.capture(adapters)
+    except Exception as error:
+        if is_out_of_memory(error) or not transformer.uses_triton:
+            raise
+        raise StartError(
+            f"Triton cannot compile the kernels for {transformer.device} ({error}): install a C "
+            "compiler and set TRITON_CACHE_DIR to a writable folder, or uninstall Triton, which is "
+            "many times slower."
+        ) from error
+    return transformer
 
 
 def _reader(files: ExitStack) -> ReadTensor:

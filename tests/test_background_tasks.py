@@ -25,6 +25,23 @@ def quick_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taskvec.concurrency.FIRST_RESTART_SECONDS", 0.01)
 
 
+async def test_the_pause_grows_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that always fails is restarted less and less often, and stays at the limit."""
+    monkeypatch.setattr("taskvec.concurrency.MAX_RESTART_SECONDS", 0.04)
+
+    async def run() -> None:
+        raise RecursionError
+
+    tasks = BackgroundTasks(lambda _: None)
+    with capture_logs() as lines:
+        tasks.start("watch", run)
+        async with asyncio.timeout(10):
+            while len(lines) < 6:
+                await asyncio.sleep(0.01)
+    await tasks.stop()
+    assert [line["restart_seconds"] for line in lines[:6]] == [0.01, 0.02, 0.04, 0.04, 0.04, 0.04]
+
+
 async def test_a_task_is_restarted_after_an_error() -> None:
     """An unexpected error is logged with the task's name, and the task runs again."""
     ended: list[str] = []

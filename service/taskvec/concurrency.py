@@ -152,11 +152,11 @@ async def keep_running(name: str, run: Callable[[], Coroutine[Any, Any, None]]) 
         try:
             return await run()
         except Exception:
+            if time.monotonic() - started > MAX_RESTART_SECONDS:
+                pause = FIRST_RESTART_SECONDS
             log.exception("background_task_failed", task=name, restart_seconds=pause)
         await asyncio.sleep(pause)
-        lasted = time.monotonic() - started
-        pause = FIRST_RESTART_SECONDS if lasted > MAX_RESTART_SECONDS else pause * 2
-        pause = min(pause, MAX_RESTART_SECONDS)
+        pause = min(pause * 2, MAX_RESTART_SECONDS)
 
 
 class BackgroundTasks:

@@ -55,6 +55,14 @@ def test_a_client_that_fills_the_queue_keeps_nobody_out() -> None:
             assert not admits(admission, "d", 701)  # more than one budget beyond the budget
 
 
+def test_a_first_request_is_not_larger_than_the_queue() -> None:
+    """A full queue does not admit a new client's request that is larger than the whole budget."""
+    admission = Admission(BUDGET)
+    with admitted(admission, "a", 1000):
+        assert admits(admission, "b", 1000)
+        assert not admits(admission, "b", 1001)
+
+
 def test_places_are_shared_as_well() -> None:
     """A client with all the requests that a class may have leaves others their part."""
     admission = Admission(1 << 30, max_requests=4)
@@ -124,8 +132,8 @@ def test_what_is_admitted_is_bounded(requests: list[tuple[str, int, bool]]) -> N
         ("10.0.0.7", "10.0.0.7"),
         ("2001:db8:1:2:3:4:5:6", "2001:0db8:0001:0002"),
         ("2001:db8:1:2::1", "2001:0db8:0001:0002"),
-        ("::ffff:10.0.0.7", "::ffff:10.0.0.7"),
-        ("not:an:address", "not:an:address"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("not:an:address", "no address"),
     ],
 )
 def test_a_client_without_a_key_is_its_address(address: str, name: str) -> None:

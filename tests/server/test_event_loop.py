@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import pytest
 import uvloop
 
-from taskvec.server.event_loop import MAX_PER_ITERATION, BatchAcceptLoop
+from taskvec.server.event_loop import MAX_CONNECTING, BatchAcceptLoop
 
 T = TypeVar("T")
 WAITING = 200
@@ -104,7 +104,7 @@ def test_an_idle_loop_takes_few_of_a_burst() -> None:
 def test_one_turn_takes_a_bounded_number() -> None:
     """However long a turn lasts, the files that are reserved are enough for what it takes."""
     most = run(BatchAcceptLoop, taken_after(pause=0.0, turn=0.1))
-    assert MAX_PER_ITERATION / 2 < most <= MAX_PER_ITERATION + 2
+    assert MAX_CONNECTING / 2 < most <= MAX_CONNECTING + 2
 
 
 def test_uvloop_takes_one_a_turn() -> None:

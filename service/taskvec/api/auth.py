@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from functools import lru_cache, partial
-from ipaddress import IPv6Address
+from ipaddress import IPv4Address, ip_address
 from typing import Any, TypeVar, get_args
 
 from starlette.types import Scope
@@ -150,12 +150,13 @@ def client_name(scope: Scope, key: Key | None) -> str:
 @lru_cache(maxsize=1024)
 def _network(address: str) -> str:
     """Return an IPv4 address, or the network that one customer of a provider has in IPv6."""
-    if ":" not in address or "." in address:
-        return address
     try:
-        return IPv6Address(address).exploded[:19]
-    except ValueError:
-        return address
+        parsed = ip_address(address)
+    except ValueError:  # a forwarded address may be any text
+        return "no address"
+    if isinstance(parsed, IPv4Address):
+        return str(parsed)
+    return str(parsed.ipv4_mapped or parsed.exploded[:19])
 
 
 def _secret(headers: list[tuple[bytes, bytes]]) -> bytes | None:

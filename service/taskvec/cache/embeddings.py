@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +23,13 @@ class VectorStore(Protocol):
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """Return the value of each key; None for a key without an entry."""
 
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
-        """Store the entries if possible; returns at once."""
+    def put(self, entries: Mapping[bytes, bytes], since: float | None = None) -> None:
+        """Store the entries if possible; returns at once.
+
+        Args:
+            entries: value of each key.
+            since: ``time.monotonic()`` before the values were computed; None for now.
+        """
 
     async def close(self) -> None:
         """Finish pending writes and close the connections."""
@@ -51,11 +57,13 @@ class CacheLookup:
         vectors: float32 [texts, dimension]; the rows of missing texts are uninitialised until the
             caller fills them.
         missing: indices of the texts that were not found.
+        looked_up_at: ``time.monotonic()``, which is before the missing vectors are computed.
     """
 
     keys: Sequence[bytes]
     vectors: NDArray[np.float32]
     missing: Sequence[int]
+    looked_up_at: float = field(default_factory=time.monotonic)
 
 
 class EmbeddingCache:
@@ -118,7 +126,8 @@ class EmbeddingCache:
     def store(self, lookup: CacheLookup) -> None:
         """Store the vectors that were missing, after the caller has filled ``lookup.vectors``."""
         rows = np.ascontiguousarray(lookup.vectors, dtype="<f4")
-        self._store.put({lookup.keys[index]: rows[index].tobytes() for index in lookup.missing})
+        entries = {lookup.keys[index]: rows[index].tobytes() for index in lookup.missing}
+        self._store.put(entries, lookup.looked_up_at)
 
     async def close(self) -> None:
         """Close the store."""

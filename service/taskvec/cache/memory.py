@@ -33,7 +33,11 @@ class MemoryStore:
                 self._entries.move_to_end(key)
         return [self._entries.get(key) for key in keys]
 
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
+    def put(
+        self,
+        entries: Mapping[bytes, bytes],
+        since: float | None = None,  # noqa: ARG002 - every entry is stored
+    ) -> None:
         """See ``VectorStore``."""
         for key, value in entries.items():
             before = self._entries.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -24,6 +25,7 @@ class ProvenStore:
         self._store = store
         self._pending: dict[bytes, tuple[float, bytes]] = {}
         self._bytes = 0
+        self._failed_at = -math.inf
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
         """See ``VectorStore``."""
@@ -36,9 +38,11 @@ class ProvenStore:
             for value, entry in zip(found, waiting, strict=True)
         ]
 
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
-        """See ``VectorStore``."""
+    def put(self, entries: Mapping[bytes, bytes], since: float | None = None) -> None:
+        """See ``VectorStore``; entries that were being computed at a failure are dropped."""
         now = time.monotonic()
+        if since is not None and since <= self._failed_at:
+            return
         for key, value in entries.items():
             if key not in self._pending and self._bytes < MAX_PENDING_BYTES:
                 self._bytes += ENTRY_BYTES + len(value)
@@ -59,9 +63,10 @@ class ProvenStore:
             del self._pending[key]
             self._bytes -= ENTRY_BYTES + len(value)
         if proven:
-            self._store.put(proven)
+            self._store.put(proven, since)
 
     def server_failed(self) -> None:
-        """Forget the entries that have not been checked."""
+        """Forget the entries that have not been checked, and those that are being computed."""
+        self._failed_at = time.monotonic()
         self._pending.clear()
         self._bytes = 0

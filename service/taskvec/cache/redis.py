@@ -55,7 +55,11 @@ class RedisStore:
             found += [None] * len(names) if values is None else values
         return found
 
-    def put(self, entries: Mapping[bytes, bytes]) -> None:
+    def put(
+        self,
+        entries: Mapping[bytes, bytes],
+        since: float | None = None,  # noqa: ARG002 - every entry is stored
+    ) -> None:
         """See ``VectorStore``."""
         if self._breaker.open or len(self._writes) >= MAX_WRITES:
             self._observer.cache_failed()

@@ -44,13 +44,15 @@ class ClientShares:
             max_tokens: budget of the queue in tokens.
             max_requests: budget of the queue in requests.
         """
-        own = self._held.get(client)
-        clients = len(self._held) + (own is None)
+        own = self._held.get(client, _Held())
+        clients = len(self._held) + (client not in self._held)
         if clients == 1:
             return False
-        if own is not None and (
-            own.tokens + tokens > max_tokens // clients or own.requests >= max_requests // clients
-        ):
+        # A client's first request may be larger than its share, but not than the whole queue.
+        share = max_tokens // clients if own.requests else max_tokens
+        if own.tokens + tokens > share:
+            return False
+        if own.requests and own.requests >= max_requests // clients:
             return False
         return not self._beyond.requests or (
             self._beyond.tokens + tokens <= max_tokens and self._beyond.requests < max_requests

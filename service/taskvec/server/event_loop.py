@@ -17,9 +17,9 @@ from uvloop.loop import SSLProtocol  # type: ignore[attr-defined] # not in its s
 SECONDS_PER_CONNECTION = 0.00025
 """One more connection is accepted for each such interval of the last loop iteration."""
 
-MAX_PER_ITERATION = 64
-"""Maximum number of connections accepted in one iteration. Connections that are evicted for them
-give their files back only in the next one, so it must fit into the files that are reserved."""
+MAX_CONNECTING = 64
+"""Maximum number of connections that are accepted and not yet set up. Connections that are evicted
+for them give their files back only then, so that many files must be free beyond the limit."""
 
 TLS_SHUTDOWN_SECONDS = 1.0
 """Time that a client has to answer the end of a TLS connection."""
@@ -159,7 +159,7 @@ class _BatchAcceptServer(asyncio.AbstractServer):
         if called_at is None:
             return
         connections = int((now - called_at) / SECONDS_PER_CONNECTION)
-        for _ in range(min(connections, MAX_PER_ITERATION)):
+        for _ in range(min(connections, MAX_CONNECTING - len(self._connecting))):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

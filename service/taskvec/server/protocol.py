@@ -50,6 +50,9 @@ between them is still accepted."""
 ALLOWED_METHODS = "GET, HEAD, POST"
 """Methods of all routes together."""
 
+MAX_HANDSHAKE_SHARE = 0.25
+"""If TLS handshakes have a larger share of the connections, the oldest one is evicted first."""
+
 WARN_INTERVAL = 10.0
 """Seconds between two warnings that connections are closed for lack of slots."""
 
@@ -75,6 +78,10 @@ class ConnectionLimits(NamedTuple):
 
 class Closable(Protocol):
     """A connection without a request in progress."""
+
+    @property
+    def flushed(self) -> bool:
+        """Whether nothing that was written remains to be sent."""
 
     def close(self) -> None:
         """Close it and free its slot at once."""
@@ -109,23 +116,26 @@ class ConnectionSlots:
         self._handshakes.pop(connection, None)
 
     def evict_idle(self) -> bool:
-        """Close the connection whose TLS handshake began first, or else the one idle longest.
+        """Close the connection that has been idle longest, or the oldest of many TLS handshakes.
 
         In a slow-request attack, the longest idle connections are the attacker's: a client that
-        sends complete requests has only just become idle. A handshake takes milliseconds, so the
-        oldest of many is an attacker's as well, and a client that has shaken hands has done more.
+        sends complete requests has only just become idle. A handshake takes milliseconds: where
+        they hold a large share of the slots, the oldest ones are an attacker's as well.
 
         Returns:
-            False if every connection has a request in progress.
+            False if every connection has a request in progress, or a response to send.
         """
         now = time.monotonic()
         if now - self._warned_at >= WARN_INTERVAL:
             self._warned_at = now
             log.warning("too_many_connections", limit=self.limits.connections)
-        for connections in (self._handshakes, self._idle):
-            if connections:
-                next(iter(connections)).close()
-                return True
+        many = len(self._handshakes) > self.limits.connections * MAX_HANDSHAKE_SHARE
+        order = (self._handshakes, self._idle) if many else (self._idle, self._handshakes)
+        for connections in order:
+            for connection in connections:
+                if connection.flushed:
+                    connection.close()
+                    return True
         return False
 
 
@@ -211,6 +221,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._slots.mark_busy(self)
         self._header_timer.stop()
         self._answer_timer.stop()
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the response before was sent to its end."""
+        return self.transport is None or not self.transport.get_write_buffer_size()
 
     def close(self) -> None:
         """Close an idle connection and free its slot at once."""

@@ -35,7 +35,7 @@ class Peer:
 
     Attributes:
         behaviour: honest, swapped, base, missing, wrong dimension, nan, zeros, huge,
-            equal, constant, wrong count, truncated, endless, silent, closing, slow,
+            equal, constant, twins, wrong count, truncated, endless, silent, closing, slow,
             no list, or a status; applies to new calls.
         calls: texts and adapters of each received call, without probes.
         posts: number of received calls, including probes.
@@ -157,6 +157,8 @@ class Peer:
         if self.behaviour == "huge":
             rows[0][3] = 3e38
         if self.behaviour == "equal":
+            rows = rows[:1] * len(rows)
+        if self.behaviour == "twins" and texts[0].tobytes() not in self._probes:
             rows = rows[:1] * len(rows)
         if self.behaviour == "constant":
             rows = [np.ones_like(row) for row in rows]

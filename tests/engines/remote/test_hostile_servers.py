@@ -170,8 +170,21 @@ async def test_one_vector_for_all_texts(default_checkpoint: Checkpoint, tmp_path
         await engine.embed(batch(1, start=1))
         with pytest.raises(UnavailableError):
             await engine.embed(batch(1, start=2))
-        assert ended(metrics, "wrong", peer) == 1
+        assert ended(metrics, "wrong", peer) == 2, "the call, and the check that it caused"
         assert serving(metrics) == 0
+
+
+@pytest.mark.anyio
+async def test_tokens_with_equal_rows(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Texts that have equal vectors by the checkpoint cost a check and do not drop the server."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = "twins"
+        before = peer.posts
+        vectors = (await engine.embed(batch(2))).vectors
+        assert np.array_equal(vectors[0], vectors[1])
+        assert peer.posts == before + 2
+        assert serving(metrics) == 1
 
 
 @pytest.mark.anyio

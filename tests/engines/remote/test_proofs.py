@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,22 @@ async def test_vectors_of_a_server_that_turns_wrong_are_forgotten(
         await until(lambda: serving(metrics) == 0)
         assert await store.get(wrong) == [None, None]
         assert None not in await store.get(proven)
+
+
+async def test_vectors_computed_during_a_failure_are_not_stored() -> None:
+    """A request that was being embedded when a server failed may have its vectors."""
+    memory = MemoryStore(1 << 20, Metrics([]))
+    store = ProvenStore(memory)
+    cache = EmbeddingCache(store, identity=b"", dimension=4, shared=True, observer=Metrics([]))
+
+    async def embed(*, failing: bool) -> list[bytes]:
+        lookup = await cache.lookup(batch(1, start=int(failing)).ids, None, None)
+        if failing:
+            store.server_failed()
+        lookup.vectors[:] = 1
+        cache.store(lookup)
+        store.servers_proven(time.monotonic() + 1)
+        return list(lookup.keys)
+
+    assert await memory.get(await embed(failing=True)) == [None]
+    assert await memory.get(await embed(failing=False)) != [None]

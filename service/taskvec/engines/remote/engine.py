@@ -361,7 +361,8 @@ class RemoteEngine:
 
     def _report_proof(self) -> None:
         if self._proofs is not None:
-            self._proofs.servers_proven(min(server.proven_at for server in self._serving()))
+            proven = min((server.proven_at for server in self._serving()), default=0.0)
+            self._proofs.servers_proven(proven)
 
     def _report_failure(self) -> None:
         if self._proofs is not None:

@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from taskvec.concurrency import ResponsiveTimeout
-from taskvec.errors import StartError
+from taskvec.errors import QueueFullError, StartError
 from taskvec.open_files import FILE_RETRY_SECONDS, out_of_files
 
 T = TypeVar("T")
@@ -33,6 +33,9 @@ OPEN_SECONDS = 1.0
 
 MAX_CONNECTIONS = 16
 """Connections of one process to one store, and so concurrent calls; further calls wait."""
+
+MAX_WAIT_SECONDS = 5.0
+"""Maximum wait for a connection, so that a slow store does not fill the process with requests."""
 
 _UNUSABLE_VALUE = re.compile("WRONGTYPE|not an integer|not a valid float")
 """Errors of Redis about one stored value; all its other errors are about the store."""
@@ -82,18 +85,25 @@ class SharedRedis:
     async def call(self, send: Callable[[], Awaitable[T]]) -> T:
         """Call the store, after waiting for a connection if all are in use.
 
-        The wait is not limited here: the deadline of the request cancels it.
-
         Args:
             send: sends the commands on one connection of ``pool``, and returns their result.
 
         Raises:
             StoreDownError: the store failed, did not answer in time, or failed a moment ago.
             StoredValueError: a stored value has another form.
+            QueueFullError: no connection was free for ``MAX_WAIT_SECONDS``.
         """
         if self._breaker.open:
             raise StoreDownError
-        async with self._slots:
+        try:
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise QueueFullError(
+                "Too many requests wait for the store of the rate limits: send it again later.",
+                retry_after=1.0,
+            ) from None
+        try:
             while not self._breaker.open:  # another call may have failed during the wait
                 try:
                     with ResponsiveTimeout(TimeoutError, TIMEOUT_SECONDS):
@@ -112,6 +122,8 @@ class SharedRedis:
                 else:
                     self._breaker.record_success()
                     return result
+        finally:
+            self._slots.release()
         raise StoreDownError
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from redis.asyncio import Redis
 
 from taskvec.cache.embeddings import CacheObserver
+from taskvec.errors import QueueFullError
 from taskvec.redis import CircuitBreaker, SharedRedis, StoreDownError, StoredValueError
 
 T = TypeVar("T")
@@ -92,6 +93,6 @@ class RedisStore:
         """Return the result of a call; None if it failed or took too long."""
         try:
             return await self._shared.call(send)
-        except (StoreDownError, StoredValueError):
+        except (StoreDownError, StoredValueError, QueueFullError):
             self._observer.cache_failed()
             return None

@@ -83,7 +83,7 @@ class ServerClient:
         """Return whether the server answers a GET request in time, with any status.
 
         Needs no free slot of ``connections``. Delays of this process do not count, and without a
-        free file the server gets the benefit of the doubt.
+        free file the result is True.
         """
         request = HttpRequest(path, b"", {})
         try:

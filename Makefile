@@ -14,6 +14,7 @@ GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
 INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
+TRITON = .cache/triton
 IMAGES ?= cpu gateway vllm
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
@@ -33,7 +34,7 @@ serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=ta
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
 .PHONY: test
-test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the whole test suite
+test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run the whole test suite
 	$(VENV)/bin/python -m pytest
 
 .PHONY: test-gateway
@@ -194,6 +195,11 @@ $(INFINITY_VENV)/stamp: requirements/infinity.txt
 	@touch $@
 
 # Helm 3 and 4, the schemas of custom resources, and checkov in an environment of its own.
+# Its interpreter runs the GPU kernels in the tests.
+$(TRITON)/stamp: $(VENV)/dev.stamp requirements/triton.txt
+	$(VENV)/bin/pip install --quiet --upgrade --target $(TRITON) --no-deps --requirement requirements/triton.txt
+	@touch $@
+
 $(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt
 	rm -rf $(CHART_TOOLS)
 	mkdir -p $(CHART_TOOLS)

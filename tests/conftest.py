@@ -34,9 +34,6 @@ from taskvec.settings import Settings
 hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
 hypothesis_settings.load_profile("taskvec")
 
-# Triton reads this when it is first imported: its kernels for GPUs run in its interpreter.
-os.environ["TRITON_INTERPRET"] = "1"
-
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]

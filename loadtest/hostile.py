@@ -105,7 +105,7 @@ def serving(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
         "PYTHONPATH": str(checkout / "service"),
         "TASKVEC_TOKEN_INPUT": "accept",
     }
-    command = [sys.executable, "-m", "taskvec.cli.main", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             wait_ready(port, process=process)

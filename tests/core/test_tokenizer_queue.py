@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from taskvec.core.client_shares import current_client
 from taskvec.core.tokenizer_queue import NICE, TokenizerQueue
 from taskvec.errors import QueueFullError
 from taskvec.priority import Priority
@@ -234,6 +235,28 @@ async def test_what_waits_is_limited_by_class(queue: TokenizerQueue, log: list[s
     await asyncio.gather(held, return_exceptions=True)
     await queue.run(Work("fits again", 1, log), LIMIT, BULK)
     assert "refused" not in log
+
+
+@pytest.mark.anyio
+async def test_a_client_that_fills_a_class_does_not_keep_others_out(
+    queue: TokenizerQueue, log: list[str]
+) -> None:
+    """A full class admits another client up to its share, and refuses the one that fills it."""
+
+    async def ask(client: str, characters: int) -> None:
+        current_client.set(client)
+        await queue.run(Work(client, 1, log, 0.05), characters, BULK)
+
+    filling = [asyncio.create_task(ask("a", LIMIT // 2)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await asyncio.create_task(ask("a", 1))
+    other = asyncio.create_task(ask("b", LIMIT // 2))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await asyncio.create_task(ask("b", 1))
+    await asyncio.gather(*filling, other)
+    assert sorted(log) == ["a", "a", "b"]
 
 
 @pytest.mark.anyio

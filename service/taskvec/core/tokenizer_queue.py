@@ -6,7 +6,8 @@ of its class that has received the least time: start-time fair queueing (Goyal, 
 for the requests that came before it, whatever their texts cost. The classes share the threads by
 their weights (``taskvec.priority``).
 
-What waits is limited in characters by class. A request that is cancelled gets no further slice.
+What waits is limited in characters by class; a full class still admits a client that has less than
+its share (``core.client_shares``). A request that is cancelled gets no further slice.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from taskvec.core.admission import MAX_RETRY_AFTER
+from taskvec.core.client_shares import ClientShares, current_client
 from taskvec.errors import QueueFullError
 from taskvec.priority import WEIGHTS, Priority
+
+MAX_REQUESTS = 1 << 62
+"""No limit: the requests in progress are limited elsewhere."""
 
 RATE_WINDOW = 30.0
 """Time constant of the measured rate's moving average, in seconds of a thread's work."""
@@ -73,6 +78,7 @@ class _ClassQueue:
         characters: their characters.
         virtual_time: seconds that a request present from the start should have received.
         weighted_seconds: seconds used by this class, divided by its weight.
+        shares: what each client has of the characters; only the event loop uses it.
     """
 
     waiting: list[_Request] = field(default_factory=list)
@@ -80,6 +86,7 @@ class _ClassQueue:
     characters: int = 0
     virtual_time: float = 0.0
     weighted_seconds: float = 0.0
+    shares: ClientShares = field(default_factory=ClientShares)
 
 
 class TokenizerQueue:
@@ -128,12 +135,17 @@ class TokenizerQueue:
             QueueFullError: too many characters are queued; states when to retry.
         """
         queue = self._classes[priority]
+        client = current_client.get()
         with self._lock:
-            if queue.characters and queue.characters + characters > self._max_characters:
+            full = bool(queue.characters) and (queue.characters + characters > self._max_characters)
+            if full and not queue.shares.admits(
+                client, characters, self._max_characters, MAX_REQUESTS
+            ):
                 raise self._full(characters, priority)
             request = self._push(work, queue, characters, priority)
         try:
-            await asyncio.wrap_future(request.ended)
+            with queue.shares.hold(client, characters, beyond=full):
+                await asyncio.wrap_future(request.ended)
         finally:
             with self._lock:
                 request.work = None

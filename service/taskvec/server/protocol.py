@@ -481,7 +481,8 @@ def connect_method() -> TaskvecError:
 def wrong_hosts(hosts: int) -> TaskvecError:
     """Return the error of a request with a number of Host headers other than one."""
     return InvalidRequestError(
-        f"The request has {hosts or 'no'} Host headers: HTTP/1.1 needs exactly one.",
+        f"The request has {f'{hosts} Host headers' if hosts else 'no Host header'}: HTTP/1.1 needs "
+        "exactly one.",
         code="invalid_http",
     )
 

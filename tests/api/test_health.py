@@ -121,7 +121,7 @@ async def test_health_in_each_state(default_checkpoint: Checkpoint, state: Engin
 
 @pytest.mark.anyio
 async def test_addresses_of_engines_need_a_key(default_checkpoint: Checkpoint) -> None:
-    """Readiness is told to everybody, why an engine server is not used only to holders of a key."""
+    """Everybody sees readiness; only holders of a key see why an engine server is not used."""
     engine = FakeEngine(default_checkpoint.card)
     async with fake_service(default_checkpoint, engine, api_keys="web=s3cret") as (client, _):
         engine.set_health(

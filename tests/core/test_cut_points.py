@@ -1,4 +1,4 @@
-"""Cut points: the tokens of the parts of a text are those of the whole, or there is no cut."""
+"""Cut points: the tokens of the parts of a text are those of the whole, or it is not cut."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ async def taken_after(pause: float, turn: float) -> int:
 def test_an_idle_loop_takes_few_of_a_burst() -> None:
     """After a second without work, a burst is not taken at once: other processes have their part.
 
-    The pause of a second is no turn of that length.
+    The pause of a second does not count as a turn of that length.
     """
     assert run(BatchAcceptLoop, taken_after(pause=1.0, turn=0.0)) < WAITING / 4
 

@@ -390,7 +390,7 @@ class Tokenization:
         return cut - start
 
     def _cut(self, text: str, start: int, stop: int) -> int | None:
-        """Return where the part of a text ends; None if there is no cut point up to ``stop``."""
+        """Return where the part of a text ends; None without a cut point up to ``stop``."""
         if stop == len(text):
             return stop
         if stop - start <= MAX_SLICE:

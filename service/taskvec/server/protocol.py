@@ -474,7 +474,7 @@ def chunks_too_small() -> TaskvecError:
 def connect_method() -> TaskvecError:
     """Return the error of a request for a tunnel."""
     return MethodNotAllowedError(
-        "This server is no proxy and does not answer CONNECT: check the proxy settings."
+        "This server is not a proxy and does not answer CONNECT: check the proxy settings."
     )
 
 

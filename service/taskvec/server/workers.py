@@ -236,7 +236,7 @@ def _connections_to_engine(gateway: Settings, engine: Settings) -> int:
 
 
 def _run_server(server: uvicorn.Server, on_failure: Callable[[BaseException], None]) -> None:
-    """Run the engine's server in this thread; report if it ends before it is told to."""
+    """Run the engine's server in this thread; report if it ends unexpectedly."""
     try:
         server.run()
     except BaseException as error:  # noqa: BLE001 - uvicorn exits where it cannot listen

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,15 +37,6 @@ GRAPH_TOKENS = (32, 64, 128, 256, 512)
 
 GRAPH_TEXTS = 32
 """Maximum number of texts of a batch that replays a CUDA graph."""
-
-
-class Operations(Protocol):
-    """The operations of ``gpu_operations`` and ``gpu_kernels``."""
-
-    rms_norm: Callable[..., None]
-    rotate_heads: Callable[..., None]
-    silu_mul: Callable[..., None]
-    attend: Callable[..., None]
 
 
 def choose_operations(device: torch.device) -> Any:

@@ -197,3 +197,15 @@ async def test_large_requests_do_not_wait_for_small_ones(
             peer.released.set()
             for each, request in zip(asked, requests, strict=True):
                 assert np.array_equal((await request).vectors, truth(each, 256))
+
+
+@pytest.mark.anyio
+async def test_closing_ends_a_call_that_outlives_its_caller() -> None:
+    """A caller's timeout does not end a call, which others may share; closing does."""
+    server = FakeServer()
+    batcher = CallBatcher(server.send)
+    with pytest.raises(ServerCallError):
+        await batcher.submit(texts(1), "a", 0.01)
+    assert server.closed == 0
+    await batcher.close()
+    assert server.closed == 1

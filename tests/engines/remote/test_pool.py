@@ -274,6 +274,47 @@ async def test_waiting_texts_are_not_sent_after_the_circuit_opened(
 
 @pytest.mark.anyio
 @PROTOCOLS
+async def test_a_wrong_server_answers_no_call_in_progress(
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
+) -> None:
+    """When a check finds a server wrong, another one answers the calls that it is computing."""
+    peers = wrong, _ = [Peer(default_checkpoint, protocol=protocol) for _ in range(2)]
+    async with (
+        listening(*peers),
+        pool(default_checkpoint, tmp_path, *peers, check_seconds=0.2) as (engine, metrics),
+    ):
+        wrong.released.clear()
+        requests = [asyncio.create_task(engine.embed(batch(9, start=i + 1))) for i in range(12)]
+        await until(lambda: wrong.calls)
+        wrong.behaviour = "swapped"
+        await until(lambda: serving(metrics) == 1)
+        wrong.released.set()
+        for i, request in enumerate(requests):
+            assert np.array_equal((await request).vectors, truth(batch(9, start=i + 1), 256))
+        assert ended(metrics, "abandoned", wrong) == len(wrong.calls)
+
+
+@pytest.mark.anyio
+async def test_a_call_that_waits_for_a_connection_is_not_sent_after_the_circuit_opened(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The server may have been started again, and is not checked yet."""
+    peer = Peer(default_checkpoint)
+    async with (
+        listening(peer),
+        pool(default_checkpoint, tmp_path, peer, connections=1) as (engine, metrics),
+    ):
+        peer.released.clear()
+        requests = [asyncio.create_task(engine.embed(batch(2))) for _ in range(3)]
+        await until(lambda: peer.calls)
+        await peer.stop()
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [UnavailableError] * 3
+        assert (ended(metrics, "unreachable"), ended(metrics, "abandoned")) == (1, 2)
+
+
+@pytest.mark.anyio
+@PROTOCOLS
 async def test_unanswered_texts_are_the_queue(
     default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
 ) -> None:

@@ -102,6 +102,13 @@ class CallBatcher:
                 call.task.cancel()
             raise
 
+    async def close(self) -> None:
+        """Cancel the calls in progress; none has a caller. A call outlives a caller's timeout."""
+        tasks = [call.task for call in self._calls if call.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def _start_calls(self) -> None:
         while self._waiting and len(self._calls) < MAX_CALLS:
             call = _Call(self._take_waiting())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -26,6 +26,10 @@ _KEY_REQUIRED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 OPENS_CIRCUIT = frozenset({CallOutcome.UNREACHABLE, CallOutcome.TIMEOUT, CallOutcome.WRONG})
 """Outcomes that open the circuit of a server at once, until it passes its checks again."""
+
+
+def _nothing() -> None:
+    """Do nothing: the default of ``ServerClient.post``."""
 
 
 class ServerCallError(Exception):
@@ -97,8 +101,20 @@ class ServerClient:
             return error.outcome is not CallOutcome.UNREACHABLE
         return True
 
-    async def post(self, request: HttpRequest, max_bytes: int, timeout_seconds: float) -> bytes:
+    async def post(
+        self,
+        request: HttpRequest,
+        max_bytes: int,
+        timeout_seconds: float,
+        before: Callable[[], None] = _nothing,
+    ) -> bytes:
         """Send a POST request.
+
+        Args:
+            request: what to send.
+            max_bytes: expected size of the response.
+            timeout_seconds: time for the response.
+            before: called when a connection is free and the request is about to be sent; may raise.
 
         Returns:
             The body of the response. If it is longer than ``max_bytes``, its first
@@ -111,13 +127,18 @@ class ServerClient:
         """
         span = current_span.get()
         if span is None:
-            return await self._exchange("POST", request, max_bytes, timeout_seconds)
+            return await self._exchange("POST", request, max_bytes, timeout_seconds, before)
         with span.call(self._base + request.path) as headers:
             traced = request._replace(headers={**request.headers, **headers})
-            return await self._exchange("POST", traced, max_bytes, timeout_seconds)
+            return await self._exchange("POST", traced, max_bytes, timeout_seconds, before)
 
     async def _exchange(
-        self, method: str, request: HttpRequest, max_bytes: int, timeout_seconds: float
+        self,
+        method: str,
+        request: HttpRequest,
+        max_bytes: int,
+        timeout_seconds: float,
+        before: Callable[[], None] = _nothing,
     ) -> bytes:
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -127,6 +148,7 @@ class ServerClient:
             raise _no_connection(timeout_seconds) from None
         try:
             while True:
+                before()
                 # The server gets its whole time, whatever the wait for a connection was.
                 try:
                     return await self._attempt(method, request, max_bytes, timeout_seconds)

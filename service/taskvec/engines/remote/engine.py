@@ -229,6 +229,8 @@ class RemoteEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for server, _ in self._servers.values():
+            await server.close()
         for session in self._sessions.values():
             await session.close()
 

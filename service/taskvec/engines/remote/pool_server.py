@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Protocol
 
@@ -57,6 +60,10 @@ LISTING_SECONDS = 10.0
 """Time for the list of models when a server is checked, which needs no engine."""
 
 
+CONNECT_SECONDS = 2.0
+"""A call that is older than this has its connection, or does not get one."""
+
+
 class ServerState(enum.StrEnum):
     """State of the circuit breaker of a server; only a closed circuit allows calls."""
 
@@ -83,6 +90,21 @@ class PoolObserver(QueueObserver, Protocol):
 
     def lookup_failed(self) -> None:
         """A DNS lookup failed."""
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A call in progress.
+
+    Attributes:
+        scope: ends it.
+        started: ``time.monotonic()`` of its start.
+        trusted: whether its answer is used.
+    """
+
+    scope: CancelScope
+    started: float
+    trusted: bool = True
 
 
 class PoolServer:
@@ -136,7 +158,7 @@ class PoolServer:
         base = "http://engine" if url.startswith("unix:") else url
         self._client = ServerClient(session, base, connections)
         self._distinct = DistinctVectors()
-        self._calls: set[CancelScope] = set()
+        self._calls: dict[_Call, None] = {}
         self._card = card
         self._golden = golden
         self._max_tokens = max_tokens
@@ -187,6 +209,10 @@ class PoolServer:
             self._set_state(ServerState.CLOSED, "")
             await self._watch()
             await asyncio.sleep(MIN_RETRY_SECONDS)
+
+    async def close(self) -> None:
+        """End the calls that nobody waits for any longer."""
+        await self._batcher.close()
 
     def detach(self) -> None:
         """Stop reporting to the observer, because the server was removed from the pool."""
@@ -282,18 +308,26 @@ class PoolServer:
         started = time.monotonic()
         outcome = CallOutcome.ABANDONED
         dimension = self._card.dimension
-        scope = CancelScope(self._frozen)
+        probing = texts is self._golden.probes
+        call = _Call(CancelScope(self._frozen), started)
+
+        def require(*, serving: bool) -> None:
+            if not probing and not (call.trusted and (self.serving or not serving)):
+                raise ServerCallError(CallOutcome.ABANDONED, f"it was dropped: {self.reason}")
+
         try:
-            with scope:
-                self._calls.add(scope)
+            with call.scope:
+                self._calls[call] = None
                 try:
                     content = await self._client.post(
                         self._protocol.request(texts, adapters, timeout_seconds, priority),
                         len(texts) * dimension * 4,
                         timeout_seconds,
+                        partial(require, serving=True),
                     )
                 finally:
-                    self._calls.discard(scope)
+                    del self._calls[call]
+            require(serving=False)
             vectors = read_vectors(content, len(texts), dimension)
             if self._distinct.repeats(texts, adapters, vectors):
                 await self._check_repeated(texts, adapters[0])
@@ -304,7 +338,7 @@ class PoolServer:
                 outcome = (
                     CallOutcome.ABANDONED
                 )  # the client's deadline passed; the server may be fine
-            elif outcome is not CallOutcome.ABANDONED:  # a shortage of this process
+            elif outcome is not CallOutcome.ABANDONED:  # this call says nothing about the server
                 self._record_failure(error)
             raise
         finally:
@@ -321,10 +355,24 @@ class PoolServer:
         if busy:
             self._answered_at = time.monotonic()  # the server is alive
             return
+        self._doubt(error)
         self._errors += 1
         if self.serving and (error.outcome in OPENS_CIRCUIT or self._errors >= MAX_ERRORS):
             self._set_state(ServerState.OPEN, error.message)
             self._opened.set()
+
+    def _doubt(self, error: ServerCallError) -> None:
+        """Decide which of the calls in progress may still be answered.
+
+        A server that sent a wrong vector computes wrong ones for all of them. One that ended a
+        connection may have been started again, with another model: a call that gets its connection
+        only now would reach a server that nobody has checked.
+        """
+        wrong = error.outcome is CallOutcome.WRONG
+        if wrong or error.outcome is CallOutcome.UNREACHABLE:
+            oldest = -math.inf if wrong else time.monotonic() - CONNECT_SECONDS
+            for call in self._calls:
+                call.trusted &= call.started < oldest
 
     async def _check(self) -> None:
         """Check the kind of the server, its model, and the golden vectors of every adapter."""
@@ -386,8 +434,8 @@ class PoolServer:
             if self.serving and self._answered_at < started:
                 self._set_state(ServerState.OPEN, self._frozen().message)
                 self._opened.set()
-                for scope in list(self._calls):
-                    scope.cancel()
+                for call in list(self._calls):
+                    call.scope.cancel()
 
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
@@ -418,6 +466,7 @@ class PoolServer:
                 # Busy, or no connection or file was left here: the server need not be at fault.
                 harmless = error.outcome in {CallOutcome.BUSY, CallOutcome.ABANDONED}
                 if self.serving and not harmless:
+                    self._doubt(error)
                     self._set_state(ServerState.OPEN, error.message)
             else:
                 if self.serving:  # a call may have opened the circuit during the probes

@@ -1,4 +1,4 @@
-"""Background tasks: restarted after unexpected errors, reported when they end."""
+"""Background tasks: started again after errors and ends, and given up after many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from structlog.testing import capture_logs
 from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.concurrency import BackgroundTasks
+from taskvec.concurrency import (
+    MAX_ENDS,
+    MAX_FAILURES,
+    BackgroundTaskError,
+    BackgroundTasks,
+)
 from taskvec.errors import StartError
 from taskvec.service import build_service, key_source
 from taskvec.settings import Settings
@@ -68,39 +73,70 @@ async def test_a_task_is_restarted_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("may_end", [True, False])
-async def test_a_task_that_ends(*, may_end: bool) -> None:
-    """A task that returns is reported, unless it may end."""
-    ended: list[str] = []
+async def test_a_task_that_returns(*, may_end: bool) -> None:
+    """A task that returns is started again a few times and then given up, unless it may end."""
+    ended: list[BackgroundTaskError] = []
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+
     tasks = BackgroundTasks(ended.append)
-    tasks.start("measure", lambda: asyncio.sleep(0), may_end=may_end)
+    tasks.start("measure", run, may_end=may_end)
     await asyncio.sleep(0.05)
+    assert runs == (1 if may_end else 1 + MAX_ENDS)
     assert len(ended) == (0 if may_end else 1)
     await tasks.stop()
 
 
-async def test_a_service_whose_task_has_ended_is_not_ready(
+async def test_a_task_that_always_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After many errors in a row the process is to be replaced."""
+    monkeypatch.setattr("taskvec.concurrency.MAX_RESTART_SECONDS", 0.01)
+    ended: list[BackgroundTaskError] = []
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        raise RecursionError
+
+    tasks = BackgroundTasks(ended.append)
+    tasks.start("watch", run)
+    async with asyncio.timeout(10):
+        while not ended:
+            await asyncio.sleep(0.01)
+    assert runs == MAX_FAILURES
+    assert "'watch' cannot be kept running" in str(ended[0])
+    await tasks.stop()
+
+
+async def test_a_task_that_somebody_cancels_is_started_again(
     default_checkpoint: Checkpoint,
 ) -> None:
-    """A background task that somebody cancels makes the service not ready, with its name."""
+    """The service stays ready; one that is cancelled again and again ends the process."""
+    failures: list[BaseException] = []
     engine = FakeEngine(default_checkpoint.card)
     service = build_service(Settings(), checkpoint=default_checkpoint, engine=engine)
-    app = create_app(service, lambda _: None)
+    app = create_app(service, failures.append)
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        await asyncio.sleep(0.1)
-        assert (await client.get("/health/ready")).status_code == 200
-        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "watch engine"]
-        task.cancel()
+        for cancelled in range(MAX_ENDS + 1):
+            await asyncio.sleep(0.05)
+            assert (await client.get("/health/ready")).status_code == 200, cancelled
+            assert failures == []
+            (task,) = [task for task in asyncio.all_tasks() if task.get_name() == "watch engine"]
+            task.cancel()
         await asyncio.sleep(0.05)
+        assert [type(failure) for failure in failures] == [BackgroundTaskError]
         answer = await client.get("/health/ready")
         assert answer.status_code == 503
-        assert "'watch engine' has ended" in answer.json()["error"]["message"]
-        assert (await client.get("/health/live")).status_code == 200
+        assert "'watch engine' cannot be kept running" in answer.json()["error"]["message"]
         reply = await client.post("/v1/embeddings", json={"input": "a"})
-        assert reply.status_code == 200
+        assert reply.status_code == 200  # until the process has drained
 
 
 @pytest.mark.parametrize("name", ["TASKVEC_API_KEYS", "TASKVEC_KEYS_FILE"])

@@ -141,32 +141,54 @@ FIRST_RESTART_SECONDS, MAX_RESTART_SECONDS = 1.0, 60.0
 """Pause after an unexpected error of a background task; it doubles each time."""
 
 
-async def keep_running(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+MAX_FAILURES = 10
+"""Unexpected errors in a row, over five minutes, after which a background task is given up."""
+
+MAX_ENDS = 3
+"""Times that a background task is started again which has returned, or which somebody cancelled."""
+
+
+class BackgroundTaskError(Exception):
+    """A background task cannot be kept running: the process must be replaced."""
+
+
+async def keep_running(
+    name: str, run: Callable[[], Coroutine[Any, Any, None]], max_failures: int | None = None
+) -> None:
     """Run a coroutine function; after an unexpected error, log it and run the function again.
 
     Returns when the function does.
+
+    Args:
+        name: name in logs.
+        run: the coroutine function.
+        max_failures: errors in a row of which the last is raised; None if none is.
     """
     pause = FIRST_RESTART_SECONDS
+    failures = 0
     while True:
         started = time.monotonic()
         try:
             return await run()
         except Exception:
             if time.monotonic() - started > MAX_RESTART_SECONDS:
-                pause = FIRST_RESTART_SECONDS
+                pause, failures = FIRST_RESTART_SECONDS, 0
+            failures += 1
+            if failures == max_failures:
+                raise
             log.exception("background_task_failed", task=name, restart_seconds=pause)
         await asyncio.sleep(pause)
         pause = min(pause * 2, MAX_RESTART_SECONDS)
 
 
 class BackgroundTasks:
-    """Owns the tasks that run as long as the service, and reports one that ends before."""
+    """Owns the tasks that run as long as the service, and keeps them running."""
 
-    def __init__(self, on_end: Callable[[str], None]) -> None:
+    def __init__(self, on_end: Callable[[BackgroundTaskError], None]) -> None:
         """Start without tasks.
 
         Args:
-            on_end: called with a sentence if a task ends that was to run until ``stop``.
+            on_end: called if a task cannot be kept running that was to run until ``stop``.
         """
         self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,24 +197,36 @@ class BackgroundTasks:
     def start(
         self, name: str, run: Callable[[], Coroutine[Any, Any, None]], *, may_end: bool = False
     ) -> None:
-        """Start a task; after an unexpected error it is started again.
+        """Start a task; after an unexpected error or end it is started again.
 
         Args:
             name: name in logs and reasons.
             run: the coroutine function.
             may_end: whether the function may return.
         """
+        ends = 0
+
+        def launch() -> None:
+            task = asyncio.create_task(keep_running(name, run, MAX_FAILURES), name=name)
+            self._tasks.add(task)
+            task.add_done_callback(ended)
 
         def ended(task: asyncio.Task[None]) -> None:
+            nonlocal ends
             self._tasks.discard(task)
-            if self._stopping or (may_end and not task.cancelled() and task.exception() is None):
+            failed = not task.cancelled() and task.exception() is not None
+            if self._stopping or (may_end and not failed and not task.cancelled()):
                 return
-            log.error("background_task_ended", task=name)
-            self._on_end(f"its background task {name!r} has ended: restart the process")
+            ends += 1
+            log.error("background_task_ended", task=name, times=ends)
+            if failed or ends > MAX_ENDS:
+                self._on_end(
+                    BackgroundTaskError(f"The background task {name!r} cannot be kept running.")
+                )
+            else:
+                launch()
 
-        task = asyncio.create_task(keep_running(name, run), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(ended)
+        launch()
 
     async def stop(self) -> None:
         """Cancel all tasks and wait for their end."""

@@ -20,7 +20,7 @@ from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.concurrency import BackgroundTasks
+from taskvec.concurrency import BackgroundTaskError, BackgroundTasks
 from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -103,10 +103,17 @@ class Service:
         """Start the engine and the background tasks; on exit, stop them after the last request.
 
         Args:
-            on_failure: called with the error if the engine does not start.
+            on_failure: called with the error if the engine does not start, and with a
+                ``BackgroundTaskError`` if a background task cannot be kept running; ends the
+                process.
         """
+
+        def give_up(error: BackgroundTaskError) -> None:
+            self.health.report_defect(str(error))
+            on_failure(error)
+
         starting = asyncio.create_task(self._start_engine(on_failure))
-        background = BackgroundTasks(self.health.report_defect)
+        background = BackgroundTasks(give_up)
         background.start("measure engine", self._measure_engine, may_end=True)
         background.start("watch engine", self.health.watch)
         if self.keys is not None:

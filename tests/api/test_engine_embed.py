@@ -280,7 +280,7 @@ async def test_a_passed_deadline_is_told(default_checkpoint: Checkpoint, adapter
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("asked", ["0", "-5", "1.5", "soon", "", "9" * 20])
+@pytest.mark.parametrize("asked", ["0", "-5", "1.5", "soon", ""])
 async def test_a_wrong_deadline(client: httpx.AsyncClient, asked: str) -> None:
     """A deadline that is no positive number of milliseconds is a 400."""
     answer = await ask(client, [ids(1)], ["retrieval"], x_request_timeout_ms=asked)

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen import VOCABULARY
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.tokenizer import (
     GUARD,
     MAX_SLICE,
@@ -237,6 +238,31 @@ def test_millions_of_one_character_are_done_with_soon(file: Path, character: str
         assert result.code == "input_too_long"
     else:
         assert len(result) == LIMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "reason"),
+    [
+        (
+            " " * 3_000_000,
+            2048,
+            r"characters, of which the first \d+ hold fewer than \d+ tokens, as white",
+        ),
+        (
+            "字" * 1000 + "a" * 3_000_000,
+            200_000,
+            r"from character \d+ to \d+ neither a place where it can be",
+        ),
+    ],
+)
+def test_the_refusal_of_a_wide_text_says_what_is_wrong(
+    default_checkpoint: Checkpoint, text: str, limit: int, reason: str
+) -> None:
+    """White space has too few tokens; a word of a megabyte has no place where it can be cut."""
+    tokenizer = ours(default_checkpoint.tokenizer, limit)
+    with pytest.raises(InvalidRequestError, match=reason) as refused:
+        tokenizer.encode_now([text], prompt="", truncate=False)
+    assert "mostly" not in refused.value.message
 
 
 def steps(work: Tokenization) -> tuple[int, int]:

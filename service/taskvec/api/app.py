@@ -24,8 +24,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
 
     Args:
         service: what is served; started and stopped with the application.
-        on_failure: called with the error if the engine does not start; health routes answer until
-            then.
+        on_failure: see ``Service.running``; health routes answer until the process ends.
     """
     settings = service.settings
     lag = EventLoopLag(service.metrics)

@@ -29,7 +29,7 @@ PARSE_INLINE_BYTES = 1 << 16
 """Largest body that is parsed in the event loop: at most a millisecond."""
 
 MAX_LENGTH_DIGITS = 18
-"""Longest Content-Length that is converted to a number."""
+"""Longest Content-Length and timeout that are converted to a number."""
 
 WATCH_DELAY = 0.02
 """Seconds before a request's connection is watched for a disconnect. Most requests are answered
@@ -71,12 +71,15 @@ def request_timeout(headers: Mapping[str, str], limit: float) -> float:
     value = headers.get(TIMEOUT_HEADER)
     if value is None:
         return limit
-    if not value.isdecimal() or not 0 < len(value) < 12 or int(value) == 0:
+    if not value.isdecimal() or not value.strip("0"):
         raise InvalidRequestError(
-            f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0.",
+            f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds above 0; the "
+            f"service's own limit is {1000 * limit:.0f}.",
             code="invalid_timeout",
             param=TIMEOUT_HEADER,
         )
+    if len(value.lstrip("0")) > MAX_LENGTH_DIGITS:
+        return limit
     return min(limit, int(value) / 1000)
 
 

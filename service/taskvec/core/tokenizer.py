@@ -414,8 +414,10 @@ class Tokenization:
                 self._add(ids, max(1, stop - len(seen) + end))
                 self._finish(text)
                 return stop - start
-        if stop - start >= MAX_WINDOW or stop == self._readable:
+        if stop == self._readable:
             raise self._too_wide(text, stop)
+        if stop - start >= MAX_WINDOW:
+            raise self._without_cut_point(text, start, stop)
         self._window = 2 * (stop - start)
         return stop - start
 
@@ -439,13 +441,21 @@ class Tokenization:
         return self._tokenizer.framed(content, beyond, index, truncate=self._truncate)
 
     def _too_wide(self, text: str, read: int) -> InvalidRequestError:
-        index = len(self.ids)
-        return InvalidRequestError(
-            f"input[{index}] has {len(text)} characters, of which the first {read} hold "
-            f"fewer than {self._wanted} tokens: it is mostly white space. Shorten it.",
-            code="input_too_long",
-            param=f"input[{index}]",
+        return self._too_long(
+            f"has {len(text)} characters, of which the first {read} hold fewer than "
+            f"{self._wanted} tokens, as white space does: shorten it."
         )
+
+    def _without_cut_point(self, text: str, start: int, stop: int) -> InvalidRequestError:
+        return self._too_long(
+            f"has {len(text)} characters, and from character {start} to {stop} neither a place "
+            f"where it can be cut nor {self._wanted - len(self._content)} tokens: shorten it, or "
+            "send its parts as texts of their own."
+        )
+
+    def _too_long(self, reason: str) -> InvalidRequestError:
+        where = f"input[{len(self.ids)}]"
+        return InvalidRequestError(f"{where} {reason}", code="input_too_long", param=where)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from uvicorn.supervisors import multiprocess
 
 from taskvec.checkpoint.golden import golden_vectors
+from taskvec.concurrency import BackgroundTaskError
 from taskvec.engines.base import EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
@@ -256,6 +257,9 @@ def gateway_app() -> FastAPI:
 
     def end(error: BaseException) -> None:
         log.error("gateway_failed", reason=str(error))
+        if isinstance(error, BackgroundTaskError):
+            os.kill(os.getpid(), signal.SIGTERM)  # it drains, and is replaced
+            return
         logging.shutdown()
         os._exit(START_FAILED)
 

@@ -90,6 +90,14 @@ soak: $(VENV)/dev.stamp ## Run mixed traffic and check that memory does not grow
 overload: $(VENV)/dev.stamp ## Run five times the service's capacity for one minute and check the goodput
 	$(VENV)/bin/python loadtest/overload.py
 
+.PHONY: simulate
+simulate: $(VENV)/dev.stamp ## Run ten thousand random schedules of the service in virtual time: ARGS="--seed N" for one
+	PYTHONPATH=tests $(VENV)/bin/python -m simulation --schedules 10000 --processes 2 $(ARGS)
+
+.PHONY: kills
+kills: $(VENV)/dev.stamp ## Kill engine servers, then gateways, under load for five minutes each: ARGS=
+	$(VENV)/bin/python loadtest/kills.py $(ARGS)
+
 .PHONY: hostile
 hostile: $(VENV)/dev.stamp ## Measure what ordinary clients see beside hostile ones: ARGS=
 	$(VENV)/bin/python loadtest/hostile.py $(ARGS)

@@ -77,13 +77,24 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def main() -> None:
+MAX_P50_MS, MAX_LIVE_P99_MS = 1000.0, 2000.0
+"""Bounds of ``--check``: loose, so that only faults of an order of magnitude break them."""
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each attack")
     parser.add_argument("--attackers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--before", type=Path, help="another checkout")
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="attack one server for a second each, compare with loose bounds, write no result",
+    )
     options = parser.parse_args()
+    if options.check:
+        return check(options.only)
     sides = {"after": ROOT} | ({"before": options.before.resolve()} if options.before else {})
     figures: dict[str, Any] = {"seconds": options.seconds}
     for name in ["nobody", *options.only]:
@@ -94,6 +105,36 @@ def main() -> None:
                 figures[f"{name}, {attackers} attackers, {side}"] = measured
                 print(f"{name}, {attackers} attackers, {side}: {measured}", flush=True)
     write_result("hostile", figures)
+    return 0
+
+
+def check(attacks: list[str]) -> int:
+    """Attack one server with four attackers; return 1 if a bound is broken twice in a row."""
+    status = 0
+    with serving(ROOT) as server:
+        for name in attacks:
+            found = broken(server, name) and broken(server, name)  # the machine may be busy
+            if found:
+                status = 1
+                print(f"Beside four attackers with {name!r}, {found}.", file=sys.stderr)
+    return status
+
+
+def broken(server: tuple[int, psutil.Process], name: str) -> str:
+    """Return which bound ordinary clients see broken during an attack; empty if none is."""
+    seen = attacked(server, name, 4, 1.0)
+    print(f"{name}: {seen}", flush=True)
+    small, live = seen["small"], seen["live"]
+    lost = small.get("lost", 0) + live.get("lost", 0)
+    if lost:
+        return f"{lost} requests of ordinary clients were lost"
+    if not small.get("200") or live.keys() != {"p50_ms", "p99_ms", "200"}:
+        return f"ordinary clients got {small} and {live}"
+    if small["p50_ms"] > MAX_P50_MS:
+        return f"a short text takes {small['p50_ms']} ms, and the bound is {MAX_P50_MS:g}"
+    if live["p99_ms"] > MAX_LIVE_P99_MS:
+        return f"/health/live takes {live['p99_ms']} ms, and the bound is {MAX_LIVE_P99_MS:g}"
+    return ""
 
 
 @contextmanager
@@ -237,4 +278,4 @@ def send(port: int, request: bytes) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

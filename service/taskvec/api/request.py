@@ -201,7 +201,12 @@ async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) 
             memory.resize(size)
         chunks.append(chunk)
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            break
+    if len(chunks) == 1:
+        return chunks[0]
+    if memory is not None:
+        memory.resize(2 * size)  # while the chunks are joined
+    return b"".join(chunks)
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -2,15 +2,18 @@
 
 Limits are those of the control groups that contain the process (version 1 and 2, each level of the
 hierarchy), and of its address space (``ulimit -v``). A cgroup's use is its *working set*: without
-the page cache that the kernel would reclaim before it kills a process.
+the page cache that the kernel would reclaim before it kills a process. Of the address space, what
+malloc has free does not count.
 """
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from taskvec.malloc import free_heap_bytes
 
 UNLIMITED = 1 << 60
 """A limit of at least this many bytes is none: version 1 writes the largest number of pages."""
@@ -53,13 +56,20 @@ V2 = _Files("memory.max", "memory.current", b"inactive_file")
 class MemoryLimits:
     """Reads the limits that apply to this process; takes some ten microseconds a limit."""
 
-    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
+    def __init__(
+        self,
+        proc: Path = PROC,
+        cgroups: Path = CGROUPS,
+        free_heap_bytes: Callable[[], int] = free_heap_bytes,
+    ) -> None:
         """Find the cgroups of the process.
 
         Args:
             proc: the process's folder in /proc.
             cgroups: where the cgroup hierarchies are mounted.
+            free_heap_bytes: bytes of address space that the allocator can use again.
         """
+        self._free_heap_bytes = free_heap_bytes
         self._proc = proc
         self._groups = list(_groups(proc, cgroups))
 
@@ -89,7 +99,9 @@ class MemoryLimits:
             pages = int((self._proc / "statm").read_bytes().split()[0])
         except (OSError, ValueError, IndexError):
             return None
-        return MemoryUse("ulimit -v", limit, pages * resource.getpagesize())
+        # malloc returns little address space to the system, and uses it again.
+        used = pages * resource.getpagesize() - self._free_heap_bytes()
+        return MemoryUse("ulimit -v", limit, max(0, used))
 
 
 def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, _Files]]:

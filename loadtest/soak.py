@@ -115,7 +115,7 @@ def main() -> int:
                 figures["attackers"] = {name: dict(seen) for name, seen in answers.items()}
             finally:
                 server.terminate()
-        figures["memory_pressure"] = pressures((Path(folder) / "log").read_text())
+        figures |= read_log((Path(folder) / "log").read_text())
     figures |= {"address_space_mb": options.address_space, "cgroup_mb": options.cgroup_memory}
     broken = figures["broken"]
     if options.name != "-":
@@ -168,10 +168,16 @@ def attacking(port: int, attackers: int) -> Iterator[dict[str, Any]]:
             answers |= {name: dict(seen) for name, seen in found.items()}
 
 
-def pressures(log: str) -> dict[str, int]:
-    """Count the log lines of memory pressure, by what was refused from then on."""
-    lines = (orjson.loads(line) for line in log.splitlines() if '"memory_pressure"' in line)
-    return dict(Counter(line["refused"] for line in lines))
+def read_log(log: str) -> dict[str, Any]:
+    """Count the lines of memory pressure by what was refused from then on, and those of errors."""
+    lines = [orjson.loads(line) for line in log.splitlines() if line.startswith("{")]
+    pressure = Counter(line["refused"] for line in lines if line["event"] == "memory_pressure")
+    errors = Counter(
+        f"{line['event']} {str(line.get('exception', line.get('reason', '')))[-100:]}".strip()
+        for line in lines
+        if line.get("level") == "error"
+    )
+    return {"memory_pressure": dict(pressure), "errors": dict(errors)}
 
 
 async def soak(

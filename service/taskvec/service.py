@@ -25,7 +25,7 @@ from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.memory_budget import MemoryBudget, default_budget
-from taskvec.core.memory_pressure import MemoryPressure, PressureLevel
+from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import MAX_WAITING_CHARACTERS, TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
@@ -175,6 +175,7 @@ def build_service(
     engine: Engine | None = None,
     tokenizer: TextTokenizer | None = None,
     request_log: RequestLog | None = None,
+    limits: MemoryLimits | None = None,
 ) -> Service:
     """Build every part of a process; nothing is started.
 
@@ -188,6 +189,7 @@ def build_service(
         engine: None builds the one in the settings.
         tokenizer: None builds the checkpoint's.
         request_log: log of requests, if they are logged; None logs them by structlog.
+        limits: memory limits; None reads those of this process.
 
     Raises:
         StartError: the model cannot be served, the keys cannot be read, or traces not be sent.
@@ -222,7 +224,7 @@ def build_service(
             settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
         )
     )
-    limits = MemoryLimits()
+    limits = limits or MemoryLimits()
     budget = MemoryBudget(settings.memory_budget or default_budget(limits.total()))
     metrics.memory_budget(budget.max_bytes)
     pressure = MemoryPressure(limits, budget, metrics)
@@ -231,7 +233,7 @@ def build_service(
         stall_seconds=settings.stall_timeout,
         dead_seconds=settings.dead_timeout,
         canary_seconds=settings.canary_interval,
-        memory_used_up=lambda: pressure.level is PressureLevel.ALL,
+        memory_used_up=lambda: pressure.unready,
     )
     source = None if behind_gateways else key_source(settings)
     return Service(

@@ -69,7 +69,7 @@ class ServiceHealth:
             stall_seconds: not ready if work has waited this long and nothing was finished.
             dead_seconds: not live if it has waited this long.
             canary_seconds: if nothing was finished for this long, one text is embedded as a test.
-            memory_used_up: whether every request is refused for lack of memory; not ready then.
+            memory_used_up: whether requests are refused for lack of memory; not ready then.
             clock: returns seconds.
         """
         self._engine = engine

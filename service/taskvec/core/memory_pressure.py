@@ -36,6 +36,10 @@ HYSTERESIS = 0.6
 LARGE_BODY_BYTES = 1 << 16
 """A request with more bytes than this is refused together with bulk requests."""
 
+UNREADY_SECONDS = 30.0
+"""A process that has refused all embedding requests for so long is not ready: a load balancer that
+counts fast refusals as little load would send it everything."""
+
 RETRY_SECONDS = 2.0
 """Retry-After of what is refused."""
 
@@ -99,6 +103,15 @@ class MemoryPressure:
         self._trim = trim
         self._clock = clock
         self._trimmed_at = -TRIM_INTERVAL
+        self._embedding_since: float | None = None
+
+    @property
+    def unready(self) -> bool:
+        """Whether a load balancer should send requests elsewhere."""
+        since = self._embedding_since
+        return self.level is PressureLevel.ALL or (
+            since is not None and self._clock() - since >= UNREADY_SECONDS
+        )
 
     async def watch(self) -> None:
         """Read the memory at intervals; runs until cancelled."""
@@ -120,6 +133,10 @@ class MemoryPressure:
         if level is not self.level:
             self._report(level, use)
         self.level = level
+        if level < PressureLevel.EMBEDDING:
+            self._embedding_since = None
+        elif self._embedding_since is None:
+            self._embedding_since = self._clock()
         self._budget.closed = level is PressureLevel.ALL
         if self._observer is not None:
             self._observer.memory_read(use, level, self._budget.used)

@@ -42,8 +42,8 @@ from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.malloc import SERVING, tune_malloc
-from taskvec.server.run import server_options
 from taskvec.priority import Priority
+from taskvec.server.run import server_options
 from taskvec.service import build_service, build_tokenizer
 from taskvec.settings import Settings
 from taskvec.telemetry.logs import RequestLog, configure_logs

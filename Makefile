@@ -83,8 +83,8 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks: engine, gateway (needs wrk), lat
 	PYTHONPATH=tests $(VENV)/bin/python loadtest/parity.py
 
 .PHONY: soak
-soak: $(VENV)/dev.stamp ## Run mixed traffic and check that memory does not grow: MINUTES=20 NAME=soak (result file; - for none)
-	$(VENV)/bin/python loadtest/soak.py --minutes $(MINUTES) --name $(NAME)
+soak: $(VENV)/dev.stamp ## Run mixed traffic and check that memory does not grow: MINUTES=20 NAME=soak (result file; - for none) ARGS="--cgroup-memory 1200 --address-space 1600 --attackers 16"
+	$(VENV)/bin/python loadtest/soak.py --minutes $(MINUTES) --name $(NAME) $(ARGS)
 
 .PHONY: overload
 overload: $(VENV)/dev.stamp ## Run five times the service's capacity for one minute and check the goodput

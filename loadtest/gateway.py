@@ -42,6 +42,7 @@ from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.malloc import SERVING, tune_malloc
+from taskvec.priority import Priority
 from taskvec.server.run import server_options
 from taskvec.service import build_service, build_tokenizer
 from taskvec.settings import Settings
@@ -83,8 +84,11 @@ class FixedTokens:
     max_tokens = 2048
     _ids = np.arange(20, dtype=np.int32)
 
-    async def encode(self, texts: Sequence[str], *, prompt: str, truncate: bool) -> list[TokenIds]:
+    async def encode(
+        self, texts: Sequence[str], *, prompt: str, truncate: bool, priority: Priority
+    ) -> list[TokenIds]:
         assert prompt
+        assert priority is Priority.INTERACTIVE
         assert not truncate
         return [self._ids] * len(texts)
 

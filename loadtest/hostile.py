@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from report import write_result
-from server import free_port, wait_ready
+from server import free_port, longest_pauses, wait_ready
 
 ROOT = Path(__file__).parents[1]
 HARD_WORD = "q" * 99 + "\u16a0 "
@@ -51,6 +51,11 @@ def embed(body: object) -> bytes:
 def post(body: bytes, path: str, headers: str) -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
+
+
+def unfinished(length: int) -> bytes:
+    """Return a body of ``a``, as far as anyone sends it."""
+    return post(b"a" * length, "/v1/embeddings", "")
 
 
 def get(path: str, headers: str = "") -> bytes:
@@ -74,7 +79,15 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "13,000 headers": lambda: get("/health/live", "a:\r\n" * 13_000),
     "GET /metrics": lambda: get("/metrics"),
     "a million texts of no tokens": lambda: empty_texts(1_000_000),
+    "30 MB of a body, not finished": lambda: unfinished(33_000_000)[:30_000_000],
+    "answers of 6 MB, not read": lambda: embed({"input": ["a short text"] * 2048}),
 }
+
+HELD = {"30 MB of a body, not finished": 5, "answers of 6 MB, not read": 5}
+"""Attack -> connections that an attacker keeps open without reading."""
+
+HOLD_SECONDS = 20.0
+"""Seconds after which an attacker lets go of them."""
 
 
 MAX_P50_MS, MAX_LIVE_P99_MS = 1000.0, 2000.0
@@ -92,6 +105,7 @@ def main() -> int:
         action="store_true",
         help="attack one server for a second each, compare with loose bounds, write no result",
     )
+    parser.add_argument("--name", default="hostile", help="name of the result file; - writes none")
     options = parser.parse_args()
     if options.check:
         return check(options.only)
@@ -104,7 +118,8 @@ def main() -> int:
                     measured = attacked(server, name, attackers, options.seconds)
                 figures[f"{name}, {attackers} attackers, {side}"] = measured
                 print(f"{name}, {attackers} attackers, {side}: {measured}", flush=True)
-    write_result("hostile", figures)
+    if options.name != "-":
+        write_result(options.name, figures)
     return 0
 
 
@@ -194,6 +209,7 @@ def attacked(
     return {
         "small": small.summary(),
         "live": live.summary(),
+        **longest_pauses(port),
         "rss_mb": round(max(rss) / 1e6),
         "attackers": dict(answers),
     }
@@ -246,14 +262,29 @@ def watch_memory(process: psutil.Process, rss: list[int], ended: threading.Event
         time.sleep(0.02)
 
 
-def run_attackers(port: int, name: str, attackers: int, stop: Event, answers: Any) -> None:
-    """Send the requests of an attack from threads until stopped."""
-    request = ATTACKS[name]()
+def run_attackers(
+    port: int, name: str, attackers: int, stop: Event, answers: Any, *, headers: str = ""
+) -> None:
+    """Send the requests of an attack from threads until stopped.
+
+    Args:
+        port: of the server, on this machine.
+        name: one of ``ATTACKS``.
+        attackers: number of threads.
+        stop: set to end it.
+        answers: gets the number of answers with each status.
+        headers: further lines of each request, such as an API key.
+    """
+    request = ATTACKS[name]().replace(b"Host: x\r\n", b"Host: x\r\n" + headers.encode(), 1)
     statuses: collections.Counter[str] = collections.Counter()
+    held = HELD.get(name)
 
     def attack() -> None:
         while not stop.is_set():
-            statuses[send(port, request)] += 1
+            if held:
+                statuses.update(hold(port, request, held, stop))
+            else:
+                statuses[send(port, request)] += 1
 
     threads = [threading.Thread(target=attack, daemon=True) for _ in range(attackers)]
     for thread in threads:
@@ -262,6 +293,36 @@ def run_attackers(port: int, name: str, attackers: int, stop: Event, answers: An
     for thread in threads:
         thread.join(1.0)
     answers.update(statuses)
+
+
+def hold(port: int, request: bytes, connections: int, stop: Event) -> list[str]:
+    """Send a request on several connections, read nothing, and keep them open for a while.
+
+    Returns:
+        Statuses of the connections that the server answered or closed within that time.
+    """
+    opened: list[socket.socket] = []
+    statuses = []
+    try:
+        for _ in range(connections):
+            connection = socket.socket()
+            opened.append(connection)
+            # A small buffer, so that an answer which is not read stays in the server.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(TIMEOUT)
+            connection.connect(("127.0.0.1", port))
+            with suppress(OSError):  # refused, and closed
+                connection.sendall(request)
+        stop.wait(HOLD_SECONDS)
+    except OSError:
+        statuses.append("connection closed")
+    for connection in opened:
+        connection.settimeout(0.01)
+        with suppress(OSError):
+            first = connection.recv(64)
+            statuses.append(first[9:12].decode() if first else "connection closed")
+        connection.close()
+    return statuses
 
 
 def send(port: int, request: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Find a port for a server and wait until it is ready."""
+"""Find a port for a server, wait until it is ready, and read its metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from urllib.request import urlopen
 
 START_TIMEOUT = 60.0
 """Timeout of a start in seconds."""
+
+PAUSES = {
+    "longest_turn_ms": "taskvec_event_loop_longest_turn_seconds",
+    "longest_lock_hold_ms": "taskvec_interpreter_lock_longest_hold_seconds",
+}
+"""Names in results -> series of /metrics."""
 
 
 def free_port() -> int:
@@ -45,3 +51,22 @@ def wait_ready(
         except (OSError, HTTPException):  # not listening yet, or not ready: HTTPError is an OSError
             time.sleep(0.01)
     raise TimeoutError(url)
+
+
+def longest_pauses(port: int) -> dict[str, float]:
+    """Return the longest turn of the event loop and hold of the interpreter lock, in milliseconds.
+
+    They are of the last minute; empty if the server does not measure them.
+    """
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        return pauses_of(page.read().decode())
+
+
+def pauses_of(page: str) -> dict[str, float]:
+    """See ``longest_pauses``; ``page`` is the text of /metrics."""
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line and line[0] != "#")
+    return {
+        name: round(1e3 * float(values[series]), 1)
+        for name, series in PAUSES.items()
+        if series in values
+    }

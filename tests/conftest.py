@@ -26,6 +26,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.memory_limits import MemoryLimits
 from taskvec.service import build_service
 from taskvec.settings import Settings
 
@@ -138,20 +139,28 @@ def free_port() -> int:
 
 
 def fake_application(
-    checkpoint: Checkpoint, engine: FakeEngine, failures: list[BaseException], **settings: Any
+    checkpoint: Checkpoint,
+    engine: FakeEngine,
+    failures: list[BaseException],
+    limits: MemoryLimits | None = None,
+    **settings: Any,
 ) -> FastAPI:
     """The whole application in front of a fake engine; a failed start is added to ``failures``."""
     given = Settings(**({"log_requests": False, "max_queue_tokens": 1 << 22} | settings))
-    return create_app(build_service(given, checkpoint=checkpoint, engine=engine), failures.append)
+    service = build_service(given, checkpoint=checkpoint, engine=engine, limits=limits)
+    return create_app(service, failures.append)
 
 
 @asynccontextmanager
 async def fake_service(
-    checkpoint: Checkpoint, engine: FakeEngine | None = None, **settings: Any
+    checkpoint: Checkpoint,
+    engine: FakeEngine | None = None,
+    limits: MemoryLimits | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FakeEngine]]:
     """The whole application in this process, in front of a fake engine."""
     engine = engine or FakeEngine(checkpoint.card)
-    app = fake_application(checkpoint, engine, [], **settings)
+    app = fake_application(checkpoint, engine, [], limits, **settings)
     async with app.router.lifespan_context(app):
         await asyncio.sleep(0)  # the application starts its engine in a task of its own
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -50,6 +50,7 @@ FROM_ENVIRONMENT = [
     ("max_tokens", "512", 512),
     ("max_texts", "1", 1),
     ("max_body_bytes", "1000", 1000),
+    ("memory_budget", "1000000", 1_000_000),
     ("max_queue_tokens", "5000", 5000),
     ("max_queue_requests", "77", 77),
     ("queue_seconds", "2.5", 2.5),

@@ -199,6 +199,24 @@ ROWS: dict[str, list[Panel]] = {
             quantile_by("taskvec_event_loop_lag_seconds", "instance", 0.99),
         ),
         Panel(
+            "Longest pauses of a minute",
+            "s",
+            {
+                "event loop": "max(taskvec_event_loop_longest_turn_seconds{HERE})",
+                "interpreter lock": "max(taskvec_interpreter_lock_longest_hold_seconds{HERE})",
+            },
+        ),
+        Panel(
+            "Memory",
+            "bytes",
+            {
+                "limit": "max(taskvec_memory_limit_bytes{HERE})",
+                "used": "max(taskvec_memory_used_bytes{HERE})",
+                "budget of requests": "max(taskvec_memory_budget_bytes{HERE})",
+                "held by requests": "max(taskvec_memory_held_bytes{HERE})",
+            },
+        ),
+        Panel(
             "Tokenizer",
             "none",
             {

@@ -130,6 +130,14 @@ class UnavailableError(TaskvecError):
     default_code = "engine_unavailable"
 
 
+class OverloadedError(TaskvecError):
+    """The process has no memory left for the request."""
+
+    status = 503
+    type = "service_unavailable"
+    default_code = "overloaded"
+
+
 class DeadlineExceededError(TaskvecError):
     """The request's deadline has passed; its queued texts were dropped."""
 
@@ -151,6 +159,7 @@ ALL_ERRORS: tuple[type[TaskvecError], ...] = (
     RateLimitError,
     ClientClosedError,
     TaskvecError,
+    OverloadedError,
     UnavailableError,
     DeadlineExceededError,
 )

@@ -24,11 +24,14 @@ from taskvec.concurrency import BackgroundTaskError, BackgroundTasks
 from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
+from taskvec.core.memory_budget import MemoryBudget, default_budget
+from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import MAX_WAITING_CHARACTERS, TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
+from taskvec.memory_limits import MemoryLimits
 from taskvec.open_files import divide_open_files
 from taskvec.settings import (
     KEY_SETTINGS,
@@ -37,6 +40,7 @@ from taskvec.settings import (
     Settings,
     environment_variable,
 )
+from taskvec.telemetry.interpreter_lock import InterpreterLockMonitor
 from taskvec.telemetry.logs import RequestLog
 from taskvec.telemetry.tracing import Tracer, make_tracer
 
@@ -78,6 +82,8 @@ class Service:
     """Every part of one process.
 
     Attributes:
+        budget: bytes that requests hold.
+        pressure: refuses requests when memory is short.
         keys: API keys in force; None if none are required.
         limiter: counts what each key uses; None without keys.
         tracer: None if traces are off.
@@ -91,6 +97,8 @@ class Service:
     embedder: AsyncEmbedder
     admission: Admission
     health: ServiceHealth
+    budget: MemoryBudget
+    pressure: MemoryPressure
     names: ServedNames
     metrics: Metrics
     keys: WatchedKeys | None
@@ -116,11 +124,13 @@ class Service:
         background = BackgroundTasks(give_up)
         background.start("measure engine", self._measure_engine, may_end=True)
         background.start("watch engine", self.health.watch)
+        background.start("watch memory", self.pressure.watch)
         if self.keys is not None:
             background.start("watch keys", self.keys.watch)
         await self._wait_for_engine(START_WAIT if self.role is Role.GATEWAY else 0.0)
         try:
-            yield
+            with InterpreterLockMonitor(self.metrics.lock_held):
+                yield
         finally:
             await background.stop()
             if self.limiter is not None:
@@ -172,6 +182,7 @@ def build_service(
     engine: Engine | None = None,
     tokenizer: TextTokenizer | None = None,
     request_log: RequestLog | None = None,
+    limits: MemoryLimits | None = None,
 ) -> Service:
     """Build every part of a process; nothing is started.
 
@@ -185,6 +196,7 @@ def build_service(
         engine: None builds the one in the settings.
         tokenizer: None builds the checkpoint's.
         request_log: log of requests, if they are logged; None logs them by structlog.
+        limits: memory limits; None reads those of this process.
 
     Raises:
         StartError: the model cannot be served, the keys cannot be read, or traces not be sent.
@@ -219,11 +231,16 @@ def build_service(
             settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
         )
     )
+    limits = limits or MemoryLimits()
+    budget = MemoryBudget(settings.memory_budget or default_budget(limits.total()))
+    metrics.memory_budget(budget.max_bytes)
+    pressure = MemoryPressure(limits, budget, metrics)
     health = ServiceHealth(
         engine,
         stall_seconds=settings.stall_timeout,
         dead_seconds=settings.dead_timeout,
         canary_seconds=settings.canary_interval,
+        memory_used_up=lambda: pressure.unready,
     )
     source = None if behind_gateways else key_source(settings)
     return Service(
@@ -241,6 +258,8 @@ def build_service(
         ),
         admission=admission,
         health=health,
+        budget=budget,
+        pressure=pressure,
         names=names,
         metrics=metrics,
         keys=None if source is None else WatchedKeys(source, metrics.keys_changed),

@@ -265,6 +265,15 @@ class Settings(BaseSettings):
             ge=1, description="Maximum size of a request body in bytes; larger bodies are not read."
         ),
     ] = 32 * 1024 * 1024
+    memory_budget: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Maximum memory in bytes of all requests of one process: bodies, texts, "
+            "token ids, vectors and unread responses; further requests get status 429. 0 means a "
+            "sixth of the container's memory limit or of the machine's memory, from 128 to 512 MB.",
+        ),
+    ] = 0
     max_queue_tokens: Annotated[
         int,
         Field(

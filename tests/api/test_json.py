@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import fake_service
-from taskvec.api.request import has_more_values, parse
+from taskvec.api.request import SCAN_BYTES, has_more_values, parse
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.errors import InvalidRequestError
 
@@ -39,6 +39,17 @@ def test_values_are_counted_outside_of_strings(value: Any, escaped: bool) -> Non
     assert not has_more_values(body, exact)
     if exact:
         assert has_more_values(body, exact - 1)
+
+
+@pytest.mark.parametrize("before", range(1, 9))
+@pytest.mark.parametrize("end", ['\\\\", [1', '\\", [1,', '\\\\\\\\\\", [",', ", [1"])
+def test_a_large_body_is_counted_in_pieces(before: int, end: str) -> None:
+    """The count is exact wherever a piece ends: in a string, before a quote, in an escape."""
+    inside = "a" * (SCAN_BYTES - before - len('["')) + end
+    body = json.dumps([inside, [1, 2], "x" * SCAN_BYTES, {"b": "c,"}]).encode()
+    exact = size([inside, [1, 2], "", {"b": "c,"}])
+    assert not has_more_values(body, exact)
+    assert has_more_values(body, exact - 1)
 
 
 @pytest.mark.parametrize("item", [b"[]", b"{}", b'"a"', b"1", b'{"a":1}'])

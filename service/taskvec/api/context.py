@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.types import Scope
 
@@ -62,3 +64,8 @@ def context_of(scope: Scope) -> RequestContext:
     """Return the context of the request with this scope."""
     context: RequestContext = scope[CONTEXT_KEY]
     return context
+
+
+def context_if_any(scope: Mapping[str, Any]) -> RequestContext | None:
+    """Return the context of a request; None if no application has seen it."""
+    return scope.get(CONTEXT_KEY)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from taskvec.api.context import context_of
 from taskvec.api.endpoint import Handler
 from taskvec.api.request import RequestLimits, cancel_on_disconnect, header_dict, read_json
-from taskvec.api.response import VectorsByType, respond
+from taskvec.api.response import VectorsByType, answer_bytes, respond
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
@@ -61,10 +61,14 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             request.receive,
             headers,
             limits,
+            context.memory,
             lambda body: dialect.read(body, headers, context.key),
         )
         context.task, context.texts, context.output = job.task.name, len(job.inputs), output
         output.check(embedder.model.dimension)
+        if context.memory is not None:
+            texts = answer_bytes(len(job.inputs), embedder.model.dimension, output)
+            context.memory.resize(job.input_bytes + texts)
         result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
         context.tokens = result.tokens
         return await respond(

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import structlog
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,13 +18,15 @@ from taskvec.api.errors import (
     ErrorRenderer,
     error_response,
     error_responses,
-    internal_error,
     not_answered,
+    unexpected_error,
     wrong_method,
 )
 from taskvec.api.load_shedding import EventLoopLag, LoadShedder
 from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
+from taskvec.core.memory_budget import MemoryBudget
+from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
 from taskvec.service import Role, Service
@@ -33,8 +34,6 @@ from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 
 Handler = Callable[[Request], Awaitable[Response]]
 """Answers a request; raises TaskvecError for a failure that the client is to see."""
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +54,7 @@ class Route:
         responses: OpenAPI responses by status, beyond 401.
         openapi: further members of the OpenAPI operation.
         documented: appears in the OpenAPI document.
+        probe: answered however little memory is left.
     """
 
     path: str
@@ -69,6 +69,7 @@ class Route:
     responses: Mapping[int | str, dict[str, Any]] = field(default_factory=dict)
     openapi: Mapping[str, Any] = field(default_factory=dict)
     documented: bool = True
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Endpoints:
 
     Attributes:
         health: tells whether embedding requests are accepted.
+        budget: memory that requests hold.
+        pressure: refuses requests when memory is short.
         shedder: refuses embedding requests under overload.
         auth: None if the service has no API keys.
         limiter: None if the service has no API keys.
@@ -85,6 +88,8 @@ class Endpoints:
     """
 
     health: ServiceHealth
+    budget: MemoryBudget
+    pressure: MemoryPressure
     shedder: LoadShedder
     auth: ApiKeyAuth | None
     limiter: KeyRateLimiter | None
@@ -101,7 +106,9 @@ class Endpoints:
         """
         return cls(
             health=service.health,
-            shedder=LoadShedder(service.health, service.admission, lag),
+            budget=service.budget,
+            pressure=service.pressure,
+            shedder=LoadShedder(service.health, service.admission, lag, service.pressure),
             auth=None if service.keys is None else ApiKeyAuth(service.keys),
             limiter=None if service.limiter is None else KeyRateLimiter(service.limiter),
             metrics=None if service.role is Role.ENGINE else service.metrics,
@@ -153,6 +160,8 @@ class Endpoint:
         self._auth = None if route.public else shared.auth
         self._limiter = shared.limiter
         self._health = shared.health
+        self._budget = shared.budget
+        self._pressure = None if route.probe else shared.pressure
         self._shedder = shared.shedder
         self._metrics = shared.metrics if route.counted else None
         self._tracer = shared.tracer if route.embeds else None
@@ -165,11 +174,15 @@ class Endpoint:
         span = self._start_span(scope, context)
         try:
             response = await self._response(Request(scope, receive, send), context)
+            if context.memory is not None:
+                context.memory.shrink(len(response.body))
             await response(scope, receive, send)
         except Exception:
             context.status, context.code = TaskvecError.status, TaskvecError.default_code
             raise
         finally:
+            if context.memory is not None:
+                context.memory.release()
             seconds = context.finish()
             if self._metrics is not None:
                 _count(self._metrics, context, seconds)
@@ -193,9 +206,8 @@ class Endpoint:
             stopped = not_answered()
             context.code = stopped.code
             return self._render_error(stopped, context.request_id)
-        except Exception:
-            log.exception("unhandled_error", request_id=context.request_id)
-            hidden = internal_error()
+        except Exception as error:  # noqa: BLE001 - logged there
+            hidden = unexpected_error(error, context.request_id)
             context.code = hidden.code
             return self._render_error(hidden, context.request_id)
 
@@ -203,9 +215,13 @@ class Endpoint:
         """Call the handler, if key, load and limits allow it."""
         if self._auth is not None:
             context.key = self._auth.authenticate(request.scope)
+        if self._pressure is not None and not self._embeds:
+            self._pressure.require_any()
         if not self._embeds:
             return await self._handler(request)
-        current_client.set(client_name(request.scope, context.key))
+        client = client_name(request.scope, context.key)
+        current_client.set(client)
+        context.memory = self._budget.hold(client)
         self._shedder.check(request.scope, context.key)
         with self._health.work:
             if self._limiter is not None and context.key is not None:

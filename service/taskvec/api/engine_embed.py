@@ -19,7 +19,7 @@ from taskvec.api.request import (
     request_priority,
     request_timeout,
 )
-from taskvec.api.response import VectorsByType, respond
+from taskvec.api.response import VectorsByType, answer_bytes, respond
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.output_format import Encoding, OutputFormat
@@ -70,13 +70,16 @@ class EngineEmbed:
             )
         seconds = request_timeout(headers, self._limits.seconds)
         priority = request_priority(headers, context.key)
-        body = await read_bytes(request.receive, headers, self._limits)
+        body = await read_bytes(request.receive, headers, self._limits, context.memory)
         names = headers.get(ADAPTERS_HEADER, "")
         if self._count(body) <= UNPACK_INLINE_TEXTS and len(body) <= UNPACK_INLINE_BYTES:
             ids, adapters = self._unpack(names, body)
         else:
             ids, adapters = await asyncio.to_thread(self._unpack, names, body)
         context.texts = len(ids)
+        if context.memory is not None:  # the ids are views of the body
+            vectors = answer_bytes(len(ids), self._embedder.model.dimension, self._output)
+            context.memory.resize(len(body) + vectors)
         result = await cancel_on_disconnect(
             request.receive,
             self._embed(ids, adapters, time.monotonic() + seconds, priority, context),

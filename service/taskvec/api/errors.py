@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import orjson
+import structlog
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
@@ -16,9 +17,12 @@ from taskvec.errors import (
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
+    OverloadedError,
     TaskvecError,
     UnavailableError,
 )
+
+log = structlog.get_logger(__name__)
 
 ErrorRenderer = Callable[[TaskvecError, str], Response]
 """Renders an error, given the request id, in the form that clients of a route expect."""
@@ -110,9 +114,23 @@ def error_headers(error: TaskvecError) -> dict[str, str]:
     return headers
 
 
-def internal_error() -> TaskvecError:
-    """Return the error of a bug, which says nothing about it."""
+def unexpected_error(error: Exception, request_id: str) -> TaskvecError:
+    """Log an exception that no code expected, and return the error that a client sees.
+
+    A failed allocation is a shortage, not a bug: its traceback is not logged.
+    """
+    if is_shortage(error):
+        log.error("memory_ran_out", request_id=request_id, reason=repr(error))
+        return OverloadedError("The server's memory is used up: try again later.", retry_after=1)
+    log.error("unhandled_error", request_id=request_id, exc_info=error)
     return TaskvecError("Internal error; the server's log has it under this request id.")
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Return whether memory could not be allocated, or a thread not be started for lack of it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+    )
 
 
 def not_answered() -> TaskvecError:

@@ -7,14 +7,11 @@ import re
 import time
 from typing import Any
 
-import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskvec.api.context import CONTEXT_KEY, RequestContext
-from taskvec.api.errors import MAX_PATH, error_response, internal_error, shortened
+from taskvec.api.errors import MAX_PATH, error_response, shortened, unexpected_error
 from taskvec.telemetry.logs import RequestLog
-
-log = structlog.get_logger(__name__)
 
 _random = random.Random()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -54,11 +51,10 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception:
-            log.exception("unhandled_error", request_id=context.request_id)
+        except Exception as failure:
+            error = unexpected_error(failure, context.request_id)
             if started:
                 raise  # only closing the connection can show the client that its answer is cut off
-            error = internal_error()
             context.code = error.code
             await error_response(error, context.request_id)(scope, receive, send_with_headers)
         finally:

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope
 
 from taskvec.auth.keys import Key
 from taskvec.concurrency import CancelScope
+from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     ClientClosedError,
     InvalidRequestError,
@@ -24,6 +25,12 @@ T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-priority"
+
+PARSE_COPIES = 3
+"""Copies of a large body in memory while it is parsed: its own, the parser's, and the texts."""
+
+SCAN_BYTES = 1 << 20
+"""Bytes of a body that are searched at a time: a copy of them is made."""
 
 PARSE_INLINE_BYTES = 1 << 16
 """Largest body that is parsed in the event loop: at most a millisecond."""
@@ -103,7 +110,11 @@ def request_priority(headers: Mapping[str, str], key: Key | None) -> Priority:
 
 
 async def read_json(
-    receive: Receive, headers: Mapping[str, str], limits: RequestLimits, read: Callable[[Any], T]
+    receive: Receive,
+    headers: Mapping[str, str],
+    limits: RequestLimits,
+    memory: MemoryHold | None,
+    read: Callable[[Any], T],
 ) -> T:
     """Read a JSON body and interpret it; in a thread if that would block the event loop.
 
@@ -111,6 +122,7 @@ async def read_json(
         receive: ASGI receive of the request; nothing of the body has been read yet.
         headers: request headers.
         limits: limits of the body.
+        memory: holds the body, and what parsing it takes; None if it is not counted.
         read: interprets the parsed body.
 
     Returns:
@@ -121,6 +133,7 @@ async def read_json(
         SlowRequestError: not complete in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client disconnected while sending.
+        QueueFullError: all bodies together are too large.
         InvalidRequestError: see ``parse``; or raised by ``read``.
     """
     declared = headers.get("content-type", "application/json")
@@ -130,14 +143,21 @@ async def read_json(
             f"The body is declared as {media_type[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    body = await read_bytes(receive, headers, limits)
+    body = await read_bytes(receive, headers, limits, memory)
     if len(body) <= PARSE_INLINE_BYTES:
         return read(parse(body, limits.values))
+    if memory is not None:
+        memory.resize(PARSE_COPIES * len(body))
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(None, lambda: read(parse(body, limits.values)))
 
 
-async def read_bytes(receive: Receive, headers: Mapping[str, str], limits: RequestLimits) -> bytes:
+async def read_bytes(
+    receive: Receive,
+    headers: Mapping[str, str],
+    limits: RequestLimits,
+    memory: MemoryHold | None,
+) -> bytes:
     """Read a body.
 
     Args:
@@ -145,12 +165,14 @@ async def read_bytes(receive: Receive, headers: Mapping[str, str], limits: Reque
         headers: request headers.
         limits: a body over ``body_bytes`` is refused by its Content-Length, or as soon as more
             has arrived.
+        memory: holds what has arrived; None if it is not counted.
 
     Raises:
         UnsupportedMediaTypeError: declared as compressed.
         SlowRequestError: not complete in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client disconnected while sending.
+        QueueFullError: all bodies together are too large.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
@@ -164,10 +186,10 @@ async def read_bytes(receive: Receive, headers: Mapping[str, str], limits: Reque
     if length.isdecimal() and (len(length) > MAX_LENGTH_DIGITS or int(length) > limit):
         raise _too_large(limit)
     with CancelScope(lambda: _too_slow(limits.body_seconds), limits.body_seconds):
-        return await _receive_all(receive, limit)
+        return await _receive_all(receive, limit, memory)
 
 
-async def _receive_all(receive: Receive, limit: int) -> bytes:
+async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -178,9 +200,16 @@ async def _receive_all(receive: Receive, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)
+        if memory is not None:
+            memory.resize(size)
         chunks.append(chunk)
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            break
+    if len(chunks) == 1:
+        return chunks[0]
+    if memory is not None:
+        memory.resize(2 * size)  # while the chunks are joined
+    return b"".join(chunks)
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -242,14 +271,24 @@ def parse(body: bytes, max_values: int) -> Any:
 def has_more_values(body: bytes, limit: int) -> bool:
     """Return whether JSON has more values than a limit; takes milliseconds per megabyte.
 
-    Every value and key except the outermost follows a comma, a colon or an opening bracket.
+    Every value and key except the outermost follows a comma, a colon or an opening bracket. A piece
+    is searched at a time, so that no copy of the body is needed.
     """
-    if b"\\" in body:  # an escaped quote does not end a string
-        body = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if body.count(b'"') > 2 * limit + 2:
-        return True
-    outside_strings = b"".join(body.split(b'"')[::2])
-    return sum(map(outside_strings.count, (b",", b":", b"[", b"{"))) > limit
+    quotes = values = start = 0
+    while start < len(body):
+        piece = body[start : start + SCAN_BYTES]
+        start += len(piece)
+        if b"\\" in piece:  # an escaped quote does not end a string
+            backslashes = len(piece) - len(piece.rstrip(b"\\"))
+            start += backslashes % 2  # what the last one escapes
+            piece = piece.replace(rb"\\", b"").replace(rb"\"", b"")
+        parts = piece.split(b'"', 2 * limit + 3 - quotes)
+        outside_strings = b"".join(parts[quotes % 2 :: 2])
+        values += sum(map(outside_strings.count, (b",", b":", b"[", b"{")))
+        quotes += len(parts) - 1
+        if quotes > 2 * limit + 2 or values > limit:
+            return True
+    return False
 
 
 def _client_closed() -> ClientClosedError:

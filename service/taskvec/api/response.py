@@ -34,6 +34,18 @@ Render = Callable[[VectorsByType, int], Response]
 """Make the response of post-processed vectors and the number of tokens."""
 
 
+def answer_bytes(texts: int, dimension: int, output: OutputFormat) -> int:
+    """Estimate the memory of the vectors of a request and of its response.
+
+    Args:
+        texts: number of texts.
+        dimension: the engine's, whose vectors are float32.
+        output: the form in which they are returned.
+    """
+    written = output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
+    return texts * (4 * dimension + written)
+
+
 async def respond(
     result: Embeddings, output: OutputFormat, render: Render, context: JobContext
 ) -> Response:

@@ -110,6 +110,9 @@ class AsyncEmbedder:
         context.stages.start("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         context.stages.end()
+        if context.memory is not None and context.memory.bytes:
+            more = sum(map(_bytes_beyond_estimate, jobs, ids))
+            context.memory.resize(context.memory.bytes + more)
         if self._cache is None:
             rows = [result.vectors for result in await self._run(ids, jobs, context)]
         else:
@@ -197,6 +200,13 @@ def _deadline_exceeded() -> DeadlineExceededError:
         "The request's deadline passed before it was embedded: send fewer texts at once, or allow "
         "more time."
     )
+
+
+def _bytes_beyond_estimate(job: EmbedJob, ids: Sequence[TokenIds]) -> int:
+    """Return by how much the token ids of texts exceed what ``EmbedJob.input_bytes`` has."""
+    if not isinstance(job.inputs[0], str):
+        return 0
+    return max(0, 4 * _count_tokens(ids) - sum(map(len, job.inputs)))
 
 
 def _count_tokens(texts: Sequence[TokenIds]) -> int:

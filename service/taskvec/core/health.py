@@ -59,6 +59,7 @@ class ServiceHealth:
         stall_seconds: float = 60.0,
         dead_seconds: float = 300.0,
         canary_seconds: float = 30.0,
+        memory_used_up: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start with nothing observed.
@@ -68,12 +69,14 @@ class ServiceHealth:
             stall_seconds: not ready if work has waited this long and nothing was finished.
             dead_seconds: not live if it has waited this long.
             canary_seconds: if nothing was finished for this long, one text is embedded as a test.
+            memory_used_up: whether requests are refused for lack of memory; not ready then.
             clock: returns seconds.
         """
         self._engine = engine
         self._stall_seconds = stall_seconds
         self._dead_seconds = dead_seconds
         self._canary_seconds = canary_seconds
+        self._memory_used_up = memory_used_up
         self._clock = clock
         self._draining = False
         self._refusing = False
@@ -112,6 +115,8 @@ class ServiceHealth:
             return EngineHealth(EngineState.STOPPING, "the service is being stopped")
         if self._defect:
             return EngineHealth(EngineState.UNAVAILABLE, self._defect)
+        if self._memory_used_up():
+            return EngineHealth(EngineState.UNAVAILABLE, "the process's memory is used up")
         return self._engine_health()
 
     def liveness(self) -> EngineHealth:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from taskvec.core.memory_budget import MemoryHold
 from taskvec.core.tasks import Task
 from taskvec.engines.base import TokenIds
 from taskvec.priority import Priority
@@ -37,19 +39,28 @@ class EmbedJob:
     priority: Priority = Priority.INTERACTIVE
     tenant: str | None = None
 
+    @property
+    def input_bytes(self) -> int:
+        """Estimate of the memory of texts and token ids: a token id of 4 bytes per 4 characters."""
+        if isinstance(self.inputs[0], str):
+            return sum(map(sys.getsizeof, self.inputs)) + sum(map(len, self.inputs))
+        return sum(map(sys.getsizeof, self.inputs))
+
 
 @dataclass(slots=True, kw_only=True)
 class JobContext:
-    """State of one request while its jobs run: elapsed stages, and the token charge.
+    """State of one request while its jobs run: elapsed stages, token charge, memory.
 
     Attributes:
         stages: time spent in each stage, also for a request that fails.
         charge: called once with the number of tokens to embed, after admission and before the
             engine; None if there is no token limit.
+        memory: what the request holds of the process's memory budget; None if it is not counted.
     """
 
     stages: Stages = field(default_factory=Stages)
     charge: Charge | None = None
+    memory: MemoryHold | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -152,6 +152,9 @@ class TokenizerQueue:
                 queue.requests -= 1
                 queue.characters -= characters
                 self._report()
+            # An error refers to this frame, and the request to the error: in a cycle, the texts of
+            # the request would be kept until the next garbage collection.
+            del request
 
     def close(self) -> None:
         """End the threads after the slices that are running, and cancel what waits."""

@@ -1,8 +1,11 @@
-"""Metrics of a process: build, engine state, event-loop lag, tokenizer threads."""
+"""Metrics of a process: build, engine state, event loop, interpreter lock, memory, tokenizer."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,6 +17,7 @@ from prometheus_client import (
 )
 
 from taskvec.engines.base import EngineState
+from taskvec.memory_limits import MemoryUse
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that enables prometheus_client's multiprocess mode: the folder in which
@@ -21,9 +25,33 @@ processes share their series. It must be set before prometheus_client is importe
 
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
+RECENT_SECONDS = 60.0
+"""Window of the gauges with a longest time: every scraper sees it, as scrapes are closer."""
+
+_RECENT_PARTS = 12
+"""Parts of the window that end one by one."""
+
+
+class RecentMaximum:
+    """The largest value of about the last minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start without values; ``clock`` returns seconds."""
+        self._clock = clock
+        self._parts: deque[tuple[int, float]] = deque(maxlen=_RECENT_PARTS)
+
+    def add(self, value: float) -> float:
+        """Add a value, and return the largest one."""
+        part = int(self._clock() / RECENT_SECONDS * _RECENT_PARTS)
+        if self._parts and self._parts[-1][0] == part:
+            self._parts[-1] = part, max(value, self._parts[-1][1])
+        else:
+            self._parts.append((part, value))
+        return max(largest for at, largest in self._parts if at > part - _RECENT_PARTS)
+
 
 class ProcessMetrics:
-    """Observer of the application, its event loop and its tokenizer."""
+    """Observer of the application, its event loop, its memory and its tokenizer."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Declare the metrics in a registry.
@@ -56,6 +84,50 @@ class ProcessMetrics:
             buckets=_LAG_BUCKETS,
             registry=registry,
         )
+        self._longest_turn = Gauge(
+            "taskvec_event_loop_longest_turn_seconds",
+            "What was the longest turn of the event loop in the last minute (10 ms less)?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._longest_hold = Gauge(
+            "taskvec_interpreter_lock_longest_hold_seconds",
+            "For how long was the interpreter lock held in one go, at most in the last minute?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._memory_limit = Gauge(
+            "taskvec_memory_limit_bytes",
+            "What is the tightest memory limit, of a cgroup or ulimit -v (0: there is none)?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._memory_used = Gauge(
+            "taskvec_memory_used_bytes",
+            "How much of that limit is used, without page cache that can be reclaimed?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._memory_pressure = Gauge(
+            "taskvec_memory_pressure",
+            "What is refused for lack of memory (0: nothing; 1: bulk and large requests; "
+            "2: embedding requests; 3: all but health checks and metrics)?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._memory_budget = Gauge(
+            "taskvec_memory_budget_bytes",
+            "How much memory may requests hold: bodies, texts, token ids, vectors, answers?",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._memory_held = Gauge(
+            "taskvec_memory_held_bytes",
+            "How much memory do requests hold?",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._recent_turn, self._recent_hold = RecentMaximum(), RecentMaximum()
         self._tokenizer_busy = Gauge(
             "taskvec_tokenizer_threads_busy",
             "How many tokenizer threads are busy?",
@@ -94,8 +166,24 @@ class ProcessMetrics:
         self._ready.set(1 if state == EngineState.READY.value else 0)
 
     def loop_late(self, seconds: float) -> None:
-        """Observe how late a timer ran, in seconds."""
+        """Observe the largest lateness of a timer in the last quarter of a second, in seconds."""
         self._loop_lag.observe(seconds)
+        self._longest_turn.set(self._recent_turn.add(seconds))
+
+    def lock_held(self, seconds: float) -> None:
+        """Observe the longest hold of the interpreter lock, see ``InterpreterLockMonitor``."""
+        self._longest_hold.set(self._recent_hold.add(seconds))
+
+    def memory_budget(self, size: int) -> None:
+        """Set the bytes that requests may hold."""
+        self._memory_budget.set(size)
+
+    def memory_read(self, use: MemoryUse | None, level: int, held: int) -> None:
+        """Set limit, use and what is refused; see ``PressureObserver``."""
+        self._memory_limit.set(use.limit if use else 0)
+        self._memory_used.set(use.used if use else 0)
+        self._memory_pressure.set(level)
+        self._memory_held.set(held)
 
     def tokenizer_changed(self, busy: int, waiting: int) -> None:
         """Set the number of busy threads and waiting requests; see ``TokenizerObserver``."""

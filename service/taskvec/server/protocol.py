@@ -16,11 +16,14 @@ from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from taskvec.api.errors import error_response
+from taskvec.api.context import context_if_any
+from taskvec.api.errors import error_response, is_shortage
+from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
     MethodNotAllowedError,
+    OverloadedError,
     SlowRequestError,
     TaskvecError,
     UnavailableError,
@@ -46,6 +49,9 @@ FREE_PIECES, BYTES_PER_PIECE = 4096, 64
 """Pieces in which a body may arrive: a number of any size, and one more for each of these bytes.
 Each chunk costs the event loop a microsecond; a chunk for each of 2,048 short texts and each comma
 between them is still accepted."""
+
+MAX_UNCOUNTED_BYTES = 16_384
+"""What a client has not read of a response counts against the memory budget beyond this."""
 
 ALLOWED_METHODS = "GET, HEAD, POST"
 """Methods of all routes together."""
@@ -190,6 +196,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._error: TaskvecError | None = None
         self._refused = False
         self._running: RequestResponseCycle | None = None
+        self._unread: MemoryHold | None = None
 
     def handshake_started(self, transport: asyncio.Transport) -> None:
         """Take a slot before the TLS handshake, evicting another connection if needed.
@@ -210,6 +217,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Take a slot, evicting an idle connection if needed; without one, answer probes only."""
         if self not in self.connections:
             self._take_slot()
+        transport.set_write_buffer_limits(high=MAX_UNCOUNTED_BYTES)
         super().connection_made(transport)
         self._slots.mark_idle(self)
 
@@ -221,6 +229,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._slots.mark_busy(self)
         self._header_timer.stop()
         self._answer_timer.stop()
+        self._release_unread()
 
     @property
     def flushed(self) -> bool:
@@ -249,8 +258,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse(self._error or malformed_http())
+        except httptools.HttpParserError as error:
+            shortage = is_shortage(error.__context__)
+            self._refuse(self._error or (no_memory() if shortage else malformed_http()))
         if self._unparsed_bytes > self._limits.header_bytes:
             self._refuse(headers_too_large(self._limits.header_bytes))
         if self._reading_request and self.cycle is not None and self.cycle.response_complete:
@@ -331,16 +341,25 @@ class HttpProtocol(HttpToolsProtocol):
         """Start the timeout of a client that reads more slowly than the response is written."""
         super().pause_writing()
         self._answer_timer.start()
+        context = context_if_any(self._running.scope) if self._running is not None else None
+        if self._unread is None and context is not None and context.memory is not None:
+            self._unread = context.memory.unread(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         """Stop the timeout: the client has read most of the response."""
         super().resume_writing()
+        self._release_unread()
         if not self.transport.is_closing():
             self._answer_timer.stop()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that was idle too long, with whatever it has not read."""
         self._abort()
+
+    def _release_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.release()
+            self._unread = None
 
     def _take_slot(self) -> None:
         self.connections.add(self)
@@ -437,6 +456,11 @@ def malformed_http() -> TaskvecError:
         "The request is not valid HTTP/1.1: check http:// or https://, and the proxy settings.",
         code="invalid_http",
     )
+
+
+def no_memory() -> TaskvecError:
+    """Return the error of a request that cannot be read for lack of memory."""
+    return OverloadedError("The server's memory is used up: try again later.", retry_after=1)
 
 
 def too_many_pipelined() -> TaskvecError:

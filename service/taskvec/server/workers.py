@@ -24,9 +24,11 @@ from uvicorn.supervisors import multiprocess
 
 from taskvec.checkpoint.golden import golden_vectors
 from taskvec.concurrency import BackgroundTaskError
+from taskvec.core.memory_budget import default_budget
 from taskvec.engines.base import EngineState
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
+from taskvec.memory_limits import MemoryLimits
 from taskvec.open_files import MAX_ENGINE_CONNECTIONS, divide_open_files
 from taskvec.server.run import server_options
 from taskvec.server.shutdown import GracefulServer
@@ -94,7 +96,9 @@ class Gateways(multiprocess.Multiprocess):
         """
         self._merge_metrics = merge_metrics
         # Every process reads its settings from the environment, as the first one did.
-        os.environ |= settings.model_copy(update={"workers": 1}).environment()
+        share = settings.memory_budget or default_budget(MemoryLimits().total() // settings.workers)
+        alone = {"workers": 1, "memory_budget": share}
+        os.environ |= settings.model_copy(update=alone).environment()
         config = uvicorn.Config(
             GATEWAY_APP,
             factory=True,

@@ -9,9 +9,16 @@ from pathlib import Path
 import torch
 
 from taskvec.errors import StartError
+from taskvec.memory_limits import MemoryLimits
 
 CGROUP = Path("/sys/fs/cgroup")
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "out of memory",
+)
 """Texts of out-of-memory errors that torch's allocators and libraries raise as RuntimeError."""
 
 MAX_KERNELS = 256
@@ -56,10 +63,11 @@ def available_cores() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the free memory in bytes: of the device, or of the machine within the cgroup limit."""
+    """Return the free memory in bytes: the device's, or the machine's within the limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_machine_bytes(), _cgroup_bytes())
+    tightest = MemoryLimits().tightest()
+    return min(_machine_bytes(), tightest.free) if tightest else _machine_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -99,14 +107,3 @@ def _cgroup_cores() -> float:
     except (OSError, ValueError):
         return math.inf
     return math.inf if quota == "max" else int(quota) / int(period)
-
-
-def _cgroup_bytes() -> int:
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        used = int((CGROUP / "memory.current").read_text())
-        statistics = (CGROUP / "memory.stat").read_text().splitlines()
-        used -= int(dict(line.split() for line in statistics)["inactive_file"])  # page cache
-    except (OSError, ValueError, KeyError):
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(0, int(limit) - used)

@@ -1,10 +1,14 @@
-"""Structured concurrency for asyncio: gather with cancellation, cancel scopes, background tasks."""
+"""Structured concurrency for asyncio (gather, cancel scopes, background tasks), thread priority."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -234,3 +238,18 @@ class BackgroundTasks:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def lower_priority(niceness: int) -> None:
+    """Let the kernel prefer other threads to the current one and to the threads that it starts.
+
+    On Linux the nice value is a thread's own; elsewhere it is left as it is.
+
+    Args:
+        niceness: added to the nice value, which is at most 19.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):  # a sandbox may not allow it
+            nice = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + niceness))

@@ -15,16 +15,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+from taskvec.concurrency import lower_priority
 from taskvec.core.admission import MAX_RETRY_AFTER
 from taskvec.core.client_shares import ClientShares, current_client
 from taskvec.errors import QueueFullError
@@ -109,7 +108,7 @@ class TokenizerQueue:
             clock: returns seconds.
         """
         self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="tokenizer", initializer=_lower_priority
+            threads, thread_name_prefix="tokenizer", initializer=partial(lower_priority, NICE)
         )
         self._threads = threads
         self._max_characters = max_characters
@@ -252,18 +251,6 @@ class TokenizerQueue:
         requests = sum(queue.requests for queue in self._classes.values())
         busy = min(requests, self._workers)
         self._changed(busy, requests - busy)
-
-
-def _lower_priority() -> None:
-    """Let the kernel prefer the threads of the engine and of the event loop to the current one.
-
-    On Linux the nice value is a thread's own; elsewhere it is left as it is.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with suppress(OSError):  # a sandbox may not allow it
-            nice = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, nice + NICE))
 
 
 def _end(ended: Future[None], error: BaseException | None, *, done: bool) -> None:

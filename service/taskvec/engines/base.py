@@ -168,6 +168,9 @@ class EngineObserver(QueueObserver, Protocol):
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
         """A forward pass with these texts and tokens ended; its budget was ``budget`` tokens."""
 
+    def forward_paused(self, seconds: float) -> None:
+        """A bulk forward pass was paused for ``seconds`` while an interactive one was computed."""
+
     def memory_ran_out(self, budget: int) -> None:
         """A forward pass ran out of memory; the next ones have at most ``budget`` tokens."""
 

@@ -71,6 +71,12 @@ class EngineMetrics:
             buckets=DURATION_BUCKETS,
             registry=registry,
         )
+        self._pause_seconds = Histogram(
+            "taskvec_forward_pause_seconds",
+            "How long is a bulk forward pass paused for an interactive one, and how often?",
+            buckets=DURATION_BUCKETS,
+            registry=registry,
+        )
         self._batch_budget = Gauge(
             "taskvec_batch_budget_tokens",
             "How many tokens may a forward pass contain (lower after out of memory; 0: unknown)?",
@@ -110,6 +116,10 @@ class EngineMetrics:
         self._batch_texts.observe(texts)
         self._batch_tokens.observe(tokens)
         self._forward_seconds.observe(seconds)
+
+    def forward_paused(self, seconds: float) -> None:
+        """Observe one pause; see ``EngineObserver``."""
+        self._pause_seconds.observe(seconds)
 
     def memory_ran_out(self, budget: int) -> None:
         """Count one out-of-memory error; see ``EngineObserver``."""

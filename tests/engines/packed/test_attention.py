@@ -33,7 +33,7 @@ class Case:
 
     @property
     def attention(self) -> GroupedAttention:
-        return GroupedAttention(self.packing, self.backbone, torch.float32)
+        return GroupedAttention(self.packing, self.backbone, torch.float32, lambda: None)
 
 
 def backbone(heads: int, kv_heads: int, head_dim: int, *, causal: bool) -> Backbone:

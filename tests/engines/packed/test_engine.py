@@ -51,6 +51,9 @@ class Observed:
         assert texts == 1 or tokens <= budget
         self.batches.append((texts, tokens))
 
+    def forward_paused(self, seconds: float) -> None:
+        assert seconds > 0
+
     def memory_ran_out(self, budget: int) -> None:
         raise AssertionError(f"the budget fell to {budget}: these tests need their memory")
 

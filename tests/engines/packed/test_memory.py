@@ -66,6 +66,9 @@ class Scarce:
         assert seconds > 0
         assert budget > 0
 
+    def forward_paused(self, seconds: float) -> None:
+        assert seconds > 0
+
     def memory_ran_out(self, budget: int) -> None:
         self.budgets.append(budget)
 

@@ -10,7 +10,7 @@ kernel is faster and is used for each text.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,11 @@ MAX_GROUP_SCORES = 1 << 21
 """Maximum attention scores of one group: 4 MiB in bfloat16, so that they stay in the CPU cache."""
 
 
+MAX_FUSED_SCORES = 1 << 27
+"""Maximum attention scores of one call of the fused kernel, unless one key and value head has more:
+a text of 8,192 tokens takes a call for every two query heads, and can be paused between them."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """Texts of similar length, padded to one width.
@@ -57,7 +62,22 @@ class _Group:
 class GroupedAttention:
     """Attention by groups of texts of similar length; long texts are computed one by one."""
 
-    def __init__(self, packing: Packing, backbone: Backbone, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        packing: Packing,
+        backbone: Backbone,
+        dtype: torch.dtype,
+        step: Callable[[], None],
+    ) -> None:
+        """Prepare the attention of a batch.
+
+        Args:
+            packing: the batch.
+            backbone: the shape.
+            dtype: dtype of queries, keys and values.
+            step: called between the steps of a forward pass; may wait.
+        """
+        self._step = step
         self._heads = backbone.heads
         self._kv_heads = backbone.kv_heads
         self._q_per_kv = backbone.heads // backbone.kv_heads
@@ -117,6 +137,7 @@ class GroupedAttention:
         q_rows = q.view(-1, width_per_kv)
         k_rows, v_rows = k.reshape(-1, self._head_dim), v.reshape(-1, self._head_dim)
         for group in self._groups:
+            self._step()
             width = group.width
             queries = q_rows.index_select(0, group.rows).view(
                 -1, width * self._q_per_kv, self._head_dim
@@ -169,14 +190,24 @@ class GroupedAttention:
     def _fused(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
     ) -> torch.Tensor:
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            is_causal=causal,
-            enable_gqa=self._q_per_kv > 1,
-        )
-        return attended[0].transpose(0, 1)
+        """Return the attention of one text, in steps of some key and value heads."""
+        scores = len(q) * len(k) * self._q_per_kv
+        heads = max(1, min(self._kv_heads, MAX_FUSED_SCORES // scores))
+        parts = []
+        for first in range(0, self._kv_heads, heads):
+            self._step()
+            kv = slice(first, first + heads)
+            attended = functional.scaled_dot_product_attention(
+                q[:, first * self._q_per_kv : (first + heads) * self._q_per_kv].transpose(0, 1)[
+                    None
+                ],
+                k[:, kv].transpose(0, 1)[None],
+                v[:, kv].transpose(0, 1)[None],
+                is_causal=causal,
+                enable_gqa=self._q_per_kv > 1,
+            )
+            parts.append(attended[0].transpose(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _length_groups(lengths: Rows, longest_first: Rows, heads: int) -> Iterator[tuple[int, Rows]]:

@@ -7,7 +7,7 @@ tokens served. The request with the smallest tag is served next: a new request g
 that have received more, and no request starves.
 
 The classes share the engine's seconds by stride scheduling (Waldspurger and Weihl, 1995). A batch
-contains one class only, so that a short text does not wait for a long forward pass of bulk texts.
+contains one class only, so that a forward pass of bulk texts can be paused (``lanes``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -186,19 +186,29 @@ class FairQueue(Generic[T]):
                 dropped.append((entry.request, len(waiting)))
         return dropped
 
-    def take(self, budget: int) -> list[tuple[T, int]]:
+    def waits(self, priority: Priority) -> bool:
+        """Return whether a class has a waiting text."""
+        return bool(self._classes[priority])
+
+    def turn(self, classes: Iterable[Priority]) -> Priority | None:
+        """Return the class that has used the least time for its weight; None without classes."""
+        return min(classes, key=lambda one: self._classes[one].weighted_seconds, default=None)
+
+    def take(
+        self, budget: int, classes: Collection[Priority] = tuple(Priority)
+    ) -> list[tuple[T, int]]:
         """Remove and return the next batch, which contains one class only.
 
         Args:
             budget: maximum number of tokens. A text that is longer is taken alone.
+            classes: the classes to choose from.
 
         Returns:
             A pair for each text: its request, and its index in ``costs``.
         """
-        waiting = [priority for priority, queue in self._classes.items() if queue]
-        if not waiting:
+        served = self.turn(priority for priority in classes if self._classes[priority])
+        if served is None:
             return []
-        served = min(waiting, key=lambda priority: self._classes[priority].weighted_seconds)
         batch, tokens, done = self._classes[served].take(self.quantum, budget)
         self.texts -= len(batch)
         self.tokens -= tokens

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from taskvec.checkpoint.backbone import Backbone
+from taskvec.concurrency import lower_priority
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.attention import GroupedAttention
 from taskvec.engines.packed.lora import LoraLinear
@@ -62,6 +64,10 @@ def block_rows(backbone: Backbone) -> int:
     return min(2048, max(256, MAX_ACTIVATION_ELEMENTS // widest // 256 * 256))
 
 
+def _ignore() -> None:
+    """Do nothing between two steps."""
+
+
 class Transformer:
     """The backbone and its adapters, loaded in the main memory."""
 
@@ -75,6 +81,9 @@ class Transformer:
         layers: Sequence[Layer],
         final_norm: torch.Tensor,
         threads: int,
+        *,
+        step: Callable[[], None] = _ignore,
+        niceness: int = 0,
     ) -> None:
         """Combine loaded weights.
 
@@ -84,6 +93,8 @@ class Transformer:
             layers: the transformer layers, in order.
             final_norm: [hidden], RMSNorm weights after the last layer.
             threads: maximum processor threads of a batch.
+            step: see ``in_lane``.
+            niceness: see ``in_lane``.
         """
         self.threads = threads
         self.backbone = backbone
@@ -97,7 +108,29 @@ class Transformer:
         self._sqrt_norm_eps = torch.tensor(
             backbone.norm_eps**0.5,
         )
-        self._executor = ThreadPoolExecutor(MAX_SHARDS - 1, thread_name_prefix="packed-shard")
+        self._step = step
+        self._executor = ThreadPoolExecutor(
+            MAX_SHARDS - 1,
+            thread_name_prefix="packed-shard",
+            initializer=partial(lower_priority, niceness),
+        )
+
+    def in_lane(self, step: Callable[[], None], niceness: int) -> Transformer:
+        """Return a transformer with the same weights, for another thread.
+
+        Args:
+            step: called between the steps of a forward pass, from each of its threads; may wait.
+            niceness: what its threads add to their nice value; the calling thread adds it itself.
+        """
+        return Transformer(
+            self.backbone,
+            self._embedding,
+            self.layers,
+            self._final_norm,
+            self.threads,
+            step=step,
+            niceness=niceness,
+        )
 
     def start(
         self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
@@ -142,7 +175,7 @@ class Transformer:
         packing = pack(ids, adapters, block_rows=self.block_rows, round_up=True)
         last = self._index(packing.last)
         cos_sin = self._cos_sin(packing)
-        attention = GroupedAttention(packing, self.backbone, self.dtype)
+        attention = GroupedAttention(packing, self.backbone, self.dtype, self._step)
 
         x = self._embedding.index_select(0, self._index(packing.ids))
         for layer in self.layers[:-1]:
@@ -213,6 +246,7 @@ class Transformer:
         norms = None if layer.qk_norm is None else layer.qk_norm[first : first + rotated]
         results = [x.new_empty(len(x), size, shape.head_dim) for size in sizes]
         for block in blocks:
+            self._step()
             normed = self._norm(x[block.rows], layer.input_norm)
             heads = layer.qkv(normed, block.adapter, outputs).view(len(normed), -1, shape.head_dim)
             targets = [result[block.rows] for result in results]
@@ -255,9 +289,12 @@ class Transformer:
         """Add the projected attention output and then the MLP output to x in place."""
         for block in blocks:
             rows = x[block.rows]
+            self._step()
             rows += layer.o(attended[block.rows], block.adapter)
+            self._step()
             normed = self._norm(rows, layer.mlp_norm)
             gate, up = layer.gate_up(normed, block.adapter).chunk(2, -1)
+            self._step()
             rows += layer.down(functional.silu(gate).mul_(up), block.adapter)
 
     @torch.inference_mode()

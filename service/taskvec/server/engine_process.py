@@ -1,6 +1,6 @@
 """The engine process of ``taskvec serve``: how it is launched, and what it runs.
 
-    python -m taskvec.server.engine_process --launcher FILE [--listen FILE]
+python -m taskvec.server.engine_process --launcher FILE [--listen FILE]
 """
 
 from __future__ import annotations
@@ -16,19 +16,29 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvloop
 
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.engines.process.launcher import EngineLauncher
-from taskvec.engines.process.server import EngineServer, EventBuffer, as_observer, failure_frame
 from taskvec.concurrency import SWITCH_INTERVAL
+from taskvec.engines.process.launcher import EngineLauncher
+from taskvec.engines.process.server import (
+    EngineServer,
+    EventBuffer,
+    ProcessObserver,
+    as_observer,
+    failure_frame,
+)
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.service import build_engine
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
+
+if TYPE_CHECKING:
+    from taskvec.metrics.engine import EngineMetrics
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -87,8 +97,14 @@ def main() -> None:
 
 async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     """Serve the engine until the launcher asks for the end; return the exit code."""
-    events = None if METRICS_FOLDER in os.environ else EventBuffer()
-    observer = _metrics() if events is None else as_observer(events)
+    observer: ProcessObserver
+    on_look: Callable[[], None]
+    if METRICS_FOLDER in os.environ:
+        events, metrics = None, _metrics()
+        observer, on_look = metrics, metrics.update_queue_age
+    else:
+        events = EventBuffer()
+        observer, on_look = as_observer(events), _nothing
     launcher = socket.socket(fileno=options.launcher)
     try:
         checkpoint = open_checkpoint(settings.model, settings.revision)
@@ -96,13 +112,12 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     except Exception as error:  # noqa: BLE001 - the launcher must know, whatever it is
         launcher.sendall(failure_frame(error))
         return START_FAILED
-    server = EngineServer(engine, observer, events)
+    server = EngineServer(engine, observer, events, on_look)
     loop = asyncio.get_running_loop()
     launcher.setblocking(False)
     await loop.create_unix_connection(server.connect_launcher, sock=launcher)
     if options.listen is not None:
-        listening = socket.socket(fileno=options.listen)
-        await loop.create_unix_server(server.connect, sock=listening)
+        await server.listen(socket.socket(fileno=options.listen))
     if options.restarts:
         observer.process_restarted()
     tasks = [
@@ -114,9 +129,9 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     if stopping.done() and not starting.done() and settings.engine is EngineKind.PACKED:
         return 0  # nobody waits until the weights are loaded
     await asyncio.wait([starting])
-    error = starting.exception()
-    if error is not None:
-        server.report_failure(error)
+    failure = starting.exception()
+    if failure is not None:
+        server.report_failure(failure)
         await server.close()
         return START_FAILED
     server.report_status()
@@ -131,7 +146,11 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
-def _metrics() -> Any:
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _metrics() -> EngineMetrics:
     """Return metrics in the folder that all processes of the service share."""
     # Both read the folder when they are imported, and take memory where they are not needed.
     from prometheus_client import CollectorRegistry  # noqa: PLC0415

@@ -29,6 +29,9 @@ from taskvec.errors import StartError, UnavailableError
 POLL_INTERVAL = 0.01
 """Seconds between two looks at the calls in progress, while the engine stops."""
 
+RECONNECT_SECONDS = 0.2
+"""Seconds between two tries to connect."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -51,6 +54,39 @@ class EngineSource(Protocol):
 
     async def close(self) -> None:
         """Let go of the engine process; every connection has been asked to stop."""
+
+
+class EngineSocket:
+    """Connects to the engine process that another process launches, by its socket's path."""
+
+    def __init__(self, path: str) -> None:
+        """Take the path of a Unix socket."""
+        self._path = path
+
+    async def open(self) -> socket.socket:
+        """See ``EngineSource.open``; tries until the socket can be connected."""
+        loop = asyncio.get_running_loop()
+        while True:
+            opened = socket.socket(socket.AF_UNIX)
+            opened.setblocking(False)
+            try:
+                await loop.sock_connect(opened, self._path)
+            except OSError as error:
+                opened.close()
+                log.warning("engine_not_connected", reason=str(error))
+                await asyncio.sleep(RECONNECT_SECONDS)
+            except BaseException:
+                opened.close()
+                raise
+            else:
+                return opened
+
+    async def ended(self, *, ready: bool) -> str:  # noqa: ARG002 - the launcher logs it
+        """See ``EngineSource.ended``."""
+        return "the log of the main process says why"
+
+    async def close(self) -> None:
+        """See ``EngineSource.close``; does nothing."""
 
 
 class ProcessEngine:
@@ -283,7 +319,7 @@ class _Connection(FrameProtocol):
         elif self.transport is not None:
             self.transport.close()
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         if not self.lost.done():
             self.lost.set_result(None)
 

@@ -176,7 +176,7 @@ def pack_result(result: EngineResult, finished: int) -> tuple[Body, ...]:
     """
     vectors = np.ascontiguousarray(result.vectors, dtype=np.float32)
     head = _RESULT.pack(finished, result.queued, result.computed)
-    return head, memoryview(vectors).cast("B") if vectors.size else b""
+    return head, vectors.data.cast("B") if vectors.size else b""
 
 
 def unpack_result(body: Body, dimension: int) -> tuple[EngineResult, int]:

@@ -80,7 +80,7 @@ class EngineLauncher:
                 files.append(self._listening.fileno())
                 options += ["--listen", str(self._listening.fileno())]
             try:
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: S603 - the command is ours
                     [*self._command, *options],
                     env=self._environment,
                     stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -100,7 +101,11 @@ class EngineServer:
     """
 
     def __init__(
-        self, engine: Engine, observer: ProcessObserver, events: EventBuffer | None = None
+        self,
+        engine: Engine,
+        observer: ProcessObserver,
+        events: EventBuffer | None = None,
+        on_look: Callable[[], None] = lambda: None,
     ) -> None:
         """Serve an engine, which may still be loading.
 
@@ -108,12 +113,15 @@ class EngineServer:
             engine: computes the vectors.
             observer: notified of the memory of this process.
             events: what to send to the launcher; None if metrics are kept in this process.
+            on_look: called several times a second.
         """
         self.stop_requested = asyncio.Event()
         self._engine = engine
         self._observer = observer
         self._events = events
+        self._on_look = on_look
         self._connections: set[_Connection] = set()
+        self._listener: asyncio.AbstractServer | None = None
         self._launcher: _Connection | None = None
         self._status: dict[str, Any] = {}
         self._entered: deque[tuple[_Connection, int]] = deque()
@@ -123,9 +131,15 @@ class EngineServer:
         """Number of connections, the launcher's included."""
         return len(self._connections)
 
-    def connect(self) -> FrameProtocol:
-        """Return the protocol of a new connection of a gateway."""
-        return _Connection(self, self._engine)
+    async def listen(self, listening: socket.socket) -> None:
+        """Accept the connections of gateways on a Unix socket.
+
+        The socket is never closed here: the process that replaces this one goes on with it.
+        """
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_unix_server(
+            lambda: _Connection(self, self._engine), sock=listening
+        )
 
     def connect_launcher(self) -> FrameProtocol:
         """Return the protocol of the connection to the process that launched this one."""
@@ -142,7 +156,7 @@ class EngineServer:
         limit = time.monotonic() + CLOSE_SECONDS
         for connection in self._connections:
             connection.close()
-        while self._connections and time.monotonic() < limit:
+        while self._connections and time.monotonic() < limit:  # noqa: ASYNC110 - no event
             await asyncio.sleep(CLOSE_SECONDS / 100)
 
     async def watch(self) -> None:
@@ -152,6 +166,7 @@ class EngineServer:
             self.report_status()
             self._report_entered()
             self.flush_events()
+            self._on_look()
             if self._engine.health().state is EngineState.DEAD:
                 return
             now = time.monotonic()
@@ -247,7 +262,7 @@ class _Connection(FrameProtocol):
         hello = {"model": asdict(self._engine.model), **self._server.status()}
         self.send(Kind.STATUS, 0, pack_json(hello))
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self._server.closed(self)
         for call in self._calls.values():
             call.cancel()

@@ -197,8 +197,8 @@ class ProcessEngine:
             self._connection = None
             ready, self._process_ready = self._process_ready, False
             self._set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
+            connection.fail()
             reason = await self._source.ended(ready=ready)
-            connection.fail(reason)
             if self._observer is not None:
                 self._observer.queue_changed(0, 0, None)
             if self._stopping:
@@ -210,8 +210,13 @@ class ProcessEngine:
                 self._end(StartError(f"The engine's process ended before it was ready: {reason}."))
                 return
             if self._was_ready:
-                reason = f"its process has ended ({connection.failure or reason}) and starts again"
-                self._set_health(EngineHealth(EngineState.UNAVAILABLE, reason))
+                self._set_health(
+                    EngineHealth(
+                        EngineState.UNAVAILABLE,
+                        f"its process has ended ({connection.failure or reason}) and starts again",
+                        "its process has ended and starts again",
+                    )
+                )
 
     def status_received(self, status: dict[str, Any]) -> None:
         """Take over what the process says of its engine."""
@@ -301,13 +306,13 @@ class _Connection(FrameProtocol):
         finally:
             self._calls.pop(number, None)
 
-    def fail(self, reason: str) -> None:
+    def fail(self) -> None:
         """Fail every call, because the process has ended."""
         for answer, _ in self._calls.values():
             if not answer.done():
                 answer.set_exception(
                     UnavailableError(
-                        f"The engine's process has ended ({reason}): send the request again.",
+                        "The engine's process has ended: send the request again.",
                         retry_after=1,
                     )
                 )

@@ -44,6 +44,9 @@ IDLE_TRIM_SECONDS = 2.0
 MAX_EVENTS = 10_000
 """Events kept for a gateway that does not read them; older ones are dropped."""
 
+EVENT_DELAY = 0.001
+"""Seconds from a result to its events, which neither delay it nor need a frame for each."""
+
 MAX_UNREAD = 1 << 20
 """Bytes of unread frames beyond which events wait."""
 
@@ -123,6 +126,7 @@ class EngineServer:
         self._connections: set[_Connection] = set()
         self._listener: asyncio.AbstractServer | None = None
         self._launcher: _Connection | None = None
+        self._flushing = False
         self._status: dict[str, Any] = {}
         self._entered: deque[tuple[_Connection, int]] = deque()
 
@@ -131,15 +135,16 @@ class EngineServer:
         """Number of connections, the launcher's included."""
         return len(self._connections)
 
-    async def listen(self, listening: socket.socket) -> None:
-        """Accept the connections of gateways on a Unix socket.
+    async def listen(self, listening: socket.socket) -> asyncio.AbstractServer:
+        """Accept the connections of gateways on a Unix socket, until the returned server is closed.
 
-        The socket is never closed here: the process that replaces this one goes on with it.
+        The engine process leaves it open when it ends: the one that replaces it goes on with it.
         """
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_unix_server(
             lambda: _Connection(self, self._engine), sock=listening
         )
+        return self._listener
 
     def connect_launcher(self) -> FrameProtocol:
         """Return the protocol of the connection to the process that launched this one."""
@@ -200,9 +205,16 @@ class EngineServer:
             "finished": self._engine.finished,
         }
 
+    def flush_events_soon(self) -> None:
+        """Send the events of the engine when the results of this moment have been sent."""
+        if self._events is not None and not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_later(EVENT_DELAY, self.flush_events)
+
     def flush_events(self) -> None:
         """Send the events of the engine to the launcher, unless it does not read them."""
         launcher = self._launcher
+        self._flushing = False
         if self._events is None or launcher is None or launcher.unread > MAX_UNREAD:
             return
         events = self._events.take()
@@ -287,8 +299,8 @@ class _Connection(FrameProtocol):
             hidden = TaskvecError("The engine failed on this request; see the log for the reason.")
             self.send(Kind.ERROR, call, pack_error(hidden))
         else:
-            self._server.flush_events()  # whoever has the answer finds it counted
             self.send(Kind.RESULT, call, *pack_result(result, self._engine.finished))
+            self._server.flush_events_soon()
         finally:
             del self._calls[call]
 

@@ -23,7 +23,7 @@ import uvloop
 
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.concurrency import SWITCH_INTERVAL
+from taskvec.concurrency import SWITCH_INTERVAL, keep_running
 from taskvec.engines.process.launcher import EngineLauncher
 from taskvec.engines.process.server import (
     EngineServer,
@@ -89,8 +89,7 @@ def main() -> None:
     configure_logs(settings.log_level)
     tune_malloc(SERVING)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_serve(settings, options))
+    code = uvloop.new_event_loop().run_until_complete(_serve(settings, options))
     logging.shutdown()
     os._exit(code)  # a forward pass that nobody waits for may still be running
 
@@ -122,7 +121,11 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         observer.process_restarted()
     tasks = [
         asyncio.create_task(part)
-        for part in (engine.start(), server.stop_requested.wait(), server.watch())
+        for part in (
+            engine.start(),
+            server.stop_requested.wait(),
+            keep_running("watch the engine", server.watch),
+        )
     ]
     starting, stopping, watching = tasks
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)

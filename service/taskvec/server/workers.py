@@ -75,7 +75,7 @@ class GatewayProcess(multiprocess.Process):
         """Server that runs in the process."""
         end_with_parent()
         if self._server is None:
-            self._server = GracefulServer(self.config)
+            self._server = GracefulServer(self.config, supervised=True)
         return self._server
 
 

@@ -47,7 +47,7 @@ class FailingEngine(FakeEngine):
 
     failure: Exception
 
-    async def embed(self, batch: TokenBatch) -> EngineResult:
+    async def embed(self, _: TokenBatch) -> EngineResult:
         raise self.failure
 
 
@@ -65,7 +65,7 @@ async def serving(engine: FakeEngine, path: Path) -> AsyncIterator[EngineServer]
     finally:
         watching.cancel()
         listener.close()
-        path.unlink()
+        path.unlink()  # noqa: ASYNC240 - in memory
         await server.close()
 
 

@@ -93,6 +93,7 @@ class Gateways(multiprocess.Multiprocess):
             StartError: the address cannot be bound.
         """
         self._merge_metrics = merge_metrics
+        self._start_failed = False
         # Every process reads its settings from the environment, as the first one did. A limit on
         # the tokens of the one queue is divided, so that it holds for all of them together.
         share = -(-settings.max_queue_tokens // settings.workers)
@@ -129,6 +130,16 @@ class Gateways(multiprocess.Multiprocess):
         super().keep_subprocess_alive()
         if dead:
             self._merge_metrics()
+        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+
+    def check_started(self) -> None:
+        """Raise an error if a gateway could not start, which has ended all of them.
+
+        Raises:
+            StartError: one could not start.
+        """
+        if self._start_failed:
+            raise StartError("A gateway could not start: the reason is in the log above.")
 
     def terminate_all(self) -> None:
         """Close the sockets, then end the processes: new connections are refused at once."""
@@ -153,7 +164,9 @@ def serve_workers(settings: Settings) -> None:
         merge = partial(merge_dead_processes, folder / SERIES)
         if settings.engine is EngineKind.REMOTE:
             build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
-            Gateways(settings, merge).run()
+            gateways = Gateways(settings, merge)
+            gateways.run()
+            gateways.check_started()
         else:
             _serve_engine_and_gateways(settings, folder, merge)
 
@@ -177,10 +190,12 @@ def _serve_engine_and_gateways(
         launcher = engine_launcher(settings, checkpoint, listening)
         launcher.launch()
         try:
-            os.environ[ENGINE_SOCKET] = str(path)
-            gateways = Gateways(settings, merge_metrics)
             engine = ProcessEngine(checkpoint.card, launcher, launches=True)
             engine.on_end(stop_all)
+            # Report what gateways cannot serve, in this process.
+            build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            os.environ[ENGINE_SOCKET] = str(path)
+            gateways = Gateways(settings, merge_metrics)
             keeper = _EngineKeeper(engine, stop_all)
             keeper.start()
             try:
@@ -192,6 +207,7 @@ def _serve_engine_and_gateways(
             launcher.kill()
     if failures:
         raise failures[0]
+    gateways.check_started()
 
 
 class _EngineKeeper:

@@ -58,12 +58,6 @@ def in_process() -> Iterator[Served]:
         yield server
 
 
-def engine_of(server: Served) -> int:
-    """Return the id of the engine process."""
-    (engine,) = (p for p in server.descendants() if "engine_process" in command_of(p))
-    return engine
-
-
 def vectors(server: Served, task: str = "text-matching") -> np.ndarray:
     return np.frombuffer(embed(server.url, {"input": TEXTS, "task": task}, RAW).content, "<f4")
 
@@ -111,7 +105,7 @@ def test_the_gateway_has_no_torch(server: Served, in_process: Served) -> None:
         return Path(f"/proc/{process}/maps").read_text()
 
     assert "libtorch" not in maps(server.process.pid)
-    assert "libtorch" in maps(engine_of(server))
+    assert "libtorch" in maps(server.engine())
     assert "libtorch" in maps(in_process.process.pid)
     assert in_process.descendants() == set()
     shown = httpx.get(f"{server.url}/metrics").text
@@ -126,7 +120,7 @@ def test_the_engine_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     with served(*EXACT) as server:
         own, engines = (
             Path(f"/proc/{process}/environ").read_bytes()
-            for process in (server.process.pid, engine_of(server))
+            for process in (server.process.pid, server.engine())
         )
     assert b"tv-very-secret" in own
     assert b"tv-very-secret" not in engines
@@ -137,7 +131,7 @@ def test_a_killed_engine_is_replaced(workers: str) -> None:
     """After SIGKILL: clear refusals, then the same vectors again; gateways and counts stay."""
     with served("--workers", workers, *EXACT) as server:
         expected, gateways = vectors(server), server.gateways()
-        killed = engine_of(server)
+        killed = server.engine()
         os.kill(killed, signal.SIGKILL)
         seen: list[httpx.Response] = []
         wait_for(lambda: seen.append(answer(server)) or seen[-1].status_code == 503)
@@ -146,7 +140,7 @@ def test_a_killed_engine_is_replaced(workers: str) -> None:
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         wait_for(lambda: seen.append(answer(server)) or seen[-1].status_code == 200)
         assert {each.status_code for each in seen} <= {200, 503}
-        assert engine_of(server) != killed
+        assert server.engine() != killed
         assert np.array_equal(vectors(server), expected)
         assert server.gateways() == gateways
         wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
@@ -168,7 +162,7 @@ def test_requests_in_a_killed_engine_are_answered() -> None:
             for _ in range(4)
         ]
         wait_for(lambda: total(httpx.get(f"{server.url}/metrics").text, "taskvec_queue_texts") > 0)
-        os.kill(engine_of(server), signal.SIGKILL)
+        os.kill(server.engine(), signal.SIGKILL)
         for each in sent:
             got = each.result()
             assert (got.status_code, got.json()["code"]) == (503, "engine_unavailable")
@@ -191,7 +185,7 @@ def test_an_engine_that_cannot_come_back_ends_the_service(
             wait_for(lambda: answers(server))
             os.kill(gateway, signal.SIGCONT)
         shutil.rmtree(folder)
-        os.kill(engine_of(server), signal.SIGKILL)
+        os.kill(server.engine(), signal.SIGKILL)
         wait_for(lambda: answer(server).status_code == 503)
         server.process.wait(120)
         code, errors = ended(server)
@@ -228,7 +222,7 @@ def test_an_engine_killed_while_it_starts_ends_the_start() -> None:
     """There is no second try before the first was ready: one sentence, exit code 3."""
     with started("--log-level", "error") as server:
         wait_for(lambda: any("engine_process" in command_of(p) for p in server.descendants()))
-        os.kill(engine_of(server), signal.SIGKILL)
+        os.kill(server.engine(), signal.SIGKILL)
         code, errors = ended(server)
     assert code == 3, errors
     (sentence,) = errors.splitlines()

@@ -32,8 +32,8 @@ from taskvec.malloc import trim_malloc
 log = structlog.get_logger(__name__)
 
 STATUS_INTERVAL = 0.05
-"""Seconds between two looks at the engine's state, and at most from a text that enters a forward
-pass to its gateway's knowledge of it."""
+"""Seconds between two looks at the engine's state, and at most from an event to its gateway's
+knowledge of it. An event for each result would make its gateway, or the next forward pass, wait."""
 
 MEMORY_INTERVAL = 1.0
 """Seconds between two readings of the memory of this process."""
@@ -43,9 +43,6 @@ IDLE_TRIM_SECONDS = 2.0
 
 MAX_EVENTS = 10_000
 """Events kept for a gateway that does not read them; older ones are dropped."""
-
-EVENT_DELAY = 0.001
-"""Seconds from a result to its events, which neither delay it nor need a frame for each."""
 
 MAX_UNREAD = 1 << 20
 """Bytes of unread frames beyond which events wait."""
@@ -126,7 +123,6 @@ class EngineServer:
         self._connections: set[_Connection] = set()
         self._listener: asyncio.AbstractServer | None = None
         self._launcher: _Connection | None = None
-        self._flushing = False
         self._status: dict[str, Any] = {}
         self._entered: deque[tuple[_Connection, int]] = deque()
 
@@ -205,16 +201,9 @@ class EngineServer:
             "finished": self._engine.finished,
         }
 
-    def flush_events_soon(self) -> None:
-        """Send the events of the engine when the results of this moment have been sent."""
-        if self._events is not None and not self._flushing:
-            self._flushing = True
-            asyncio.get_running_loop().call_later(EVENT_DELAY, self.flush_events)
-
     def flush_events(self) -> None:
         """Send the events of the engine to the launcher, unless it does not read them."""
         launcher = self._launcher
-        self._flushing = False
         if self._events is None or launcher is None or launcher.unread > MAX_UNREAD:
             return
         events = self._events.take()
@@ -300,7 +289,6 @@ class _Connection(FrameProtocol):
             self.send(Kind.ERROR, call, pack_error(hidden))
         else:
             self.send(Kind.RESULT, call, *pack_result(result, self._engine.finished))
-            self._server.flush_events_soon()
         finally:
             del self._calls[call]
 

@@ -40,7 +40,7 @@ test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run the whole te
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
 	$(GATEWAY_VENV)/bin/python -m pytest -q tests/api tests/core tests/auth tests/telemetry tests/metrics \
-		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/test_wire.py \
+		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/process tests/engines/test_wire.py \
 		tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm

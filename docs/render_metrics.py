@@ -17,7 +17,7 @@ INTRODUCTION = """# Metrics
 `GET /metrics` is Prometheus' text format.
 All series with known label values exist before the first request, so that a rate sees the first event.
 With `--workers`, they are summed over all processes, whichever process answers the scrape.
-Python's own collectors, `python_gc_*` and `process_*`, exist only without `--workers`.
+Python's own collectors, `python_gc_*` and `process_*`, exist only without `--workers`, and are those of the gateway; `taskvec_engine_process_resident_bytes` is the memory of the engine's process.
 `make docs` writes this page from `docs/render_metrics.py` and `service/taskvec/metrics/`.
 
 | series | type | labels | question |

@@ -11,7 +11,9 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
+
+import psutil
 
 from report import spread, write_result
 from server import free_port, wait_ready
@@ -81,10 +83,13 @@ def one_by_one(port: int, requests: int) -> tuple[list[float], list[float]]:
 
 
 def resident_megabytes(pid: int) -> float:
-    """Return VmRSS of a process in MiB (Linux)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+    """Return the RSS of a process and its child processes, in MiB."""
+    root = psutil.Process(pid)
+    resident = root.memory_info().rss
+    for child in root.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            resident += child.memory_info().rss
+    return resident / (1 << 20)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import GoldenVectors, golden_vectors
 from taskvec.checkpoint.open import open_checkpoint
+from taskvec.core.admission import NO_LIMIT
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
-from taskvec.service import Role, build_service
+from taskvec.service import build_service
 from taskvec.settings import Settings, TokenInput
 from taskvec.telemetry.logs import configure_logs
 
@@ -107,8 +108,13 @@ def main() -> None:
     engine = NullEngine(checkpoint, golden_vectors(checkpoint, options.cache))
     app: Any = NullVllm(engine)
     if options.kind == "taskvec":
-        settings = Settings(token_input=TokenInput.ACCEPT)
-        service = build_service(settings, Role.ENGINE, checkpoint=checkpoint, engine=engine)
+        settings = Settings(
+            token_input=TokenInput.ACCEPT,
+            max_queue_tokens=NO_LIMIT,
+            max_queue_requests=NO_LIMIT,
+            log_requests=False,
+        )
+        service = build_service(settings, checkpoint=checkpoint, engine=engine)
         app = create_app(service, print)
     address = {"uds": options.uds} if options.uds else {"port": options.port}
     uvicorn.run(app, log_config=None, access_log=False, **address)

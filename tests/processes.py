@@ -44,6 +44,11 @@ class Served:
             new = {child for parent in new for child in children(parent)} - found
         return found - {self.process.pid}
 
+    def engine(self) -> int:
+        """Return the id of the engine process."""
+        (engine,) = (p for p in self.descendants() if "engine_process" in command_of(p))
+        return engine
+
     def gateways(self) -> set[int]:
         """Return the ids of the gateway processes, which multiprocessing has spawned."""
         return {process for process in self.descendants() if "spawn_main" in command_of(process)}

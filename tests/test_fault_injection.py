@@ -47,9 +47,9 @@ def test_memory_that_runs_out_costs_no_request() -> None:
         assert total(before, "taskvec_out_of_memory_total") == 0
         after = before
         for free in FREE_BYTES:
-            limit = address_space(server.process.pid) + free
+            limit = address_space(server.engine()) + free
             limits = (limit, resource.RLIM_INFINITY)
-            resource.prlimit(server.process.pid, resource.RLIMIT_AS, limits)
+            resource.prlimit(server.engine(), resource.RLIMIT_AS, limits)
             with ThreadPoolExecutor(4) as threads:
                 answers = [threads.submit(embed, server.url, big, RAW)]
                 answers += [threads.submit(embed, server.url, small, RAW) for _ in range(20)]

@@ -31,6 +31,7 @@ FROM_ENVIRONMENT = [
     ("port", "0", 0),
     ("workers", "4", 4),
     ("engine", "vllm", EngineKind.VLLM),
+    ("in_process", "true", True),
     ("engine_url", "http://a:1/, dns://b:2", ("http://a:1", "dns://b:2")),
     ("engine_api_key", "key", SecretStr("key")),
     ("engine_ca", "/ca.pem", PosixPath("/ca.pem")),

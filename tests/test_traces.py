@@ -207,12 +207,16 @@ def test_a_gateway_and_its_server_make_one_trace(
         assert_one_trace(collector.trace(trace, 11), server.url)
 
 
-def test_processes_of_one_service_make_one_trace(collector: Collector) -> None:
-    """With --workers, the gateway process and the engine process share one trace."""
-    trace = "6" * 32
-    with served("--workers", "2", "--traces", *EXACT) as gateways:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_engine_process_has_its_stages(collector: Collector, workers: str) -> None:
+    """A request's span has the stages of the engine, in whichever process they were."""
+    trace = f"{6 + int(workers):032x}"
+    with served("--workers", workers, "--traces", *EXACT) as gateways:
         ask(gateways.url, {"input": ["a text"]}, trace)
-        assert_one_trace(collector.trace(trace, 11), "http://engine")
+        spans = collector.trace(trace, 5)
+    (request,) = (span for span in spans if span.parent_span_id.hex() == PARENT)
+    below = [span.name for span in spans if span.parent_span_id == request.span_id]
+    assert below == STAGES
 
 
 def test_requests_that_share_calls_keep_their_traces(server: Served, collector: Collector) -> None:

@@ -18,6 +18,11 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread of a server waits for the interpreter lock before it asks for it; a
+tenth of Python's default. The engine's thread needs the lock at each of a forward pass's thousand
+calls, and would wait that long at each while the event loop is busy (docs/adr/0018)."""
+
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run coroutines concurrently and return their results in order.

@@ -21,7 +21,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import BackgroundTaskError, BackgroundTasks
-from taskvec.core.admission import NO_LIMIT, Admission, measure_speed
+from taskvec.core.admission import Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.memory_budget import MemoryBudget, default_budget
@@ -58,23 +58,18 @@ connections meanwhile: the others on the same socket take them, instead of this 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
 
-ENGINE_CONNECTIONS = "TASKVEC_ENGINE_CONNECTIONS"
-"""Environment variable with the number of connections that the engine process of ``--workers`` has
-for each gateway; not set elsewhere."""
-
 log = structlog.get_logger(__name__)
 
 
 class Role(enum.Enum):
     """What a process does for the service.
 
-    STANDALONE is gateway and engine in one. With several processes, each GATEWAY authenticates,
-    limits, caches, counts and logs, and one ENGINE process embeds for all of them.
+    STANDALONE is the only gateway. With several, each is a GATEWAY. Where the engine is makes no
+    difference: it may be in the process, or in one of its own.
     """
 
     STANDALONE = "standalone"
     GATEWAY = "gateway"
-    ENGINE = "engine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +171,6 @@ def build_service(
     settings: Settings,
     role: Role = Role.STANDALONE,
     *,
-    engine_process: str | None = None,
     checkpoint: Checkpoint | None = None,
     metrics: Metrics | None = None,
     engine: Engine | None = None,
@@ -189,8 +183,6 @@ def build_service(
     Args:
         settings: how to serve.
         role: what this process does.
-        engine_process: kind of the engine in the ENGINE process behind this gateway, for metrics;
-            None if there is no such process.
         checkpoint: None opens the one in the settings.
         metrics: None makes new ones.
         engine: None builds the one in the settings.
@@ -212,24 +204,17 @@ def build_service(
     metrics.describe(
         version=__version__,
         model=names.primary,
-        engine=engine_process or settings.engine.value,
+        engine=settings.engine.value,
     )
-    engine = engine or build_engine(
-        settings, checkpoint, metrics, reports_queue=engine_process is None
-    )
+    engine = engine or build_engine(settings, checkpoint, metrics)
     tokenizer = tokenizer or build_tokenizer(
         checkpoint,
         max_tokens=settings.max_tokens,
         threads=settings.tokenizer_threads,
         observer=metrics,
     )
-    behind_gateways = role is Role.ENGINE  # they admit, cache, and check keys for it
-    admission = (
-        Admission(NO_LIMIT)
-        if behind_gateways
-        else Admission(
-            settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
-        )
+    admission = Admission(
+        settings.max_queue_tokens, settings.queue_seconds, settings.max_queue_requests
     )
     limits = limits or MemoryLimits()
     budget = MemoryBudget(settings.memory_budget or default_budget(limits.total()))
@@ -242,7 +227,7 @@ def build_service(
         canary_seconds=settings.canary_interval,
         memory_used_up=lambda: pressure.unready,
     )
-    source = None if behind_gateways else key_source(settings)
+    source = key_source(settings)
     return Service(
         settings=settings,
         role=role,
@@ -254,7 +239,7 @@ def build_service(
             tasks,
             admission,
             health,
-            cache=None if behind_gateways else build_cache(settings, checkpoint, metrics, engine),
+            cache=build_cache(settings, checkpoint, metrics, engine),
         ),
         admission=admission,
         health=health,
@@ -271,9 +256,7 @@ def build_service(
             observer=metrics,
         ),
         tracer=make_tracer(names.primary) if settings.traces else None,
-        request_log=(request_log or RequestLog())
-        if settings.log_requests and not behind_gateways
-        else None,
+        request_log=(request_log or RequestLog()) if settings.log_requests else None,
     )
 
 
@@ -384,22 +367,19 @@ def key_source(settings: Settings) -> KeySource | None:
     )
 
 
-def build_engine(
-    settings: Settings, checkpoint: Checkpoint, observer: Any, *, reports_queue: bool = True
-) -> Engine:
-    """Build the engine in the settings; it is not started.
+def build_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
+    """Build the engine in the settings, in this process; it is not started.
 
     Args:
         settings: which engine, and how it runs.
         checkpoint: the model.
         observer: notified of the engine's work; see ``EngineObserver`` and ``PoolObserver``.
-        reports_queue: see ``RemoteOptions``.
 
     Raises:
         StartError: a package that it needs is not installed.
     """
     if settings.engine is EngineKind.REMOTE:
-        return _remote_engine(settings, checkpoint, observer, reports_queue=reports_queue)
+        return _remote_engine(settings, checkpoint, observer)
     if settings.engine is EngineKind.VLLM:
         return _vllm_engine(settings, checkpoint, observer)
     return _packed_engine(settings, checkpoint, observer)
@@ -442,9 +422,7 @@ def _vllm_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> E
     return VllmEngine(checkpoint, settings.cache, options, observer)
 
 
-def _remote_engine(
-    settings: Settings, checkpoint: Checkpoint, observer: Any, *, reports_queue: bool
-) -> Engine:
+def _remote_engine(settings: Settings, checkpoint: Checkpoint, observer: Any) -> Engine:
     from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions  # noqa: PLC0415
 
     key = settings.engine_api_key
@@ -454,8 +432,6 @@ def _remote_engine(
         ca=settings.engine_ca,
         max_tokens=settings.max_tokens,
         call_seconds=settings.engine_call_timeout,
-        reports_queue=reports_queue,
-        connections=int(os.environ.get(ENGINE_CONNECTIONS, "0"))
-        or divide_open_files(settings.max_connections, remote=True).engines,
+        connections=divide_open_files(settings.max_connections, remote=True).engines,
     )
     return RemoteEngine(checkpoint, settings.cache, options, observer)

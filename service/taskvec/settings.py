@@ -131,10 +131,17 @@ class Settings(BaseSettings):
     engine: Annotated[
         EngineKind,
         Field(
-            description="packed: the built-in torch engine, in this process; vllm: vLLM, in "
-            "this process; remote: vLLM or taskvec servers elsewhere."
+            description="packed: the built-in torch engine; vllm: vLLM on this machine; remote: "
+            "vLLM or taskvec servers elsewhere."
         ),
     ] = EngineKind.PACKED
+    in_process: Annotated[
+        bool,
+        Field(
+            description="Run the packed engine in the process of the gateway instead of one of "
+            "its own. It takes less memory, and requests of all kinds then delay embeddings."
+        ),
+    ] = False
     engine_url: Annotated[
         tuple[str, ...],
         NoDecode,
@@ -552,6 +559,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "--engine-url (TASKVEC_ENGINE_URL) needs --engine remote (TASKVEC_ENGINE), but the "
                 f"engine is {self.engine.value}."
+            )
+        if self.in_process and self.workers > 1:
+            raise ValueError(
+                "--in-process (TASKVEC_IN_PROCESS) runs the engine in the process of the only "
+                "gateway, but --workers (TASKVEC_WORKERS) asks for several: set only one of them."
             )
         if self.answer_cache_bytes and self.answer_cache_url:
             raise ValueError(

@@ -21,7 +21,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.wire import WIRE_PATH
 from taskvec.metrics.registry import Metrics
 from taskvec.metrics.requests import STATUSES
-from taskvec.service import Role, build_service
+from taskvec.service import build_service
 from taskvec.settings import Settings
 
 PATH = "/v1/embeddings"
@@ -121,25 +121,6 @@ async def test_without_keys_all_is_open(default_checkpoint: Checkpoint) -> None:
             answer = await client.post(PATH, json={"input": "a"}, headers=headers)
             assert answer.status_code == 200
         assert "securitySchemes" not in (await client.get("/openapi.json")).text
-
-
-@pytest.mark.anyio
-async def test_an_engine_behind_gateways_asks_for_no_key(
-    default_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """The gateways have asked: the engine process on its private socket does not."""
-    file = tmp_path / "keys.toml"
-    file.write_text(entry("web", "s3cret"))
-    service = build_service(
-        Settings(keys_file=file, log_requests=False),
-        Role.ENGINE,
-        checkpoint=default_checkpoint,
-        engine=FakeEngine(default_checkpoint.card),
-    )
-    app = create_app(service, lambda _: None)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        assert (await client.get("/v1/models")).status_code == 200
 
 
 @pytest.mark.anyio

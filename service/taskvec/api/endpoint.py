@@ -29,7 +29,7 @@ from taskvec.core.memory_budget import MemoryBudget
 from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
-from taskvec.service import Role, Service
+from taskvec.service import Service
 from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -83,7 +83,7 @@ class Endpoints:
         shedder: refuses embedding requests under overload.
         auth: None if the service has no API keys.
         limiter: None if the service has no API keys.
-        metrics: None if another process counts the requests.
+        metrics: count the requests.
         tracer: None if traces are off.
     """
 
@@ -93,7 +93,7 @@ class Endpoints:
     shedder: LoadShedder
     auth: ApiKeyAuth | None
     limiter: KeyRateLimiter | None
-    metrics: Metrics | None
+    metrics: Metrics
     tracer: Tracer | None
 
     @classmethod
@@ -111,7 +111,7 @@ class Endpoints:
             shedder=LoadShedder(service.health, service.admission, lag, service.pressure),
             auth=None if service.keys is None else ApiKeyAuth(service.keys),
             limiter=None if service.limiter is None else KeyRateLimiter(service.limiter),
-            metrics=None if service.role is Role.ENGINE else service.metrics,
+            metrics=service.metrics,
             tracer=service.tracer,
         )
 

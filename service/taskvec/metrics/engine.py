@@ -1,4 +1,4 @@
-"""Metrics of an engine in this process; see ``taskvec.engines.base.EngineObserver``."""
+"""Metrics of an engine on this machine; see ``taskvec.engines.base.EngineObserver``."""
 
 from __future__ import annotations
 
@@ -94,6 +94,17 @@ class EngineMetrics:
             ("reason",),
             registry=registry,
         )
+        self._process_memory = Gauge(
+            "taskvec_engine_process_resident_bytes",
+            "How much memory does the engine's process have (0: it is in no process of its own)?",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._process_restarts = Counter(
+            "taskvec_engine_process_restarts",
+            "How often was the engine's process replaced because it had ended?",
+            registry=registry,
+        )
         self._oldest: float | None = None
         for reason in DropReason:
             self._dropped.labels(reason)
@@ -129,6 +140,14 @@ class EngineMetrics:
     def texts_dropped(self, reason: DropReason, texts: int) -> None:
         """Count texts that were not embedded; see ``EngineObserver``."""
         self._dropped.labels(reason).inc(texts)
+
+    def process_memory(self, resident: int) -> None:
+        """Set the bytes of the engine's process; see ``ProcessObserver``."""
+        self._process_memory.set(resident)
+
+    def process_restarted(self) -> None:
+        """Count a new process of the engine; see ``ProcessObserver``."""
+        self._process_restarts.inc()
 
     def update_queue_age(self) -> None:
         """Set the age of the oldest text in the queue, in seconds; called before each scrape."""

@@ -1,4 +1,4 @@
-"""``taskvec serve`` in one process: settings to a running uvicorn server."""
+"""``taskvec serve`` with one gateway: settings to a running uvicorn server."""
 
 from __future__ import annotations
 
@@ -9,36 +9,61 @@ from typing import Any
 
 import uvicorn
 
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.open import open_checkpoint
+from taskvec.concurrency import SWITCH_INTERVAL
+from taskvec.engines.process.client import ProcessEngine
+from taskvec.engines.process.launcher import EngineLauncher
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.open_files import divide_open_files
+from taskvec.server.engine_process import engine_launcher
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
 from taskvec.server.shutdown import GracefulServer
-from taskvec.service import build_service
+from taskvec.service import build_service, task_table
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import RequestLog
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle timeout of common load balancers."""
 
-SWITCH_INTERVAL = 0.0005
-"""Seconds for which a thread waits for the interpreter lock before it asks for it; a tenth of
-Python's default. The engine's thread needs the lock at each of a forward pass's thousand calls, and
-would wait that long at each while the event loop is busy (docs/adr/0018)."""
-
 
 def serve(settings: Settings, request_log: RequestLog) -> None:
-    """Serve in this process until a signal.
+    """Serve until a signal: the gateway in this process, the packed engine in one of its own.
+
+    vLLM has processes of its own, and a pool's servers are elsewhere, so those engines are driven
+    from this process.
 
     Args:
         settings: how to serve.
         request_log: log of requests.
 
     Raises:
-        StartError: the service cannot start.
+        StartError: the service cannot start, or its engine process has ended for good.
     """
+    tune_malloc(SERVING)
+    if settings.in_process or settings.engine is not EngineKind.PACKED:
+        _run(settings, request_log)
+        return
+    checkpoint = open_checkpoint(settings.model, settings.revision)
+    launcher = engine_launcher(settings, checkpoint)
+    launcher.launch()  # it loads while this process imports
+    try:
+        _run(settings, request_log, checkpoint, launcher)
+    finally:
+        launcher.kill()
+
+
+def _run(
+    settings: Settings,
+    request_log: RequestLog,
+    checkpoint: Checkpoint | None = None,
+    launcher: EngineLauncher | None = None,
+) -> None:
+    """Run the gateway; with a launcher, the engine is in the process that it owns."""
     # Imports prometheus_client, which workers must not import before they share a folder.
     from taskvec.api.app import create_app  # noqa: PLC0415
+    from taskvec.metrics.registry import Metrics  # noqa: PLC0415
 
     failures: list[BaseException] = []
 
@@ -46,8 +71,20 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
         failures.append(error)
         server.should_exit = True
 
-    tune_malloc(SERVING)
-    app = create_app(build_service(settings, request_log=request_log), stop_serving)
+    if checkpoint is None or launcher is None:
+        service = build_service(settings, request_log=request_log)
+    else:
+        metrics = Metrics(task_table(checkpoint).names)
+        engine = ProcessEngine(checkpoint.card, launcher, metrics, launches=True)
+        engine.on_end(stop_serving)
+        service = build_service(
+            settings,
+            checkpoint=checkpoint,
+            metrics=metrics,
+            engine=engine,
+            request_log=request_log,
+        )
+    app = create_app(service, stop_serving)
     server = GracefulServer(
         uvicorn.Config(app, host=settings.host, port=settings.port, **server_options(settings))
     )

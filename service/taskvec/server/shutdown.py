@@ -30,9 +30,16 @@ class GracefulServer(uvicorn.Server):
     SIGINT (Ctrl-C) skips the grace period.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        """Prepare, as uvicorn's server."""
+    def __init__(self, config: uvicorn.Config, *, supervised: bool = False) -> None:
+        """Prepare, as uvicorn's server.
+
+        Args:
+            config: as uvicorn's.
+            supervised: a main process forwards its signals. Where all processes get the signal, it
+                arrives twice, and the second one does not end anything.
+        """
         super().__init__(config)
+        self._supervised = supervised
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received: set[int] = set()
         self._draining: asyncio.Task[None] | None = None
@@ -50,6 +57,8 @@ class GracefulServer(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._drain_or_stop, signal.Signals(sig))
 
     def _drain_or_stop(self, number: signal.Signals) -> None:
+        if number in self._received and self._supervised:
+            return
         if number in self._received:
             super().handle_exit(signal.SIGINT, None)  # stops uvicorn
             super().handle_exit(signal.SIGINT, None)  # stops it without waiting for requests

@@ -1,7 +1,8 @@
-"""``taskvec serve --workers N``: several gateway processes, and one engine process or a pool."""
+"""``taskvec serve --workers N``: several gateway processes before one engine process or a pool."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -14,32 +15,35 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import parent_process as multiprocessing_parent
 from pathlib import Path
-from socket import socket
+from socket import AF_UNIX, socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.supervisors import multiprocess
 
-from taskvec.checkpoint.golden import golden_vectors
+from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
 from taskvec.engines.base import EngineState
+from taskvec.engines.process.client import EngineSocket, ProcessEngine
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
-from taskvec.open_files import MAX_ENGINE_CONNECTIONS, divide_open_files
+from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
 from taskvec.server.run import server_options
 from taskvec.server.shutdown import GracefulServer
-from taskvec.service import ENGINE_CONNECTIONS, START_WAIT, Role, Service, build_service, key_source
-from taskvec.settings import EngineKind, Settings, TokenInput
+from taskvec.service import START_WAIT, Role, build_service, key_source
+from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 GATEWAY_APP = "taskvec.server.workers:gateway_app"
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-ENGINE_PROCESS = "TASKVEC_ENGINE_BEHIND"
-"""Environment variable with the kind of the engine process behind a gateway."""
+ENGINE_SOCKET = "TASKVEC_ENGINE_SOCKET"
+"""Environment variable with the path of the engine process's socket; not set without one."""
 
 SERIES = "series"
 """Folder of the metrics in the temporary folder."""
@@ -49,9 +53,6 @@ METRICS_BYTES = 8 << 20
 
 MAX_SOCKET_PATH = 107
 """Longest path of a Unix socket on Linux, in bytes (unix(7): 108 with the final zero)."""
-
-ORPHAN_SECONDS = 5.0
-"""Time in which a process ends whose parent has ended."""
 
 ORPHANED = 1
 """Exit code of a process that did not end within that time."""
@@ -77,7 +78,7 @@ class GatewayProcess(multiprocess.Process):
         """Server that runs in the process."""
         end_with_parent()
         if self._server is None:
-            self._server = GracefulServer(self.config)
+            self._server = GracefulServer(self.config, supervised=True)
         return self._server
 
 
@@ -95,9 +96,17 @@ class Gateways(multiprocess.Multiprocess):
             StartError: the address cannot be bound.
         """
         self._merge_metrics = merge_metrics
-        # Every process reads its settings from the environment, as the first one did.
-        share = settings.memory_budget or default_budget(MemoryLimits().total() // settings.workers)
-        alone = {"workers": 1, "memory_budget": share}
+        self._start_failed = False
+        # Every process reads its settings from the environment, as the first one did. Limits on
+        # the sum of all requests are divided, so that they hold for all processes together.
+        memory = settings.memory_budget or default_budget(
+            MemoryLimits().total() // settings.workers
+        )
+        alone = {
+            "workers": 1,
+            "memory_budget": memory,
+            "max_queue_tokens": -(-settings.max_queue_tokens // settings.workers),
+        }
         os.environ |= settings.model_copy(update=alone).environment()
         config = uvicorn.Config(
             GATEWAY_APP,
@@ -130,6 +139,16 @@ class Gateways(multiprocess.Multiprocess):
         super().keep_subprocess_alive()
         if dead:
             self._merge_metrics()
+        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+
+    def check_started(self) -> None:
+        """Raise an error if a gateway could not start, which has ended all of them.
+
+        Raises:
+            StartError: one could not start.
+        """
+        if self._start_failed:
+            raise StartError("A gateway could not start: the reason is in the log above.")
 
     def terminate_all(self) -> None:
         """Close the sockets, then end the processes: new connections are refused at once."""
@@ -154,7 +173,9 @@ def serve_workers(settings: Settings) -> None:
         merge = partial(merge_dead_processes, folder / SERIES)
         if settings.engine is EngineKind.REMOTE:
             build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
-            Gateways(settings, merge).run()
+            gateways = Gateways(settings, merge)
+            gateways.run()
+            gateways.check_started()
         else:
             _serve_engine_and_gateways(settings, folder, merge)
 
@@ -162,60 +183,83 @@ def serve_workers(settings: Settings) -> None:
 def _serve_engine_and_gateways(
     settings: Settings, folder: Path, merge_metrics: Callable[[], None]
 ) -> None:
-    """Run the engine in this process, behind a Unix socket, and gateways in their own processes."""
-    from taskvec.api.app import create_app  # noqa: PLC0415 - after the metrics folder is set
-
+    """Run the engine and the gateways, each in a process of its own, and watch over them."""
     failures: list[BaseException] = []
-    path = _socket_path(folder)
 
     def stop_all(error: BaseException) -> None:
         if not failures:
             failures.append(error)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    engine_settings = settings.model_copy(
-        update={
-            "token_input": TokenInput.ACCEPT,
-            "tls_cert": None,
-            "tls_key": None,
-            "max_connections": MAX_ENGINE_CONNECTIONS * settings.workers,
-            # Clients are limited by the gateways, which merge and split their requests.
-            "max_texts": max(settings.max_texts, _default("max_texts")),
-            "max_body_bytes": max(settings.max_body_bytes, _default("max_body_bytes")),
-        }
-    )
-    service = build_service(engine_settings, Role.ENGINE)
-    golden_vectors(service.checkpoint, settings.cache)
-    os.environ[ENGINE_PROCESS] = settings.engine.value
-    os.environ[ENGINE_CONNECTIONS] = str(_connections_to_engine(settings, engine_settings))
-    remote = {"engine": EngineKind.REMOTE, "engine_url": (f"unix://{path}",)}
-    gateways = Gateways(settings.model_copy(update=remote), merge_metrics)
-    app = create_app(service, stop_all)
-    server = uvicorn.Server(uvicorn.Config(app, uds=str(path), **server_options(engine_settings)))
-    stopped = threading.Event()
-
-    def watch() -> None:
-        while not stopped.wait(POLL_INTERVAL):
-            health = service.engine.health()
-            if health.state is EngineState.DEAD:
-                stop_all(RuntimeError(f"The engine died: {health.reason}."))
-
-    threads = [
-        threading.Thread(target=_run_server, args=(server, stop_all), name="engine-server"),
-        threading.Thread(target=watch, name="engine-watch"),
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        _wait_while(lambda: _starting(service) and not gateways.stop_requested, START_WAIT)
-        gateways.run()
-    finally:
-        stopped.set()
-        server.should_exit = True
-        for thread in threads:
-            thread.join()
+    checkpoint = open_checkpoint(settings.model, settings.revision)
+    path = _socket_path(folder)
+    with socket(AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        launcher = engine_launcher(settings, checkpoint, listening)
+        launcher.launch()
+        try:
+            engine = ProcessEngine(checkpoint.card, launcher, launches=True)
+            engine.on_end(stop_all)
+            # Report what gateways cannot serve, in this process.
+            build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            os.environ[ENGINE_SOCKET] = str(path)
+            gateways = Gateways(settings, merge_metrics)
+            keeper = _EngineKeeper(engine, stop_all)
+            keeper.start()
+            try:
+                _wait_while(lambda: _starting(engine) and not gateways.stop_requested, START_WAIT)
+                gateways.run()
+            finally:
+                keeper.stop()
+        finally:
+            launcher.kill()
     if failures:
         raise failures[0]
+    gateways.check_started()
+
+
+class _EngineKeeper:
+    """Keeps the engine process running from a thread; the main one watches over the gateways."""
+
+    def __init__(self, engine: ProcessEngine, on_failure: Callable[[BaseException], None]) -> None:
+        self._engine = engine
+        self._on_failure = on_failure
+        self._loop = asyncio.new_event_loop()
+        self._stopped = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-keeper")
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine process after its work, and the thread."""
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._loop_closed():
+            self._loop.run_until_complete(self._keep())
+
+    @contextmanager
+    def _loop_closed(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._loop.close()
+
+    async def _keep(self) -> None:
+        starting = asyncio.create_task(self._start())
+        await self._stopped.wait()
+        await self._engine.stop()
+        await starting
+
+    async def _start(self) -> None:
+        try:
+            await self._engine.start()
+        except Exception as error:  # noqa: BLE001 - all processes must end, whatever the error is
+            self._on_failure(error)
 
 
 def _socket_path(folder: Path) -> Path:
@@ -231,24 +275,6 @@ def _socket_path(folder: Path) -> Path:
             "TMPDIR to a shorter folder."
         )
     return path
-
-
-def _connections_to_engine(gateway: Settings, engine: Settings) -> int:
-    """Return how many connections each gateway may open: no more than the engine process takes."""
-    taken = divide_open_files(engine.max_connections, remote=False).clients // gateway.workers
-    own = divide_open_files(gateway.max_connections, remote=True).engines
-    return max(1, min(taken, own))
-
-
-def _run_server(server: uvicorn.Server, on_failure: Callable[[BaseException], None]) -> None:
-    """Run the engine's server in this thread; report if it ends unexpectedly."""
-    try:
-        server.run()
-    except BaseException as error:  # noqa: BLE001 - uvicorn exits where it cannot listen
-        on_failure(StartError(f"The engine's server has failed: {error!r}."))
-    else:
-        if not server.should_exit:
-            on_failure(RuntimeError("The engine's server has ended."))
 
 
 def gateway_app() -> FastAPI:
@@ -267,12 +293,14 @@ def gateway_app() -> FastAPI:
         logging.shutdown()
         os._exit(START_FAILED)
 
+    path = os.environ.get(ENGINE_SOCKET)
     try:
+        checkpoint = open_checkpoint(settings.model, settings.revision)
+        engine = None
+        if path is not None:
+            engine = ProcessEngine(checkpoint.card, EngineSocket(path), launches=False)
         service = build_service(
-            settings,
-            Role.GATEWAY,
-            engine_process=os.environ.get(ENGINE_PROCESS),
-            request_log=request_log,
+            settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine, request_log=request_log
         )
     except StartError as error:
         log.error("gateway_failed", reason=str(error))  # noqa: TRY400 - the sentence says it all
@@ -280,13 +308,8 @@ def gateway_app() -> FastAPI:
     return create_app(service, end)
 
 
-def _default(setting: str) -> int:
-    value: int = Settings.model_fields[setting].default
-    return value
-
-
-def _starting(service: Service) -> bool:
-    return service.engine.health().state is EngineState.STARTING
+def _starting(engine: ProcessEngine) -> bool:
+    return engine.health().state is EngineState.STARTING
 
 
 def _wait_while(condition: Callable[[], bool], seconds: float) -> None:

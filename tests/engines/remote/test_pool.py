@@ -357,24 +357,6 @@ async def test_a_call_that_fails_leaves_the_queue(
         assert queued(metrics) == (0, 0, 0)
 
 
-@pytest.mark.anyio
-async def test_a_server_that_reports_its_queue_is_not_counted_twice(
-    default_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """If the server reports to the same metrics, the pool does not report its queue."""
-    peer = Peer(default_checkpoint, protocol="taskvec")
-    async with (
-        listening(peer),
-        pool(default_checkpoint, tmp_path, peer, reports_queue=False) as (engine, metrics),
-    ):
-        peer.released.clear()
-        asked = asyncio.create_task(engine.embed(batch(3)))
-        await until(lambda: peer.calls)
-        assert queued(metrics) == (0, 0, 0)
-        peer.released.set()
-        await asked
-
-
 def queued(metrics: Metrics) -> tuple[float, ...]:
     """Return texts, tokens and the age of the oldest text."""
     metrics.update_queue_age()

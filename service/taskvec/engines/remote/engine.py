@@ -73,7 +73,6 @@ class RemoteOptions:
         check_seconds: a server without an answer for this long is probed.
         lookup_seconds: interval of DNS lookups.
         connections: maximum concurrent calls to all servers together; further calls wait.
-        reports_queue: False if the single server reports the queue to the same metrics.
     """
 
     urls: tuple[str, ...]
@@ -83,7 +82,6 @@ class RemoteOptions:
     call_seconds: float = 120.0
     check_seconds: float = 10.0
     lookup_seconds: float = 5.0
-    reports_queue: bool = True
     connections: int = MAX_ENGINE_CONNECTIONS
 
 
@@ -157,7 +155,7 @@ class RemoteEngine:
         self._proofs: ProofObserver | None = None
         self._connections = asyncio.Semaphore(options.connections)
         self._finished = 0
-        self._in_flight = InFlight(observer if options.reports_queue else None)
+        self._in_flight = InFlight(observer)
 
     @property
     def model(self) -> ModelCard:

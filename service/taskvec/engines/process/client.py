@@ -1,0 +1,362 @@
+"""The engine process as an engine: the side of a gateway, and of whoever launched the process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import structlog
+
+from taskvec.checkpoint.backbone import ModelCard
+from taskvec.concurrency import keep_running
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
+from taskvec.engines.process.frames import (
+    Body,
+    FrameProtocol,
+    Kind,
+    pack_call,
+    unpack_error,
+    unpack_json,
+    unpack_result,
+)
+from taskvec.engines.process.server import EVENTS, ProcessObserver
+from taskvec.errors import StartError, UnavailableError
+
+POLL_INTERVAL = 0.01
+"""Seconds between two looks at the calls in progress, while the engine stops."""
+
+RECONNECT_SECONDS = 0.2
+"""Seconds between two tries to connect."""
+
+log = structlog.get_logger(__name__)
+
+
+class EngineSource(Protocol):
+    """Where the connections to the engine process come from."""
+
+    async def open(self) -> socket.socket:
+        """Return a connected socket to an engine process, which may still be loading.
+
+        Raises:
+            StartError: there is none and will be none.
+        """
+
+    async def ended(self, *, ready: bool) -> str:
+        """Say why the last connection ended, in words that follow "it has ended".
+
+        Args:
+            ready: whether the engine was ready.
+        """
+
+    async def close(self) -> None:
+        """Let go of the engine process; every connection has been asked to stop."""
+
+
+class EngineSocket:
+    """Connects to the engine process that another process launches, by its socket's path."""
+
+    def __init__(self, path: str) -> None:
+        """Take the path of a Unix socket."""
+        self._path = path
+
+    async def open(self) -> socket.socket:
+        """See ``EngineSource.open``; tries until the socket can be connected."""
+        loop = asyncio.get_running_loop()
+        while True:
+            opened = socket.socket(socket.AF_UNIX)
+            opened.setblocking(False)
+            try:
+                await loop.sock_connect(opened, self._path)
+            except OSError as error:
+                opened.close()
+                log.warning("engine_not_connected", reason=str(error))
+                await asyncio.sleep(RECONNECT_SECONDS)
+            except BaseException:
+                opened.close()
+                raise
+            else:
+                return opened
+
+    async def ended(self, *, ready: bool) -> str:  # noqa: ARG002 - the launcher logs it
+        """See ``EngineSource.ended``."""
+        return "the log of the main process says why"
+
+    async def close(self) -> None:
+        """See ``EngineSource.close``; does nothing."""
+
+
+class ProcessEngine:
+    """Engine whose forward passes run in the engine process; belongs to one event loop.
+
+    When the process ends, calls in progress fail and new ones are refused, both as unavailable,
+    until its source has another one that is ready.
+    """
+
+    def __init__(
+        self,
+        model: ModelCard,
+        source: EngineSource,
+        observer: ProcessObserver | None = None,
+        *,
+        launches: bool,
+    ) -> None:
+        """Create the engine; ``start`` connects.
+
+        Args:
+            model: the card of the model that the process must serve.
+            source: where connections come from.
+            observer: gets the events of the engine, if the process sends them.
+            launches: the source launches the process, so that its end is the end of the process.
+        """
+        self._model = model
+        self._source = source
+        self._observer = observer
+        self._launches = launches
+        self._health = EngineHealth(EngineState.STARTING, "its process is starting")
+        self._stopping = False
+        self._was_ready = False
+        self._process_ready = False
+        self._batch_tokens = 0
+        self._finished = 0
+        self._connection: _Connection | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._on_end: Callable[[BaseException], None] | None = None
+
+    @property
+    def model(self) -> ModelCard:
+        """See ``Engine.model``."""
+        return self._model
+
+    @property
+    def finished(self) -> int:
+        """See ``Engine.finished``: the counter of the engine in the process."""
+        return self._finished
+
+    @property
+    def batch_tokens(self) -> int:
+        """See ``Engine.batch_tokens``: that of the engine in the process."""
+        return self._batch_tokens
+
+    def on_end(self, call: Callable[[BaseException], None]) -> None:
+        """Call a function if the engine has ended for good after it was ready."""
+        self._on_end = call
+
+    def health(self) -> EngineHealth:
+        """See ``Engine.health``."""
+        return self._health
+
+    async def start(self) -> None:
+        """See ``Engine.start``."""
+        self._started = asyncio.get_running_loop().create_future()
+        self._keeper = asyncio.create_task(
+            keep_running("connect to the engine", self._keep_connected)
+        )
+        await self._started
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        """See ``Engine.embed``."""
+        self._health.require_ready()
+        assert self._connection is not None  # noqa: S101 - it is what makes the state ready
+        return await self._connection.embed(batch)
+
+    async def stop(self) -> None:
+        """See ``Engine.stop``."""
+        if self._health.state is not EngineState.DEAD:
+            self._health = EngineHealth(EngineState.STOPPING, "it finishes the admitted requests")
+        while self._connection is not None and self._connection.calls:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(POLL_INTERVAL)
+        self._stopping = True
+        if self._connection is not None:
+            self._connection.finish(stop_process=self._launches)
+        await self._source.close()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(None)
+        self._health = EngineHealth(EngineState.DEAD, "stopped")
+
+    async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._stopping:
+            try:
+                opened = await self._source.open()
+            except StartError as error:
+                self._end(error)
+                return
+            _, connection = await loop.create_unix_connection(
+                lambda: _Connection(self), sock=opened
+            )
+            self._connection = connection
+            await connection.lost
+            self._connection = None
+            ready, self._process_ready = self._process_ready, False
+            self._set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
+            connection.fail()
+            reason = await self._source.ended(ready=ready)
+            if self._observer is not None:
+                self._observer.queue_changed(0, 0, None)
+            if self._stopping:
+                return
+            if connection.failure and not self._was_ready:
+                self._end(StartError(connection.failure))
+                return
+            if self._launches and not self._was_ready:
+                self._end(StartError(f"The engine's process ended before it was ready: {reason}."))
+                return
+            if self._was_ready:
+                self._set_health(
+                    EngineHealth(
+                        EngineState.UNAVAILABLE,
+                        f"its process has ended ({connection.failure or reason}) and starts again",
+                        "its process has ended and starts again",
+                    )
+                )
+
+    def status_received(self, status: dict[str, Any]) -> None:
+        """Take over what the process says of its engine."""
+        served = status.get("model")
+        if served is not None and _card(served) != _card(asdict(self._model)):
+            name = served.get("name")
+            reason = (
+                f"its process has read another checkpoint ({name}) than this one "
+                f"({self._model.name}): did its files change?"
+            )
+            if not self._was_ready:
+                self._end(StartError(f"The engine cannot be used: {reason}"))
+            self._set_health(EngineHealth(EngineState.UNAVAILABLE, reason))
+            return
+        self._batch_tokens = status["batch_tokens"]
+        self._finished = status["finished"]
+        state = EngineState(status["state"])
+        if state is EngineState.READY:
+            self._was_ready = self._process_ready = True
+            if self._started is not None and not self._started.done():
+                self._started.set_result(None)
+        elif state is EngineState.STARTING and self._was_ready:
+            return  # the reason why the one before has ended says more
+        elif state in (EngineState.DEAD, EngineState.STOPPING):
+            state = EngineState.UNAVAILABLE  # its process is about to end
+        self._set_health(EngineHealth(state, status["reason"], status["public_reason"]))
+
+    def finished_changed(self, finished: int) -> None:
+        """Take over the counter of completed work."""
+        self._finished = finished
+
+    def events_received(self, events: list[tuple[str, list[Any]]]) -> None:
+        """Hand the events of the engine to the observer."""
+        if self._observer is not None:
+            for name, arguments in events:
+                if name in EVENTS:
+                    getattr(self._observer, name)(*arguments)
+
+    def _set_health(self, health: EngineHealth) -> None:
+        if self._health.state not in (EngineState.STOPPING, EngineState.DEAD):
+            self._health = health
+
+    def _end(self, error: StartError) -> None:
+        """Give up: no other process will be ready."""
+        self._set_health(EngineHealth(EngineState.DEAD, str(error).rstrip(".")))
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+        elif self._on_end is not None:
+            self._on_end(error)
+
+
+class _Connection(FrameProtocol):
+    """One connection to the engine process, with the calls that wait for their results.
+
+    Attributes:
+        lost: set when the connection has ended.
+        failure: why the engine did not start, as the process says; empty if it has not said so.
+    """
+
+    def __init__(self, owner: ProcessEngine) -> None:
+        super().__init__()
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._adapters = (None, *owner.model.adapters)
+        self._dimension = owner.model.dimension
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, tuple[asyncio.Future[EngineResult], TokenBatch]] = {}
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+        self.failure = ""
+
+    @property
+    def calls(self) -> int:
+        """Number of calls that wait for their results."""
+        return len(self._calls)
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        """Send a call and wait for its result."""
+        number = next(self._numbers) & 0xFFFFFFFF
+        answer: asyncio.Future[EngineResult] = self._loop.create_future()
+        self._calls[number] = answer, batch
+        try:
+            self.send(Kind.EMBED, number, *pack_call(batch, self._adapters))
+            return await answer
+        except asyncio.CancelledError:
+            self.send(Kind.CANCEL, number)
+            raise
+        finally:
+            self._calls.pop(number, None)
+
+    def fail(self) -> None:
+        """Fail every call, because the process has ended."""
+        for answer, _ in self._calls.values():
+            if not answer.done():
+                answer.set_exception(
+                    UnavailableError(
+                        "The engine's process has ended: send the request again.",
+                        retry_after=1,
+                    )
+                )
+
+    def finish(self, *, stop_process: bool) -> None:
+        """End the connection; if asked to, the whole process, which then closes it."""
+        if stop_process:
+            self.send(Kind.STOP)
+        elif self.transport is not None:
+            self.transport.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    def frame_received(self, kind: int, call: int, body: Body) -> None:
+        if kind == Kind.RESULT:
+            result, finished = unpack_result(body, self._dimension)
+            self._owner.finished_changed(finished)
+            self._resolve(call, result)
+        elif kind == Kind.ERROR:
+            self._resolve(call, unpack_error(body))
+        elif kind == Kind.ENTERED:
+            if call in self._calls:
+                self._calls[call][1].entered()
+        elif kind == Kind.STATUS:
+            self._owner.status_received(unpack_json(body))
+        elif kind == Kind.EVENTS:
+            self._owner.events_received(unpack_json(body))
+        elif kind == Kind.FAILED:
+            self.failure = unpack_json(body)
+
+    def _resolve(self, call: int, result: EngineResult | Exception) -> None:
+        if call not in self._calls:
+            return  # it was cancelled
+        answer, _ = self._calls[call]
+        if answer.done():
+            return
+        if isinstance(result, Exception):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+
+def _card(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a model card's fields as JSON would give them back."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}

@@ -67,21 +67,21 @@ MUTATIONS = (
     ),
     Mutation(
         "a caller that has gone is answered",
-        "engines.packed.engine:_Request._resolve",
+        "engines.packed.worker:Request._resolve",
         "if self.future.done():",
         "if False:",
     ),
     Mutation(
         "a waiting engine is not woken",
         "engines.packed.engine:PackedEngine.embed",
-        "self._wake.notify()",
+        "self._notify(batch.priority)",
         "pass",
     ),
     Mutation(
         "the class that has had most goes first",
-        "engines.packed.scheduler:FairQueue.take",
-        "served = min(waiting",
-        "served = max(waiting",
+        "engines.packed.scheduler:FairQueue.turn",
+        "return min(",
+        "return max(",
     ),
     Mutation(
         "a tokenizer thread that ends counts as working",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -89,6 +89,25 @@ class _Work:
         return sum(map(len, texts)), len(self.ids) == len(self._texts)
 
 
+STEPS = 4
+"""Steps of a forward pass, before each of which it can be paused."""
+
+
+@dataclass(frozen=True)
+class _PausedTransformer:
+    """The transformer of the bulk lane."""
+
+    transformer: SimulatedTransformer
+    step: Callable[[], None]
+    device = torch.device("cpu")
+    max_started = 1
+
+    def start(
+        self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> Callable[[], Vectors]:
+        return self.transformer.start(ids, adapters, self.step)
+
+
 class SimulatedTransformer:
     """Forward passes that take virtual time.
 
@@ -101,11 +120,11 @@ class SimulatedTransformer:
 
     device = torch.device("cpu")
     threads = 1
+    max_started = 1
 
     def __init__(self, threads: Threads, memory: int, failing: float) -> None:
         """Have room for a forward pass of ``memory`` tokens, and fail with a probability."""
         random = threads.loop.random
-        self.max_started = random.choice((1, 1, 2))
         self.served = 0
         self.failures = 0
         self.dies = self.died = False
@@ -115,10 +134,18 @@ class SimulatedTransformer:
         self._memory = memory
         self._failing = failing
 
+    def in_lane(self, step: Callable[[], None], niceness: int) -> _PausedTransformer:
+        """As ``Transformer.in_lane``."""
+        assert niceness > 0
+        return _PausedTransformer(self, step)
+
     def start(
-        self, ids: Sequence[TokenIds], adapters: Sequence[str | None]
+        self,
+        ids: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        step: Callable[[], None] = lambda: None,
     ) -> Callable[[], Vectors]:
-        """As ``Transformer.start``."""
+        """As ``Transformer.start``; ``step`` is called between the steps."""
         tokens = sum(map(len, ids))
         if tokens > self._memory:
             raise torch.OutOfMemoryError("out of memory")
@@ -128,7 +155,9 @@ class SimulatedTransformer:
         failing = self._threads.loop.random.random() < self._failing
 
         def wait() -> Vectors:
-            self._threads.sleep(1e-3 + tokens / self._rate)
+            for _ in range(STEPS):
+                step()
+                self._threads.sleep((1e-3 + tokens / self._rate) / STEPS)
             if failing:
                 self.failures += 1
                 raise RuntimeError("a forward pass was made to fail")
@@ -149,8 +178,8 @@ class SimulatedPackedEngine(PackedEngine):
 
     def _load(self) -> Any:
         clock = self._transformer._threads.loop.time
-        self._budget = TokenBudget(self._batch_tokens, clock)
-        self._queue.quantum = max(1, self._batch_tokens // 4)
+        self._waiting.budget = TokenBudget(self._batch_tokens, clock)
+        self._waiting.queue.quantum = max(1, self._batch_tokens // 4)
         return self._transformer
 
 
@@ -209,12 +238,12 @@ class WatchedEngine:
         engine = self.engine
         if not isinstance(engine, SimulatedPackedEngine):
             return batch
-        if batch.priority is Priority.BULK or batch.tokens > engine._queue.quantum:
+        if batch.priority is Priority.BULK or batch.tokens > engine._waiting.queue.quantum:
             return batch
         transformer = engine._transformer
-        waiting = [request.batch for request in engine._queue]
+        waiting = [request.batch for request in engine._waiting.queue]
         longest = max((len(ids) for other in waiting for ids in other.ids), default=0)
-        fair = (len(waiting) + 1) * (engine._queue.quantum + longest)
+        fair = (len(waiting) + 1) * (engine._waiting.queue.quantum + longest)
         bound = 1.25 * fair + 4 * engine._batch_tokens
         before = transformer.served
 

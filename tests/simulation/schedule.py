@@ -22,7 +22,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,8 @@ import uvicorn
 
 import taskvec.core.tokenizer_queue
 import taskvec.engines.packed.engine
+import taskvec.engines.packed.lanes
+import taskvec.engines.packed.worker
 import taskvec.engines.remote.engine
 import taskvec.service
 from simulation.loop import SimulatedLoop, StuckError
@@ -128,7 +130,7 @@ def _simulated(seed: int) -> Iterator[tuple[SimulatedLoop, Threads]]:
     loop = SimulatedLoop(seed, SECONDS)
     threads = Threads(loop)
     queue, packed = taskvec.core.tokenizer_queue, taskvec.engines.packed.engine
-    remote = taskvec.engines.remote.engine
+    worker, remote = taskvec.engines.packed.worker, taskvec.engines.remote.engine
     with ExitStack() as stack:
         for target, name, value in [
             (time, "monotonic", loop.time),
@@ -137,9 +139,13 @@ def _simulated(seed: int) -> Iterator[tuple[SimulatedLoop, Threads]]:
             (queue, "threading", threads),
             (queue, "ThreadPoolExecutor", threads.executor),
             (packed, "threading", threads),
-            (packed, "trim_malloc", lambda: None),
-            (packed, "release_memory", lambda _: None),
+            (packed, "lower_priority", lambda _: None),
+            (taskvec.engines.packed.lanes, "threading", threads),
+            (worker, "threading", threads),
+            (worker, "trim_malloc", lambda: None),
+            (worker, "release_memory", lambda _: None),
             (taskvec.service, "trim_malloc", lambda: None),
+            (taskvec.service, "InterpreterLockMonitor", lambda _: nullcontext()),
             (remote, "golden_vectors", lambda *_: GOLDEN),
         ]:
             stack.enter_context(patch.object(target, name, value))
@@ -160,6 +166,11 @@ def _simulated(seed: int) -> Iterator[tuple[SimulatedLoop, Threads]]:
 
 def _drop(*_: Any) -> Any:
     raise structlog.DropEvent
+
+
+def _no_pressure() -> Any:
+    """Return what stands for the watch of the memory: the schedules do not run out of it."""
+    return SimpleNamespace(watch=asyncio.Event().wait)
 
 
 @dataclass(eq=False)
@@ -230,6 +241,7 @@ class Simulation:
             drain_grace=choose((0.0, 0.5)), drain_timeout=choose((1, 5, 30))
         )
         nothing: Any = None
+        unused: Any = SimpleNamespace(lock_held=None)
         return Service(
             settings=settings,
             role=Role.STANDALONE,
@@ -238,8 +250,10 @@ class Simulation:
             embedder=self.embedder,
             admission=self.admission,
             health=self.health,
+            budget=nothing,
+            pressure=_no_pressure(),
             names=nothing,
-            metrics=nothing,
+            metrics=unused,
             keys=None,
             limiter=None,
             tracer=None,

@@ -25,9 +25,9 @@ from taskvec.engines.base import (
 )
 from taskvec.engines.packed.adapter_check import check_adapters
 from taskvec.engines.packed.device import available_bytes, choose_device, choose_dtype
+from taskvec.engines.packed.gpu import GpuTransformer
 from taskvec.engines.packed.lanes import Lanes
 from taskvec.engines.packed.scheduler import TokenBudget
-from taskvec.engines.packed.transformer import Transformer
 from taskvec.engines.packed.weights import AnyTransformer, load_transformer
 from taskvec.engines.packed.worker import Request, WaitingRequests, Worker
 from taskvec.errors import CheckpointError, UnavailableError
@@ -197,12 +197,11 @@ class PackedEngine:
 
     def _make_workers(self, transformer: AnyTransformer) -> None:
         """Make one worker for each class on a CPU, and one for both on a GPU."""
-        on_cpu = isinstance(transformer, Transformer)
-        classes = CPU_LANES if on_cpu else [tuple(Priority)]
+        classes = [tuple(Priority)] if isinstance(transformer, GpuTransformer) else CPU_LANES
         lanes = Lanes(classes, self._waiting.queue, self._waiting.lock)
         for lane in lanes:
             forward = transformer
-            if isinstance(transformer, Transformer) and self._workers:
+            if self._workers and not isinstance(transformer, GpuTransformer):
                 forward = transformer.in_lane(partial(lanes.step, lane), BULK_NICENESS)
             self._workers.append(Worker(lane, lanes, self._waiting, forward))
 

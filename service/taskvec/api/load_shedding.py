@@ -21,7 +21,7 @@ from taskvec.errors import InvalidRequestError, QueueFullError
 from taskvec.metrics.registry import Metrics
 from taskvec.priority import Priority
 
-MAX_LAG = 0.1
+MAX_LAG = 0.15
 """Seconds of event-loop lag above which requests are refused. Requests that a slow iteration has
 not read yet are then refused cheaply, so it ends soon and admitted requests continue."""
 

@@ -121,14 +121,14 @@ class MemoryPressure:
 
     async def read(self) -> None:
         """Read the memory once, and set the level."""
-        use = self._limits.tightest()
+        use = await asyncio.to_thread(self._limits.tightest)
         level = self._level_at(use)
         due = self._clock() - self._trimmed_at >= TRIM_INTERVAL
         if level and (level > self.level or due):
             if due:
                 self._trimmed_at = self._clock()
                 await asyncio.to_thread(self._trim)
-            use = self._limits.tightest()
+            use = await asyncio.to_thread(self._limits.tightest)
             level = self._level_at(use)
         if level is not self.level:
             self._report(level, use)

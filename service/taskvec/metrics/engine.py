@@ -106,12 +106,15 @@ class EngineMetrics:
             registry=registry,
         )
         self._oldest: float | None = None
+        self._age_is_shown = False
         for reason in DropReason:
             self._dropped.labels(reason)
 
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
         """Set the queue's size and the arrival of its oldest text; see ``EngineObserver``."""
         self._oldest = oldest
+        if oldest is None and self._age_is_shown:
+            self.update_queue_age()
         self._queue_texts.set(texts)
         self._queue_tokens.set(tokens)
 
@@ -152,4 +155,5 @@ class EngineMetrics:
     def update_queue_age(self) -> None:
         """Set the age of the oldest text in the queue, in seconds; called before each scrape."""
         oldest = self._oldest
+        self._age_is_shown = oldest is not None
         self._queue_oldest.set(0.0 if oldest is None else time.monotonic() - oldest)

@@ -189,7 +189,7 @@ def attacked(
         attack.start()
         time.sleep(1.0)  # the process has to start
     ended = threading.Event()
-    small, live, rss = Seen(), Seen(), [process.memory_info().rss]
+    small, live, rss = Seen(), Seen(), [resident_bytes(process)]
     clients = [
         threading.Thread(target=small.ask, args=(port, "POST", "/v1/embeddings", ended)),
         threading.Thread(target=live.ask, args=(port, "GET", "/health/live", ended)),
@@ -256,9 +256,18 @@ def status_of(port: int, method: str, path: str, body: object) -> str:
     return str(answer.status)
 
 
+def resident_bytes(process: psutil.Process) -> int:
+    """Return the RSS of a server and its child processes; one may end meanwhile."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += one.memory_info().rss
+    return total
+
+
 def watch_memory(process: psutil.Process, rss: list[int], ended: threading.Event) -> None:
     while not ended.is_set():
-        rss.append(process.memory_info().rss)
+        rss.append(resident_bytes(process))
         time.sleep(0.02)
 
 

@@ -86,12 +86,12 @@ class Lanes(Generic[T]):
         """Record that the oldest batch of a lane is finished; the caller holds the lock.
 
         Returns:
-            True if the batch of another lane was paused meanwhile.
+            True if the batch of a later lane was paused meanwhile.
         """
         self.charge()
         lane.computing.popleft()
         self.notify()
-        return any(other.computing for other in self._others(lane))
+        return any(other.computing for other in self.lanes if self._is_behind(other, lane))
 
     def abandon(self, lane: Lane) -> None:
         """Record that a lane computes nothing more; the caller holds the lock."""

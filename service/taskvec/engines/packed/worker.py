@@ -180,6 +180,7 @@ class Worker:
     transformer: AnyTransformer
     computing: set[Request] = field(default_factory=set)
     _started: deque[Batch] = field(default_factory=deque)
+    _taken_seconds: float = 0.0
     _finished_seconds: float = 0.0
     _trimmed_at: float = 0.0
 
@@ -216,6 +217,7 @@ class Worker:
                 if taken or not wait or self._is_done():
                     break
                 self.lane.wake.wait()
+            self._taken_seconds = self.lane.seconds
             self.computing = self.computing.union(request for request, _ in taken)
             waiting.report()
         return [(request, request.order[index]) for request, index in taken]
@@ -268,11 +270,10 @@ class Worker:
         self._end_batch()
 
     def _end_batch(self) -> None:
-        seconds = self.lane.seconds
         with self.waiting.lock:
             paused = self.lanes.finish(self.lane)
         if paused and self.waiting.observer is not None:
-            self.waiting.observer.forward_paused(self.lane.seconds - seconds)
+            self.waiting.observer.forward_paused(self.lane.seconds - self._taken_seconds)
 
     def _answer(self, batch: Batch) -> None:
         """Wait for a forward pass and answer the requests whose last text it contained."""

@@ -133,9 +133,14 @@ class Gateways(multiprocess.Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """Replace processes that have died; log their exit codes, and merge their metrics."""
+        if self.stop_requested:
+            return  # a terminal signals all processes: those that have drained are not replaced
         dead = [process for process in self.processes if not process.process.is_alive()]
         for process in dead:
-            log.error("gateway_died", process=process.pid, exit_code=process.exitcode)
+            if process.exitcode == 0:  # it was signalled, and has drained
+                log.info("gateway_ended", process=process.pid)
+            else:
+                log.error("gateway_died", process=process.pid, exit_code=process.exitcode)
         super().keep_subprocess_alive()
         if dead:
             self._merge_metrics()

@@ -20,6 +20,7 @@ import httpx
 import pytest
 import structlog
 from fastapi import FastAPI
+from fastapi.dependencies import models as fastapi_models
 from hypothesis import settings as hypothesis_settings
 
 from fakes import FakeEngine
@@ -39,6 +40,9 @@ hypothesis_settings.load_profile("taskvec")
 # `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
 
+FASTAPI_CACHES = [f for f in vars(fastapi_models).values() if hasattr(f, "cache_clear")]
+"""Empty with FastAPI versions that have no such caches."""
+
 DEFAULT_VOCABULARY = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
 """Token ids that the default model knows: all below this."""
 
@@ -48,6 +52,14 @@ def default_logs() -> Iterator[None]:
     """Undo what a test configured of structlog, which is global: others capture its events."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_applications() -> Iterator[None]:
+    """Empty FastAPI's caches of functions, which keep the applications of earlier tests alive."""
+    yield
+    for function in FASTAPI_CACHES:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -31,7 +30,6 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
-        gc.freeze()  # imported modules live as long as the process: no collection need visit them
         lag.start()
         try:
             async with service.running(on_failure):

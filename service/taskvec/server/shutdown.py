@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import signal
 import time
@@ -46,6 +47,7 @@ class GracefulServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Start listening; from now on signals drain the service."""
+        gc.freeze()  # imported modules live as long as the process: no collection need visit them
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
 

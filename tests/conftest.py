@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import os
 import resource
 import socket
@@ -71,6 +72,12 @@ def anyio_backend() -> str:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine's Redis may be slow without being down."""
     monkeypatch.setattr("taskvec.redis.TIMEOUT_SECONDS", 10.0)
+
+
+@pytest.fixture
+def no_shedding_by_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop stands still while hypothesis draws an example."""
+    monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from taskvec.engines.process.server import (
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.service import build_engine
 from taskvec.settings import EngineKind, Settings
+from taskvec.telemetry.event_loop_lag import EventLoopLag
+from taskvec.telemetry.interpreter_lock import InterpreterLockMonitor
 from taskvec.telemetry.logs import configure_logs
 
 if TYPE_CHECKING:
@@ -139,7 +141,10 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         return START_FAILED
     server.report_status()
     gc.freeze()  # what is loaded lives as long as the process: no collection need visit it
-    await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
+    lag = EventLoopLag(observer.process_loop_late)
+    lag.start()
+    with InterpreterLockMonitor(observer.process_lock_held):
+        await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
     if not stopping.done():
         await server.close()
         return ENGINE_DIED

@@ -58,6 +58,12 @@ class ProcessObserver(EngineObserver, Protocol):
     def process_memory(self, resident: int) -> None:
         """The engine's process has this many bytes of memory (RSS)."""
 
+    def process_loop_late(self, seconds: float) -> None:
+        """The event loop of the engine's process was late by so much; see ``EventLoopLag``."""
+
+    def process_lock_held(self, seconds: float) -> None:
+        """The interpreter lock of the engine's process was held for so long; from a thread."""
+
     def process_restarted(self) -> None:
         """The engine's process replaces one that has ended."""
 

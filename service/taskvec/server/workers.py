@@ -204,7 +204,8 @@ def _serve_engine_and_gateways(
         launcher = engine_launcher(settings, checkpoint, listening)
         launcher.launch()
         try:
-            engine = ProcessEngine(checkpoint.card, launcher, launches=True)
+            silent = settings.stall_timeout
+            engine = ProcessEngine(checkpoint.card, launcher, launches=True, silent_seconds=silent)
             engine.on_end(stop_all)
             # Report what gateways cannot serve, in this process.
             build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
@@ -303,7 +304,12 @@ def gateway_app() -> FastAPI:
         checkpoint = open_checkpoint(settings.model, settings.revision)
         engine = None
         if path is not None:
-            engine = ProcessEngine(checkpoint.card, EngineSocket(path), launches=False)
+            engine = ProcessEngine(
+                checkpoint.card,
+                EngineSocket(path),
+                launches=False,
+                silent_seconds=settings.stall_timeout,
+            )
         service = build_service(
             settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine, request_log=request_log
         )

@@ -73,13 +73,12 @@ log = structlog.get_logger(__name__)
 class GatewayProcess(multiprocess.Process):
     """A gateway process, which drains before it stops."""
 
-    @property
-    def server(self) -> uvicorn.Server:
-        """Server that runs in the process."""
+    def target(self, sockets: list[socket] | None = None) -> None:
+        """Run the gateway in its process."""
+        # Before uvicorn starts the thread that answers its pings, which reads the server as well.
+        self._server = GracefulServer(self.config, supervised=True)
         end_with_parent()
-        if self._server is None:
-            self._server = GracefulServer(self.config, supervised=True)
-        return self._server
+        super().target(sockets)
 
 
 class Gateways(multiprocess.Multiprocess):

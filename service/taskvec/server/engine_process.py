@@ -71,7 +71,8 @@ def engine_launcher(
     if checkpoint.card.revision is not None:
         without["revision"] = checkpoint.card.revision
         inherited["HF_HUB_OFFLINE"] = "1"  # it is downloaded
-    command = (sys.executable, "-m", "taskvec.server.engine_process")
+    # -P: nothing is imported from the working directory.
+    command = (sys.executable, "-P", "-m", "taskvec.server.engine_process")
     own = settings.model_copy(update=without).environment()
     return EngineLauncher(command, inherited | own, listening)
 

@@ -165,6 +165,23 @@ async def test_a_cancelled_call_is_cancelled_in_the_engine(
         assert engine.cancelled == 1
 
 
+async def test_a_call_that_is_cancelled_at_once_is_forgotten(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A call and its cancellation that arrive together leave nothing in the engine's process."""
+    engine = FakeEngine(default_checkpoint.card)
+    await engine.start()
+    path = tmp_path / "engine.sock"
+    async with serving(engine, path) as server, gateway(default_checkpoint, path) as client:
+        for _ in range(100):
+            leaves = asyncio.create_task(client.embed(batch(3)))
+            await asyncio.sleep(0)  # sent
+            leaves.cancel()
+        await client.embed(batch(4))
+        await until(lambda: server.calls == 0, seconds=2)
+        assert len(engine.batches) < 100, "some were cancelled before their first step"
+
+
 @pytest.mark.parametrize(
     ("failure", "shown"),
     [

@@ -169,6 +169,11 @@ class EngineServer:
         """Number of connections, the launcher's included."""
         return len(self._connections)
 
+    @property
+    def calls(self) -> int:
+        """Number of calls of all connections that are not answered."""
+        return sum(connection.calls for connection in self._connections)
+
     async def listen(self, listening: socket.socket) -> asyncio.AbstractServer:
         """Accept the connections of gateways on a Unix socket, until the returned server is closed.
 
@@ -217,8 +222,7 @@ class EngineServer:
                 self._look()
             if self._engine.health().state is EngineState.DEAD:
                 return
-            calls = any(connection.calls for connection in self._connections)
-            if self._progress.stalled(self._engine.finished, waiting=calls):
+            if self._progress.stalled(self._engine.finished, waiting=self.calls > 0):
                 log.error("engine_stalled", seconds=self._progress.stall_seconds)
                 return
             now = time.monotonic()
@@ -372,9 +376,12 @@ class _Connection(FrameProtocol):
     def frame_received(self, kind: int, call: int, body: Body) -> None:
         if kind == Kind.EMBED:
             try:
-                self._calls[call] = self._loop.create_task(self._embed(call, body))
+                task = self._loop.create_task(self._embed(call, body))
             except MemoryError:
                 self.frame_lost(kind, call)
+            else:
+                self._calls[call] = task
+                task.add_done_callback(partial(self._ended, call))
         elif kind == Kind.CANCEL:
             if call in self._calls:
                 self._calls[call].cancel()
@@ -390,8 +397,10 @@ class _Connection(FrameProtocol):
             self.send(*await self._answer(call, body))
         except MemoryError:
             self.send(Kind.ERROR, call, NO_MEMORY)
-        finally:
-            del self._calls[call]
+
+    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
+        """Forget a call; its task may have been cancelled before its first step."""
+        del self._calls[call]
 
     async def _answer(self, call: int, body: Body) -> tuple[Any, ...]:
         """Return the frame that answers a call."""

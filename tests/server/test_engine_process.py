@@ -172,6 +172,39 @@ def test_a_killed_engine_is_replaced(workers: str) -> None:
         wait_for(lambda: restarts() == 1)
 
 
+@LAYOUTS
+def test_an_engine_that_hangs_is_replaced(workers: str) -> None:
+    """A process that is stopped is not ready soon, then killed; its requests get 503."""
+    with served("--workers", workers, "--stall-timeout", "6", *EXACT) as server:
+        hung = server.engine()
+        os.kill(hung, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(answer, server)
+            wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+            assert command_of(hung), "the service is not ready before the process is killed"
+            refused = answer(server)
+            assert (refused.status_code, refused.json()["code"]) == (503, "engine_unavailable")
+            assert refused.headers["retry-after"] == "1"
+            got = waiting.result()
+            assert (got.status_code, got.json()["code"]) == (503, "engine_unavailable")
+        wait_for(lambda: not command_of(hung))
+        wait_for(lambda: answer(server).status_code == 200, seconds=60)
+
+
+@LAYOUTS
+def test_a_stopped_main_process_does_not_end_its_engine(workers: str) -> None:
+    """The time for which the process that watches was stopped is not the engine's silence."""
+    with served("--workers", workers, "--stall-timeout", "4", *EXACT) as server:
+        engine = server.engine()
+        for _ in range(3):
+            os.kill(server.process.pid, signal.SIGSTOP)
+            time.sleep(6)
+            os.kill(server.process.pid, signal.SIGCONT)
+            time.sleep(0.3)
+        wait_for(lambda: answer(server).status_code == 200)
+        assert server.engine() == engine
+
+
 def test_requests_in_a_killed_engine_are_answered() -> None:
     """Whatever was in the engine when it was killed gets a 503 that says to try again."""
     options = ("--max-queue-tokens", "10000000", *EXACT)

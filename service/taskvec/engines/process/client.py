@@ -267,6 +267,8 @@ class ProcessEngine:
             if seconds >= self._silent_seconds:
                 self._silence = 0
                 self._source.end_silent(seconds)
+                if self._launches:
+                    self._connection.abort()  # the kernel may not end the process at once
             elif seconds >= min(UNRESPONSIVE_SECONDS, self._silent_seconds / 2):
                 self._set_health(
                     EngineHealth(EngineState.UNAVAILABLE, "its process does not respond")
@@ -383,6 +385,11 @@ class _Connection(FrameProtocol):
             self.send(Kind.STOP)
         elif self.transport is not None:
             self.transport.close()
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def connection_lost(self, _: Exception | None) -> None:
         if not self.lost.done():

@@ -23,6 +23,7 @@ import structlog
 import uvicorn
 from uvicorn.supervisors import multiprocess
 
+from taskvec.checkpoint.golden import file_versions
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
@@ -196,6 +197,7 @@ def _serve_engine_and_gateways(
             os.kill(os.getpid(), signal.SIGTERM)
 
     checkpoint = open_checkpoint(settings.model, settings.revision)
+    files = file_versions(checkpoint)
     path = _socket_path(folder)
     with socket(AF_UNIX) as listening:
         listening.bind(str(path))
@@ -203,11 +205,17 @@ def _serve_engine_and_gateways(
         launcher = engine_launcher(settings, checkpoint, listening)
         launcher.launch()
         try:
-            silent = settings.stall_timeout
-            engine = ProcessEngine(checkpoint.card, launcher, launches=True, silent_seconds=silent)
+            engine = ProcessEngine(
+                checkpoint.card,
+                launcher,
+                launches=True,
+                silent_seconds=settings.stall_timeout,
+                files=files,
+            )
             engine.on_end(stop_all)
             # Report what gateways cannot serve, in this process.
-            build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            service = build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            launcher.on_restart(service.metrics.process_restarted)
             os.environ[ENGINE_SOCKET] = str(path)
             gateways = Gateways(settings, merge_metrics)
             keeper = _EngineKeeper(engine, stop_all)
@@ -308,7 +316,9 @@ def gateway_app() -> FastAPI:
                 EngineSocket(path),
                 launches=False,
                 silent_seconds=settings.stall_timeout,
+                files=file_versions(checkpoint),
             )
+            engine.on_end(end)
         service = build_service(
             settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine, request_log=request_log
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from taskvec.engines.packed import scheduler
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.errors import OverloadedError, TaskvecError, UnavailableError
+from taskvec.errors import OverloadedError, StartError, TaskvecError, UnavailableError
 from taskvec.priority import Priority
 
 FITS = 100
@@ -253,6 +254,48 @@ def test_a_budget_shrinks_and_grows_again() -> None:
     now += scheduler.MAX_RETRY_SECONDS
     tokens.grow()
     assert tokens.tokens == 2 * scheduler.MIN_BUDGET_TOKENS
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["packed-engine", "packed-bulk"])
+async def test_an_engine_without_threads_does_not_start(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where a thread cannot be started, the start fails with a sentence, and a stop ends."""
+    start = threading.Thread.start
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"))
+    async with asyncio.timeout(30):
+        with pytest.raises(StartError, match="thread of the engine cannot be started"):
+            await engine.start()
+        assert not engine.health().ready
+        await engine.stop()
+
+
+@pytest.mark.anyio
+async def test_an_engine_stops_without_another_thread(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop needs no thread: under a lack of them an engine must end as well."""
+    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"))
+    await engine.start()
+    embedding = asyncio.create_task(engine.embed(TokenBatch([np.arange(9, dtype=np.int32)], None)))
+    await asyncio.sleep(0)
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    async with asyncio.timeout(30):
+        await engine.stop()
+        await embedding
+    assert engine.health().state is EngineState.DEAD
 
 
 @asynccontextmanager

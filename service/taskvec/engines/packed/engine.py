@@ -30,7 +30,7 @@ from taskvec.engines.packed.lanes import Lanes
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.weights import AnyTransformer, load_transformer
 from taskvec.engines.packed.worker import Request, WaitingRequests, Worker
-from taskvec.errors import CheckpointError, UnavailableError
+from taskvec.errors import CheckpointError, StartError, UnavailableError
 from taskvec.priority import Priority
 
 MAX_MERGED_SHARE = 0.5
@@ -50,6 +50,10 @@ BULK_NICENESS = 19
 gets the cores at once, before the bulk one reaches its next step."""
 
 log = structlog.get_logger(__name__)
+
+
+POLL_INTERVAL = 0.01
+"""Seconds between two checks of whether the threads have ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,10 @@ class PackedEngine:
                     EngineState.STOPPING, "it finishes the admitted requests"
                 )
             self._notify()
-        await asyncio.to_thread(self._join)
+        # Not joined in a thread: there may be none left. The first one appends the others before
+        # it ends.
+        while any(thread.is_alive() for thread in self._threads):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(POLL_INTERVAL)
         if self._health.state is not EngineState.DEAD:
             self._health = EngineHealth(EngineState.DEAD, "stopped")
 
@@ -166,12 +173,14 @@ class PackedEngine:
 
     def _start_thread(self, name: str, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            raise StartError(
+                f"A thread of the engine cannot be started ({error}): raise the limits of "
+                "processes and memory."
+            ) from None
         self._threads.append(thread)
-        thread.start()
-
-    def _join(self) -> None:
-        for thread in self._threads:  # the first one appends the others before it ends
-            thread.join()
 
     # The methods below run on the threads of the engine.
 
@@ -182,6 +191,7 @@ class PackedEngine:
         try:
             transformer = self._load()
             self._make_workers(transformer)
+            first = self._start_others()
         except BaseException as error:  # noqa: BLE001 - start() raises it
             self._health = EngineHealth(EngineState.DEAD, str(error))
             loop.call_soon_threadsafe(started.set_exception, error)
@@ -190,10 +200,14 @@ class PackedEngine:
             if not self._waiting.stopping:
                 self._health = EngineHealth(EngineState.READY)
         loop.call_soon_threadsafe(started.set_result, None)
+        self._work(first, niceness=0)
+
+    def _start_others(self) -> Worker:
+        """Start the threads of all workers but the first, and return that one."""
         first, *others = self._workers
         for worker in others:
             self._start_thread("packed-bulk", self._work, worker, BULK_NICENESS)
-        self._work(first, niceness=0)
+        return first
 
     def _make_workers(self, transformer: AnyTransformer) -> None:
         """Make one worker for each class on a CPU, and one for both on a GPU."""

@@ -14,6 +14,8 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.service import build_service
 from taskvec.settings import Settings, environment_variable
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 every_case = pytest.mark.parametrize("name", CASES)
 
 

@@ -26,6 +26,8 @@ from charts import (
 from taskvec import __version__
 from taskvec.settings import Settings, environment_variable
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "render_chart.py"))
 PAGES = GENERATOR["pages"]()
 VALUES = (CHART / "values.yaml").read_text()

@@ -101,6 +101,7 @@ def test_the_gateway_finds_the_engines() -> None:
     assert int(port) == Settings().port
 
 
+@pytest.mark.full("the files of Prometheus, checked by promtool")
 def test_prometheus_scrapes_what_there_is() -> None:
     """Promtool accepts its configuration; targets are services, under jobs that alerts know."""
     file = FOLDER / "prometheus" / "prometheus.yaml"

@@ -18,6 +18,8 @@ import pytest
 from conftest import free_port, repository, running_server, wait_until
 from dockerfile import Sandbox, Stage, lineage, read_stages
 
+pytestmark = pytest.mark.full("the images, built and started")
+
 STAGES = read_stages(repository() / "Dockerfile")
 ENTRYPOINT, COMMAND, HEALTH = (
     [text for stage in lineage(STAGES, "gateway") for text in stage.all(name)][-1]

@@ -21,6 +21,8 @@ from pages import OUTPUT_PREFIX, PAGES, ROOT, Block, blocks, commands
 from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
+pytestmark = pytest.mark.full("the commands of the documentation")
+
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 
 

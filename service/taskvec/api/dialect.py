@@ -67,8 +67,10 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
         context.task, context.texts, context.output = job.task.name, len(job.inputs), output
         output.check(embedder.model.dimension)
         if context.memory is not None:
-            texts = answer_bytes(len(job.inputs), embedder.model.dimension, output)
-            context.memory.resize(job.input_bytes + texts)
+            if context.memory.bytes:  # the texts of an uncounted body are not counted either
+                context.input_bytes = job.input_bytes
+            vectors = answer_bytes(len(job.inputs), embedder.model.dimension, output)
+            context.memory.resize(context.input_bytes + vectors)
         result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
         context.tokens = result.tokens
         return await respond(

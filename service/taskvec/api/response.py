@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import orjson
@@ -90,26 +89,38 @@ def openai_response(
                 "x-prompt-tokens": str(tokens),
             },
         )
-    rows: list[Any]
+    parts = [b'{"object":"list","model":%b,"data":[' % orjson.dumps(model)]
     if encoding is Encoding.BASE64:
-        rows = [pybase64.b64encode_as_string(row) for row in vectors]
+        _write_base64(vectors, parts)
     else:
-        rows = list(vectors)
-    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    body = b'{"object":"list","model":%b,"data":[%b],"usage":%b}' % (
-        orjson.dumps(model),
-        b",".join(_json_elements(data, rows_per_call=max(1, DUMP_VALUES // vectors.shape[1]))),
-        orjson.dumps(usage),
-    )
-    return Response(body, media_type="application/json")
+        _write_numbers(vectors, parts)
+    parts.append(b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens))
+    return Response(b"".join(parts), media_type="application/json")
 
 
-def _json_elements(entries: list[dict[str, Any]], rows_per_call: int) -> Iterator[bytes]:
-    """Yield a JSON list's elements in pieces: orjson holds the interpreter lock while it writes."""
-    for start in range(0, len(entries), rows_per_call):
-        piece = entries[start : start + rows_per_call]
-        yield orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+def _write_base64(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
+    """Append the entries of a JSON list; nothing in them needs an escape, so orjson is not asked.
+
+    Each copy of an answer counts: with 32 texts this takes half as long as orjson.
+    """
+    start = b'{"object":"embedding","index":%d,"embedding":"'
+    for i, row in enumerate(vectors):
+        parts += (start % i, pybase64.b64encode(row))
+        start = b'"},{"object":"embedding","index":%d,"embedding":"'
+    parts.append(b'"}')
+
+
+def _write_numbers(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
+    """Append the entries in pieces: orjson holds the interpreter lock while it writes."""
+    rows_per_call = max(1, DUMP_VALUES // vectors.shape[1])
+    for start in range(0, len(vectors), rows_per_call):
+        entries = [
+            {"object": "embedding", "index": start + i, "embedding": row}
+            for i, row in enumerate(vectors[start : start + rows_per_call])
+        ]
+        if start:
+            parts.append(b",")
+        parts.append(orjson.dumps(entries, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
 
 
 def _little_endian(vectors: NDArray[np.generic]) -> NDArray[np.generic]:

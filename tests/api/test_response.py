@@ -16,6 +16,7 @@ from taskvec.api.response import (
     openai_response,
     respond,
 )
+from taskvec.concurrency import LargeWork
 from taskvec.core.job import Embeddings, JobContext
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 
@@ -37,7 +38,7 @@ async def test_a_large_answer_is_made_in_a_thread_and_like_a_small_one(rows: int
         return Response(b"answer")
 
     context = JobContext()
-    response = await respond(Embeddings(vectors, tokens=7), output, render, context)
+    response = await respond(Embeddings(vectors, tokens=7), output, render, context, LargeWork())
     assert response.body == b"answer"
     ((made, tokens),) = found
     assert tokens == 7

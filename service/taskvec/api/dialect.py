@@ -17,6 +17,7 @@ from taskvec.api.endpoint import Handler
 from taskvec.api.request import RequestLimits, cancel_on_disconnect, header_dict, read_json
 from taskvec.api.response import VectorsByType, answer_bytes, respond
 from taskvec.auth.keys import Key
+from taskvec.concurrency import LargeWork
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import OutputFormat
@@ -45,13 +46,16 @@ class Dialect(Protocol):
         """
 
 
-def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: RequestLimits) -> Handler:
+def embedding_handler(
+    dialect: Dialect, embedder: AsyncEmbedder, limits: RequestLimits, large_work: LargeWork
+) -> Handler:
     """Return the handler of a dialect's route.
 
     Args:
         dialect: translates requests and responses.
         embedder: runs the jobs.
         limits: limits of a request.
+        large_work: of the process.
     """
 
     async def embed(request: Request) -> Response:
@@ -63,6 +67,7 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             limits,
             context.memory,
             lambda body: dialect.read(body, headers, context.key),
+            large_work=large_work,
         )
         context.task, context.texts, context.output = job.task.name, len(job.inputs), output
         output.check(embedder.model.dimension)
@@ -78,6 +83,7 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             output,
             lambda vectors, tokens: dialect.render(vectors, output, tokens),
             context,
+            large_work,
         )
 
     return embed

@@ -47,7 +47,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
         Route(
             method="POST",
             path=PATH,
-            handler=embedding_handler(dialect, service.embedder, limits),
+            handler=embedding_handler(dialect, service.embedder, limits, service.large_work),
             embeds=True,
             counted=True,
             summary="Embed texts for a task",

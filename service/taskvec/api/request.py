@@ -16,7 +16,7 @@ from taskvec.api.json_pieces import (
     parse_in_pieces,
 )
 from taskvec.auth.keys import Key
-from taskvec.concurrency import CancelScope
+from taskvec.concurrency import CancelScope, LargeWork
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     ClientClosedError,
@@ -123,6 +123,8 @@ async def read_json(
     limits: RequestLimits,
     memory: MemoryHold | None,
     read: Callable[[Any], T],
+    *,
+    large_work: LargeWork,
 ) -> T:
     """Read a JSON body and interpret it; in a thread if that would block the event loop.
 
@@ -132,6 +134,7 @@ async def read_json(
         limits: limits of the body.
         memory: holds the body, and what parsing it takes; None if it is not counted.
         read: interprets the parsed body.
+        large_work: runs what would block the event loop.
 
     Returns:
         What ``read`` returns.
@@ -151,21 +154,22 @@ async def read_json(
             f"The body is declared as {media_type[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    body = await read_bytes(receive, headers, limits, memory)
-    if len(body) <= PARSE_INLINE_BYTES:
-        return read(parse(body, limits.values, limits.ids))
+    chunks, size = await read_chunks(receive, headers, limits, memory)
+    if size <= PARSE_INLINE_BYTES:
+        return read(parse(joined(chunks), limits.values, limits.ids))
     if memory is not None:
-        memory.resize(PARSE_COPIES * len(body))
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, lambda: read(parse(body, limits.values, limits.ids)))
+        memory.resize(PARSE_COPIES * size)
+    return await large_work.run(
+        size, lambda: read(parse(joined(chunks), limits.values, limits.ids))
+    )
 
 
-async def read_bytes(
+async def read_chunks(
     receive: Receive,
     headers: Mapping[str, str],
     limits: RequestLimits,
     memory: MemoryHold | None,
-) -> bytes:
+) -> tuple[list[bytes], int]:
     """Read a body.
 
     Args:
@@ -174,6 +178,9 @@ async def read_bytes(
         limits: a body over ``body_bytes`` is refused by its Content-Length, or as soon as more
             has arrived.
         memory: holds what has arrived; None if it is not counted.
+
+    Returns:
+        The body's chunks, for ``joined``, and its size.
 
     Raises:
         UnsupportedMediaTypeError: declared as compressed.
@@ -197,7 +204,16 @@ async def read_bytes(
         return await _receive_all(receive, limit, memory)
 
 
-async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) -> bytes:
+def joined(chunks: list[bytes]) -> bytes:
+    """Return a body, the only chunk from now on; joining 32 MB takes some milliseconds."""
+    if len(chunks) != 1:
+        chunks[:] = [b"".join(chunks)]
+    return chunks[0]
+
+
+async def _receive_all(
+    receive: Receive, limit: int, memory: MemoryHold | None
+) -> tuple[list[bytes], int]:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -213,11 +229,9 @@ async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) 
         chunks.append(chunk)
         if not message.get("more_body", False):
             break
-    if len(chunks) == 1:
-        return chunks[0]
-    if memory is not None:
+    if len(chunks) > 1 and memory is not None:
         memory.resize(2 * size)  # while the chunks are joined
-    return b"".join(chunks)
+    return chunks, size
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

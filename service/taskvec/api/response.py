@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,6 +10,7 @@ import pybase64
 from numpy.typing import NDArray
 from starlette.responses import Response
 
+from taskvec.concurrency import LargeWork
 from taskvec.core.job import Embeddings, JobContext
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 
@@ -25,8 +25,8 @@ ENCODE_INLINE_BYTES = 1 << 18
 JSON_NUMBER_COST = 4
 """Cost of writing a byte of a vector as JSON numbers, relative to base64."""
 
-DUMP_VALUES = 1 << 16
-"""Values written as JSON in one call, which holds the interpreter lock: one or two milliseconds."""
+DUMP_VALUES = 1 << 14
+"""Values written as JSON in one call, which holds the interpreter lock: half a millisecond."""
 
 VectorsByType = Mapping[OutputType, NDArray[np.generic]]
 Render = Callable[[VectorsByType, int], Response]
@@ -46,7 +46,11 @@ def answer_bytes(texts: int, dimension: int, output: OutputFormat) -> int:
 
 
 async def respond(
-    result: Embeddings, output: OutputFormat, render: Render, context: JobContext
+    result: Embeddings,
+    output: OutputFormat,
+    render: Render,
+    context: JobContext,
+    large_work: LargeWork,
 ) -> Response:
     """Post-process and encode vectors; in a thread if that would block the event loop.
 
@@ -55,15 +59,14 @@ async def respond(
         output: the form in which they are returned.
         render: writes the response body of the dialect.
         context: its stage ``encode`` begins.
+        large_work: runs what would block the event loop.
     """
     context.stages.start("encode")
     rows = len(result.vectors)
     cost = rows * output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
     if rows * output.dimensions <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:
         return render(output.apply(result.vectors), result.tokens)
-    return await asyncio.get_running_loop().run_in_executor(
-        None, lambda: render(output.apply(result.vectors), result.tokens)
-    )
+    return await large_work.run(cost, lambda: render(output.apply(result.vectors), result.tokens))
 
 
 def openai_response(

@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from report import write_result
+from report import RESULTS, write_result
 from server import free_port, longest_pauses, wait_ready
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each attack")
     parser.add_argument("--attackers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--before", type=Path, help="another checkout")
+    parser.add_argument("--before-attackers", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--keep", action="store_true", help="keep the last result of other attacks")
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument(
         "--check",
@@ -122,22 +124,21 @@ def main() -> int:
     if options.check:
         return check(options.only)
     sides = {"after": ROOT} | ({"before": options.before.resolve()} if options.before else {})
-    figures: dict[str, Any] = {"seconds": options.seconds}
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    figures: dict[str, Any] = kept(options.name) if options.keep else {}
+    figures["seconds"] = options.seconds
     for name, text in [("nobody", SHORT), *cases(options.only)]:
-        for attackers in options.attackers if name in ATTACKS else [0]:
-            what = f"{name}, {attackers} attackers" + (
-                "" if text == SHORT else ", 1,800 characters"
-            )
-            for side, checkout in sides.items():
-                with serving(checkout) as server:
+        what = name if text == SHORT else f"{name}, 1,800 characters"
+        for side, checkout in sides.items():
+            with serving(checkout) as server:
+                for attackers in numbers(name, side, options):
                     measured = attacked(server, name, attackers, options.seconds, text)
-                runs[side].append(measured)
-                figures[f"{what}, {side}"] = measured
-                print(f"{what}, {side}: {measured}", flush=True)
+                    figures[f"{what}, {attackers} attackers, {side}"] = measured
+                    print(f"{what}, {attackers} attackers, {side}: {measured}", flush=True)
     for side, checkout in sides.items():
-        figures[f"worst, {side}"] = worst(runs[side])
-        if shutil.which("redis-server"):
+        figures[f"worst, {side}"] = worst(
+            [run for what, run in figures.items() if what.endswith(f"attackers, {side}")]
+        )
+        if shutil.which("redis-server") and not options.keep:
             figures[f"{AT_ONCE} requests at once of a key with 10 a minute, {side}"] = at_once(
                 checkout
             )
@@ -145,6 +146,19 @@ def main() -> int:
     if options.name != "-":
         write_result(options.name, figures)
     return 0
+
+
+def numbers(name: str, side: str, options: argparse.Namespace) -> list[int]:
+    """Return the numbers of attackers to measure with one server, one after another."""
+    if name == "nobody":
+        return [0]
+    return list(options.before_attackers if side == "before" else options.attackers)
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return the figures of the last result."""
+    result = json.loads((RESULTS / f"{name}.json").read_bytes())
+    return {what: figure for what, figure in result.items() if what.endswith(("after", "before"))}
 
 
 def cases(attacks: list[str]) -> list[tuple[str, str]]:

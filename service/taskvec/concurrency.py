@@ -1,4 +1,4 @@
-"""Structured concurrency for asyncio (gather, cancel scopes, background tasks), thread priority."""
+"""Structured concurrency for asyncio (gather, cancel scopes, background tasks), and threads."""
 
 from __future__ import annotations
 
@@ -95,6 +95,33 @@ class CancelScope:
         others = self._task.uncancel() > self._before
         if kind is asyncio.CancelledError and not others:
             raise self._error() from None
+
+
+LARGE_BYTES = 1 << 20
+"""Work on more bytes than this does not keep smaller work waiting."""
+
+
+class LargeWork:
+    """Runs what would block the event loop: one thread for large work, one for smaller.
+
+    Parsing and writing hold the interpreter lock most of the time. Of several threads that wait for
+    the lock, the operating system chooses the next: with six of them, as the loop's default
+    executor has on two cores, the event loop waited for several others whenever it needed the lock.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing running."""
+        self._small, self._large = asyncio.Semaphore(1), asyncio.Semaphore(1)
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; work is done in the order of its arrival.
+
+        Args:
+            size: bytes that it reads or writes.
+            work: called in a thread; goes on if the call is cancelled.
+        """
+        async with self._large if size > LARGE_BYTES else self._small:
+            return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 TICKS = 5

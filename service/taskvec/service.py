@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -20,7 +20,7 @@ from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.concurrency import BackgroundTaskError, BackgroundTasks
+from taskvec.concurrency import BackgroundTaskError, BackgroundTasks, LargeWork
 from taskvec.core.admission import Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -83,6 +83,7 @@ class Service:
         limiter: counts what each key uses; None without keys.
         tracer: None if traces are off.
         request_log: None if requests are not logged.
+        large_work: parses and writes what would block the event loop.
     """
 
     settings: Settings
@@ -100,6 +101,7 @@ class Service:
     limiter: RateLimiter | None
     tracer: Tracer | None
     request_log: RequestLog | None
+    large_work: LargeWork = field(default_factory=LargeWork)
 
     @asynccontextmanager
     async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:

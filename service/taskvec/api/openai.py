@@ -19,7 +19,7 @@ from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
-from taskvec.core.output_format import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType, single_type_format
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
 from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
@@ -47,7 +47,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
         Route(
             method="POST",
             path=PATH,
-            handler=embedding_handler(dialect, service.embedder, limits),
+            handler=embedding_handler(dialect, service.embedder, limits, service.large_work),
             embeds=True,
             counted=True,
             summary="Embed texts for a task",
@@ -104,11 +104,11 @@ class OpenAIDialect:
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
         )
-        output = OutputFormat(
-            dimensions=self._embedder.model.dimension if dimensions is None else dimensions,
-            types=(kind,),
-            normalized=normalized is not False,
-            encoding=encoding,
+        output = single_type_format(
+            self._embedder.model.dimension if dimensions is None else dimensions,
+            kind,
+            normalized is not False,
+            encoding,
         )
         return job, output
 

@@ -9,8 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import orjson
 from starlette.types import Receive, Scope
 
+from taskvec.api.json_pieces import (
+    InvalidJsonError,
+    TooManyValuesError,
+    has_more_values,
+    parse_in_pieces,
+)
 from taskvec.auth.keys import Key
-from taskvec.concurrency import CancelScope
+from taskvec.concurrency import CancelScope, LargeWork
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     ClientClosedError,
@@ -29,11 +35,11 @@ PRIORITY_HEADER = "x-priority"
 PARSE_COPIES = 3
 """Copies of a large body in memory while it is parsed: its own, the parser's, and the texts."""
 
-SCAN_BYTES = 1 << 20
-"""Bytes of a body that are searched at a time: a copy of them is made."""
-
 PARSE_INLINE_BYTES = 1 << 16
 """Largest body that is parsed in the event loop: at most a millisecond."""
+
+PARSE_AT_ONCE_BYTES = 1 << 20
+"""Largest body that is parsed in one call, which holds the interpreter lock: two milliseconds."""
 
 MAX_LENGTH_DIGITS = 18
 """Longest Content-Length and timeout that are converted to a number."""
@@ -49,7 +55,8 @@ class RequestLimits(NamedTuple):
     Attributes:
         body_bytes: maximum size of a body.
         body_seconds: time in which a body must arrive.
-        values: maximum number of JSON values and keys in a body.
+        values: maximum number of JSON values and keys in a body, without token ids.
+        ids: maximum number of token ids; 0 if they are not accepted.
         texts: maximum number of inputs.
         seconds: maximum time for a request after its body was read.
         token_ids: accept token ids as inputs.
@@ -58,6 +65,7 @@ class RequestLimits(NamedTuple):
     body_bytes: int
     body_seconds: float
     values: int
+    ids: int
     texts: int
     seconds: float
     token_ids: bool
@@ -115,6 +123,8 @@ async def read_json(
     limits: RequestLimits,
     memory: MemoryHold | None,
     read: Callable[[Any], T],
+    *,
+    large_work: LargeWork,
 ) -> T:
     """Read a JSON body and interpret it; in a thread if that would block the event loop.
 
@@ -124,6 +134,7 @@ async def read_json(
         limits: limits of the body.
         memory: holds the body, and what parsing it takes; None if it is not counted.
         read: interprets the parsed body.
+        large_work: runs what would block the event loop.
 
     Returns:
         What ``read`` returns.
@@ -143,21 +154,22 @@ async def read_json(
             f"The body is declared as {media_type[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    body = await read_bytes(receive, headers, limits, memory)
-    if len(body) <= PARSE_INLINE_BYTES:
-        return read(parse(body, limits.values))
+    chunks, size = await read_chunks(receive, headers, limits, memory)
+    if size <= PARSE_INLINE_BYTES:
+        return read(parse(joined(chunks), limits.values, limits.ids))
     if memory is not None:
-        memory.resize(PARSE_COPIES * len(body))
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, lambda: read(parse(body, limits.values)))
+        memory.resize(PARSE_COPIES * size)
+    return await large_work.run(
+        size, lambda: read(parse(joined(chunks), limits.values, limits.ids))
+    )
 
 
-async def read_bytes(
+async def read_chunks(
     receive: Receive,
     headers: Mapping[str, str],
     limits: RequestLimits,
     memory: MemoryHold | None,
-) -> bytes:
+) -> tuple[list[bytes], int]:
     """Read a body.
 
     Args:
@@ -166,6 +178,9 @@ async def read_bytes(
         limits: a body over ``body_bytes`` is refused by its Content-Length, or as soon as more
             has arrived.
         memory: holds what has arrived; None if it is not counted.
+
+    Returns:
+        The body's chunks, for ``joined``, and its size.
 
     Raises:
         UnsupportedMediaTypeError: declared as compressed.
@@ -189,7 +204,16 @@ async def read_bytes(
         return await _receive_all(receive, limit, memory)
 
 
-async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) -> bytes:
+def joined(chunks: list[bytes]) -> bytes:
+    """Return a body, the only chunk from now on; joining 32 MB takes some milliseconds."""
+    if len(chunks) != 1:
+        chunks[:] = [b"".join(chunks)]
+    return chunks[0]
+
+
+async def _receive_all(
+    receive: Receive, limit: int, memory: MemoryHold | None
+) -> tuple[list[bytes], int]:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -205,11 +229,9 @@ async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) 
         chunks.append(chunk)
         if not message.get("more_body", False):
             break
-    if len(chunks) == 1:
-        return chunks[0]
-    if memory is not None:
+    if len(chunks) > 1 and memory is not None:
         memory.resize(2 * size)  # while the chunks are joined
-    return b"".join(chunks)
+    return chunks, size
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -244,51 +266,34 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
                 watcher.cancel()
 
 
-def parse(body: bytes, max_values: int) -> Any:
+def parse(body: bytes, max_values: int, max_numbers: int = 0) -> Any:
     """Parse JSON after counting its values: parsed values take far more memory than their text.
 
     Args:
-        body: any bytes.
+        body: any bytes; a large one is parsed in pieces.
         max_values: maximum number of values and keys.
+        max_numbers: so many more values may be numbers.
 
     Raises:
         InvalidRequestError: not JSON (NaN, lone surrogates and nesting beyond 1,024 levels
             included), or more values than the limit.
     """
-    if len(body) > max_values and has_more_values(body, max_values):
-        raise InvalidRequestError(
-            f"The body has more than {max_values} JSON values: send fewer texts at once.",
-            code="too_many_values",
-        )
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        if len(body) > PARSE_AT_ONCE_BYTES:
+            return parse_in_pieces(body, max_values, max_numbers)
+        limit = max_values + max_numbers
+        if len(body) <= limit or not has_more_values(body, limit):
+            return orjson.loads(body)
+    except (orjson.JSONDecodeError, InvalidJsonError) as error:
         raise InvalidRequestError(
             f"The body is not valid JSON: {error}.", code="invalid_json"
         ) from None
-
-
-def has_more_values(body: bytes, limit: int) -> bool:
-    """Return whether JSON has more values than a limit; takes milliseconds per megabyte.
-
-    Every value and key except the outermost follows a comma, a colon or an opening bracket. A piece
-    is searched at a time, so that no copy of the body is needed.
-    """
-    quotes = values = start = 0
-    while start < len(body):
-        piece = body[start : start + SCAN_BYTES]
-        start += len(piece)
-        if b"\\" in piece:  # an escaped quote does not end a string
-            backslashes = len(piece) - len(piece.rstrip(b"\\"))
-            start += backslashes % 2  # what the last one escapes
-            piece = piece.replace(rb"\\", b"").replace(rb"\"", b"")
-        parts = piece.split(b'"', 2 * limit + 3 - quotes)
-        outside_strings = b"".join(parts[quotes % 2 :: 2])
-        values += sum(map(outside_strings.count, (b",", b":", b"[", b"{")))
-        quotes += len(parts) - 1
-        if quotes > 2 * limit + 2 or values > limit:
-            return True
-    return False
+    except TooManyValuesError:
+        pass
+    raise InvalidRequestError(
+        f"The body has more than {max_values} JSON values: send fewer texts at once.",
+        code="too_many_values",
+    )
 
 
 def _client_closed() -> ClientClosedError:

@@ -110,7 +110,7 @@ class AsyncEmbedder:
         context.stages.start("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         context.stages.end()
-        if context.memory is not None and context.memory.bytes:
+        if context.input_bytes and context.memory is not None:
             more = sum(map(_bytes_beyond_estimate, jobs, ids))
             context.memory.resize(context.memory.bytes + more)
         if self._cache is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,17 +56,19 @@ class OutputFormat:
         types: number types; one answer may carry several.
         normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
         encoding: encoding in the response body.
+        bytes: size of one text's vectors, of all types together.
     """
 
     dimensions: int
     types: tuple[OutputType, ...] = (OutputType.FLOAT,)
     normalized: bool = True
     encoding: Encoding = Encoding.NUMBERS
+    bytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def bytes(self) -> int:
-        """Size of one text's vectors, of all types together."""
-        return sum(kind.bytes_for(self.dimensions) for kind in self.types)
+    def __post_init__(self) -> None:
+        """Compute the size, which is needed several times."""
+        size = sum(kind.bytes_for(self.dimensions) for kind in self.types)
+        object.__setattr__(self, "bytes", size)
 
     def check(self, hidden_size: int) -> None:
         """Refuse dimensions that the model or an output type cannot give.
@@ -109,6 +112,14 @@ class OutputFormat:
         if self.normalized:
             kept = kept / np.maximum(norms, MIN_NORM)
         return {kind: quantise(kept, kind) for kind in self.types}
+
+
+@lru_cache(maxsize=256)
+def single_type_format(
+    dimensions: int, kind: OutputType, normalized: bool, encoding: Encoding
+) -> OutputFormat:
+    """Return a format of one type; most requests have the same, and making one takes longer."""
+    return OutputFormat(dimensions, (kind,), normalized, encoding)
 
 
 def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.generic]:

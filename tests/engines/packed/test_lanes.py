@@ -155,6 +155,7 @@ class Recorded:
         self.batches: list[tuple[int, int]] = []
         self.pauses: list[float] = []
         self.budgets: list[int] = []
+        self.shrunk: list[int] = []
 
     def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
         pass
@@ -166,12 +167,13 @@ class Recorded:
         assert seconds > 0
         assert budget > 0
         self.batches.append((texts, tokens))
+        self.budgets.append(budget)
 
     def forward_paused(self, seconds: float) -> None:
         self.pauses.append(seconds)
 
     def memory_ran_out(self, budget: int) -> None:
-        self.budgets.append(budget)
+        self.shrunk.append(budget)
 
     def texts_dropped(self, reason: str, texts: int) -> None:
         pass
@@ -265,8 +267,42 @@ async def test_memory_that_ran_out_beside_another_batch_is_tried_again_alone(
     check(reference, short, result)
     check(reference, bulk, long_result)
     assert failures == 1
-    assert recorded.budgets == [], "no batch was split"
+    assert recorded.shrunk == [], "no batch was split"
     assert [texts for texts, _ in recorded.batches] == [2048, 24]
+
+
+@pytest.mark.anyio
+async def test_the_reported_budget_of_a_batch_is_the_one_that_it_was_taken_with(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is not reported with the budget that the other lane has reduced meanwhile."""
+    loop, bulk_computes = asyncio.get_running_loop(), asyncio.Event()
+    failed = threading.Event()
+    embed = Transformer.embed
+
+    def both_fail_once(
+        self: Transformer, texts: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> NDArray[np.float32]:
+        if len(texts) == 2048:
+            loop.call_soon_threadsafe(bulk_computes.set)
+            assert failed.wait(20)
+            self._step()  # until the interactive lane waits for this one
+            raise MemoryError
+        if len(texts) == 24 and not failed.is_set():
+            failed.set()
+            raise MemoryError
+        return embed(self, texts, adapters)
+
+    monkeypatch.setattr(Transformer, "embed", both_fail_once)
+    async with running(checkpoint) as (engine, recorded):
+        bulk, _ = bulk_batch(2048)
+        embedding = asyncio.create_task(engine.embed(bulk))
+        await bulk_computes.wait()
+        await engine.embed(TokenBatch([ids(12, n) for n in range(24)], "retrieval"))
+        await embedding
+    assert recorded.shrunk == [2048 * 20 // 2]
+    reported = dict(zip((texts for texts, _ in recorded.batches), recorded.budgets, strict=True))
+    assert reported == {24: WHOLE_BATCH.max_batch_tokens, 1024: 2048 * 20 // 2}
 
 
 @pytest.mark.anyio

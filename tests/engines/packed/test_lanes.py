@@ -92,9 +92,11 @@ def test_interactive_work_that_has_used_its_share_waits() -> None:
 
     def work(lane: Lane, steps: int, seconds: float) -> None:
         priority = lane.classes[0]
+        with lane.wake:
+            queue.push(object(), [64], priority)
         while not ended.is_set():
             with lane.wake:
-                queue.push(object(), [64], priority)
+                queue.push(object(), [64], priority)  # one more waits while this one is computed
                 while not ended.is_set() and not lanes.take(lane, 64):
                     lane.wake.wait()
             for _ in range(steps):

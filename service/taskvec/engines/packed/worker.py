@@ -82,11 +82,13 @@ class Batch:
 
     Attributes:
         rows: its texts.
+        budget: maximum tokens that it could have.
         started: seconds for which its lane had computed at the start.
         wait: waits for the vectors, float32 [texts, hidden], and returns them.
     """
 
     rows: Sequence[Row]
+    budget: int
     started: float
     wait: Callable[[], NDArray[np.float32]]
 
@@ -180,6 +182,7 @@ class Worker:
     transformer: AnyTransformer
     computing: set[Request] = field(default_factory=set)
     _started: deque[Batch] = field(default_factory=deque)
+    _budget: int = 0
     _taken_seconds: float = 0.0
     _finished_seconds: float = 0.0
     _trimmed_at: float = 0.0
@@ -217,6 +220,7 @@ class Worker:
                 if taken or not wait or self._is_done():
                     break
                 self.lane.wake.wait()
+            self._budget = waiting.budget.tokens
             self._taken_seconds = self.lane.seconds
             self.computing = self.computing.union(request for request, _ in taken)
             waiting.report()
@@ -262,7 +266,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - reported to the callers
             self._handle_failure(rows, error)
             return None
-        return Batch(rows, started, wait)
+        return Batch(rows, self._budget, started, wait)
 
     def _finish(self, batch: Batch) -> None:
         """Wait for the oldest forward pass, answer its requests, and let other lanes go on."""
@@ -290,8 +294,7 @@ class Worker:
         self._finished_seconds = self.lane.seconds
         if self.waiting.observer is not None:
             tokens = sum(len(request.batch.ids[i]) for request, i in rows)
-            budget = self.waiting.budget.tokens
-            self.waiting.observer.batch_finished(len(rows), tokens, seconds, budget)
+            self.waiting.observer.batch_finished(len(rows), tokens, seconds, batch.budget)
         done = time.monotonic()
         first = 0
         for request, own in groupby(rows, key=itemgetter(0)):
@@ -332,6 +335,7 @@ class Worker:
         with self.waiting.lock:
             budget = self.waiting.budget
             budget.shrink(tokens)
+            self._budget = budget.tokens
         log.warning(
             "memory_ran_out",
             texts=len(rows),

@@ -163,6 +163,19 @@ def test_what_is_not_http(default_checkpoint: Checkpoint, sent: bytes) -> None:
         assert hung_up(connection)
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", "chunked, chunked", "deflate,chunked"])
+def test_another_transfer_coding(default_checkpoint: Checkpoint, coding: str) -> None:
+    """A body that is compressed in transfer is refused, not taken as it is."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(
+            head(f"Transfer-Encoding: {coding}") + b'e\r\n{"input": "a"}\r\n0\r\n\r\n'
+        )
+        response, body = answer(connection)
+        assert response.status == 400
+        assert body["code"] in {"unsupported_transfer_encoding", "invalid_http"}
+        assert hung_up(connection)
+
+
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/v1/models", "/metrics"])
 def test_head_is_get_without_a_body(default_checkpoint: Checkpoint, path: str) -> None:
     """HEAD has the headers of GET and no body, and the connection goes on."""

@@ -151,7 +151,7 @@ async def test_an_absurd_content_length(default_checkpoint: Checkpoint, declared
 async def test_the_weights_of_accept(
     default_checkpoint: Checkpoint, accept: list[str], raw: bool
 ) -> None:
-    """Bytes are sent to clients that name them and do not prefer JSON; several lines are one list."""
+    """Bytes go to clients that name them and do not prefer JSON; several lines are one list."""
     async with fake_service(default_checkpoint) as (client, _):
         answer = await client.post(
             "/v1/embeddings", json={"input": "a"}, headers=[("accept", line) for line in accept]

@@ -62,7 +62,7 @@ def test_a_name_with_several_addresses_has_one_port() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::", "localhost"])
 def test_a_taken_port_is_named(host: str) -> None:
-    """The error names host and port, and asks for another server there."""
+    """The error names host and port, and says that it is in use."""
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=rf"{port} cannot be bound.*another server"):

@@ -115,7 +115,7 @@ def _reason(host: str, port: int, error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"{where} cannot be bound: the host {host!r} has no address ({error.strerror})."
     if error.errno == errno.EADDRINUSE:
-        return f"{where} cannot be bound: is another server using it?"
+        return f"{where} cannot be bound, because it is in use: is another server running?"
     if error.errno in _MISSING and host == ALL_ADDRESSES:
         return f"{where} cannot be bound: this machine has no IPv6; use the host 0.0.0.0."
     return f"{where} cannot be bound: {error.strerror}."

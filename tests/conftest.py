@@ -60,7 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the marker."""
+    """Describe the markers."""
+    config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
 
 
@@ -139,10 +140,11 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taskvec.redis.TIMEOUT_SECONDS", 10.0)
 
 
-@pytest.fixture
-def no_shedding_by_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop stands still while hypothesis draws an example."""
-    monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
+@pytest.fixture(autouse=True)
+def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not refuse requests while the event loop is late: here it runs the clients as well."""
+    if request.node.get_closest_marker("sheds_by_lag") is None:
+        monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
 
 
 @contextmanager

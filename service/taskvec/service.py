@@ -17,6 +17,7 @@ import structlog
 from taskvec import __version__
 from taskvec.auth.keys import KeyLimits, KeySource, WatchedKeys
 from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
+from taskvec.cgroups import available_cores
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
@@ -293,7 +294,7 @@ def build_tokenizer(
         checkpoint.tokenizer,
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
-        threads=threads or min(4, os.cpu_count() or 1),
+        threads=threads or min(4, available_cores()),
         max_waiting=max_waiting,
         observer=observer,
     )

@@ -99,6 +99,20 @@ def test_taskvec_listens_where_its_port_is(name: str) -> None:
     assert settings(manifests)["TASKVEC_HOST"] == "0.0.0.0"  # noqa: S104 - in a pod of its own
 
 
+@pytest.mark.parametrize("mode", ["cpu", "split"])
+def test_a_dual_stack_service(mode: str) -> None:
+    """Pods listen on both families, engine servers as well, and the Services have both."""
+    service = {"host": "::", "ipFamilyPolicy": "PreferDualStack"}
+    manifests = render({"mode": mode, "service": service})
+    assert settings(manifests)["TASKVEC_HOST"] == "::"
+    services = of_kind(manifests, "Service")
+    assert len(services) == (2 if mode == "split" else 1)
+    assert {each["spec"]["ipFamilyPolicy"] for each in services} == {"PreferDualStack"}
+    for each in of_kind(manifests, "StatefulSet"):
+        (container,) = each["spec"]["template"]["spec"]["containers"]
+        assert "--host=::" in container["args"]
+
+
 @every_case
 def test_probes_ask_routes_of_the_application(name: str, default_checkpoint: Checkpoint) -> None:
     """Probes and scrapes of taskvec ask routes that the application has, over its protocol."""

@@ -123,6 +123,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"autoscaling": {"keda": {"enabled": True}}}, "autoscaling.keda.serverAddress"),
     ({"podDisruptionBudget": {"minAvailable": 1}}, "minAvailable and maxUnavailable"),
     ({"podDisruptionBudget": {"maxUnavailable": ""}}, "minAvailable and maxUnavailable"),
+    ({"service": {"ipFamilyPolicy": "RequireDualStack"}}, "service.host to ::"),
     ({"ingress": {"enabled": True}}, "ingress.hosts"),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
     (

@@ -130,7 +130,7 @@ def test_dependabot_looks_where_versions_are() -> None:
         "pip": {"pyproject.toml", "dev.txt", "checkov.txt"},
         "npm": {"package-lock.json"},
         "docker": {"Dockerfile"},
-        "docker-compose": {"compose.yaml"},
+        "docker-compose": {"docker-compose.yml"},
     }
     updates = yaml.safe_load((FOLDER / "dependabot.yml").read_text())["updates"]
     assert {update["package-ecosystem"] for update in updates} == set(signs)

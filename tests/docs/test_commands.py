@@ -23,7 +23,7 @@ from taskvec.settings import Settings, environment_variable
 
 pytestmark = pytest.mark.full("the commands of the documentation")
 
-COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(PAGES[page]))])

@@ -11,13 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import parent_process as multiprocessing_parent
 from pathlib import Path
 from socket import AF_UNIX, socket
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import uvicorn
@@ -28,12 +28,14 @@ from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
 from taskvec.engines.base import EngineState
 from taskvec.engines.process.client import EngineSocket, ProcessEngine
+from taskvec.engines.process.launcher import describe_end
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
+from taskvec.server.listen import bind
 from taskvec.server.run import server_options
-from taskvec.server.shutdown import GracefulServer
+from taskvec.server.shutdown import GracefulServer, on_hangup
 from taskvec.service import START_WAIT, Role, build_service, key_source
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
@@ -60,6 +62,12 @@ ORPHANED = 1
 START_FAILED = 3
 """Exit code after which uvicorn does not restart a process."""
 
+MAX_FAILED_STARTS = 5
+"""Gateways in a row that end before they serve, after which the service ends."""
+
+RESTART_SECONDS = 0.5
+"""Pause before another gateway is started after a failed start; doubled for each further one."""
+
 POLL_INTERVAL = 0.05
 """Seconds between two checks of the engine."""
 
@@ -71,7 +79,15 @@ log = structlog.get_logger(__name__)
 
 
 class GatewayProcess(multiprocess.Process):
-    """A gateway process, which drains before it stops."""
+    """A gateway process, which drains before it stops.
+
+    Attributes:
+        has_served: it was seen to listen.
+        counted: this has been taken into account.
+        ended: its end has been logged.
+    """
+
+    has_served = counted = ended = False
 
     @property
     def server(self) -> uvicorn.Server:
@@ -80,6 +96,23 @@ class GatewayProcess(multiprocess.Process):
         if self._server is None:
             self._server = GracefulServer(self.config, supervised=True)
         return self._server
+
+    def ping(self, timeout: float = 5) -> bool:
+        """Return whether the process answers in time; note whether it has served."""
+        started = self._healthcheck(timeout)
+        self.has_served |= started is True
+        return started is not None
+
+    def start(self) -> None:
+        """Start the process, in which SIGHUP is ignored until it has a handler of its own."""
+        with on_hangup(None):
+            super().start()
+
+    def read_again(self) -> None:
+        """Let the process read its keys and its certificate again."""
+        with suppress(ProcessLookupError):
+            if self.pid is not None and self.exitcode is None:
+                os.kill(self.pid, signal.SIGHUP)
 
 
 class Gateways(multiprocess.Multiprocess):
@@ -97,6 +130,9 @@ class Gateways(multiprocess.Multiprocess):
         """
         self._merge_metrics = merge_metrics
         self._start_failed = False
+        self._failed_starts = 0
+        self._restart_at = 0.0
+        self._last_end = ""
         # Every process reads its settings from the environment, as the first one did. Limits on
         # the sum of all requests are divided, so that they hold for all processes together.
         memory = settings.memory_budget or default_budget(
@@ -117,12 +153,7 @@ class Gateways(multiprocess.Multiprocess):
             timeout_worker_healthcheck=PING_TIMEOUT,
             **server_options(settings),
         )
-        try:
-            sockets: list[socket] = [config.bind_socket()]
-        except SystemExit:
-            raise StartError(
-                f"{settings.host}:{settings.port} cannot be bound: is another server using it?"
-            ) from None
+        sockets = bind(settings.host, settings.port)
         multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
         super().__init__(config, sockets)
 
@@ -136,24 +167,56 @@ class Gateways(multiprocess.Multiprocess):
         if self.stop_requested:
             return  # a terminal signals all processes: those that have drained are not replaced
         dead = [process for process in self.processes if not process.process.is_alive()]
-        for process in dead:
-            if process.exitcode == 0:  # it was signalled, and has drained
-                log.info("gateway_ended", process=process.pid)
-            else:
-                log.error("gateway_died", process=process.pid, exit_code=process.exitcode)
+        self._count_failed_starts(dead)
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self.should_exit.set()
+        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+        if dead and not self._start_failed and time.monotonic() < self._restart_at:
+            return
         super().keep_subprocess_alive()
         if dead:
             self._merge_metrics()
-        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+
+    def _count_failed_starts(self, dead: list[multiprocess.Process]) -> None:
+        """Count the gateways in a row that ended before they served, and log each end once."""
+        for process in cast("list[GatewayProcess]", self.processes):
+            if process.has_served and not process.counted:
+                process.counted = True
+                self._failed_starts = 0
+        for process in cast("list[GatewayProcess]", dead):
+            if process.ended:
+                continue
+            process.ended = True
+            if process.has_served and process.exitcode == 0:  # it was signalled, and has drained
+                log.info("gateway_ended", process=process.pid)
+                continue
+            reason = describe_end(process.exitcode or 0)
+            log.error(
+                "gateway_died", process=process.pid, exit_code=process.exitcode, reason=reason
+            )
+            if not process.has_served:
+                self._restart_at = time.monotonic() + RESTART_SECONDS * 2**self._failed_starts
+                self._failed_starts += 1
+                self._last_end = reason
 
     def check_started(self) -> None:
-        """Raise an error if a gateway could not start, which has ended all of them.
+        """Raise an error if gateways could not start, which has ended all of them.
 
         Raises:
-            StartError: one could not start.
+            StartError: they could not start.
         """
         if self._start_failed:
             raise StartError("A gateway could not start: the reason is in the log above.")
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise StartError(
+                f"{self._failed_starts} gateways in a row have ended before they served, the last "
+                f"one because it was {self._last_end}: see its log, and the free memory."
+            )
+
+    def handle_hup(self) -> None:
+        """Let all gateways read their keys and their certificate again; uvicorn restarts them."""
+        for process in self.processes:
+            cast("GatewayProcess", process).read_again()
 
     def terminate_all(self) -> None:
         """Close the sockets, then end the processes: new connections are refused at once."""
@@ -172,7 +235,7 @@ def serve_workers(settings: Settings) -> None:
     keys = key_source(settings)
     if keys is not None:
         keys.read()  # report unreadable keys before any gateway starts
-    with _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
+    with on_hangup(None), _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
         from taskvec.metrics.registry import merge_dead_processes  # noqa: PLC0415 - as create_app
 
         merge = partial(merge_dead_processes, folder / SERIES)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import torch
 
+from taskvec.cgroups import available_cores
 from taskvec.errors import StartError
 from taskvec.memory_limits import MemoryLimits
 
-CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -57,9 +56,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def available_cores() -> int:
-    """Return the number of cores for this process: torch's count, limited by the cgroup's quota."""
-    return math.ceil(min(torch.get_num_threads(), _cgroup_cores()))
+def forward_threads() -> int:
+    """Return the threads of a forward pass: torch's count, at most the cores that are there."""
+    return min(torch.get_num_threads(), available_cores())
 
 
 def available_bytes(device: torch.device) -> int:
@@ -99,11 +98,3 @@ def _machine_bytes() -> int:
         return 1 << 62
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_cores() -> float:
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if quota == "max" else int(quota) / int(period)

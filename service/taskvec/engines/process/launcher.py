@@ -152,10 +152,10 @@ class EngineLauncher:
         if self._socket is not None:  # nobody has opened it
             self._socket.close()
             self._socket = None
-        return _how(code)
+        return describe_end(code)
 
 
-def _how(code: int) -> str:
+def describe_end(code: int) -> str:
     """Say how a process ended, in words that follow "it was"."""
     if code >= 0:
         return f"ended with code {code}"

@@ -15,6 +15,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DOWNLOADED_FILES = (
     "config.json",
     "config_sentence_transformers.json",
+    "modules.json",
+    "*/config.json",
+    "sentence_*_config.json",
+    "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "model*.safetensors",

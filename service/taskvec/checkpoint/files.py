@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from taskvec.errors import CheckpointError
-from taskvec.permissions import denial
+from taskvec.permissions import read_failure
 
 PROMPTS_FILE = "config_sentence_transformers.json"
 """File with the prompts, in the checkpoint folder and optionally in an adapter folder."""
@@ -43,9 +43,10 @@ def name_denial(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except PermissionError:
+    except PermissionError as error:
         raise CheckpointError(
-            f"{denial(path)}: change its owner or mode, or run taskvec as another user."
+            f"{path} cannot be read: {read_failure(path, error)}: change the owner or the mode, or "
+            "run taskvec as another user."
         ) from None
 
 

@@ -202,7 +202,9 @@ CODES: tuple[str, ...] = (
     "too_many_values",
     "unknown_adapter",
     "unknown_task",
+    "unsupported_charset",
     "unsupported_content_encoding",
+    "unsupported_transfer_encoding",
     "untokenizable_input",
 )
 """All error codes that a client may see."""

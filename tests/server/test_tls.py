@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import ssl
 import time
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 import trustme
+from cryptography.x509 import load_pem_x509_certificate
 
 from conftest import wait_until
 from processes import EXACT, started
@@ -64,6 +66,53 @@ def test_requests_are_answered(default_checkpoint: Checkpoint, certificate: Cert
         assert service.connections() == 1
         connection.close()
         wait_for(lambda: service.connections() == 0)
+
+
+def issue(folder: Path, authority: trustme.CA) -> int:
+    """Write a certificate as new files that replace the old ones; return its serial number."""
+    issued = authority.issue_cert("127.0.0.1")
+    (folder / "new-cert.pem").write_bytes(issued.cert_chain_pems[0].bytes())
+    (folder / "new-key.pem").write_bytes(issued.private_key_pem.bytes())
+    (folder / "new-key.pem").rename(folder / "key.pem")
+    (folder / "new-cert.pem").rename(folder / "cert.pem")
+    return load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).serial_number
+
+
+def serial(port: int) -> int:
+    """Return the serial number of the certificate that a new connection gets."""
+    return load_pem_x509_certificate(
+        ssl.get_server_certificate(("127.0.0.1", port), timeout=20).encode()
+    ).serial_number
+
+
+@pytest.mark.parametrize("options", [["--in-process"], ["--workers", "2"]], ids=str)
+def test_a_renewed_certificate_is_used(tmp_path: Path, options: list[str]) -> None:
+    """New handshakes get the new certificate; a broken one leaves the old one, and is logged."""
+    authority = trustme.CA()
+    first = issue(tmp_path, authority)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    files = ["--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    with started(*files, *options, *EXACT) as server, ExitStack() as stack:
+        ready = f"https://127.0.0.1:{server.port}/health/ready"
+        wait_until(ready, server.process, verify=trusting)
+        before = stack.enter_context(httpx.Client(verify=trusting, timeout=20))
+        assert before.get(ready).status_code == 200
+        assert serial(server.port) == first
+        second = issue(tmp_path, authority)
+        # Each process looks for itself, and the kernel chooses one for each connection.
+        wait_for(lambda: {serial(server.port) for _ in range(8)} == {second})
+        assert before.get(ready).status_code == 200, "an open connection goes on"
+        (tmp_path / "key.pem").write_text("no key")
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert serial(server.port) == second
+        third = issue(tmp_path, authority)
+        wait_for(lambda: {serial(server.port) for _ in range(8)} == {third})
+        server.process.terminate()
+        errors = server.process.communicate(timeout=60)[1].decode()
+    assert "certificate_not_reloaded" in errors
+    assert "key.pem" in errors
 
 
 @pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "slow"])

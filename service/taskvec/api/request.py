@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,8 @@ from taskvec.priority import Priority
 
 T = TypeVar("T")
 
+_WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
+
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-priority"
 
@@ -34,6 +37,12 @@ SCAN_BYTES = 1 << 20
 
 PARSE_INLINE_BYTES = 1 << 16
 """Largest body that is parsed in the event loop: at most a millisecond."""
+
+LIST_HEADERS = (b"accept", b"content-encoding")
+"""Headers whose values are lists: a client may send them in several lines, which count together."""
+
+ASCII_SUPERSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+"""Declared character sets of a body that is read as UTF-8."""
 
 MAX_LENGTH_DIGITS = 18
 """Longest Content-Length and timeout that are converted to a number."""
@@ -64,9 +73,39 @@ class RequestLimits(NamedTuple):
 
 
 def header_dict(scope: Scope) -> dict[str, str]:
-    """Return the headers by lower-case name; the first value of a repeated header."""
+    """Return the headers by lower-case name: of a repeated header all values if it is a list.
+
+    Of another one that is repeated, the first value.
+    """
     pairs = scope["headers"]
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(pairs)}
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(pairs)}
+    if len(headers) < len(pairs):
+        for listed in LIST_HEADERS:
+            values = [value.decode("latin-1") for name, value in pairs if name == listed]
+            if values:
+                headers[listed.decode("latin-1")] = ", ".join(values)
+    return headers
+
+
+def prefers(headers: Mapping[str, str], wanted: str, other: str) -> bool:
+    """Return whether Accept names a media type, and gives it at least the weight of another one.
+
+    Args:
+        headers: of the request.
+        wanted: must be named itself; a wildcard does not count, nor does a weight of 0.
+        other: weighted by its own name, or else by a wildcard (RFC 9110, section 12.5.1).
+    """
+    accept = headers.get("accept", "").lower()
+    if wanted not in accept:
+        return False
+    weights: dict[str, float] = {}
+    for part in accept.split(","):
+        media_type, *parameters = map(str.strip, part.split(";"))
+        weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[media_type] = float(weight) if _WEIGHT.fullmatch(weight) else 1.0
+    own = weights.get(wanted, 0.0)
+    ranges = (other, f"{other.partition('/')[0]}/*", "*/*")
+    return own > 0 and own >= next((weights[name] for name in ranges if name in weights), 0.0)
 
 
 def request_timeout(headers: Mapping[str, str], limit: float) -> float:
@@ -129,7 +168,7 @@ async def read_json(
         What ``read`` returns.
 
     Raises:
-        UnsupportedMediaTypeError: declared as something other than JSON, or as compressed.
+        UnsupportedMediaTypeError: declared as something other than JSON in UTF-8, or as compressed.
         SlowRequestError: not complete in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client disconnected while sending.
@@ -137,13 +176,20 @@ async def read_json(
         InvalidRequestError: see ``parse``; or raised by ``read``.
     """
     declared = headers.get("content-type", "application/json")
-    media_type = declared.partition(";")[0].strip().lower()
+    media_type, *parameters = (part.strip().lower() for part in declared.split(";"))
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"The body is declared as {media_type[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
     body = await read_bytes(receive, headers, limits, memory)
+    charset = next((p[8:].strip('"') for p in parameters if p.startswith("charset=")), "utf-8")
+    if charset not in ASCII_SUPERSETS and not body.isascii():
+        # A client may name its own default for a body that is the same in all of them.
+        raise UnsupportedMediaTypeError(
+            f"The body is declared to be in {charset[:80]!r}: send JSON in UTF-8.",
+            code="unsupported_charset",
+        )
     if len(body) <= PARSE_INLINE_BYTES:
         return read(parse(body, limits.values))
     if memory is not None:
@@ -175,7 +221,7 @@ async def read_bytes(
         QueueFullError: all bodies together are too large.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", ""):
+    if any(part.strip() not in ("identity", "") for part in encoding.split(",")):
         raise UnsupportedMediaTypeError(
             f"The body is declared as compressed ({encoding[:80]!r}): send it uncompressed, "
             "without the header Content-Encoding.",

@@ -55,12 +55,14 @@ class OutputFormat:
         types: number types; one answer may carry several.
         normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
         encoding: encoding in the response body.
+        dimensions_field: the client's name for ``dimensions``, for errors.
     """
 
     dimensions: int
     types: tuple[OutputType, ...] = (OutputType.FLOAT,)
     normalized: bool = True
     encoding: Encoding = Encoding.NUMBERS
+    dimensions_field: str = "dimensions"
 
     @property
     def bytes(self) -> int:
@@ -73,20 +75,20 @@ class OutputFormat:
         Raises:
             InvalidRequestError: states the bounds.
         """
-        dimensions = self.dimensions
+        dimensions, field = self.dimensions, self.dimensions_field
         if not 1 <= dimensions <= hidden_size:
             raise InvalidRequestError(
-                f"dimensions must be between 1 and {hidden_size}, got {dimensions}.",
+                f"{field} must be between 1 and {hidden_size}, got {dimensions}.",
                 code="invalid_dimensions",
-                param="dimensions",
+                param=field,
             )
         packed = next((kind for kind in self.types if kind.packed), None)
         if packed is not None and dimensions % 8:
             raise InvalidRequestError(
-                f"{packed.value} vectors pack 8 dimensions into a byte: dimensions must be a "
+                f"{packed.value} vectors pack 8 dimensions into a byte: {field} must be a "
                 f"multiple of 8, got {dimensions}.",
                 code="invalid_dimensions",
-                param="dimensions",
+                param=field,
             )
 
     def apply(self, vectors: NDArray[np.float32]) -> dict[OutputType, NDArray[np.generic]]:

@@ -7,7 +7,6 @@ import os
 import ssl
 import time
 from collections.abc import Callable
-from functools import partial
 from socket import socket
 from typing import Any, Protocol, cast
 
@@ -64,12 +63,12 @@ class BatchAcceptLoop(uvloop.Loop):
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Listen, as ``asyncio.loop.create_server`` does; starts serving at once."""
-        factory = protocol_factory
-        if ssl is not None:
-            observers = cast("Callable[[], HandshakeObserver]", protocol_factory)
-            factory = partial(_TlsHandshake, self, ssl, observers)
-        server = await super().create_server(factory, *address, **options)
-        return _BatchAcceptServer(self, server, factory)
+        if ssl is None:
+            server = await super().create_server(protocol_factory, *address, **options)
+            return BatchAcceptServer(self, server, protocol_factory)
+        tls = _TlsFactory(self, ssl, cast("Callable[[], HandshakeObserver]", protocol_factory))
+        server = await super().create_server(tls, *address, **options)
+        return BatchAcceptServer(self, server, tls)
 
 
 class _TlsHandshake(asyncio.Protocol):
@@ -105,7 +104,24 @@ class _TlsHandshake(asyncio.Protocol):
         self._protocol.handshake_ended()
 
 
-class _BatchAcceptServer(asyncio.AbstractServer):
+class _TlsFactory:
+    """Makes the protocols of accepted connections; each uses the context that is set then."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: ssl.SSLContext,
+        factory: Callable[[], HandshakeObserver],
+    ) -> None:
+        self.context = context
+        self._loop = loop
+        self._factory = factory
+
+    def __call__(self) -> _TlsHandshake:
+        return _TlsHandshake(self._loop, self.context, self._factory)
+
+
+class BatchAcceptServer(asyncio.AbstractServer):
     """uvloop's server, plus a reader callback on each of its sockets."""
 
     def __init__(
@@ -124,6 +140,14 @@ class _BatchAcceptServer(asyncio.AbstractServer):
         self._called_at: dict[socket, float | None] = dict.fromkeys(duplicates)
         for listening in duplicates:
             self._add_reader(listening)
+
+    def replace_tls(self, context: ssl.SSLContext) -> None:
+        """Use another context for the handshakes of connections that are accepted from now on.
+
+        No effect on a server without TLS.
+        """
+        if isinstance(self._factory, _TlsFactory):
+            self._factory.context = context
 
     def close(self) -> None:
         for listening in self._called_at:

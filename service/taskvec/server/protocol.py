@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from taskvec.api.context import context_if_any
 from taskvec.api.errors import error_response, is_shortage
+from taskvec.api.middleware import without_trailing_slash
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     HeadersTooLargeError,
@@ -52,6 +53,8 @@ between them is still accepted."""
 
 MAX_UNCOUNTED_BYTES = 16_384
 """What a client has not read of a response counts against the memory budget beyond this."""
+
+TRANSFER_CODING = b"transfer-encoding"
 
 ALLOWED_METHODS = "GET, HEAD, POST"
 """Methods of all routes together."""
@@ -295,6 +298,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             self._stop_parsing(connect_method())
         self._check_host()
+        self._check_transfer_coding()
         if self._offers_upgrade():
             return
         self._reading_headers = False
@@ -381,6 +385,12 @@ class HttpProtocol(HttpToolsProtocol):
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._stop_parsing(wrong_hosts(hosts))
 
+    def _check_transfer_coding(self) -> None:
+        """Refuse a body that is compressed in transfer: the parser only undoes ``chunked``."""
+        codings = [value.strip().lower() for name, value in self.headers if name == TRANSFER_CODING]
+        if any(coding != b"chunked" for coding in codings):
+            self._stop_parsing(unknown_transfer_coding())
+
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the request again without its offer of another protocol.
 
@@ -397,7 +407,7 @@ class HttpProtocol(HttpToolsProtocol):
         full = len(self.connections) > self._limits.connections
         if not full:
             self.app = self.config.loaded_app
-        if not full or scope["path"] in PROBE_PATHS:
+        if not full or without_trailing_slash(scope["path"]) in PROBE_PATHS:
             await self.config.loaded_app(scope, receive, send)
         else:
             response = closing_response(too_many_connections(self._limits.connections))
@@ -508,6 +518,14 @@ def wrong_hosts(hosts: int) -> TaskvecError:
         f"The request has {f'{hosts} Host headers' if hosts else 'no Host header'}: HTTP/1.1 needs "
         "exactly one.",
         code="invalid_http",
+    )
+
+
+def unknown_transfer_coding() -> TaskvecError:
+    """Return the error of a transfer coding other than chunked."""
+    return InvalidRequestError(
+        "The only Transfer-Encoding that this server reads is chunked: send the body uncompressed.",
+        code="unsupported_transfer_encoding",
     )
 
 

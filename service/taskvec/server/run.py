@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import sys
 from functools import partial
 from typing import Any
@@ -14,18 +13,16 @@ from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import SWITCH_INTERVAL
 from taskvec.engines.process.client import ProcessEngine
 from taskvec.engines.process.launcher import EngineLauncher
-from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.open_files import divide_open_files
+from taskvec.server.certificate import check_certificate
 from taskvec.server.engine_process import engine_launcher
+from taskvec.server.listen import bind, trusted_proxies
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
-from taskvec.server.shutdown import GracefulServer
+from taskvec.server.shutdown import GracefulServer, on_hangup
 from taskvec.service import build_service, task_table
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import RequestLog
-
-KEEP_ALIVE_SECONDS = 75
-"""Longer than the idle timeout of common load balancers."""
 
 
 def serve(settings: Settings, request_log: RequestLog) -> None:
@@ -42,16 +39,17 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
         StartError: the service cannot start, or its engine process has ended for good.
     """
     tune_malloc(SERVING)
-    if settings.in_process or settings.engine is not EngineKind.PACKED:
-        _run(settings, request_log)
-        return
-    checkpoint = open_checkpoint(settings.model, settings.revision)
-    launcher = engine_launcher(settings, checkpoint)
-    launcher.launch()  # it loads while this process imports
-    try:
-        _run(settings, request_log, checkpoint, launcher)
-    finally:
-        launcher.kill()
+    with on_hangup(None):
+        if settings.in_process or settings.engine is not EngineKind.PACKED:
+            _run(settings, request_log)
+            return
+        checkpoint = open_checkpoint(settings.model, settings.revision)
+        launcher = engine_launcher(settings, checkpoint)
+        launcher.launch()  # it loads while this process imports
+        try:
+            _run(settings, request_log, checkpoint, launcher)
+        finally:
+            launcher.kill()
 
 
 def _run(
@@ -88,7 +86,7 @@ def _run(
     server = GracefulServer(
         uvicorn.Config(app, host=settings.host, port=settings.port, **server_options(settings))
     )
-    server.run()
+    server.run(bind(settings.host, settings.port))
     if failures:
         raise failures[0]
 
@@ -104,13 +102,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
     sys.setswitchinterval(SWITCH_INTERVAL)
     certificate, key = settings.tls_cert, settings.tls_key
     if certificate is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-        except (OSError, ValueError) as error:
-            raise StartError(
-                f"The certificate {certificate} with the key {key or certificate} cannot be used: "
-                f"{error}."
-            ) from None
+        check_certificate(certificate, key)
     limits = ConnectionLimits(
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
@@ -128,6 +120,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "forwarded_allow_ips": trusted_proxies(settings.forwarded_allow_ips),
+        "timeout_keep_alive": settings.keep_alive_timeout,
         "timeout_graceful_shutdown": settings.drain_timeout,
     }

@@ -11,13 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import parent_process as multiprocessing_parent
 from pathlib import Path
 from socket import AF_UNIX, socket
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import uvicorn
@@ -32,8 +32,9 @@ from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
+from taskvec.server.listen import bind
 from taskvec.server.run import server_options
-from taskvec.server.shutdown import GracefulServer
+from taskvec.server.shutdown import GracefulServer, on_hangup
 from taskvec.service import START_WAIT, Role, build_service, key_source
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
@@ -81,6 +82,17 @@ class GatewayProcess(multiprocess.Process):
             self._server = GracefulServer(self.config, supervised=True)
         return self._server
 
+    def start(self) -> None:
+        """Start the process, in which SIGHUP is ignored until it has a handler of its own."""
+        with on_hangup(None):
+            super().start()
+
+    def read_again(self) -> None:
+        """Let the process read its keys and its certificate again."""
+        with suppress(ProcessLookupError):
+            if self.pid is not None and self.exitcode is None:
+                os.kill(self.pid, signal.SIGHUP)
+
 
 class Gateways(multiprocess.Multiprocess):
     """Gateway processes on one socket; a process that dies is replaced."""
@@ -117,12 +129,7 @@ class Gateways(multiprocess.Multiprocess):
             timeout_worker_healthcheck=PING_TIMEOUT,
             **server_options(settings),
         )
-        try:
-            sockets: list[socket] = [config.bind_socket()]
-        except SystemExit:
-            raise StartError(
-                f"{settings.host}:{settings.port} cannot be bound: is another server using it?"
-            ) from None
+        sockets = bind(settings.host, settings.port)
         multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
         super().__init__(config, sockets)
 
@@ -155,6 +162,11 @@ class Gateways(multiprocess.Multiprocess):
         if self._start_failed:
             raise StartError("A gateway could not start: the reason is in the log above.")
 
+    def handle_hup(self) -> None:
+        """Let all gateways read their keys and their certificate again; uvicorn restarts them."""
+        for process in self.processes:
+            cast("GatewayProcess", process).read_again()
+
     def terminate_all(self) -> None:
         """Close the sockets, then end the processes: new connections are refused at once."""
         for listening in self.sockets:
@@ -172,7 +184,7 @@ def serve_workers(settings: Settings) -> None:
     keys = key_source(settings)
     if keys is not None:
         keys.read()  # report unreadable keys before any gateway starts
-    with _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
+    with on_hangup(None), _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
         from taskvec.metrics.registry import merge_dead_processes  # noqa: PLC0415 - as create_app
 
         merge = partial(merge_dead_processes, folder / SERIES)

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from taskvec.auth.keys import read_pairs
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.engines.remote.discovery import check_url
+from taskvec.home import home_folder
 
 _REDIS_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
@@ -624,11 +625,15 @@ class Settings(BaseSettings):
 
     @property
     def cache(self) -> Path:
-        """The folder ``cache_dir``, or its default."""
+        """The folder ``cache_dir``, or its default.
+
+        Raises:
+            StartError: the user has no home directory; see ``taskvec.home``.
+        """
         if self.cache_dir is not None:
             return self.cache_dir
-        home = os.environ.get("XDG_CACHE_HOME")
-        return (Path(home) if home else Path.home() / ".cache") / "taskvec"
+        caches = os.environ.get("XDG_CACHE_HOME")
+        return (Path(caches) if caches else home_folder() / ".cache") / "taskvec"
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that give another process the same settings.

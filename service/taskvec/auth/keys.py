@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taskvec.errors import StartError
 from taskvec.file_watch import FileWatch
+from taskvec.permissions import read_failure
 from taskvec.priority import Priority
 
 NO_KEY = "none"
@@ -209,7 +210,8 @@ def _read_file(file: Path, defaults: KeyLimits) -> list[Key]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StartError(f"The keys file {file} cannot be read: {error.strerror}.") from None
+        reason = read_failure(file, error)
+        raise StartError(f"The keys file {file} cannot be read: {reason}.") from None
     except ValueError as error:
         raise StartError(f"The keys file {file} is not valid TOML: {error}.") from None
     except RecursionError:

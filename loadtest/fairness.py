@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import psutil
+
 from report import RESULTS, spread, write_result
 from server import free_port, wait_ready
 from taskvec.priority import WEIGHTS, Priority
@@ -120,6 +122,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--before", type=Path, help="the checkout to compare rates with")
     parser.add_argument("--rounds", type=int, help="rounds of each case; by default its own")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        help="single texts of each round; by default 1,000, and 120 of the shape of Qwen3-0.6B",
+    )
     parser.add_argument("--dtype", default="auto", help="dtype of the engines")
     parser.add_argument("--name", default="fairness", help="name of the result file; - writes none")
     options = parser.parse_args()
@@ -180,11 +187,12 @@ def default_model(options: argparse.Namespace, kind: str) -> Outcome:
     times = Latencies()
     with servers(kind, serve_arguments(options)) as server:
         singles(server.port, WARM_UP)
+        count = options.requests or 1000
         for _ in range(options.rounds or 2):
-            times.add("idle", singles(server.port, 1000))
+            times.add("idle", singles(server.port, count))
             for name, load in (("marked bulk", MANY), ("unmarked bulk", UNMARKED)):
                 with running_load(server.port, load):
-                    times.add(name, singles(server.port, 1000))
+                    times.add(name, singles(server.port, count))
     bound = 2 * times.p99("idle") + 15
     checks = [
         at_most(f"p99 beside {name}, ms", times.p99(name), "<= 2x idle p99 + 15 ms", bound)
@@ -202,7 +210,9 @@ def shape_beside_bulk(options: argparse.Namespace) -> Outcome:
             at_most(
                 "p50 beside bulk, ms", times.p50("loaded"), "<= 1.5x idle", 1.5 * times.p50("idle")
             ),
-            at_most("p99 beside bulk, ms", times.p99("loaded"), "<= 4x idle", 4 * times.p99("idle")),
+            at_most(
+                "p99 beside bulk, ms", times.p99("loaded"), "<= 4x idle", 4 * times.p99("idle")
+            ),
         ],
     )
 
@@ -225,34 +235,49 @@ def shape_latencies(options: argparse.Namespace, load: Load) -> Latencies:
     times = Latencies()
     with servers("default", serve_arguments(options, QWEN)) as server:
         singles(server.port, 10)
+        count = options.requests or 120
         for _ in range(options.rounds or 1):
-            times.add("idle", singles(server.port, 120, interval=0.3))
+            times.add("idle", singles(server.port, count, interval=0.3))
             with running_load(server.port, load):
-                times.add("loaded", singles(server.port, 120, interval=0.3))
+                times.add("loaded", singles(server.port, count, interval=0.3))
     return times
 
 
 def over_before(options: argparse.Namespace, shape: str, load: Load, seconds: float) -> Outcome:
-    """Bulk texts a second with no single texts, over another checkout's, in turns."""
+    """Bulk texts a second with no single texts, over another checkout's, in turns.
+
+    Other work on the machine takes more from bulk threads of a low priority than from those of a
+    normal one; the processor time of a text does not depend on it.
+    """
     before: Path = options.before.resolve()
     checkouts = {"before": before, "after": ROOT}
     rates: dict[str, list[float]] = {side: [] for side in checkouts}
+    costs: dict[str, list[float]] = {side: [] for side in checkouts}
     with ExitStack() as stack:
-        ports = {
-            side: stack.enter_context(
-                servers("default", serve_arguments(options, shape), checkout)
-            ).port
+        started = {
+            side: stack.enter_context(servers("default", serve_arguments(options, shape), checkout))
             for side, checkout in checkouts.items()
         }
         for turn in range(options.rounds or 2):
             # The side that goes first alternates: a machine that warms up favours neither.
-            for side in list(ports)[:: 1 if turn % 2 else -1]:
-                with running_load(ports[side], load), texts_rate(ports[side]) as rate:
+            for side in list(checkouts)[:: 1 if turn % 2 else -1]:
+                port, pid = started[side].port, started[side].pid
+                with running_load(port, load), texts_rate(port) as rate:
+                    texts, used = embedded_texts(port), processor_seconds(pid)
                     time.sleep(seconds)
+                    used = processor_seconds(pid) - used
+                    costs[side].append(used / (embedded_texts(port) - texts) * 1e6)
                 rates[side].append(rate())
-                print(f"  {side}: {rates[side][-1]:.1f} texts/s", file=sys.stderr, flush=True)
+                print(
+                    f"  {side}: {rates[side][-1]:.1f} texts/s, {costs[side][-1]:.0f} us a text",
+                    file=sys.stderr,
+                    flush=True,
+                )
     ratio = statistics.median(rates["after"]) / statistics.median(rates["before"])
     figures = {f"{side}, texts/s": spread(values, 1) for side, values in rates.items()}
+    figures |= {
+        f"{side}, processor time of a text, us": spread(values, 0) for side, values in costs.items()
+    }
     return Outcome(figures, [at_least("bulk texts/s over before", ratio, 0.97)])
 
 
@@ -352,9 +377,7 @@ def percentile(times: Sequence[float], percent: int) -> float:
     return sorted(times)[len(times) * percent // 100]
 
 
-def singles(
-    port: int, count: int, interval: float = 0.0, stage: str | None = None
-) -> list[float]:
+def singles(port: int, count: int, interval: float = 0.0, stage: str | None = None) -> list[float]:
     """Send single texts one after another; return the milliseconds of each.
 
     Args:
@@ -455,6 +478,13 @@ def texts_rate(port: int) -> Iterator[Callable[[], float]]:
         thread.join()
 
 
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a server with all its processes."""
+    server = psutil.Process(pid)
+    used = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(times.user + times.system for times in used)
+
+
 def embedded_texts(port: int) -> float:
     """Return the number of texts that the engine of a server has embedded."""
     with urlopen(f"http://127.0.0.1:{port}/metrics") as page:
@@ -470,9 +500,10 @@ def embedded_texts(port: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server."""
+    """A running server: its port, and the id of its first process."""
 
     port: int
+    pid: int
 
 
 def serve_arguments(options: argparse.Namespace, shape: str = "mini") -> list[str]:
@@ -513,7 +544,7 @@ def one_server(arguments: Sequence[str], checkout: Path) -> Iterator[Server]:
     ) as process:
         try:
             wait_ready(port, timeout=START_SECONDS, process=process)
-            yield Server(port)
+            yield Server(port, process.pid)
         finally:
             process.terminate()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -123,17 +124,29 @@ async def held(client: httpx.AsyncClient) -> float:
 class HungryEngine(FakeEngine):
     """Has no memory left."""
 
+    shortage: Exception = MemoryError()
+
     async def embed(self, batch: TokenBatch) -> EngineResult:  # noqa: ARG002
-        raise MemoryError
+        raise self.shortage
 
 
 @pytest.mark.anyio
-async def test_a_failed_allocation_is_a_shortage(default_checkpoint: Checkpoint) -> None:
-    """It is a 503 with Retry-After, not a bug of the service."""
-    async with fake_service(default_checkpoint, HungryEngine(default_checkpoint.card)) as (
-        client,
-        _,
-    ):
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("can't allocate lock"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+async def test_a_failed_allocation_is_a_shortage(
+    default_checkpoint: Checkpoint, shortage: Exception
+) -> None:
+    """However Python reports it, it is a 503 with Retry-After, not a bug of the service."""
+    engine = HungryEngine(default_checkpoint.card)
+    engine.shortage = shortage
+    async with fake_service(default_checkpoint, engine) as (client, _):
         response = await client.post(PATH, json={"input": "a"})
     assert (response.status_code, response.json()["code"]) == (503, "overloaded")
     assert int(response.headers["retry-after"]) >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -23,6 +24,9 @@ from taskvec.errors import (
 )
 
 log = structlog.get_logger(__name__)
+
+NO_THREAD = ("can't start new thread", "can't allocate lock")
+"""Messages of the RuntimeErrors that Python raises for lack of memory."""
 
 ErrorRenderer = Callable[[TaskvecError, str], Response]
 """Renders an error, given the request id, in the form that clients of a route expect."""
@@ -128,8 +132,10 @@ def unexpected_error(error: Exception, request_id: str) -> TaskvecError:
 
 def is_shortage(error: BaseException | None) -> bool:
     """Return whether memory could not be allocated, or a thread not be started for lack of it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+        isinstance(error, RuntimeError) and str(error) in NO_THREAD
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import trustme
 
 from synthetic import TINY_SMALL, write_checkpoint
 
@@ -147,7 +148,7 @@ def test_the_hubs_cache_of_another_user_is_named(place: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--keys-file", "--tls-cert", "--tls-key"])
 def test_other_files_say_so_before_the_model_is_loaded(
-    place: Path, keys_and_certificate: dict[str, Path], option: str
+    keys_and_certificate: dict[str, Path], option: str
 ) -> None:
     """Keys and certificates that this user may not read are named with the user id."""
     keys_and_certificate[option].chmod(0o600)

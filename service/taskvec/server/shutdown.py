@@ -26,6 +26,9 @@ from taskvec.service import STATE_KEY, Service
 POLL_INTERVAL = 0.02
 """Seconds between two checks of the requests still in flight."""
 
+STOP_AT_ONCE = signal.SIGUSR1
+"""Signal of a main process to its gateways: answer what is not answered with 503, and end."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -63,7 +66,7 @@ class GracefulServer(uvicorn.Server):
         Args:
             config: as uvicorn's.
             supervised: a main process forwards its signals. Where all processes get the signal, it
-                arrives twice, and the second one does not end anything.
+                arrives twice, and the second one does not end anything; ``STOP_AT_ONCE`` does.
         """
         super().__init__(config)
         self._supervised = supervised
@@ -79,7 +82,9 @@ class GracefulServer(uvicorn.Server):
         if self.config.ssl_certfile:
             self._certificate = WatchedCertificate(self.config, self._replace_tls)
         await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        if self._supervised:
+            signal.signal(STOP_AT_ONCE, lambda *_: loop.call_soon_threadsafe(self._stop_at_once))
         if self._certificate is not None:
             self._watching = self._loop.create_task(
                 keep_running("watch the certificate", self._certificate.watch)
@@ -132,6 +137,9 @@ class GracefulServer(uvicorn.Server):
         elif self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(number))
         self._received.add(number)
+
+    def _stop_at_once(self) -> None:
+        self.should_exit = self.force_exit = True
 
     async def _drain(self, number: signal.Signals) -> None:
         service: Service = self.lifespan.state[STATE_KEY]

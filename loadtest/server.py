@@ -14,6 +14,8 @@ START_TIMEOUT = 60.0
 PAUSES = {
     "longest_turn_ms": "taskvec_event_loop_longest_turn_seconds",
     "longest_lock_hold_ms": "taskvec_interpreter_lock_longest_hold_seconds",
+    "engine_longest_turn_ms": "taskvec_engine_process_event_loop_longest_turn_seconds",
+    "engine_longest_lock_hold_ms": "taskvec_engine_process_interpreter_lock_longest_hold_seconds",
 }
 """Names in results -> series of /metrics."""
 
@@ -54,7 +56,7 @@ def wait_ready(
 
 
 def longest_pauses(port: int) -> dict[str, float]:
-    """Return the longest turn of the event loop and hold of the interpreter lock, in milliseconds.
+    """Return the longest turn of each event loop and hold of each interpreter lock, milliseconds.
 
     They are of the last minute; empty if the server does not measure them.
     """

@@ -149,6 +149,14 @@ def embed(url: str, body: dict[str, Any], accept: str = "application/json") -> h
     ).raise_for_status()
 
 
+def answers(url: str) -> bool:
+    """Return whether a new connection gets an answer soon."""
+    try:
+        return httpx.post(f"{url}/v1/embeddings", json={"input": "x"}, timeout=3).is_success
+    except httpx.TransportError:
+        return False
+
+
 def connects(port: int) -> bool:
     """Return whether the port accepts connections."""
     try:

@@ -204,6 +204,12 @@ ROWS: dict[str, list[Panel]] = {
             {
                 "event loop": "max(taskvec_event_loop_longest_turn_seconds{HERE})",
                 "interpreter lock": "max(taskvec_interpreter_lock_longest_hold_seconds{HERE})",
+                "event loop, engine's process": (
+                    "max(taskvec_engine_process_event_loop_longest_turn_seconds{HERE})"
+                ),
+                "interpreter lock, engine's process": (
+                    "max(taskvec_engine_process_interpreter_lock_longest_hold_seconds{HERE})"
+                ),
             },
         ),
         Panel(

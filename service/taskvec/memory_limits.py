@@ -76,7 +76,7 @@ class MemoryLimits:
     def read(self) -> list[MemoryUse]:
         """Return every limit in force; limits that changed meanwhile are seen."""
         uses = [_read_group(folder, files) for folder, files in self._groups]
-        return [use for use in (*uses, self._read_address_space()) if use is not None]
+        return [use for use in (*uses, self.address_space()) if use is not None]
 
     def tightest(self) -> MemoryUse | None:
         """Return the limit with the least room; None if there is none."""
@@ -91,7 +91,11 @@ class MemoryLimits:
         machine = _machine_memory(self._proc)
         return min([*limits, machine] if machine else limits, default=0)
 
-    def _read_address_space(self) -> MemoryUse | None:
+    def address_space(self) -> MemoryUse | None:
+        """Return the limit of the address space and its use; None if there is none.
+
+        It is a limit of each process, unlike those of cgroups.
+        """
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit == resource.RLIM_INFINITY or limit >= UNLIMITED:
             return None

@@ -29,9 +29,10 @@ from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.core.tasks import ServedNames, TaskTable
 from taskvec.core.tokenizer import MAX_WAITING_CHARACTERS, TextTokenizer, TokenizerObserver
 from taskvec.engines.base import Engine, EngineState
+from taskvec.engines.process.client import ProcessEngine
 from taskvec.errors import StartError
 from taskvec.malloc import trim_malloc
-from taskvec.memory_limits import MemoryLimits
+from taskvec.memory_limits import MemoryLimits, MemoryUse
 from taskvec.open_files import divide_open_files
 from taskvec.settings import (
     KEY_SETTINGS,
@@ -219,7 +220,7 @@ def build_service(
     limits = limits or MemoryLimits()
     budget = MemoryBudget(settings.memory_budget or default_budget(limits.total()))
     metrics.memory_budget(budget.max_bytes)
-    pressure = MemoryPressure(limits, budget, metrics)
+    pressure = MemoryPressure(limits, budget, metrics, engine=lambda: process_memory(engine))
     health = ServiceHealth(
         engine,
         stall_seconds=settings.stall_timeout,
@@ -258,6 +259,11 @@ def build_service(
         tracer=make_tracer(names.primary) if settings.traces else None,
         request_log=(request_log or RequestLog()) if settings.log_requests else None,
     )
+
+
+def process_memory(engine: Engine) -> MemoryUse | None:
+    """Return the memory limit of an engine's own process and its use; None if there is none."""
+    return engine.memory if isinstance(engine, ProcessEngine) else None
 
 
 def task_table(checkpoint: Checkpoint) -> TaskTable:

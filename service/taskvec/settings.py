@@ -371,7 +371,8 @@ class Settings(BaseSettings):
         Field(
             gt=0,
             description="Seconds without progress of an engine that has work, after which the "
-            "service is not ready.",
+            "service is not ready; and without a sign of life of the engine's process, after which "
+            "it is replaced.",
         ),
     ] = 60.0
     dead_timeout: Annotated[
@@ -379,7 +380,8 @@ class Settings(BaseSettings):
         Field(
             gt=0,
             description="Seconds without progress of an engine that has work, after which the "
-            "service is not live, so that an orchestrator restarts it.",
+            "service is not live, so that an orchestrator restarts it; an engine in a process of "
+            "its own is replaced.",
         ),
     ] = 300.0
     canary_interval: Annotated[

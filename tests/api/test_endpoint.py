@@ -19,7 +19,6 @@ from processes import total
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Endpoints, Route
 from taskvec.api.errors import error_headers
-from taskvec.api.load_shedding import EventLoopLag
 from taskvec.api.middleware import RequestMiddleware
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType
@@ -30,6 +29,7 @@ from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError, TaskvecError
 from taskvec.service import Service, build_service
 from taskvec.settings import Settings
+from taskvec.telemetry.event_loop_lag import EventLoopLag
 
 PATH = "/plain"
 WEB = {"api-key": "s3cret"}
@@ -74,7 +74,7 @@ async def served(
     file.write_text(entry("web", "s3cret", requests_per_minute=100))
     given = Settings(**({"keys_file": file, "log_requests": False} | settings))
     service = build_service(given, checkpoint=checkpoint, engine=engine)
-    lag = EventLoopLag(service.metrics)
+    lag = EventLoopLag(service.metrics.loop_late)
     app = FastAPI()
     route = Route(
         method="POST",

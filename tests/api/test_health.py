@@ -39,6 +39,8 @@ SERIES = {
     "taskvec_queue_seconds": "histogram",
     "taskvec_batch_texts": "histogram",
     "taskvec_batch_tokens": "histogram",
+    "taskvec_engine_process_event_loop_longest_turn_seconds": "gauge",
+    "taskvec_engine_process_interpreter_lock_longest_hold_seconds": "gauge",
     "taskvec_engine_process_resident_bytes": "gauge",
     "taskvec_engine_process_restarts": "counter",
     "taskvec_forward_pause_seconds": "histogram",

@@ -25,9 +25,15 @@ class Machine:
         self.now = 0.0
         self.trims = 0
         self.after_trim: int | None = None
+        self.engine: MemoryUse | None = None
         self.seen: list[tuple[MemoryUse | None, int, int]] = []
         self.pressure = MemoryPressure(
-            self.cgroup.limits, self.budget, self, trim=self.trim, clock=lambda: self.now
+            self.cgroup.limits,
+            self.budget,
+            self,
+            trim=self.trim,
+            clock=lambda: self.now,
+            engine=lambda: self.engine,
         )
 
     def memory_read(self, use: MemoryUse | None, level: int, held: int) -> None:
@@ -65,6 +71,29 @@ async def test_levels_rise_at_their_thresholds_and_fall_later(tmp_path: Path) ->
         (1630, PressureLevel.NONE),
     ]
     assert [(used, await machine.read_at(used)) for used, _ in expected] == expected
+
+
+@pytest.mark.anyio
+async def test_the_limit_of_the_engines_process_counts_one_level_less(tmp_path: Path) -> None:
+    """Below 10 and 5 % of its own limit, bulk and embedding requests are refused, nothing else."""
+    machine = Machine(tmp_path)
+    expected = [
+        (890, PressureLevel.NONE),
+        (910, PressureLevel.BULK),
+        (960, PressureLevel.EMBEDDING),
+        (1000, PressureLevel.EMBEDDING),
+        (910, PressureLevel.BULK),
+        (860, PressureLevel.NONE),
+    ]
+    for used, level in expected:
+        machine.engine = MemoryUse("engine", 1000 * MB, used * MB)
+        assert await machine.read_at(100) is level, used
+        assert machine.seen[-1][0] == machine.engine
+        assert not machine.trims, "what this process has free does not help the other one"
+    assert await machine.read_at(1910) is PressureLevel.ALL
+    assert machine.seen[-1][0] != machine.engine
+    machine.engine = None
+    assert await machine.read_at(100) is PressureLevel.NONE
 
 
 @pytest.mark.anyio

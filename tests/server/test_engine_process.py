@@ -21,6 +21,7 @@ from processes import (
     TEXTS,
     Load,
     Served,
+    answers,
     command_of,
     connects,
     embed,
@@ -34,14 +35,6 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 
 LAYOUTS = pytest.mark.parametrize("workers", ["1", "2"])
 RAW = "application/octet-stream"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers keep what they compute once in a folder of the tests, not in the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +53,6 @@ def in_process() -> Iterator[Served]:
 
 def vectors(server: Served, task: str = "text-matching") -> np.ndarray:
     return np.frombuffer(embed(server.url, {"input": TEXTS, "task": task}, RAW).content, "<f4")
-
-
-def answers(server: Served) -> bool:
-    """Whether a new connection gets an answer soon."""
-    try:
-        body = {"input": "a text"}
-        return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=3).is_success
-    except httpx.TransportError:
-        return False
 
 
 def answer(server: Served) -> httpx.Response:
@@ -96,6 +80,23 @@ def test_the_metrics_are_those_of_one_process(server: Served, in_process: Served
         assert total(shown, "process_resident_memory_bytes") > 0
         names.append({line.split(" ")[0] for line in shown.splitlines() if line[:1] != "#"})
     assert names[0] == names[1]
+
+
+@LAYOUTS
+def test_pauses_of_the_engines_process_are_shown(workers: str) -> None:
+    """The longest turn of its loop and hold of its lock are in the metrics, apart from others'."""
+    with served("--workers", workers, *EXACT) as server:
+
+        def shown(name: str) -> float:
+            return total(httpx.get(f"{server.url}/metrics").text, f"taskvec_{name}_seconds")
+
+        embed(server.url, {"input": TEXTS})
+        wait_for(lambda: shown("engine_process_interpreter_lock_longest_hold") > 0)
+        os.kill(server.engine(), signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(server.engine(), signal.SIGCONT)
+        wait_for(lambda: shown("engine_process_event_loop_longest_turn") > 0.9)
+        assert shown("event_loop_longest_turn") < 0.9
 
 
 def test_the_gateway_has_no_torch(server: Served, in_process: Served) -> None:
@@ -152,6 +153,39 @@ def test_a_killed_engine_is_replaced(workers: str) -> None:
         wait_for(lambda: restarts() == 1)
 
 
+@LAYOUTS
+def test_an_engine_that_hangs_is_replaced(workers: str) -> None:
+    """A process that is stopped is not ready soon, then killed; its requests get 503."""
+    with served("--workers", workers, "--stall-timeout", "6", *EXACT) as server:
+        hung = server.engine()
+        os.kill(hung, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(answer, server)
+            wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+            assert command_of(hung), "the service is not ready before the process is killed"
+            refused = answer(server)
+            assert (refused.status_code, refused.json()["code"]) == (503, "engine_unavailable")
+            assert refused.headers["retry-after"] == "1"
+            got = waiting.result()
+            assert (got.status_code, got.json()["code"]) == (503, "engine_unavailable")
+        wait_for(lambda: not command_of(hung))
+        wait_for(lambda: answer(server).status_code == 200, seconds=60)
+
+
+@LAYOUTS
+def test_a_stopped_main_process_does_not_end_its_engine(workers: str) -> None:
+    """The time for which the process that watches was stopped is not the engine's silence."""
+    with served("--workers", workers, "--stall-timeout", "4", *EXACT) as server:
+        engine = server.engine()
+        for _ in range(3):
+            os.kill(server.process.pid, signal.SIGSTOP)
+            time.sleep(6)
+            os.kill(server.process.pid, signal.SIGCONT)
+            time.sleep(0.3)
+        wait_for(lambda: answer(server).status_code == 200)
+        assert server.engine() == engine
+
+
 def test_requests_in_a_killed_engine_are_answered() -> None:
     """Whatever was in the engine when it was killed gets a 503 that says to try again."""
     options = ("--max-queue-tokens", "10000000", *EXACT)
@@ -182,7 +216,7 @@ def test_an_engine_that_cannot_come_back_ends_the_service(
         processes = server.descendants()
         for gateway in server.gateways():  # the other one answers, so it has read the model
             os.kill(gateway, signal.SIGSTOP)
-            wait_for(lambda: answers(server))
+            wait_for(lambda: answers(server.url))
             os.kill(gateway, signal.SIGCONT)
         shutil.rmtree(folder)
         os.kill(server.engine(), signal.SIGKILL)
@@ -203,15 +237,17 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+@LAYOUTS
 @pytest.mark.parametrize("damage", [without_effect, cut_short])
 def test_a_damaged_checkpoint_ends_the_start(
-    tmp_path: Path, default_checkpoint: Checkpoint, damage: Callable[[Path], None]
+    tmp_path: Path, default_checkpoint: Checkpoint, damage: Callable[[Path], None], workers: str
 ) -> None:
     """What the engine's process finds wrong is one sentence and exit code 3, as in one process."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(default_checkpoint.folder, folder)
     damage(folder / "adapters/clustering/adapter_model.safetensors")
-    code, errors = ended(Served("--model", str(folder), "--log-level", "error"))
+    options = ("--workers", workers, "--model", str(folder), "--log-level", "error")
+    code, errors = ended(Served(*options))
     assert code == 3, errors
     (sentence,) = errors.splitlines()
     assert sentence.startswith("taskvec: ")

@@ -7,19 +7,28 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
+import pytest
 
 from conftest import free_port, wait_until
-from processes import total
-from sockets import head, wait_for
+from processes import EXACT, Served, answers, served, total, wait_for
+from sockets import head
+from taskvec.core.memory_pressure import PressureLevel
 
 ADDRESS_SPACE = 1600 << 20
 """The server maps about 980 MB for itself."""
 
 ATTACK_SECONDS = 4.0
 ATTACKERS = 8
+
+SENDERS = 4
+SEND_SECONDS = 5.0
 
 
 def limit_address_space() -> None:
@@ -75,6 +84,57 @@ def test_large_bodies_do_not_end_a_server_with_little_memory() -> None:
             connection.close()
         wait_for(lambda: total(httpx.get(f"{url}/metrics").text, "taskvec_memory_held_bytes") == 0)
         wait_for(lambda: httpx.post(f"{url}/v1/embeddings", json={"input": "a"}).status_code == 200)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_engine_process_without_memory_answers(workers: str) -> None:
+    """When its process has none left, requests in it and new ones get 200 or a clean refusal."""
+    with served("--workers", workers, *EXACT) as server:
+        time.sleep(2)  # the speed of the engine is measured
+        engine = server.engine()
+        hard = resource.prlimit(engine, resource.RLIMIT_AS)[1]
+        limit = mapped(engine)
+        with ThreadPoolExecutor(SENDERS) as threads:
+            sent = [threads.submit(send_long, server.url, n) for n in range(SENDERS)]
+            wait_for(lambda: shown(server, "taskvec_queue_texts") > 0)
+            resource.prlimit(engine, resource.RLIMIT_AS, (limit, hard))
+            wait_for(lambda: shown(server, "taskvec_memory_pressure") == PressureLevel.EMBEDDING)
+            assert shown(server, "taskvec_memory_limit_bytes") == limit
+            seen = Counter(answer for each in sent for answer in each.result())
+        assert {status for status, _ in seen} <= {200, 429, 503}, seen
+        assert {code for status, code in seen if status == 503} <= {
+            "overloaded",
+            "engine_unavailable",
+        }
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        if engine in server.descendants():
+            resource.prlimit(engine, resource.RLIMIT_AS, (hard, hard))
+        wait_for(lambda: answers(server.url), seconds=60)
+        assert server.process.poll() is None
+
+
+def shown(server: Served, name: str) -> float:
+    return total(httpx.get(f"{server.url}/metrics").text, name)
+
+
+def mapped(process: int) -> int:
+    """Return the bytes of address space of a process."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def send_long(url: str, sender: int) -> list[tuple[int, str]]:
+    """Send large requests for a while, all texts different; return statuses and error codes."""
+    seen = []
+    until = time.monotonic() + SEND_SECONDS
+    with httpx.Client(timeout=60) as client:
+        while time.monotonic() < until:
+            texts = [f"{'word ' * 300}{sender} {len(seen)} {n}" for n in range(32 << sender)]
+            answer = client.post(f"{url}/v1/embeddings", json={"input": texts})
+            seen.append((answer.status_code, answer.json().get("code", "")))
+            if answer.status_code != 200:
+                time.sleep(0.2)
+    return seen
 
 
 def send_bodies(connection: socket.socket, stop: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from processes import EXACT, Load, Served, served, wait_for
+from processes import EXACT, Load, Served, command_of, served, wait_for
 
 LONG = {"input": [f"{'word ' * 100}{n}" for n in range(2048)], "dimensions": 8}
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
@@ -48,17 +49,35 @@ def test_a_server_leaves_before_it_refuses(workers: str) -> None:
         assert server.process.wait(30) in {0, -signal.SIGTERM, 128 + signal.SIGTERM}
 
 
+@WORKERS
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda item: item.name)
-def test_the_same_signal_again_ends_it_at_once(number: signal.Signals) -> None:
-    """Whoever does not want to wait need not."""
-    with served("--drain-grace", "60", *EXACT) as server, long_request(server) as answer:
+def test_the_same_signal_again_ends_it_at_once(number: signal.Signals, workers: str) -> None:
+    """Whoever does not want to wait need not: no process is left, and the exit code says why."""
+    options = ("--workers", workers, "--drain-grace", "60", *EXACT)
+    with served(*options) as server, long_request(server) as answer:
+        processes = server.descendants()
         server.process.send_signal(number)
-        wait_for(lambda: ready(server) == 503, 1)
+        wait_for(lambda: ready(server) == 503, 2)
         server.process.send_signal(number)
         begun = time.monotonic()
-        server.process.wait(30)
+        code = server.process.wait(30)
         assert time.monotonic() - begun < 10
         check_not_answered(answer.result())
+        # One process ends as after SIGINT, whichever signal it was.
+        assert code in {-number, 128 + number, 128 + signal.SIGINT}
+        wait_for(lambda: not any(map(command_of, processes)))
+
+
+def test_a_gateway_that_hangs_is_ended_by_the_second_signal() -> None:
+    """A gateway that cannot answer signals is killed by the main process, and nothing is left."""
+    with served("--workers", "2", "--drain-grace", "60", *EXACT) as server:
+        processes = server.descendants()
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: ready(server) == 503, 5)
+        os.kill(min(server.gateways()), signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 128 + signal.SIGTERM
+        wait_for(lambda: not any(map(command_of, processes)))
 
 
 def test_the_limit_ends_it() -> None:

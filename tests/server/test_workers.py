@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from conftest import running_server
 from processes import (
@@ -24,6 +21,7 @@ from processes import (
     TEXTS,
     Load,
     Served,
+    answers,
     command_of,
     connects,
     embed,
@@ -33,19 +31,10 @@ from processes import (
     total,
     wait_for,
 )
-from taskvec.checkpoint.checkpoint import Checkpoint
 
 OUTPUTS = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
 RAW_OUTPUTS = {"float": "<f4", "float16": "<f2", "int8": "i1", "ubinary": "u1"}
 REMOTE = ("--engine", "remote", "--engine-url", "https://127.0.0.1:1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers keep what they compute once in a folder of the tests, not in the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -248,31 +237,6 @@ def test_a_killed_gateway_is_replaced() -> None:
         assert total(shown, "taskvec_requests_in_flight") == 0
 
 
-def without_effect(file: Path) -> None:
-    tensors = load_file(file)
-    save_file({k: np.zeros_like(v) if "lora_B" in k else v for k, v in tensors.items()}, file)
-
-
-def cut_short(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage", [without_effect, cut_short])
-def test_a_damaged_checkpoint_ends_the_start(
-    tmp_path: Path, default_checkpoint: Checkpoint, damage: Callable[[Path], None]
-) -> None:
-    """A damaged adapter ends all processes: exit code 3, one sentence that names it."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(default_checkpoint.folder, folder)
-    damage(folder / "adapters/clustering/adapter_model.safetensors")
-    server = Served("--workers", "2", "--model", str(folder), "--log-level", "error")
-    code, errors = ended(server)
-    assert code == 3, errors
-    (sentence,) = errors.splitlines()
-    assert sentence.startswith("taskvec: ")
-    assert "clustering" in sentence
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -312,14 +276,6 @@ def test_a_start_can_be_broken_off() -> None:
     server.process.terminate()
     _, errors = ended(server)
     assert errors.strip() == ""
-
-
-def answers(url: str) -> bool:
-    """Whether a fresh connection gets an answer soon."""
-    try:
-        return httpx.post(f"{url}/v1/embeddings", json={"input": "x"}, timeout=3).is_success
-    except httpx.TimeoutException:
-        return False
 
 
 def decoded(embedding: list[float] | str) -> list[float]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,14 +15,6 @@ import pytest
 from processes import EXACT, command_of, connects, embed, ended, served, started, total, wait_for
 
 WORKERS = ("--workers", "2", *EXACT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers keep what they compute once in a folder of the tests, not in the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TASKVEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def test_gateways_end_with_the_main_process() -> None:

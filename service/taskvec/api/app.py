@@ -12,10 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 from taskvec import __version__
 from taskvec.api.endpoint import Endpoints
 from taskvec.api.errors import install_error_handlers
-from taskvec.api.load_shedding import EventLoopLag
 from taskvec.api.middleware import RequestMiddleware
 from taskvec.api.routes import all_routes
 from taskvec.service import STATE_KEY, Service
+from taskvec.telemetry.event_loop_lag import EventLoopLag
 
 
 def create_app(service: Service, on_failure: Callable[[BaseException], None]) -> FastAPI:
@@ -26,7 +26,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         on_failure: see ``Service.running``; health routes answer until the process ends.
     """
     settings = service.settings
-    lag = EventLoopLag(service.metrics)
+    lag = EventLoopLag(service.metrics.loop_late)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:

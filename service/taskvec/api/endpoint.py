@@ -22,7 +22,7 @@ from taskvec.api.errors import (
     unexpected_error,
     wrong_method,
 )
-from taskvec.api.load_shedding import EventLoopLag, LoadShedder
+from taskvec.api.load_shedding import LoadShedder
 from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
 from taskvec.core.memory_budget import MemoryBudget
@@ -30,6 +30,7 @@ from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
 from taskvec.service import Service
+from taskvec.telemetry.event_loop_lag import EventLoopLag
 from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 
 Handler = Callable[[Request], Awaitable[Response]]

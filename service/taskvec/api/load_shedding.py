@@ -5,9 +5,6 @@ This is the early check; the limits on tokens and requests are in ``core.admissi
 
 from __future__ import annotations
 
-import asyncio
-import math
-import time
 from collections.abc import Mapping
 
 from starlette.types import Scope
@@ -18,64 +15,12 @@ from taskvec.core.admission import Admission
 from taskvec.core.health import ServiceHealth
 from taskvec.core.memory_pressure import LARGE_BODY_BYTES, MemoryPressure
 from taskvec.errors import InvalidRequestError, QueueFullError
-from taskvec.metrics.registry import Metrics
 from taskvec.priority import Priority
+from taskvec.telemetry.event_loop_lag import EventLoopLag
 
 MAX_LAG = 0.15
 """Seconds of event-loop lag above which requests are refused. Requests that a slow iteration has
 not read yet are then refused cheaply, so it ends soon and admitted requests continue."""
-
-INTERVAL = 0.01
-"""Seconds between two lag measurements: a turn of the event loop is at most so much longer than the
-lag that it causes. Each takes three microseconds."""
-
-INTERVALS_PER_REPORT = 25
-"""Measurements per report; the largest one is reported."""
-
-
-class EventLoopLag:
-    """Timer callback that measures how late the event loop runs.
-
-    asyncio runs due timers before the tasks of an iteration, so a slow iteration is seen at its
-    start; a task would be scheduled behind the tasks that the same iteration starts.
-    """
-
-    def __init__(self, metrics: Metrics) -> None:
-        """Prepare; ``start`` begins measuring.
-
-        Args:
-            metrics: gets the lag every 0.25 s, and is asked to update its queue age.
-        """
-        self._metrics = metrics
-        self._due = math.inf
-        self._timer: asyncio.TimerHandle | None = None
-        self._longest = 0.0
-        self._measured = 0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds by which the next measurement is overdue; 0 if it is not due yet."""
-        return max(0.0, time.monotonic() - self._due)
-
-    def start(self) -> None:
-        """Measure in the running loop until ``stop``."""
-        self._due = time.monotonic() + INTERVAL
-        self._timer = asyncio.get_running_loop().call_later(INTERVAL, self._measure)
-
-    def stop(self) -> None:
-        """Stop measuring."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = math.inf
-
-    def _measure(self) -> None:
-        self._longest = max(self._longest, self.seconds)
-        self._measured += 1
-        if self._measured == INTERVALS_PER_REPORT:
-            self._metrics.loop_late(self._longest)
-            self._metrics.update_queue_age()
-            self._longest, self._measured = 0.0, 0
-        self.start()
 
 
 class LoadShedder:

@@ -86,6 +86,8 @@ class MemoryPressure:
         observer: PressureObserver | None = None,
         trim: Callable[[], None] = trim_malloc,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        engine: Callable[[], MemoryUse | None] = lambda: None,
     ) -> None:
         """Start without pressure.
 
@@ -95,6 +97,7 @@ class MemoryPressure:
             observer: notified after each reading.
             trim: returns free memory to the system.
             clock: returns seconds.
+            engine: returns the limit of the engine's process alone, if it is one of its own.
         """
         self.level = PressureLevel.NONE
         self._limits = limits
@@ -102,6 +105,8 @@ class MemoryPressure:
         self._observer = observer
         self._trim = trim
         self._clock = clock
+        self._engine = engine
+        self._own_level = self._engine_level = PressureLevel.NONE
         self._trimmed_at = -TRIM_INTERVAL
         self._embedding_since: float | None = None
 
@@ -122,14 +127,20 @@ class MemoryPressure:
     async def read(self) -> None:
         """Read the memory once, and set the level."""
         use = await asyncio.to_thread(self._limits.tightest)
-        level = self._level_at(use)
+        level = _level_at(use, self._own_level)
         due = self._clock() - self._trimmed_at >= TRIM_INTERVAL
-        if level and (level > self.level or due):
+        if level and (level > self._own_level or due):
             if due:
                 self._trimmed_at = self._clock()
                 await asyncio.to_thread(self._trim)
             use = await asyncio.to_thread(self._limits.tightest)
-            level = self._level_at(use)
+            level = _level_at(use, self._own_level)
+        self._own_level = level
+        engine = self._engine()
+        self._engine_level = _level_at(engine, self._engine_level)
+        # One less: a forward pass for which memory runs out is computed in parts.
+        level = max(level, PressureLevel(max(0, self._engine_level - 1)))
+        use = min((each for each in (use, engine) if each), key=lambda one: one.free, default=None)
         if level is not self.level:
             self._report(level, use)
         self.level = level
@@ -168,16 +179,6 @@ class MemoryPressure:
                 "The server's memory is used up: try again later.", retry_after=RETRY_SECONDS
             )
 
-    def _level_at(self, use: MemoryUse | None) -> PressureLevel:
-        if use is None:
-            return PressureLevel.NONE
-        step = min(STEP_SHARE * use.limit, STEP_BYTES)
-        for level in (PressureLevel.ALL, PressureLevel.EMBEDDING, PressureLevel.BULK):
-            extra = HYSTERESIS if level <= self.level else 0.0
-            if use.free < (_FREE_STEPS[level] + extra) * step:
-                return level
-        return PressureLevel.NONE
-
     def _report(self, level: PressureLevel, use: MemoryUse | None) -> None:
         write = log.info if level < self.level else log.warning
         write(
@@ -189,3 +190,15 @@ class MemoryPressure:
             used_mb=use.used >> 20 if use else None,
             held_by_requests_mb=self._budget.used >> 20,
         )
+
+
+def _level_at(use: MemoryUse | None, before: PressureLevel) -> PressureLevel:
+    """Return the level at a use; ``before`` is that of the last reading."""
+    if use is None:
+        return PressureLevel.NONE
+    step = min(STEP_SHARE * use.limit, STEP_BYTES)
+    for level in (PressureLevel.ALL, PressureLevel.EMBEDDING, PressureLevel.BULK):
+        extra = HYSTERESIS if level <= before else 0.0
+        if use.free < (_FREE_STEPS[level] + extra) * step:
+            return level
+    return PressureLevel.NONE

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from taskvec.engines.base import DropReason
+from taskvec.metrics.recent_maximum import RecentMaximum
 
 DURATION_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
@@ -105,6 +106,21 @@ class EngineMetrics:
             "How often was the engine's process replaced because it had ended?",
             registry=registry,
         )
+        self._process_turn = Gauge(
+            "taskvec_engine_process_event_loop_longest_turn_seconds",
+            "What was the longest turn of the event loop of the engine's process in the last "
+            "minute (10 ms less; 0: it is in no process of its own)?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._process_hold = Gauge(
+            "taskvec_engine_process_interpreter_lock_longest_hold_seconds",
+            "For how long was the interpreter lock of the engine's process held in one go, at most "
+            "in the last minute (0: it is in no process of its own)?",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._recent_process_turn, self._recent_process_hold = RecentMaximum(), RecentMaximum()
         self._oldest: float | None = None
         self._age_is_shown = False
         for reason in DropReason:
@@ -147,6 +163,14 @@ class EngineMetrics:
     def process_memory(self, resident: int) -> None:
         """Set the bytes of the engine's process; see ``ProcessObserver``."""
         self._process_memory.set(resident)
+
+    def process_loop_late(self, seconds: float) -> None:
+        """Observe how late the event loop of the engine's process was; see ``ProcessObserver``."""
+        self._process_turn.set(self._recent_process_turn.add(seconds))
+
+    def process_lock_held(self, seconds: float) -> None:
+        """Observe a hold of the interpreter lock of the engine's process."""
+        self._process_hold.set(self._recent_process_hold.add(seconds))
 
     def process_restarted(self) -> None:
         """Count a new process of the engine; see ``ProcessObserver``."""

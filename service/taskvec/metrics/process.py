@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections import deque
-from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,36 +15,13 @@ from prometheus_client import (
 
 from taskvec.engines.base import EngineState
 from taskvec.memory_limits import MemoryUse
+from taskvec.metrics.recent_maximum import RecentMaximum
 
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that enables prometheus_client's multiprocess mode: the folder in which
 processes share their series. It must be set before prometheus_client is imported."""
 
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-
-RECENT_SECONDS = 60.0
-"""Window of the gauges with a longest time: every scraper sees it, as scrapes are closer."""
-
-_RECENT_PARTS = 12
-"""Parts of the window that end one by one."""
-
-
-class RecentMaximum:
-    """The largest value of about the last minute."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start without values; ``clock`` returns seconds."""
-        self._clock = clock
-        self._parts: deque[tuple[int, float]] = deque(maxlen=_RECENT_PARTS)
-
-    def add(self, value: float) -> float:
-        """Add a value, and return the largest one."""
-        part = int(self._clock() / RECENT_SECONDS * _RECENT_PARTS)
-        if self._parts and self._parts[-1][0] == part:
-            self._parts[-1] = part, max(value, self._parts[-1][1])
-        else:
-            self._parts.append((part, value))
-        return max(largest for at, largest in self._parts if at > part - _RECENT_PARTS)
 
 
 class ProcessMetrics:

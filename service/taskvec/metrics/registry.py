@@ -46,6 +46,11 @@ class Metrics(ProcessMetrics, EngineMetrics, PoolMetrics, CacheMetrics, RequestM
         CacheMetrics.__init__(self, self.registry)
         RequestMetrics.__init__(self, self.registry, tasks)
 
+    def loop_late(self, seconds: float) -> None:
+        """See ``ProcessMetrics.loop_late``; the age of the queue is kept up to date as well."""
+        super().loop_late(seconds)
+        self.update_queue_age()
+
     def render(self, state: str) -> bytes:
         """Return all series in Prometheus' text format, summed over processes that share them.
 

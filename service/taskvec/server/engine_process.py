@@ -35,6 +35,8 @@ from taskvec.engines.process.server import (
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.service import build_engine
 from taskvec.settings import EngineKind, Settings
+from taskvec.telemetry.event_loop_lag import EventLoopLag
+from taskvec.telemetry.interpreter_lock import InterpreterLockMonitor
 from taskvec.telemetry.logs import configure_logs
 
 if TYPE_CHECKING:
@@ -111,12 +113,13 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     except Exception as error:  # noqa: BLE001 - the launcher must know, whatever it is
         launcher.sendall(failure_frame(error))
         return START_FAILED
-    server = EngineServer(engine, observer, events, on_look)
+    server = EngineServer(engine, observer, events, on_look, stall_seconds=settings.dead_timeout)
     loop = asyncio.get_running_loop()
     launcher.setblocking(False)
     await loop.create_unix_connection(server.connect_launcher, sock=launcher)
     if options.listen is not None:
         await server.listen(socket.socket(fileno=options.listen))
+    server.start_heartbeat()
     if options.restarts:
         observer.process_restarted()
     tasks = [
@@ -125,9 +128,10 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
             engine.start(),
             server.stop_requested.wait(),
             keep_running("watch the engine", server.watch),
+            server.launcher_lost.wait(),
         )
     ]
-    starting, stopping, watching = tasks
+    starting, stopping, watching, losing = tasks
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if stopping.done() and not starting.done() and settings.engine is EngineKind.PACKED:
         return 0  # nobody waits until the weights are loaded
@@ -139,7 +143,14 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         return START_FAILED
     server.report_status()
     gc.freeze()  # what is loaded lives as long as the process: no collection need visit it
-    await asyncio.wait([stopping, watching], return_when=asyncio.FIRST_COMPLETED)
+    lag = EventLoopLag(observer.process_loop_late)
+    lag.start()
+    with InterpreterLockMonitor(observer.process_lock_held):
+        await asyncio.wait([stopping, watching, losing], return_when=asyncio.FIRST_COMPLETED)
+    if losing.done():  # the launcher has ended, or the connection failed
+        if options.listen is not None:
+            await asyncio.sleep(ORPHAN_SECONDS)
+        return ORPHANED
     if not stopping.done():
         await server.close()
         return ENGINE_DIED

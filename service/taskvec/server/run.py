@@ -75,7 +75,13 @@ def _run(
         service = build_service(settings, request_log=request_log)
     else:
         metrics = Metrics(task_table(checkpoint).names)
-        engine = ProcessEngine(checkpoint.card, launcher, metrics, launches=True)
+        engine = ProcessEngine(
+            checkpoint.card,
+            launcher,
+            metrics,
+            launches=True,
+            silent_seconds=settings.stall_timeout,
+        )
         engine.on_end(stop_serving)
         service = build_service(
             settings,

@@ -18,6 +18,9 @@ from taskvec.service import STATE_KEY, Service
 POLL_INTERVAL = 0.02
 """Seconds between two checks of the requests still in flight."""
 
+STOP_AT_ONCE = signal.SIGUSR1
+"""Signal of a main process to its gateways: answer what is not answered with 503, and end."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -37,7 +40,7 @@ class GracefulServer(uvicorn.Server):
         Args:
             config: as uvicorn's.
             supervised: a main process forwards its signals. Where all processes get the signal, it
-                arrives twice, and the second one does not end anything.
+                arrives twice, and the second one does not end anything; ``STOP_AT_ONCE`` does.
         """
         super().__init__(config)
         self._supervised = supervised
@@ -49,7 +52,9 @@ class GracefulServer(uvicorn.Server):
         """Start listening; from now on signals drain the service."""
         gc.freeze()  # imported modules live as long as the process: no collection need visit them
         await super().startup(sockets)
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
+        if self._supervised:
+            signal.signal(STOP_AT_ONCE, lambda *_: loop.call_soon_threadsafe(self._stop_at_once))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Schedule the handling of a signal; runs in Python's signal handler."""
@@ -69,6 +74,9 @@ class GracefulServer(uvicorn.Server):
         elif self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(number))
         self._received.add(number)
+
+    def _stop_at_once(self) -> None:
+        self.should_exit = self.force_exit = True
 
     async def _drain(self, number: signal.Signals) -> None:
         service: Service = self.lifespan.state[STATE_KEY]

@@ -17,7 +17,7 @@ from multiprocessing import parent_process as multiprocessing_parent
 from pathlib import Path
 from socket import AF_UNIX, socket
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 import uvicorn
@@ -28,12 +28,13 @@ from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
 from taskvec.engines.base import EngineState
 from taskvec.engines.process.client import EngineSocket, ProcessEngine
+from taskvec.engines.process.launcher import EngineLauncher
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
 from taskvec.server.run import server_options
-from taskvec.server.shutdown import GracefulServer
+from taskvec.server.shutdown import STOP_AT_ONCE, GracefulServer
 from taskvec.service import START_WAIT, Role, build_service, key_source
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
@@ -61,7 +62,10 @@ START_FAILED = 3
 """Exit code after which uvicorn does not restart a process."""
 
 POLL_INTERVAL = 0.05
-"""Seconds between two checks of the engine."""
+"""Seconds between two checks of the engine, or of gateways that end."""
+
+END_SECONDS = 3.0
+"""Time in which a gateway ends after ``STOP_AT_ONCE``, or is killed."""
 
 PING_TIMEOUT = 15
 """Seconds in which a gateway process must answer uvicorn's ping, or be replaced. A new process
@@ -83,7 +87,12 @@ class GatewayProcess(multiprocess.Process):
 
 
 class Gateways(multiprocess.Multiprocess):
-    """Gateway processes on one socket; a process that dies is replaced."""
+    """Gateway processes on one socket; a process that dies is replaced.
+
+    Attributes:
+        repeated_signal: the signal that arrived a second time, and ended everything at once; 0 if
+            none did.
+    """
 
     def __init__(self, settings: Settings, merge_metrics: Callable[[], None]) -> None:
         """Bind the socket and install signal handlers; no process is started.
@@ -97,6 +106,8 @@ class Gateways(multiprocess.Multiprocess):
         """
         self._merge_metrics = merge_metrics
         self._start_failed = False
+        self._received: set[int] = set()
+        self.repeated_signal = 0
         # Every process reads its settings from the environment, as the first one did. Limits on
         # the sum of all requests are divided, so that they hold for all processes together.
         memory = settings.memory_budget or default_budget(
@@ -146,14 +157,61 @@ class Gateways(multiprocess.Multiprocess):
             self._merge_metrics()
         self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
 
-    def check_started(self) -> None:
-        """Raise an error if a gateway could not start, which has ended all of them.
+    def check_end(self) -> None:
+        """Raise an error if the gateways have not ended as they should.
 
         Raises:
-            StartError: one could not start.
+            StartError: one could not start, which has ended all of them.
+            SystemExit: a signal arrived twice.
         """
         if self._start_failed:
             raise StartError("A gateway could not start: the reason is in the log above.")
+        if self.repeated_signal:
+            sys.exit(128 + self.repeated_signal)
+
+    def handle_int(self) -> None:
+        """Note SIGINT, and drain."""
+        self._note(signal.SIGINT)
+        super().handle_int()
+
+    def handle_term(self) -> None:
+        """Note SIGTERM, and drain."""
+        self._note(signal.SIGTERM)
+        super().handle_term()
+
+    def join_all(self) -> None:
+        """Wait for the end of all processes; the same signal again ends them at once."""
+        while not self.repeated_signal and self._wait_for_end(POLL_INTERVAL):
+            received, self.signal_queue[:] = list(self.signal_queue), []
+            for number in received:
+                if number in {signal.SIGINT, signal.SIGTERM}:
+                    self._note(number)
+        if self.repeated_signal:
+            self._end_at_once()
+        super().join_all()
+
+    def _note(self, number: int) -> None:
+        if number in self._received:
+            self.repeated_signal = number
+        self._received.add(number)
+
+    def _end_at_once(self) -> None:
+        log.warning("ended_by_second_signal", signal=signal.Signals(self.repeated_signal).name)
+        for process in self._alive():
+            os.kill(cast("int", process.pid), STOP_AT_ONCE)
+        self._wait_for_end(END_SECONDS)
+        for process in self._alive():
+            process.process.kill()
+
+    def _alive(self) -> list[multiprocess.Process]:
+        return [process for process in self.processes if process.process.is_alive()]
+
+    def _wait_for_end(self, seconds: float) -> bool:
+        """Wait for the end of all processes, for a limited time; return whether one is left."""
+        limit = time.monotonic() + seconds
+        while self._alive() and time.monotonic() < limit:
+            time.sleep(POLL_INTERVAL / 5)
+        return bool(self._alive())
 
     def terminate_all(self) -> None:
         """Close the sockets, then end the processes: new connections are refused at once."""
@@ -180,7 +238,7 @@ def serve_workers(settings: Settings) -> None:
             build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
             gateways = Gateways(settings, merge)
             gateways.run()
-            gateways.check_started()
+            gateways.check_end()
         else:
             _serve_engine_and_gateways(settings, folder, merge)
 
@@ -204,31 +262,39 @@ def _serve_engine_and_gateways(
         launcher = engine_launcher(settings, checkpoint, listening)
         launcher.launch()
         try:
-            engine = ProcessEngine(checkpoint.card, launcher, launches=True)
+            silent = settings.stall_timeout
+            engine = ProcessEngine(checkpoint.card, launcher, launches=True, silent_seconds=silent)
             engine.on_end(stop_all)
             # Report what gateways cannot serve, in this process.
             build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
             os.environ[ENGINE_SOCKET] = str(path)
             gateways = Gateways(settings, merge_metrics)
-            keeper = _EngineKeeper(engine, stop_all)
+            keeper = _EngineKeeper(engine, launcher, stop_all)
             keeper.start()
             try:
                 _wait_while(lambda: _starting(engine) and not gateways.stop_requested, START_WAIT)
                 gateways.run()
             finally:
-                keeper.stop()
+                keeper.stop(at_once=bool(gateways.repeated_signal))
         finally:
             launcher.kill()
     if failures:
         raise failures[0]
-    gateways.check_started()
+    gateways.check_end()
 
 
 class _EngineKeeper:
     """Keeps the engine process running from a thread; the main one watches over the gateways."""
 
-    def __init__(self, engine: ProcessEngine, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        engine: ProcessEngine,
+        launcher: EngineLauncher,
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
         self._engine = engine
+        self._launcher = launcher
+        self._at_once = False
         self._on_failure = on_failure
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
@@ -238,8 +304,9 @@ class _EngineKeeper:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the engine process after its work, and the thread."""
+    def stop(self, *, at_once: bool) -> None:
+        """End the engine process, after its work if not at once, and the thread."""
+        self._at_once = at_once
         self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join()
 
@@ -257,6 +324,8 @@ class _EngineKeeper:
     async def _keep(self) -> None:
         starting = asyncio.create_task(self._start())
         await self._stopped.wait()
+        if self._at_once:
+            self._launcher.kill()
         await self._engine.stop()
         await starting
 
@@ -303,7 +372,12 @@ def gateway_app() -> FastAPI:
         checkpoint = open_checkpoint(settings.model, settings.revision)
         engine = None
         if path is not None:
-            engine = ProcessEngine(checkpoint.card, EngineSocket(path), launches=False)
+            engine = ProcessEngine(
+                checkpoint.card,
+                EngineSocket(path),
+                launches=False,
+                silent_seconds=settings.stall_timeout,
+            )
         service = build_service(
             settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine, request_log=request_log
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from taskvec.engines.packed import scheduler
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.errors import TaskvecError, UnavailableError
+from taskvec.errors import OverloadedError, TaskvecError, UnavailableError
+from taskvec.priority import Priority
 
 FITS = 100
 """Maximum tokens of a forward that fits into the simulated memory."""
@@ -41,6 +44,7 @@ class Scarce:
         self.budgets: list[int] = []
         self.dropped: list[tuple[str, int]] = []
         self.broken = False
+        self.fails_in = ""
         embed = Transformer.embed
 
         def embed_or_fail(
@@ -60,8 +64,15 @@ class Scarce:
     def batch_started(self, waited: Sequence[float]) -> None:  # noqa: ARG002
         if self.broken:
             raise ZeroDivisionError
+        self.fail_once("batch_started")
+
+    def fail_once(self, where: str) -> None:
+        if self.fails_in == where:
+            self.fails_in = ""
+            raise MemoryError
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
+        self.fail_once("batch_finished")
         assert texts <= tokens <= self.fits
         assert seconds > 0
         assert budget > 0
@@ -130,6 +141,73 @@ async def test_only_a_text_that_does_not_fit_alone_fails(
     assert isinstance(failed, TaskvecError)
     assert (failed.code, failed.param, failed.status) == ("out_of_memory", "input[1]", 500)
     assert "101 tokens" in failed.message
+
+
+@pytest.mark.anyio
+async def test_a_text_for_which_memory_sufficed_before_can_be_sent_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others have taken the memory meanwhile, the text is not to blame: 503, not 500."""
+    scarce = Scarce(monkeypatch, ERRORS[0])
+    async with running(checkpoint, scarce) as engine:
+        text = TokenBatch([ids(90, 1)], "retrieval")
+        await engine.embed(text)
+        scarce.fits = 50
+        with pytest.raises(OverloadedError) as caught:
+            await engine.embed(text)
+        assert (caught.value.status, caught.value.code) == (503, "overloaded")
+        assert caught.value.retry_after
+        scarce.fits = 100
+        await engine.embed(text)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("where", ["take", "entered", "batch_started", "batch_finished"])
+async def test_memory_that_runs_out_beside_a_forward_pass_fails_its_requests_alone(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Taking, starting or answering a batch may fail: its requests get 503, the engine lives."""
+    scarce = Scarce(monkeypatch, ERRORS[0])
+    loop, bulk_computes = asyncio.get_running_loop(), asyncio.Event()
+    async with running(checkpoint, scarce) as engine:
+        bulk = TokenBatch(
+            [ids(20, n) for n in range(2000)],
+            "clustering",
+            priority=Priority.BULK,
+            entered=lambda: loop.call_soon_threadsafe(bulk_computes.set),
+        )
+        other = asyncio.create_task(engine.embed(bulk))
+        await bulk_computes.wait()
+        scarce.fails_in = where
+        if where == "take":
+            monkeypatch.setattr(scheduler, "heapq", ScarceHeap(scarce))
+        failing = TokenBatch([ids(9, 1)] * 3, None, entered=lambda: scarce.fail_once("entered"))
+        failures = await asyncio.wait_for(
+            asyncio.gather(
+                *(engine.embed(failing) for _ in range(1 if where == "batch_finished" else 4)),
+                return_exceptions=True,
+            ),
+            20,
+        )
+        failed = [each for each in failures if isinstance(each, BaseException)]
+        assert failed
+        assert {type(each) for each in failed} == {OverloadedError}
+        assert engine.health().ready
+        assert len((await engine.embed(failing)).vectors) == 3
+        assert len((await asyncio.wait_for(other, 60)).vectors) == 2000
+        assert not engine._waiting.queue.texts
+
+
+class ScarceHeap:
+    """The module ``heapq``, in which memory runs out once."""
+
+    def __init__(self, scarce: Scarce) -> None:
+        self._scarce = scarce
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "heappop":
+            self._scarce.fail_once("take")
+        return getattr(heapq, name)
 
 
 @pytest.mark.anyio

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,6 +55,39 @@ def test_frames_survive_every_cut(bodies: list[bytes], cuts: list[int]) -> None:
         position += size
         number += 1
     assert frames.received == [(Kind.STATUS, body) for body in bodies]
+
+
+def test_a_frame_that_memory_runs_out_for_is_lost_alone() -> None:
+    """The call whose frame cannot be put together is named, and the next frame arrives."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCARCE], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split() == ["lost", "1", "7", "received", "2", "8"], done.stderr
+
+
+SCARCE = """
+import resource, struct
+from taskvec.engines.process.frames import FrameProtocol
+
+class Frames(FrameProtocol):
+    def frame_received(self, kind, call, body):
+        print("received", kind, call)
+
+    def frame_lost(self, kind, call):
+        print("lost", kind, call)
+
+head = struct.Struct("=IB3xI")
+stream = head.pack(256 << 20, 1, 7) + bytes(256 << 20) + head.pack(0, 2, 8)
+frames, chunk = Frames(), (16 << 20) - 5
+starts = range(0, len(stream), chunk)
+chunks = [stream[start : start + chunk] for start in starts]
+del stream
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for each in chunks:
+    frames.data_received(each)
+"""
 
 
 @given(

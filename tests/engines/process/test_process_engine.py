@@ -23,6 +23,8 @@ from taskvec.engines.base import (
     EngineState,
     TokenBatch,
 )
+from taskvec.engines.process import client as client_module
+from taskvec.engines.process import server as server_module
 from taskvec.engines.process.client import EngineSocket, ProcessEngine
 from taskvec.engines.process.server import EngineServer, EventBuffer, as_observer
 from taskvec.errors import DeadlineExceededError, StartError, TaskvecError, UnavailableError
@@ -235,6 +237,114 @@ async def test_calls_fail_when_the_process_ends_and_the_next_one_serves(
                 await quick.start()
                 await until(lambda: client.health().ready)
                 assert len((await client.embed(batch(3))).vectors) == 1
+
+
+class Silent:
+    """A source whose process can stop sending; keeps for how long it was silent when ended."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.server = EngineServer(engine, as_observer(EventBuffer()))
+        self.ended_after: list[float] = []
+        self._opened = asyncio.Event()
+
+    async def open(self) -> socket.socket:
+        if self._opened.is_set():
+            await asyncio.Event().wait()
+        self._opened.set()
+        own, theirs = socket.socketpair()
+        for each in (own, theirs):
+            each.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(self.server.connect_launcher, sock=theirs)
+        return own
+
+    async def ended(self, *, ready: bool) -> str:
+        assert ready
+        return "ended"
+
+    def end_silent(self, seconds: float) -> None:
+        self.ended_after.append(seconds)
+
+    async def close(self) -> None:
+        await self.server.close()
+
+
+async def test_a_process_that_is_silent_is_ended(
+    default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not ready, then it is ended and its calls fail; one that works for long is not."""
+    monkeypatch.setattr(client_module, "SILENCE_INTERVAL", 0.1)
+    monkeypatch.setattr(server_module, "HEARTBEAT_SECONDS", 0.1)
+    engine = FakeEngine(default_checkpoint.card, delay=3)
+    await engine.start()
+    source = Silent(engine)
+    client = ProcessEngine(default_checkpoint.card, source, launches=True, silent_seconds=1.0)
+    source.server.start_heartbeat()
+    await client.start()
+    await client.embed(batch(3))
+    assert client.health().ready
+    assert not source.ended_after, "it was busy for three times as long"
+    call = asyncio.create_task(client.embed(batch(3)))
+    await until(lambda: len(engine.batches) == 2)
+    assert source.server._heartbeat is not None
+    source.server._heartbeat.cancel()
+    await until(lambda: not client.health().ready)
+    assert client.health().state is EngineState.UNAVAILABLE
+    assert not source.ended_after
+    with pytest.raises(UnavailableError):
+        await client.embed(batch(3))
+    with pytest.raises(UnavailableError):
+        await call
+    (seconds,) = source.ended_after
+    assert seconds == pytest.approx(1.0)
+    await client.stop()
+
+
+async def test_a_process_that_responds_again_is_ready_again(
+    default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was silent for a while, and not for too long, is used again."""
+    monkeypatch.setattr(client_module, "SILENCE_INTERVAL", 0.1)
+    engine = FakeEngine(default_checkpoint.card)
+    await engine.start()
+    source = Silent(engine)
+    client = ProcessEngine(default_checkpoint.card, source, launches=True, silent_seconds=60)
+    monkeypatch.setattr(client_module, "UNRESPONSIVE_SECONDS", 0.5)
+    await client.start()
+    await until(lambda: not client.health().ready)
+    source.server.start_heartbeat()
+    await until(lambda: client.health().ready)
+    assert not source.ended_after
+    await client.stop()
+
+
+async def test_an_engine_that_finishes_nothing_ends_its_process(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """Calls that wait while nothing is finished end the watch; without calls it goes on."""
+    engine = FakeEngine(default_checkpoint.card, delay=60)
+    await engine.start()
+    server = EngineServer(engine, as_observer(EventBuffer()), stall_seconds=1.0)
+    own, theirs = socket.socketpair()
+    for each in (own, theirs):
+        each.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.create_unix_connection(server.connect_launcher, sock=theirs)
+    watching = asyncio.create_task(server.watch())
+    await asyncio.sleep(1.5)
+    assert not watching.done(), "it has no work"
+    _, connection = await loop.create_unix_connection(
+        lambda: client_module._Connection(
+            ProcessEngine(default_checkpoint.card, EngineSocket(""), launches=False)
+        ),
+        sock=own,
+    )
+    call = asyncio.create_task(connection.embed(batch(3)))
+    began = time.monotonic()
+    await asyncio.wait_for(watching, 10)
+    assert time.monotonic() - began >= 0.9
+    call.cancel()
+    await server.close()
 
 
 async def test_another_checkpoint_is_refused(

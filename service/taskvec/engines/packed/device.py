@@ -14,12 +14,15 @@ from taskvec.memory_limits import MemoryLimits
 CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = (
     "can't allocate memory",
+    "can't start new thread",
+    "could not create a primitive",
     "not enough memory",
     "ALLOC_FAILED",
     "bad_alloc",
     "out of memory",
 )
-"""Texts of out-of-memory errors that torch's allocators and libraries raise as RuntimeError."""
+"""Texts of out-of-memory errors that torch's allocators and libraries raise as RuntimeError; oneDNN
+raises the one on a primitive when it cannot map its code."""
 
 MAX_KERNELS = 256
 """Maximum number of kernels in oneDNN's caches. One kernel serves one matrix shape and takes 0.7 MB

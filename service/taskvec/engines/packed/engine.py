@@ -135,13 +135,13 @@ class PackedEngine:
             queued_at=time.monotonic(),
             missing=len(order),
         )
-        with self._waiting.lock:
-            self._health.require_ready()
-            self._waiting.push(request)
-            self._notify(batch.priority)
         try:
+            with self._waiting.lock:
+                self._health.require_ready()
+                self._waiting.push(request)
+                self._notify(batch.priority)
             return await request.future
-        except asyncio.CancelledError:
+        except BaseException:  # also if memory ran out after it was pushed
             request.withdrawn = True
             raise
 
@@ -219,7 +219,7 @@ class PackedEngine:
         with self._waiting.lock:
             self._health = EngineHealth(EngineState.DEAD, reason)
             self._waiting.stopping = True
-            requests = {request for request, _ in self._waiting.queue.drop(lambda _: True)}
+            requests = self._waiting.queue.clear(Priority)
             self._waiting.report()
             ended.lanes.abandon(ended.lane)
             requests.update(*(worker.computing for worker in self._workers))

@@ -88,9 +88,8 @@ class _ClassQueue(Generic[T]):
         entry = QueuedRequest(request, costs, self.virtual_time, self.arrivals)
         heapq.heappush(self.entries, entry)
 
-    def take(self, quantum: int, budget: int) -> tuple[list[tuple[T, int]], int, list[T]]:
-        """Return a batch as ``FairQueue.take``, its tokens, and the requests that are done."""
-        batch: list[tuple[T, int]] = []
+    def take(self, quantum: int, budget: int, batch: list[tuple[T, int]]) -> tuple[int, list[T]]:
+        """Fill a batch, see ``FairQueue.take``; return its tokens, and the done requests."""
         done: list[T] = []
         left = budget
         full = False
@@ -113,7 +112,7 @@ class _ClassQueue(Generic[T]):
                 done.append(heapq.heappop(self.entries).request)
             else:
                 heapq.heapreplace(self.entries, entry)
-        return batch, budget - left, done
+        return budget - left, done
 
     def drop(self, condition: Callable[[T], bool]) -> list[QueuedRequest[T]]:
         """Remove and return the requests that fulfil a condition."""
@@ -143,6 +142,7 @@ class FairQueue(Generic[T]):
         }
         self._weighted_seconds = 0.0
         self._by_age: OrderedDict[int, T] = OrderedDict()
+        self._taken: list[tuple[T, int]] = []
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over the waiting requests, in no particular order."""
@@ -165,8 +165,12 @@ class FairQueue(Generic[T]):
         if not queue:
             credit = MAX_CREDIT_SECONDS[priority] / WEIGHTS[priority]
             queue.weighted_seconds = max(queue.weighted_seconds, self._weighted_seconds - credit)
-        queue.push(request, costs)
         self._by_age[id(request)] = request
+        try:
+            queue.push(request, costs)
+        except MemoryError:
+            del self._by_age[id(request)]
+            raise
         self.texts += len(costs)
         self.tokens += sum(costs)
 
@@ -185,6 +189,29 @@ class FairQueue(Generic[T]):
                 self.tokens -= sum(waiting)
                 dropped.append((entry.request, len(waiting)))
         return dropped
+
+    def forget(self) -> None:
+        """Forget the last batch: its taker has noted it."""
+        self._taken = []
+
+    def clear(self, classes: Iterable[Priority]) -> set[T]:
+        """Remove every request of some classes, also after a ``take`` that memory ran out in.
+
+        Returns:
+            The removed requests, and those of the last batch, if it is not forgotten.
+        """
+        for one in classes:
+            self._classes[one].entries.clear()
+        entries = [entry for queue in self._classes.values() for entry in queue.entries]
+        waiting = {id(entry.request) for entry in entries}
+        removed = {request for number, request in self._by_age.items() if number not in waiting}
+        for request in removed:
+            del self._by_age[id(request)]
+        self.texts = sum(len(entry.costs) - entry.taken for entry in entries)
+        self.tokens = sum(sum(entry.costs[entry.taken :]) for entry in entries)
+        removed.update(request for request, _ in self._taken)
+        self._taken = []
+        return removed
 
     def waits(self, priority: Priority) -> bool:
         """Return whether a class has a waiting text."""
@@ -209,7 +236,8 @@ class FairQueue(Generic[T]):
         served = self.turn(priority for priority in classes if self._classes[priority])
         if served is None:
             return []
-        batch, tokens, done = self._classes[served].take(self.quantum, budget)
+        batch = self._taken = []
+        tokens, done = self._classes[served].take(self.quantum, budget, batch)
         self.texts -= len(batch)
         self.tokens -= tokens
         for request in done:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -20,7 +21,7 @@ from taskvec.engines.packed.device import is_out_of_memory, release_memory
 from taskvec.engines.packed.lanes import Lane, Lanes
 from taskvec.engines.packed.scheduler import FairQueue, TokenBudget
 from taskvec.engines.packed.weights import AnyTransformer
-from taskvec.errors import DeadlineExceededError, TaskvecError
+from taskvec.errors import DeadlineExceededError, OverloadedError, TaskvecError
 from taskvec.malloc import trim_malloc
 
 TRIM_INTERVAL_SECONDS = 10.0
@@ -100,6 +101,7 @@ class WaitingRequests:
         budget: maximum tokens of a forward pass.
         stopping: True if no more requests come.
         finished: number of embedded texts.
+        proven_tokens: tokens of the largest forward pass that had enough memory.
     """
 
     def __init__(self, observer: EngineObserver | None) -> None:
@@ -114,6 +116,7 @@ class WaitingRequests:
         self.observer = observer
         self.stopping = False
         self.finished = 0
+        self.proven_tokens = 0
 
     def push(self, request: Request) -> None:
         """Add a request; the caller holds the lock."""
@@ -180,26 +183,57 @@ class Worker:
     transformer: AnyTransformer
     computing: set[Request] = field(default_factory=set)
     _started: deque[Batch] = field(default_factory=deque)
+    _taking: bool = False
     _taken_seconds: float = 0.0
     _finished_seconds: float = 0.0
     _trimmed_at: float = 0.0
 
     def run(self) -> None:
         """Run batches until the engine stops; on a GPU, start one while another is computed."""
-        started = self._started
         while True:
-            rows = self._next_batch(wait=not started)
-            if rows:
-                self._report_started(rows)
-                self._start(rows)
-            elif not started:
-                return
-            if started and (len(started) >= self.transformer.max_started or not rows):
-                self._finish(started.popleft())
-            self.computing = {request for batch in started for request, _ in batch.rows}
-            if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
-                trim_malloc()
-                self._trimmed_at = time.monotonic()
+            try:
+                if not self._run_once():
+                    return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames reference what takes memory
+                self._give_up()
+
+    def _run_once(self) -> bool:
+        """Start the next batch, or finish the oldest; return whether there was any."""
+        started = self._started
+        rows = self._next_batch(wait=not started)
+        if rows:
+            self._report_started(rows)
+            self._start(rows)
+        elif not started:
+            return False
+        if started and (len(started) >= self.transformer.max_started or not rows):
+            self._finish(started.popleft())
+        self.computing = {request for batch in started for request, _ in batch.rows}
+        if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
+            trim_malloc()
+            self._trimmed_at = time.monotonic()
+        return True
+
+    def _give_up(self) -> None:
+        """Fail the requests of this lane, because an allocation outside a forward pass failed.
+
+        Raises:
+            RuntimeError: which requests they are is not known.
+        """
+        if self._taking:
+            raise RuntimeError("memory ran out while it took requests from the queue")
+        for batch in self._started:
+            with suppress(Exception):
+                batch.wait()
+        self._started.clear()
+        with self.waiting.lock:
+            self.lanes.abandon(self.lane)
+        log.warning("memory_ran_out_outside_a_forward_pass", requests=len(self.computing))
+        self.waiting.fail(self.computing, _no_memory())
+        self.computing = set()
 
     def _next_batch(self, *, wait: bool) -> list[Row]:
         """Return the next batch, or an empty list if there is none.
@@ -207,20 +241,35 @@ class Worker:
         Args:
             wait: True to wait for a batch; the list is then empty only if the engine has stopped.
         """
-        waiting = self.waiting
-        with waiting.lock:
-            while True:
-                if waiting.drop_abandoned():
-                    self.lanes.notify()
-                waiting.budget.grow()
-                taken = self.lanes.take(self.lane, waiting.budget.tokens)
-                if taken or not wait or self._is_done():
-                    break
-                self.lane.wake.wait()
-            self._taken_seconds = self.lane.seconds
-            self.computing = self.computing.union(request for request, _ in taken)
-            waiting.report()
+        queue = self.waiting.queue
+        with self.waiting.lock:
+            try:
+                taken = self._take(wait=wait)
+            except MemoryError:
+                # Which of the waiting requests have lost texts is not known.
+                self.computing = self.computing.union(queue.clear(self.lane.classes))
+                self._taking = False
+                raise
         return [(request, request.order[index]) for request, index in taken]
+
+    def _take(self, *, wait: bool) -> list[tuple[Request, int]]:
+        """Take the next batch from the queue; the caller holds the lock."""
+        waiting = self.waiting
+        self._taking = True
+        while True:
+            if waiting.drop_abandoned():
+                self.lanes.notify()
+            waiting.budget.grow()
+            taken = self.lanes.take(self.lane, waiting.budget.tokens)
+            if taken or not wait or self._is_done():
+                break
+            self.lane.wake.wait()
+        self._taken_seconds = self.lane.seconds
+        self.computing = self.computing.union(request for request, _ in taken)
+        waiting.queue.forget()
+        waiting.report()
+        self._taking = False
+        return taken
 
     def _is_done(self) -> bool:
         return self.waiting.stopping and not any(map(self.waiting.queue.waits, self.lane.classes))
@@ -286,10 +335,11 @@ class Worker:
         with self.waiting.lock:
             self.lanes.charge()
             self.waiting.finished += len(rows)
+        tokens = sum(len(request.batch.ids[i]) for request, i in rows)
+        self.waiting.proven_tokens = max(self.waiting.proven_tokens, tokens)
         seconds = self.lane.seconds - max(batch.started, self._finished_seconds)
         self._finished_seconds = self.lane.seconds
         if self.waiting.observer is not None:
-            tokens = sum(len(request.batch.ids[i]) for request, i in rows)
             budget = self.waiting.budget.tokens
             self.waiting.observer.batch_finished(len(rows), tokens, seconds, budget)
         done = time.monotonic()
@@ -345,7 +395,9 @@ class Worker:
             request, i = rows[0]
             self.waiting.fail(
                 [request],
-                TaskvecError(
+                _no_memory()
+                if tokens <= self.waiting.proven_tokens
+                else TaskvecError(
                     f"input[{i}] has {tokens} tokens, which do not fit into the engine's memory "
                     "even alone: send a shorter text, or ask the operator for more memory.",
                     code="out_of_memory",
@@ -356,6 +408,12 @@ class Worker:
         middle = len(rows) // 2
         self._forward(rows[:middle])
         self._forward(rows[middle:])
+
+
+def _no_memory() -> OverloadedError:
+    return OverloadedError(
+        "The engine has no memory left for the request: send it again later.", retry_after=1
+    )
 
 
 def _expired(batch: TokenBatch, now: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,13 +25,24 @@ from taskvec.engines.process.frames import (
     unpack_result,
 )
 from taskvec.engines.process.server import EVENTS, ProcessObserver
-from taskvec.errors import StartError, UnavailableError
+from taskvec.errors import OverloadedError, StartError, UnavailableError
+from taskvec.memory_limits import MemoryUse
+
+SILENCE_INTERVAL = 1.0
+"""Seconds between two looks at whether the process has sent anything; it sends its state as often
+(``server.HEARTBEAT_SECONDS``)."""
+
+UNRESPONSIVE_SECONDS = 10.0
+"""The engine is not ready if its process has been silent for so long."""
 
 POLL_INTERVAL = 0.01
 """Seconds between two looks at the calls in progress, while the engine stops."""
 
 RECONNECT_SECONDS = 0.2
 """Seconds between two tries to connect."""
+
+ADDRESS_SPACE = "ulimit -v of the engine's process"
+"""Name of its memory limit in logs."""
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +63,9 @@ class EngineSource(Protocol):
         Args:
             ready: whether the engine was ready.
         """
+
+    def end_silent(self, seconds: float) -> None:
+        """End an engine process that has sent nothing for so long; it has been ready."""
 
     async def close(self) -> None:
         """Let go of the engine process; every connection has been asked to stop."""
@@ -85,6 +100,9 @@ class EngineSocket:
         """See ``EngineSource.ended``."""
         return "the log of the main process says why"
 
+    def end_silent(self, seconds: float) -> None:
+        """See ``EngineSource.end_silent``; does nothing, for the launcher does it."""
+
     async def close(self) -> None:
         """See ``EngineSource.close``; does nothing."""
 
@@ -103,6 +121,7 @@ class ProcessEngine:
         observer: ProcessObserver | None = None,
         *,
         launches: bool,
+        silent_seconds: float = math.inf,
     ) -> None:
         """Create the engine; ``start`` connects.
 
@@ -111,11 +130,15 @@ class ProcessEngine:
             source: where connections come from.
             observer: gets the events of the engine, if the process sends them.
             launches: the source launches the process, so that its end is the end of the process.
+            silent_seconds: a process that was ready and has sent nothing for so long hangs, and is
+                ended.
         """
         self._model = model
         self._source = source
         self._observer = observer
         self._launches = launches
+        self._silent_seconds = silent_seconds
+        self._silence = 0
         self._health = EngineHealth(EngineState.STARTING, "its process is starting")
         self._stopping = False
         self._was_ready = False
@@ -123,7 +146,8 @@ class ProcessEngine:
         self._batch_tokens = 0
         self._finished = 0
         self._connection: _Connection | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._memory: MemoryUse | None = None
         self._started: asyncio.Future[None] | None = None
         self._on_end: Callable[[BaseException], None] | None = None
 
@@ -142,6 +166,11 @@ class ProcessEngine:
         """See ``Engine.batch_tokens``: that of the engine in the process."""
         return self._batch_tokens
 
+    @property
+    def memory(self) -> MemoryUse | None:
+        """The address space of the process and its limit; None if there is none or no process."""
+        return self._memory
+
     def on_end(self, call: Callable[[BaseException], None]) -> None:
         """Call a function if the engine has ended for good after it was ready."""
         self._on_end = call
@@ -153,9 +182,13 @@ class ProcessEngine:
     async def start(self) -> None:
         """See ``Engine.start``."""
         self._started = asyncio.get_running_loop().create_future()
-        self._keeper = asyncio.create_task(
-            keep_running("connect to the engine", self._keep_connected)
-        )
+        self._tasks = [
+            asyncio.create_task(keep_running(name, run))
+            for name, run in (
+                ("connect to the engine", self._keep_connected),
+                ("watch the engine's process", self._watch_silence),
+            )
+        ]
         await self._started
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
@@ -174,9 +207,9 @@ class ProcessEngine:
         if self._connection is not None:
             self._connection.finish(stop_process=self._launches)
         await self._source.close()
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
         self._health = EngineHealth(EngineState.DEAD, "stopped")
@@ -194,7 +227,7 @@ class ProcessEngine:
             )
             self._connection = connection
             await connection.lost
-            self._connection = None
+            self._connection = self._memory = None
             ready, self._process_ready = self._process_ready, False
             self._set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
             connection.fail()
@@ -218,6 +251,33 @@ class ProcessEngine:
                     )
                 )
 
+    async def _watch_silence(self) -> None:
+        """Note when a process that was ready sends nothing, and end it if that lasts.
+
+        Silence is counted in looks, and between two looks the event loop reads what has arrived:
+        the time in which this process was stopped, or had no core, does not count.
+        """
+        while True:
+            await asyncio.sleep(SILENCE_INTERVAL)
+            if not self._process_ready or self._connection is None:
+                self._silence = 0
+                continue
+            self._silence += 1
+            seconds = self._silence * SILENCE_INTERVAL
+            if seconds >= self._silent_seconds:
+                self._silence = 0
+                self._source.end_silent(seconds)
+                if self._launches:
+                    self._connection.abort()  # the kernel may not end the process at once
+            elif seconds >= min(UNRESPONSIVE_SECONDS, self._silent_seconds / 2):
+                self._set_health(
+                    EngineHealth(EngineState.UNAVAILABLE, "its process does not respond")
+                )
+
+    def frame_arrived(self) -> None:
+        """Note that the process has sent something."""
+        self._silence = 0
+
     def status_received(self, status: dict[str, Any]) -> None:
         """Take over what the process says of its engine."""
         served = status.get("model")
@@ -233,6 +293,8 @@ class ProcessEngine:
             return
         self._batch_tokens = status["batch_tokens"]
         self._finished = status["finished"]
+        used = status["address_space"]
+        self._memory = None if used is None else MemoryUse(ADDRESS_SPACE, *used)
         state = EngineState(status["state"])
         if state is EngineState.READY:
             self._was_ready = self._process_ready = True
@@ -324,11 +386,22 @@ class _Connection(FrameProtocol):
         elif self.transport is not None:
             self.transport.close()
 
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def connection_lost(self, _: Exception | None) -> None:
         if not self.lost.done():
             self.lost.set_result(None)
 
+    def frame_lost(self, kind: int, call: int) -> None:
+        if kind in (Kind.RESULT, Kind.ERROR):
+            message = "This process has no memory left for the vectors: send the request again."
+            self._resolve(call, OverloadedError(message, retry_after=1))
+
     def frame_received(self, kind: int, call: int, body: Body) -> None:
+        self._owner.frame_arrived()
         if kind == Kind.RESULT:
             result, finished = unpack_result(body, self._dimension)
             self._owner.finished_changed(finished)

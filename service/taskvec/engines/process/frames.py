@@ -71,6 +71,10 @@ class FrameProtocol(asyncio.Protocol):
         """
         raise NotImplementedError
 
+    def frame_lost(self, kind: int, call: int) -> None:
+        """Handle a frame that was received, and that there was no memory for."""
+        raise NotImplementedError
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         self.transport = cast("asyncio.Transport", transport)
@@ -80,11 +84,15 @@ class FrameProtocol(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             return
         length = sum(map(len, parts))
-        head = _HEAD.pack(length, kind, call)
-        if length <= WRITE_JOINED:
-            self.transport.write(b"".join((head, *parts)))
-        else:
-            self.transport.writelines((head, *parts))
+        try:
+            head = _HEAD.pack(length, kind, call)
+            if length <= WRITE_JOINED:
+                self.transport.write(b"".join((head, *parts)))
+            else:
+                self.transport.writelines((head, *parts))
+        except MemoryError:
+            self.transport.abort()  # half of the frame may have been written
+            raise
 
     def data_received(self, data: bytes) -> None:
         """Hand over the frames that are complete, and keep the rest."""
@@ -93,7 +101,10 @@ class FrameProtocol(asyncio.Protocol):
             self._size += len(data)
             if self._size < self._needed:
                 return
-            data = b"".join(self._chunks)
+            try:
+                data = b"".join(self._chunks)
+            except MemoryError:
+                data = self._lose_frame()
             self._chunks.clear()
         start, end = 0, len(data)
         needed = _HEAD.size
@@ -114,6 +125,17 @@ class FrameProtocol(asyncio.Protocol):
             rest = data[start:] if start else data
             self._chunks.append(rest)
             self._size, self._needed = len(rest), needed
+
+    def _lose_frame(self) -> bytes:
+        """Give up the frame that has just become complete; return what follows it."""
+        if self._needed == _HEAD.size:
+            raise MemoryError  # its length is not known yet
+        first, last = self._chunks[0], self._chunks[-1]
+        rest = last[len(last) - (self._size - self._needed) :]
+        _, kind, call = _HEAD.unpack_from(first)
+        self._chunks.clear()
+        self.frame_lost(kind, call)
+        return rest
 
 
 def pack_frame(kind: Kind, body: bytes) -> bytes:

@@ -59,6 +59,7 @@ class EngineLauncher:
         self._failed_starts = 0
         self._pause = 0.0
         self._reason = ""
+        self._end_reason = ""
         self._closed = False
 
     @property
@@ -118,7 +119,8 @@ class EngineLauncher:
 
     async def ended(self, *, ready: bool) -> str:
         """See ``EngineSource.ended``."""
-        self._reason = await asyncio.to_thread(self._wait, EXIT_SECONDS)
+        how = await asyncio.to_thread(self._wait, EXIT_SECONDS)
+        self._reason, self._end_reason = self._end_reason or how, ""
         lived = time.monotonic() - self._launched_at
         self._failed_starts = 0 if ready else self._failed_starts + 1
         if ready and lived >= STABLE_SECONDS:
@@ -128,6 +130,13 @@ class EngineLauncher:
         if ready and not self._closed:
             log.error("engine_process_ended", reason=self._reason, restart_seconds=self._pause)
         return self._reason
+
+    def end_silent(self, seconds: float) -> None:
+        """See ``EngineSource.end_silent``."""
+        if self._process is not None:
+            log.error("engine_process_hangs", process=self._process.pid, silent_seconds=seconds)
+            self._end_reason = f"killed after it had not responded for {seconds:.0f} seconds"
+            self._process.kill()  # its connection then ends
 
     async def close(self) -> None:
         """See ``EngineSource.close``."""

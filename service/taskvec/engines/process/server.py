@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,8 +28,9 @@ from taskvec.engines.process.frames import (
     pack_result,
     unpack_call,
 )
-from taskvec.errors import StartError, TaskvecError
+from taskvec.errors import OverloadedError, StartError, TaskvecError
 from taskvec.malloc import trim_malloc
+from taskvec.memory_limits import MemoryLimits
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +38,15 @@ STATUS_INTERVAL = 0.05
 """Seconds between two looks at the engine's state, and at most from an event to its gateway's
 knowledge of it. An event for each result would make its gateway, or the next forward pass, wait."""
 
+HEARTBEAT_SECONDS = 1.0
+"""Seconds between two states that are sent although nothing has changed: they show that the event
+loop runs."""
+
 MEMORY_INTERVAL = 1.0
 """Seconds between two readings of the memory of this process."""
+
+LIMIT_INTERVAL = 0.1
+"""Seconds between two readings of its use of the address space, if that is limited."""
 
 IDLE_TRIM_SECONDS = 2.0
 """Free memory is returned to the system once nothing was embedded for this long."""
@@ -51,12 +61,26 @@ MAX_UNREAD = 1 << 20
 CLOSE_SECONDS = 1.0
 """Time for the last frames to be read."""
 
+NO_MEMORY = pack_error(
+    OverloadedError(
+        "The engine's process has no memory left for the request: send it again later.",
+        retry_after=1,
+    )
+)
+"""Body of an error frame; made while there is memory."""
+
 
 class ProcessObserver(EngineObserver, Protocol):
     """Observer of an engine and of the process that runs it."""
 
     def process_memory(self, resident: int) -> None:
         """The engine's process has this many bytes of memory (RSS)."""
+
+    def process_loop_late(self, seconds: float) -> None:
+        """The event loop of the engine's process was late by so much; see ``EventLoopLag``."""
+
+    def process_lock_held(self, seconds: float) -> None:
+        """The interpreter lock of the engine's process was held for so long; from a thread."""
 
     def process_restarted(self) -> None:
         """The engine's process replaces one that has ended."""
@@ -98,6 +122,7 @@ class EngineServer:
 
     Attributes:
         stop_requested: set when the process that launched this one asks for its end.
+        launcher_lost: set when the connection to that process has ended.
     """
 
     def __init__(
@@ -106,6 +131,9 @@ class EngineServer:
         observer: ProcessObserver,
         events: EventBuffer | None = None,
         on_look: Callable[[], None] = lambda: None,
+        *,
+        stall_seconds: float = math.inf,
+        limits: MemoryLimits | None = None,
     ) -> None:
         """Serve an engine, which may still be loading.
 
@@ -114,8 +142,12 @@ class EngineServer:
             observer: notified of the memory of this process.
             events: what to send to the launcher; None if metrics are kept in this process.
             on_look: called several times a second.
+            stall_seconds: ``watch`` returns if calls have waited this long and nothing was
+                finished.
+            limits: memory limits; None reads those of this process.
         """
         self.stop_requested = asyncio.Event()
+        self.launcher_lost = asyncio.Event()
         self._engine = engine
         self._observer = observer
         self._events = events
@@ -125,6 +157,12 @@ class EngineServer:
         self._launcher: _Connection | None = None
         self._status: dict[str, Any] = {}
         self._entered: deque[tuple[_Connection, int]] = deque()
+        self._progress = _Progress(stall_seconds)
+        self._limits = limits or MemoryLimits()
+        self._address_space: tuple[int, int] | None = None
+        self._limit_read_at = -math.inf
+        self._memory_read_at = -math.inf
+        self._heartbeat: asyncio.TimerHandle | None = None
 
     @property
     def connections(self) -> int:
@@ -154,32 +192,58 @@ class EngineServer:
 
     async def close(self) -> None:
         """Send what waits to be sent, and close all connections."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         limit = time.monotonic() + CLOSE_SECONDS
         for connection in self._connections:
             connection.close()
         while self._connections and time.monotonic() < limit:  # noqa: ASYNC110 - no event
             await asyncio.sleep(CLOSE_SECONDS / 100)
 
+    def start_heartbeat(self) -> None:
+        """Show all connections once a second, until ``close``, that the event loop runs."""
+        loop = asyncio.get_running_loop()
+        self._heartbeat = loop.call_later(HEARTBEAT_SECONDS, self.start_heartbeat)
+        body = pack_json(self.status())
+        for connection in self._connections:
+            if not connection.unread:  # what it has not read says as much
+                connection.send(Kind.STATUS, 0, body)
+
     async def watch(self) -> None:
-        """Report the engine's state as it changes, until it is dead."""
-        memory_at, finished, finished_at, trimmed = 0.0, 0, time.monotonic(), True
+        """Report the engine's state as it changes, until it is dead or stalled."""
+        finished, finished_at, trimmed = 0, time.monotonic(), True
         while True:
-            self.report_status()
-            self._report_entered()
-            self.flush_events()
-            self._on_look()
+            with suppress(MemoryError):  # the next look does what this one left out
+                self._look()
             if self._engine.health().state is EngineState.DEAD:
                 return
+            calls = any(connection.calls for connection in self._connections)
+            if self._progress.stalled(self._engine.finished, waiting=calls):
+                log.error("engine_stalled", seconds=self._progress.stall_seconds)
+                return
             now = time.monotonic()
-            if now - memory_at >= MEMORY_INTERVAL:
-                memory_at = now
-                self._observer.process_memory(resident_bytes())
             if self._engine.finished != finished:
                 finished, finished_at, trimmed = self._engine.finished, now, False
             elif not trimmed and now - finished_at >= IDLE_TRIM_SECONDS:
                 trimmed = True
-                await asyncio.to_thread(trim_malloc)
+                trim_malloc()  # in no thread: a thread takes memory, and the engine is idle
             await asyncio.sleep(STATUS_INTERVAL)
+
+    def _look(self) -> None:
+        """Report what has changed since the last look."""
+        now = time.monotonic()
+        if now - self._limit_read_at >= LIMIT_INTERVAL:
+            self._limit_read_at = now
+            use = self._limits.address_space()
+            # Megabytes: the state is not sent for every page.
+            self._address_space = use and (use.limit, use.used >> 20 << 20)
+        self.report_status()
+        self._report_entered()
+        self.flush_events()
+        self._on_look()
+        if now - self._memory_read_at >= MEMORY_INTERVAL:
+            self._memory_read_at = now
+            self._observer.process_memory(resident_bytes())
 
     def report_status(self) -> None:
         """Send the engine's state to all connections if it has changed."""
@@ -199,6 +263,7 @@ class EngineServer:
             "public_reason": health.public_reason,
             "batch_tokens": self._engine.batch_tokens,
             "finished": self._engine.finished,
+            "address_space": self._address_space,
         }
 
     def flush_events(self) -> None:
@@ -217,6 +282,8 @@ class EngineServer:
     def closed(self, connection: _Connection) -> None:
         """Remove a connection."""
         self._connections.discard(connection)
+        if connection is self._launcher:
+            self.launcher_lost.set()
 
     def entered(self, connection: _Connection, call: int) -> None:
         """Note, from any thread, that a call entered a forward pass.
@@ -230,6 +297,35 @@ class EngineServer:
             connection, call = self._entered.popleft()
             if connection.embeds(call):
                 connection.send(Kind.ENTERED, call)
+
+
+class _Progress:
+    """Tells that an engine has work and finishes nothing.
+
+    Only the time between two looks counts, and of a long one only its first second: while the
+    process is stopped, or the machine has no core for it, its engine cannot be blamed.
+    """
+
+    def __init__(self, stall_seconds: float) -> None:
+        self.stall_seconds = stall_seconds
+        self._finished = 0
+        self._stalled = 0.0
+        self._looked_at = time.monotonic()
+
+    def stalled(self, finished: int, *, waiting: bool) -> bool:
+        """Return whether it has been so for ``stall_seconds``.
+
+        Args:
+            finished: the engine's counter of completed work.
+            waiting: whether calls wait for it.
+        """
+        now = time.monotonic()
+        elapsed, self._looked_at = now - self._looked_at, now
+        if waiting and finished == self._finished:
+            self._stalled += min(elapsed, 1.0)
+        else:
+            self._finished, self._stalled = finished, 0.0
+        return self._stalled >= self.stall_seconds
 
 
 class _Connection(FrameProtocol):
@@ -247,6 +343,11 @@ class _Connection(FrameProtocol):
     def unread(self) -> int:
         """Bytes that the other side has not read."""
         return 0 if self.transport is None else self.transport.get_write_buffer_size()
+
+    @property
+    def calls(self) -> int:
+        """Number of calls that are not answered."""
+        return len(self._calls)
 
     def close(self) -> None:
         """Close the connection after what has been written."""
@@ -270,27 +371,42 @@ class _Connection(FrameProtocol):
 
     def frame_received(self, kind: int, call: int, body: Body) -> None:
         if kind == Kind.EMBED:
-            self._calls[call] = self._loop.create_task(self._embed(call, body))
+            try:
+                self._calls[call] = self._loop.create_task(self._embed(call, body))
+            except MemoryError:
+                self.frame_lost(kind, call)
         elif kind == Kind.CANCEL:
             if call in self._calls:
                 self._calls[call].cancel()
         elif kind == Kind.STOP:
             self._server.stop_requested.set()
 
+    def frame_lost(self, kind: int, call: int) -> None:
+        if kind == Kind.EMBED:
+            self.send(Kind.ERROR, call, NO_MEMORY)
+
     async def _embed(self, call: int, body: Body) -> None:
+        try:
+            self.send(*await self._answer(call, body))
+        except MemoryError:
+            self.send(Kind.ERROR, call, NO_MEMORY)
+        finally:
+            del self._calls[call]
+
+    async def _answer(self, call: int, body: Body) -> tuple[Any, ...]:
+        """Return the frame that answers a call."""
         try:
             batch = unpack_call(body, self._adapters, partial(self._server.entered, self, call))
             result = await self._engine.embed(batch)
+        except MemoryError:
+            raise
         except TaskvecError as error:
-            self.send(Kind.ERROR, call, pack_error(error))
+            return Kind.ERROR, call, pack_error(error)
         except Exception:
             log.exception("call_failed")
             hidden = TaskvecError("The engine failed on this request; see the log for the reason.")
-            self.send(Kind.ERROR, call, pack_error(hidden))
-        else:
-            self.send(Kind.RESULT, call, *pack_result(result, self._engine.finished))
-        finally:
-            del self._calls[call]
+            return Kind.ERROR, call, pack_error(hidden)
+        return Kind.RESULT, call, *pack_result(result, self._engine.finished)
 
 
 def as_observer(events: EventBuffer) -> ProcessObserver:

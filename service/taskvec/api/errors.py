@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from taskvec.api.context import context_of
+from taskvec.concurrency import is_shortage
 from taskvec.errors import (
     ALL_ERRORS,
     InvalidRequestError,
@@ -124,13 +125,6 @@ def unexpected_error(error: Exception, request_id: str) -> TaskvecError:
         return OverloadedError("The server's memory is used up: try again later.", retry_after=1)
     log.error("unhandled_error", request_id=request_id, exc_info=error)
     return TaskvecError("Internal error; the server's log has it under this request id.")
-
-
-def is_shortage(error: BaseException | None) -> bool:
-    """Return whether memory could not be allocated, or a thread not be started for lack of it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
-    )
 
 
 def not_answered() -> TaskvecError:

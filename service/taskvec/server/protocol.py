@@ -17,7 +17,8 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from taskvec.api.context import context_if_any
-from taskvec.api.errors import error_response, is_shortage
+from taskvec.api.errors import error_response
+from taskvec.concurrency import is_shortage
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     HeadersTooLargeError,

@@ -41,6 +41,29 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list
         raise
 
 
+def is_shortage(error: BaseException | None) -> bool:
+    """Return whether memory could not be allocated, or a thread not be started for lack of it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+    )
+
+
+async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run a function that blocks for some milliseconds, and return its result.
+
+    It runs in a thread; where the system has none left, in the calling one: what must be done
+    under a shortage is done late instead of never.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        running = loop.run_in_executor(None, function, *args)
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        return function(*args)
+    return await running
+
+
 class CancelScope:
     """Context manager that can be cancelled, by a timeout or by a call, and then raises an error.
 

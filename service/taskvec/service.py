@@ -21,7 +21,12 @@ from taskvec.cgroups import available_cores
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.concurrency import BackgroundTaskError, BackgroundTasks, LargeWork
+from taskvec.concurrency import (
+    BackgroundTaskError,
+    BackgroundTasks,
+    LargeWork,
+    run_in_thread,
+)
 from taskvec.core.admission import Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -163,7 +168,7 @@ class Service:
             log.warning("engine_not_measured", reason=str(error))
             return
         self.admission.set_rate(tokens, seconds)
-        await asyncio.to_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
+        await run_in_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
         log.info(
             "engine_measured",
             tokens_per_second=round(self.admission.rate),

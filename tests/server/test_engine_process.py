@@ -128,6 +128,25 @@ def test_the_engine_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @LAYOUTS
+def test_nothing_is_imported_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    """Files of the directory in which the service starts are not run as code, by any process."""
+    script = tmp_path / "bin" / "serve.py"  # a script's own folder is on Python's path
+    script.parent.mkdir()
+    script.write_text("if __name__ == '__main__':\n import taskvec.cli.main as m\n m.main()\n")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("uvloop", "multiprocessing", "taskvec"):
+        ran = f"open({str(tmp_path / 'ran')!r}, 'a').write(__file__ + ' ')\n"
+        (folder / f"{name}.py").write_text(f"{ran}raise ImportError('not this one')\n")
+    monkeypatch.chdir(folder)
+    with served("--workers", workers, *EXACT, run=(str(script),)) as server:
+        assert len(vectors(server))
+        assert not (tmp_path / "ran").exists()
+
+
+@LAYOUTS
 def test_a_killed_engine_is_replaced(workers: str) -> None:
     """After SIGKILL: clear refusals, then the same vectors again; gateways and counts stay."""
     with served("--workers", workers, *EXACT) as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import ssl
@@ -16,9 +17,10 @@ import trustme
 from cryptography.x509 import load_pem_x509_certificate
 
 from conftest import wait_until
-from processes import EXACT, started
-from sockets import answer, hung_up, served, wait_for, whole
+from processes import EXACT, started, total
+from sockets import Served, answer, head, hung_up, served, wait_for, whole
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.server.protocol import TLS_CLOSE_SECONDS
 
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n"
 FILES = """
@@ -53,6 +55,27 @@ def secure(stack: ExitStack, certificate: Certificate, port: int) -> ssl.SSLSock
     return stack.enter_context(
         certificate.trusting.wrap_socket(connection, server_hostname="127.0.0.1")
     )
+
+
+def slow_reader(stack: ExitStack, certificate: Certificate, port: int) -> ssl.SSLSocket:
+    """Connect with a small receive buffer, so that responses stay in the server."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", port))
+    return stack.enter_context(
+        certificate.trusting.wrap_socket(connection, server_hostname="127.0.0.1")
+    )
+
+
+def held(service: Served, certificate: Certificate) -> float:
+    """Return the bytes that requests hold of the memory budget."""
+    url = f"https://127.0.0.1:{service.port}/metrics"
+    return total(httpx.get(url, verify=certificate.trusting).text, "taskvec_memory_held_bytes")
+
+
+LARGE = {"input": ["a"] * 2048}
+"""A request whose response is larger than what the kernel buffers."""
 
 
 def test_requests_are_answered(default_checkpoint: Checkpoint, certificate: Certificate) -> None:
@@ -176,3 +199,69 @@ def test_silent_connections_do_not_use_up_the_files(certificate: Certificate) ->
             stack.enter_context(socket.create_connection(address, timeout=10))
         for _ in range(10):
             assert httpx.get(live, verify=certificate.trusting, timeout=10).status_code == 200
+
+
+def test_an_unread_response_is_counted_and_timed(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """It counts against the memory budget until the answer timeout, which ends its connection."""
+    with (
+        served(default_checkpoint, answer_timeout=3, **certificate.settings) as service,
+        ExitStack() as stack,
+    ):
+        slow_reader(stack, certificate, service.port).sendall(whole(LARGE))
+        wait_for(lambda: held(service, certificate) > 1e6)
+        wait_for(lambda: service.connections() == 0)
+        wait_for(lambda: held(service, certificate) == 0)
+
+
+def test_a_response_that_is_read_in_time_is_complete(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """A client with ``Connection: close`` may pause longer than the end of TLS may take."""
+    content = json.dumps(LARGE).encode()
+    request = head(f"Content-Length: {len(content)}", "Connection: close") + content
+    with served(default_checkpoint, **certificate.settings) as service, ExitStack() as stack:
+        connection = slow_reader(stack, certificate, service.port)
+        connection.sendall(request)
+        wait_for(lambda: held(service, certificate) > 1e6)
+        time.sleep(1.5 * TLS_CLOSE_SECONDS)
+        response, body = answer(connection)
+        assert (response.status, len(body["data"])) == (200, len(LARGE["input"]))
+        wait_for(lambda: held(service, certificate) == 0)
+
+
+def test_a_client_that_does_not_answer_the_end_of_tls(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """Its connection is closed soon after its response was sent."""
+    with served(default_checkpoint, **certificate.settings) as service, ExitStack() as stack:
+        connection = secure(stack, certificate, service.port)
+        connection.sendall(LIVE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert answer(connection)[0].status == 200
+        began = time.monotonic()
+        wait_for(lambda: service.connections() == 0)
+        assert time.monotonic() - began < TLS_CLOSE_SECONDS + 5
+
+
+def test_an_unread_response_is_not_evicted(
+    default_checkpoint: Checkpoint, certificate: Certificate
+) -> None:
+    """At the limit an idle connection is closed, not one that was answered earlier and reads."""
+    with (
+        served(default_checkpoint, max_connections=2, **certificate.settings) as service,
+        ExitStack() as stack,
+    ):
+        reading = slow_reader(stack, certificate, service.port)
+        reading.sendall(whole(LARGE))
+        reading.recv(1)
+        idle = secure(stack, certificate, service.port)
+        idle.sendall(LIVE)
+        assert answer(idle)[0].status == 200
+        late = secure(stack, certificate, service.port)
+        assert hung_up(idle)
+        late.sendall(LIVE)
+        assert answer(late)[0].status == 200
+        received = 1
+        while received < 6e6:
+            received += len(reading.recv(1 << 20))

@@ -39,6 +39,20 @@ def test_gateways_end_with_the_main_process() -> None:
         assert not connects(server.port)
 
 
+def test_pings_start_no_threads() -> None:
+    """The main process pings its gateways twice a second, for ever: a ping leaves nothing."""
+    with served(*WORKERS) as server:
+        for number in range(20):
+            embed(server.url, {"input": f"text {number}"})
+
+        def threads() -> int:
+            return sum(len(list(Path(f"/proc/{p}/task").iterdir())) for p in server.gateways())
+
+        before = threads()
+        time.sleep(5)
+        assert threads() <= before + 2
+
+
 def answered(url: str) -> float:
     """Return the number of counted requests; a gateway counts one just after its answer."""
     return total(httpx.get(f"{url}/metrics").text, "taskvec_requests_total", 'status="200"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from taskvec.api.context import context_of
+from taskvec.concurrency import is_shortage
 from taskvec.errors import (
     ALL_ERRORS,
     InvalidRequestError,
@@ -24,9 +24,6 @@ from taskvec.errors import (
 )
 
 log = structlog.get_logger(__name__)
-
-NO_THREAD = ("can't start new thread", "can't allocate lock")
-"""Messages of the RuntimeErrors that Python raises for lack of memory."""
 
 ErrorRenderer = Callable[[TaskvecError, str], Response]
 """Renders an error, given the request id, in the form that clients of a route expect."""
@@ -128,15 +125,6 @@ def unexpected_error(error: Exception, request_id: str) -> TaskvecError:
         return OverloadedError("The server's memory is used up: try again later.", retry_after=1)
     log.error("unhandled_error", request_id=request_id, exc_info=error)
     return TaskvecError("Internal error; the server's log has it under this request id.")
-
-
-def is_shortage(error: BaseException | None) -> bool:
-    """Return whether memory could not be allocated, or a thread not be started for lack of it."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error) in NO_THREAD
-    )
 
 
 def not_answered() -> TaskvecError:

@@ -8,8 +8,10 @@ are wrong.
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.files import PROMPTS_FILE
 from taskvec.checkpoint.reference import reference_vectors
 
 PROBES = (
@@ -33,6 +36,9 @@ MIN_COSINE = 0.99
 
 _FORMAT = b"2"
 """Version of the files in the cache folder: the golden vectors and the copy for vLLM."""
+
+DESCRIBING_FILES = (PROMPTS_FILE, "adapter_config.json", "tokenizer_config.json")
+"""Files that a folder of weights may have, with what else vectors depend on."""
 
 _BACKBONE_KEY = ""
 """Key of the bare backbone in the stored file; adapter names are never empty."""
@@ -141,6 +147,23 @@ def content_digest(checkpoint: Checkpoint) -> str:
     for adapter in checkpoint.adapters:
         digest.update(f"{adapter.name} {adapter.scale}\n".encode())
     return digest.hexdigest()
+
+
+def file_versions(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
+    """Return name -> (size, date in ns, inode) of each file that vectors depend on.
+
+    Two processes for which they are equal have read the same checkpoint.
+    """
+    folder = checkpoint.folder
+    folders = [folder, *(adapter.weights.parent for adapter in checkpoint.adapters)]
+    described = [each / name for each in folders for name in DESCRIBING_FILES]
+    versions = {}
+    for file in (*_files(checkpoint), checkpoint.tokenizer, *described):
+        with suppress(FileNotFoundError):  # some are optional
+            state = file.stat()
+            name = os.path.relpath(file, folder)
+            versions[name] = (state.st_size, state.st_mtime_ns, state.st_ino)
+    return versions
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import inspect
+import os
 import secrets
 import shlex
 import sys
@@ -83,6 +84,8 @@ def _serve(**options: Any) -> None:
     TASKVEC_API_KEYS and TASKVEC_ENGINE_API_KEY have a variable only.
     """
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
+    # The processes that this one launches import nothing from the working directory.
+    os.environ["PYTHONSAFEPATH"] = "1"
     with exit_on_error():
         settings = Settings(**given)
         request_log = configure_logs(settings.log_level)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import structlog
 
+from taskvec.concurrency import run_in_thread
 from taskvec.core.memory_budget import MemoryBudget
 from taskvec.errors import OverloadedError, QueueFullError
 from taskvec.malloc import trim_malloc
@@ -126,14 +127,14 @@ class MemoryPressure:
 
     async def read(self) -> None:
         """Read the memory once, and set the level."""
-        use = await asyncio.to_thread(self._limits.tightest)
+        use = await run_in_thread(self._limits.tightest)
         level = _level_at(use, self._own_level)
         due = self._clock() - self._trimmed_at >= TRIM_INTERVAL
         if level and (level > self._own_level or due):
             if due:
                 self._trimmed_at = self._clock()
-                await asyncio.to_thread(self._trim)
-            use = await asyncio.to_thread(self._limits.tightest)
+                await run_in_thread(self._trim)
+            use = await run_in_thread(self._limits.tightest)
             level = _level_at(use, self._own_level)
         self._own_level = level
         engine = self._engine()

@@ -173,7 +173,7 @@ class EngineMetrics:
         self._process_hold.set(self._recent_process_hold.add(seconds))
 
     def process_restarted(self) -> None:
-        """Count a new process of the engine; see ``ProcessObserver``."""
+        """Count a process of the engine that replaces one that has ended."""
         self._process_restarts.inc()
 
     def update_queue_age(self) -> None:

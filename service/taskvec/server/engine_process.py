@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.golden import file_versions
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import SWITCH_INTERVAL, keep_running
 from taskvec.engines.process.launcher import EngineLauncher
@@ -32,6 +33,7 @@ from taskvec.engines.process.server import (
     as_observer,
     failure_frame,
 )
+from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.service import build_engine
 from taskvec.settings import EngineKind, Settings
@@ -71,7 +73,8 @@ def engine_launcher(
     if checkpoint.card.revision is not None:
         without["revision"] = checkpoint.card.revision
         inherited["HF_HUB_OFFLINE"] = "1"  # it is downloaded
-    command = (sys.executable, "-m", "taskvec.server.engine_process")
+    # -P: nothing is imported from the working directory.
+    command = (sys.executable, "-P", "-m", "taskvec.server.engine_process")
     own = settings.model_copy(update=without).environment()
     return EngineLauncher(command, inherited | own, listening)
 
@@ -81,7 +84,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launcher", type=int, required=True, help="connected Unix socket")
     parser.add_argument("--listen", type=int, help="Unix socket on which gateways connect")
-    parser.add_argument("--restarts", type=int, default=0, help="processes before this one")
     options = parser.parse_args()
     # The launcher says when this process ends, also where all processes get the signal.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -109,19 +111,20 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     launcher = socket.socket(fileno=options.launcher)
     try:
         checkpoint = open_checkpoint(settings.model, settings.revision)
+        files = file_versions(checkpoint)
         engine = build_engine(settings, checkpoint, observer)
     except Exception as error:  # noqa: BLE001 - the launcher must know, whatever it is
         launcher.sendall(failure_frame(error))
         return START_FAILED
-    server = EngineServer(engine, observer, events, on_look, stall_seconds=settings.dead_timeout)
+    server = EngineServer(
+        engine, observer, events, on_look, stall_seconds=settings.dead_timeout, files=files
+    )
     loop = asyncio.get_running_loop()
     launcher.setblocking(False)
     await loop.create_unix_connection(server.connect_launcher, sock=launcher)
     if options.listen is not None:
         await server.listen(socket.socket(fileno=options.listen))
     server.start_heartbeat()
-    if options.restarts:
-        observer.process_restarted()
     tasks = [
         asyncio.create_task(part)
         for part in (
@@ -137,6 +140,8 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         return 0  # nobody waits until the weights are loaded
     await asyncio.wait([starting])
     failure = starting.exception()
+    if failure is None and file_versions(checkpoint) != files:
+        failure = StartError(f"The files of {checkpoint.folder} have changed while they were read.")
     if failure is not None:
         server.report_failure(failure)
         await server.close()

@@ -20,9 +20,6 @@ MAX_CONNECTING = 64
 """Maximum number of connections that are accepted and not yet set up. Connections that are evicted
 for them give their files back only then, so that many files must be free beyond the limit."""
 
-TLS_SHUTDOWN_SECONDS = 1.0
-"""Time that a client has to answer the end of a TLS connection."""
-
 RETRY_SECONDS = 1.0
 """Pause in accepting after the process ran out of file descriptors."""
 
@@ -31,6 +28,10 @@ ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 class HandshakeObserver(Protocol):
     """A protocol that knows of its connection from before the TLS handshake."""
+
+    @property
+    def answer_seconds(self) -> float:
+        """Time in which a client must read a response; a closed connection ends within it."""
 
     def handshake_started(self, transport: asyncio.Transport) -> None:
         """The connection was accepted.
@@ -41,6 +42,12 @@ class HandshakeObserver(Protocol):
 
     def handshake_ended(self) -> None:
         """The handshake succeeded, after ``connection_made``, or failed, without it."""
+
+    def pause_writing(self) -> None:
+        """The buffer of the transport without TLS is full."""
+
+    def resume_writing(self) -> None:
+        """The buffer of the transport without TLS is empty enough."""
 
 
 class BatchAcceptLoop(uvloop.Loop):
@@ -83,14 +90,7 @@ class _TlsHandshake(asyncio.Protocol):
         self._protocol = factory()
         self._done: asyncio.Future[None] = loop.create_future()
         # asyncio's start_tls needs a turn of the loop, in which data arrives that it never sees.
-        self._tls = SSLProtocol(
-            loop,
-            self._protocol,
-            context,
-            self._done,
-            server_side=True,
-            ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
-        )
+        self._tls = _TlsProtocol(loop, self._protocol, context, self._done)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._protocol.handshake_started(cast("asyncio.Transport", transport))
@@ -119,6 +119,44 @@ class _TlsFactory:
 
     def __call__(self) -> _TlsHandshake:
         return _TlsHandshake(self._loop, self.context, self._factory)
+
+
+class _TlsProtocol(SSLProtocol):  # type: ignore[misc] # untyped
+    """uvloop's TLS protocol, which also pauses its application when the socket's buffer is full.
+
+    uvloop encrypts a response at once and passes all of it to the transport of the socket. Its own
+    flow control counts what is not encrypted yet: that alone would never pause the application.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol: HandshakeObserver,
+        context: ssl.SSLContext,
+        done: asyncio.Future[None],
+    ) -> None:
+        # The timeout of a shutdown includes the time in which the client reads its last response.
+        seconds = protocol.answer_seconds
+        super().__init__(
+            loop, protocol, context, done, server_side=True, ssl_shutdown_timeout=seconds
+        )
+        self._protocol = protocol
+        self._paused = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        del self._protocol  # which refers to this one: a cycle
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._paused = True
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        super().resume_writing()  # writes what was encrypted meanwhile, and may be paused again
+        if not self._paused:
+            self._protocol.resume_writing()
 
 
 class BatchAcceptServer(asyncio.AbstractServer):

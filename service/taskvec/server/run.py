@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import uvicorn
 
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.checkpoint.golden import file_versions
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import SWITCH_INTERVAL
 from taskvec.engines.process.client import ProcessEngine
@@ -44,10 +46,11 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
             _run(settings, request_log)
             return
         checkpoint = open_checkpoint(settings.model, settings.revision)
+        files = file_versions(checkpoint)
         launcher = engine_launcher(settings, checkpoint)
         launcher.launch()  # it loads while this process imports
         try:
-            _run(settings, request_log, checkpoint, launcher)
+            _run(settings, request_log, checkpoint, launcher, files)
         finally:
             launcher.kill()
 
@@ -57,6 +60,7 @@ def _run(
     request_log: RequestLog,
     checkpoint: Checkpoint | None = None,
     launcher: EngineLauncher | None = None,
+    files: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Run the gateway; with a launcher, the engine is in the process that it owns."""
     # Imports prometheus_client, which workers must not import before they share a folder.
@@ -79,7 +83,9 @@ def _run(
             metrics,
             launches=True,
             silent_seconds=settings.stall_timeout,
+            files=files,
         )
+        launcher.on_restart(metrics.process_restarted)
         engine.on_end(stop_serving)
         service = build_service(
             settings,

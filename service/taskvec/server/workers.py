@@ -23,6 +23,7 @@ import structlog
 import uvicorn
 from uvicorn.supervisors import multiprocess
 
+from taskvec.checkpoint.golden import file_versions
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
@@ -92,13 +93,12 @@ class GatewayProcess(multiprocess.Process):
 
     has_served = counted = ended = False
 
-    @property
-    def server(self) -> uvicorn.Server:
-        """Server that runs in the process."""
+    def target(self, sockets: list[socket] | None = None) -> None:
+        """Run the gateway in its process."""
+        # Before uvicorn starts the thread that answers its pings, which reads the server as well.
+        self._server = GracefulServer(self.config, supervised=True)
         end_with_parent()
-        if self._server is None:
-            self._server = GracefulServer(self.config, supervised=True)
-        return self._server
+        super().target(sockets)
 
     def ping(self, timeout: float = 5) -> bool:
         """Return whether the process answers in time; note whether it has served."""
@@ -317,6 +317,7 @@ def _serve_engine_and_gateways(
             os.kill(os.getpid(), signal.SIGTERM)
 
     checkpoint = open_checkpoint(settings.model, settings.revision)
+    files = file_versions(checkpoint)
     path = _socket_path(folder)
     with socket(AF_UNIX) as listening:
         listening.bind(str(path))
@@ -324,11 +325,17 @@ def _serve_engine_and_gateways(
         launcher = engine_launcher(settings, checkpoint, listening)
         launcher.launch()
         try:
-            silent = settings.stall_timeout
-            engine = ProcessEngine(checkpoint.card, launcher, launches=True, silent_seconds=silent)
+            engine = ProcessEngine(
+                checkpoint.card,
+                launcher,
+                launches=True,
+                silent_seconds=settings.stall_timeout,
+                files=files,
+            )
             engine.on_end(stop_all)
             # Report what gateways cannot serve, in this process.
-            build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            service = build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
+            launcher.on_restart(service.metrics.process_restarted)
             os.environ[ENGINE_SOCKET] = str(path)
             gateways = Gateways(settings, merge_metrics)
             keeper = _EngineKeeper(engine, launcher, stop_all)
@@ -439,7 +446,9 @@ def gateway_app() -> FastAPI:
                 EngineSocket(path),
                 launches=False,
                 silent_seconds=settings.stall_timeout,
+                files=file_versions(checkpoint),
             )
+            engine.on_end(end)
         service = build_service(
             settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine, request_log=request_log
         )

@@ -62,6 +62,44 @@ async def test_the_signal_that_killed_it_is_told() -> None:
     assert launched.pid is None
 
 
+async def test_an_error_after_its_end_does_not_stop_the_launches() -> None:
+    """A process whose end nobody has waited for, because of an error, is replaced all the same."""
+    launched = launcher(*SLEEPS)
+    restarts: list[int | None] = []
+    launched.on_restart(lambda: restarts.append(launched.pid))
+    launched.launch()
+    (await launched.open()).close()
+    first = launched.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        (await launched.open()).close()
+    assert launched.pid not in {first, None}
+    assert restarts == [launched.pid]
+    launched.kill()
+
+
+async def test_no_process_is_launched_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that is closed during the pause before a process launches none."""
+    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.2)
+    launched = launcher(*EXITS)
+    launched.launch()
+    (await launched.open()).close()
+    await launched.ended(ready=True)
+    opening = asyncio.create_task(launched.open())
+    await asyncio.sleep(0.1)
+    await launched.close()
+    await asyncio.sleep(0.3)
+    assert launched.pid is None
+    opening.cancel()
+
+
+def test_a_first_launch_that_fails_is_a_sentence() -> None:
+    """A system that has nothing for a process gives an error that says what to do."""
+    with pytest.raises(StartError, match="cannot be launched \\(No such file"):
+        launcher("/no/such/command").launch()
+
+
 @pytest.mark.parametrize("way", ["kill", "close", "ended"])
 async def test_no_process_is_left(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """A process that does not end when it should is killed."""

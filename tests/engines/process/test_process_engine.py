@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from fakes import FakeEngine, hashed_vector
+from taskvec import concurrency
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.concurrency import BackgroundTaskError
 from taskvec.engines.base import (
     DropReason,
     EngineHealth,
@@ -54,9 +56,11 @@ class FailingEngine(FakeEngine):
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine, path: Path) -> AsyncIterator[EngineServer]:
+async def serving(
+    engine: FakeEngine, path: Path, files: dict[str, tuple[int, ...]] | None = None
+) -> AsyncIterator[EngineServer]:
     """Serve a started engine on a path."""
-    server = EngineServer(engine, as_observer(EventBuffer()))
+    server = EngineServer(engine, as_observer(EventBuffer()), files=files)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     listening.listen()
@@ -165,6 +169,23 @@ async def test_a_cancelled_call_is_cancelled_in_the_engine(
         await until(lambda: engine.cancelled)
         assert (await stays).vectors.shape == (1, engine.model.dimension)
         assert engine.cancelled == 1
+
+
+async def test_a_call_that_is_cancelled_at_once_is_forgotten(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A call and its cancellation that arrive together leave nothing in the engine's process."""
+    engine = FakeEngine(default_checkpoint.card)
+    await engine.start()
+    path = tmp_path / "engine.sock"
+    async with serving(engine, path) as server, gateway(default_checkpoint, path) as client:
+        for _ in range(100):
+            leaves = asyncio.create_task(client.embed(batch(3)))
+            await asyncio.sleep(0)  # sent
+            leaves.cancel()
+        await client.embed(batch(4))
+        await until(lambda: server.calls == 0, seconds=2)
+        assert len(engine.batches) < 100, "some were cancelled before their first step"
 
 
 @pytest.mark.parametrize(
@@ -361,6 +382,88 @@ async def test_another_checkpoint_is_refused(
             await client.start()
         assert not client.health().ready
         await client.stop()
+
+
+WEIGHTS = {"config.json": (1, 2, 3), "model.safetensors": (10, 20, 30)}
+OTHER_WEIGHTS = WEIGHTS | {"model.safetensors": (10, 21, 31)}
+
+
+@pytest.mark.parametrize("change", ["card", "weights"])
+async def test_another_checkpoint_is_refused_after_a_restart(
+    default_checkpoint: Checkpoint, tmp_path: Path, change: str
+) -> None:
+    """A gateway never uses a new process that has read other files, also not when it is ready."""
+    path = tmp_path / "engine.sock"
+    card = default_checkpoint.card
+    swapped = replace(card, adapters=tuple(reversed(card.adapters)))
+    first, second = FakeEngine(card), FakeEngine(swapped if change == "card" else card)
+    third = FakeEngine(card)
+    await first.start()
+    client = ProcessEngine(card, EngineSocket(str(path)), launches=False, files=WEIGHTS)
+    async with serving(first, path, WEIGHTS):
+        await client.start()
+    await until(lambda: not client.health().ready)
+    async with serving(second, path, WEIGHTS if change == "card" else OTHER_WEIGHTS):
+        await until(lambda: "read" in client.health().reason)  # while it loads
+        reason = client.health().reason
+        assert ("another checkpoint" if change == "card" else "model.safetensors") in reason
+        await second.start()
+        await asyncio.sleep(0.5)
+        assert client.health() == EngineHealth(EngineState.UNAVAILABLE, reason)
+        with pytest.raises(UnavailableError):
+            await client.embed(batch(3))
+    await third.start()
+    async with serving(third, path, WEIGHTS):
+        await until(lambda: client.health().ready)
+        await client.embed(batch(3))
+    await client.stop()
+    assert second.batches == []
+
+
+class FailingSource(EngineSocket):
+    """Fails some times when a connection has ended."""
+
+    failures = 0
+
+    async def ended(self, *, ready: bool) -> str:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("can't start new thread")
+        return await super().ended(ready=ready)
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+async def test_unexpected_errors_of_the_connection_are_bounded(
+    default_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:
+    """After an error the gateway connects again; after some in a row it gives up."""
+    monkeypatch.setattr(concurrency, "FIRST_RESTART_SECONDS", 0.01)
+    path = tmp_path / "engine.sock"
+    engine = FakeEngine(default_checkpoint.card)
+    await engine.start()
+    source = FailingSource(str(path))
+    source.failures = failures
+    ends: list[BaseException] = []
+    client = ProcessEngine(default_checkpoint.card, source, launches=False)
+    client.on_end(ends.append)
+    async with serving(engine, path):
+        await client.start()
+    for _ in range(4):
+        async with serving(engine, path):
+            await until(lambda: client.health().ready or ends)
+            if failures == 1:
+                await client.embed(batch(3))
+    await until(lambda: not client.health().ready)
+    if failures == 1:
+        assert ends == []
+    else:
+        await until(lambda: ends)
+        assert client.health().state is EngineState.DEAD
+        assert isinstance(ends[0], BackgroundTaskError)
+    await client.stop()
 
 
 async def test_stopping_waits_for_calls(default_checkpoint: Checkpoint, tmp_path: Path) -> None:

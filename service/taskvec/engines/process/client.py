@@ -6,14 +6,14 @@ import asyncio
 import itertools
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import structlog
 
 from taskvec.checkpoint.backbone import ModelCard
-from taskvec.concurrency import keep_running
+from taskvec.concurrency import BackgroundTaskError, keep_running
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
 from taskvec.engines.process.frames import (
     Body,
@@ -40,6 +40,9 @@ POLL_INTERVAL = 0.01
 
 RECONNECT_SECONDS = 0.2
 """Seconds between two tries to connect."""
+
+MAX_FAILURES = 5
+"""Unexpected errors in a row after which the connections are given up."""
 
 ADDRESS_SPACE = "ulimit -v of the engine's process"
 """Name of its memory limit in logs."""
@@ -122,6 +125,7 @@ class ProcessEngine:
         *,
         launches: bool,
         silent_seconds: float = math.inf,
+        files: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Create the engine; ``start`` connects.
 
@@ -132,8 +136,11 @@ class ProcessEngine:
             launches: the source launches the process, so that its end is the end of the process.
             silent_seconds: a process that was ready and has sent nothing for so long hangs, and is
                 ended.
+            files: the files of the checkpoint as this process has read them, by name; see
+                ``file_versions``. A process that has read others is refused.
         """
         self._model = model
+        self._files = _as_lists(files or {})
         self._source = source
         self._observer = observer
         self._launches = launches
@@ -155,6 +162,11 @@ class ProcessEngine:
     def model(self) -> ModelCard:
         """See ``Engine.model``."""
         return self._model
+
+    @property
+    def launches(self) -> bool:
+        """Whether the process belongs to this one."""
+        return self._launches
 
     @property
     def finished(self) -> int:
@@ -185,7 +197,7 @@ class ProcessEngine:
         self._tasks = [
             asyncio.create_task(keep_running(name, run))
             for name, run in (
-                ("connect to the engine", self._keep_connected),
+                ("connect to the engine", self._connect_or_end),
                 ("watch the engine's process", self._watch_silence),
             )
         ]
@@ -214,33 +226,42 @@ class ProcessEngine:
             self._started.set_result(None)
         self._health = EngineHealth(EngineState.DEAD, "stopped")
 
+    async def _connect_or_end(self) -> None:
+        """Keep connected, or give up after some unexpected errors in a row."""
+        name = "connect to the engine"
+        try:
+            await keep_running(name, self._keep_connected, MAX_FAILURES)
+        except Exception as error:  # noqa: BLE001 - the process must end, whatever the error is
+            if self._launches:
+                self._end(
+                    StartError(
+                        f"The engine's process cannot be kept connected ({error!r}): the reason "
+                        "is in the log above."
+                    )
+                )
+            else:
+                self._end(BackgroundTaskError(f"The background task {name!r} has failed: {error}."))
+
     async def _keep_connected(self) -> None:
-        loop = asyncio.get_running_loop()
         while not self._stopping:
             try:
                 opened = await self._source.open()
             except StartError as error:
                 self._end(error)
                 return
-            _, connection = await loop.create_unix_connection(
-                lambda: _Connection(self), sock=opened
-            )
-            self._connection = connection
+            connection = await self._connect(opened)
             await connection.lost
-            self._connection = self._memory = None
-            ready, self._process_ready = self._process_ready, False
-            self._set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
-            connection.fail()
-            reason = await self._source.ended(ready=ready)
-            if self._observer is not None:
-                self._observer.queue_changed(0, 0, None)
+            reason = await self._let_go(connection)
             if self._stopping:
                 return
-            if connection.failure and not self._was_ready:
-                self._end(StartError(connection.failure))
-                return
-            if self._launches and not self._was_ready:
-                self._end(StartError(f"The engine's process ended before it was ready: {reason}."))
+            if connection.refused:
+                if self._launches or not self._was_ready:
+                    return  # given up
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            failure = self._start_failure(connection, reason)
+            if failure is not None:
+                self._end(failure)
                 return
             if self._was_ready:
                 self._set_health(
@@ -250,6 +271,41 @@ class ProcessEngine:
                         "its process has ended and starts again",
                     )
                 )
+
+    async def _let_go(self, connection: _Connection) -> str:
+        """Fail the calls of a connection that has ended; return why it has ended."""
+        self._connection = self._memory = None
+        ready, self._process_ready = self._process_ready, False
+        if not connection.refused:
+            self._set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
+        connection.fail()
+        reason = await self._source.ended(ready=ready)
+        if self._observer is not None:
+            self._observer.queue_changed(0, 0, None)
+            self._observer.process_memory(0)
+        return reason
+
+    def _start_failure(self, connection: _Connection, reason: str) -> StartError | None:
+        """Return the error of a first start; None if the engine was ready, or may still be."""
+        if self._was_ready:
+            return None
+        if connection.failure:
+            return StartError(connection.failure)
+        if self._launches:
+            return StartError(f"The engine's process ended before it was ready: {reason}.")
+        return None
+
+    async def _connect(self, opened: socket.socket) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_unix_connection(
+                lambda: _Connection(self), sock=opened
+            )
+        except BaseException:
+            opened.close()
+            raise
+        self._connection = connection
+        return connection
 
     async def _watch_silence(self) -> None:
         """Note when a process that was ready sends nothing, and end it if that lasts.
@@ -278,19 +334,43 @@ class ProcessEngine:
         """Note that the process has sent something."""
         self._silence = 0
 
-    def status_received(self, status: dict[str, Any]) -> None:
-        """Take over what the process says of its engine."""
-        served = status.get("model")
-        if served is not None and _card(served) != _card(asdict(self._model)):
-            name = served.get("name")
-            reason = (
-                f"its process has read another checkpoint ({name}) than this one "
+    def refuse(self, hello: dict[str, Any]) -> bool:
+        """Return whether a process cannot be used, because it has read other files than this one.
+
+        Adapters have numbers between the two, and vectors may have been stored: those of two
+        models would be mixed.
+
+        Args:
+            hello: the first thing that the process sends.
+        """
+        reason = self._difference(hello)
+        if reason is None:
+            return False
+        log.error("engine_refused", reason=reason)
+        self._set_health(EngineHealth(EngineState.UNAVAILABLE, reason))
+        if self._launches or not self._was_ready:
+            self._end(StartError(f"The engine cannot be used: {reason}"))
+        return True
+
+    def _difference(self, hello: dict[str, Any]) -> str | None:
+        served, files = hello["model"], hello["files"]
+        if served != _as_lists(asdict(self._model)):
+            return (
+                f"its process has read another checkpoint ({served.get('name')}) than this one "
                 f"({self._model.name}): did its files change?"
             )
-            if not self._was_ready:
-                self._end(StartError(f"The engine cannot be used: {reason}"))
-            self._set_health(EngineHealth(EngineState.UNAVAILABLE, reason))
-            return
+        changed = [
+            n for n in files.keys() | self._files.keys() if files.get(n) != self._files.get(n)
+        ]
+        if changed:
+            return (
+                f"its process has read other files than this one ({', '.join(sorted(changed))}): "
+                "restart the service after a change of its checkpoint."
+            )
+        return None
+
+    def status_received(self, status: dict[str, Any]) -> None:
+        """Take over what the process says of its engine."""
         self._batch_tokens = status["batch_tokens"]
         self._finished = status["finished"]
         used = status["address_space"]
@@ -321,7 +401,7 @@ class ProcessEngine:
         if self._health.state not in (EngineState.STOPPING, EngineState.DEAD):
             self._health = health
 
-    def _end(self, error: StartError) -> None:
+    def _end(self, error: Exception) -> None:
         """Give up: no other process will be ready."""
         self._set_health(EngineHealth(EngineState.DEAD, str(error).rstrip(".")))
         if self._started is not None and not self._started.done():
@@ -336,6 +416,7 @@ class _Connection(FrameProtocol):
     Attributes:
         lost: set when the connection has ended.
         failure: why the engine did not start, as the process says; empty if it has not said so.
+        refused: the process has read other files; whatever else it says is ignored.
     """
 
     def __init__(self, owner: ProcessEngine) -> None:
@@ -348,6 +429,7 @@ class _Connection(FrameProtocol):
         self._calls: dict[int, tuple[asyncio.Future[EngineResult], TokenBatch]] = {}
         self.lost: asyncio.Future[None] = self._loop.create_future()
         self.failure = ""
+        self.refused = False
 
     @property
     def calls(self) -> int:
@@ -401,6 +483,8 @@ class _Connection(FrameProtocol):
             self._resolve(call, OverloadedError(message, retry_after=1))
 
     def frame_received(self, kind: int, call: int, body: Body) -> None:
+        if self.refused:
+            return
         self._owner.frame_arrived()
         if kind == Kind.RESULT:
             result, finished = unpack_result(body, self._dimension)
@@ -412,7 +496,12 @@ class _Connection(FrameProtocol):
             if call in self._calls:
                 self._calls[call][1].entered()
         elif kind == Kind.STATUS:
-            self._owner.status_received(unpack_json(body))
+            status = unpack_json(body)
+            if "model" in status and self._owner.refuse(status):
+                self.refused = True
+                self.finish(stop_process=self._owner.launches)
+            else:
+                self._owner.status_received(status)
         elif kind == Kind.EVENTS:
             self._owner.events_received(unpack_json(body))
         elif kind == Kind.FAILED:
@@ -430,6 +519,6 @@ class _Connection(FrameProtocol):
             answer.set_result(result)
 
 
-def _card(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a model card's fields as JSON would give them back."""
+def _as_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields as JSON would give them back."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}

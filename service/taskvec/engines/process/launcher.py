@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -21,13 +21,17 @@ STABLE_SECONDS = 60.0
 """A process that lived this long is replaced at once when it ends."""
 
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 5.0
-"""Pause before a process that replaces one which did not; it doubles each time."""
+"""Pause before a process that replaces one that lived less long; it doubles each time."""
 
 EXIT_SECONDS = 5.0
 """Time in which a process ends that has closed its connection."""
 
 STOP_SECONDS = 15.0
 """Time in which a process ends that was asked to."""
+
+POLL_INTERVAL = 0.01
+"""Seconds between two checks of whether a process has ended; a thread that waits may be one more
+than the system has."""
 
 log = structlog.get_logger(__name__)
 
@@ -44,8 +48,8 @@ class EngineLauncher:
         """Prepare; ``launch`` starts the first process.
 
         Args:
-            command: command line; ``--launcher FILE`` and ``--restarts N`` are appended, and
-                ``--listen FILE`` if gateways connect.
+            command: command line; ``--launcher FILE`` is appended, and ``--listen FILE`` if
+                gateways connect.
             environment: of the process.
             listening: Unix socket on which gateways connect; None if the launcher is the only one.
         """
@@ -55,28 +59,42 @@ class EngineLauncher:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._launched_at = 0.0
-        self._launches = 0
+        self._was_ready = False
         self._failed_starts = 0
         self._pause = 0.0
         self._reason = ""
         self._end_reason = ""
         self._closed = False
+        self._on_restart: Callable[[], None] = lambda: None
 
     @property
     def pid(self) -> int | None:
         """Id of the process that runs; None between two."""
         return None if self._process is None else self._process.pid
 
+    def on_restart(self, call: Callable[[], None]) -> None:
+        """Call a function whenever a process was launched that replaces another."""
+        self._on_restart = call
+
     def launch(self) -> None:
         """Start a process.
 
         Raises:
-            OSError: the system has no process, file or memory for it.
+            StartError: the system has no process, file or memory for it.
         """
+        try:
+            self._launch()
+        except (OSError, MemoryError) as error:
+            raise StartError(
+                f"The engine's process cannot be launched ({_why(error)}): raise the limits of "
+                "open files, processes and memory."
+            ) from None
+
+    def _launch(self) -> None:
         own, theirs = socket.socketpair()
         with theirs:
             files = [theirs.fileno()]
-            options = ["--launcher", str(theirs.fileno()), "--restarts", str(self._launches)]
+            options = ["--launcher", str(theirs.fileno())]
             if self._listening is not None:
                 files.append(self._listening.fileno())
                 options += ["--listen", str(self._listening.fileno())]
@@ -93,12 +111,13 @@ class EngineLauncher:
                 raise
         own.setblocking(False)
         self._socket = own
-        self._launches += 1
         self._launched_at = time.monotonic()
 
     async def open(self) -> socket.socket:
         """See ``EngineSource.open``."""
-        while self._process is None:
+        while self._socket is None:
+            if self._process is not None:  # an error came between its connection and its end
+                await self.ended(ready=False)
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise StartError(
                     f"The engine's process has ended {self._failed_starts} times before it was "
@@ -106,29 +125,38 @@ class EngineLauncher:
                     "memory."
                 )
             await asyncio.sleep(self._pause)
+            if self._closed:
+                await asyncio.Future()  # the service stops, and cancels this
             try:
-                await asyncio.to_thread(self.launch)
-            except OSError as error:
+                self._launch()  # in no thread: it takes some milliseconds
+            except (OSError, MemoryError) as error:
                 log.error("engine_not_launched", reason=str(error))  # noqa: TRY400 - says it all
                 self._failed_starts += 1
-                self._reason = f"not launched ({error.strerror})"
+                self._reason = f"not launched ({_why(error)})"
                 await asyncio.sleep(FILE_RETRY_SECONDS)
-        assert self._socket is not None  # noqa: S101 - launch() made it
+            else:
+                self._on_restart()
         opened, self._socket = self._socket, None
         return opened
 
     async def ended(self, *, ready: bool) -> str:
         """See ``EngineSource.ended``."""
-        how = await asyncio.to_thread(self._wait, EXIT_SECONDS)
+        how = await self._wait(EXIT_SECONDS)
         self._reason, self._end_reason = self._end_reason or how, ""
         lived = time.monotonic() - self._launched_at
         self._failed_starts = 0 if ready else self._failed_starts + 1
+        self._was_ready |= ready
         if ready and lived >= STABLE_SECONDS:
             self._pause = 0.0
         else:
             self._pause = min(MAX_PAUSE_SECONDS, max(FIRST_PAUSE_SECONDS, 2 * self._pause))
-        if ready and not self._closed:
-            log.error("engine_process_ended", reason=self._reason, restart_seconds=self._pause)
+        if self._was_ready and not self._closed:  # the reason why a first one failed is raised
+            log.error(
+                "engine_process_ended",
+                reason=self._reason,
+                ready=ready,
+                restart_seconds=self._pause if self._failed_starts < MAX_FAILED_STARTS else None,
+            )
         return self._reason
 
     def end_silent(self, seconds: float) -> None:
@@ -141,27 +169,42 @@ class EngineLauncher:
     async def close(self) -> None:
         """See ``EngineSource.close``."""
         self._closed = True
-        await asyncio.to_thread(self._wait, STOP_SECONDS)
+        await self._wait(STOP_SECONDS)
 
     def kill(self) -> None:
         """End the process at once, if it has not ended."""
         self._closed = True
-        self._wait(0.0)
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+            self._forget(process)
 
-    def _wait(self, seconds: float) -> str:
+    async def _wait(self, seconds: float) -> str:
         """Wait for the end of the process, kill it if that takes too long; say how it ended."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return self._reason
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        if self._socket is not None:  # nobody has opened it
-            self._socket.close()
-            self._socket = None
-        return describe_end(code)
+        limit = time.monotonic() + seconds
+        while process.poll() is None:
+            if time.monotonic() >= limit:
+                process.kill()
+            await asyncio.sleep(POLL_INTERVAL)
+        self._forget(process)
+        return describe_end(process.returncode)
+
+    def _forget(self, process: subprocess.Popen[bytes]) -> None:
+        """Forget a process that has ended, and a connection to it that nobody has opened."""
+        if self._process is process:
+            self._process = None
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+
+def _why(error: OSError | MemoryError) -> str:
+    """Say why nothing was launched."""
+    return (error.strerror if isinstance(error, OSError) else None) or "no memory"
 
 
 def describe_end(code: int) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import structlog
 
+from taskvec.concurrency import is_shortage
 from taskvec.engines.base import Engine, EngineObserver, EngineState
 from taskvec.engines.process.frames import (
     Body,
@@ -82,9 +83,6 @@ class ProcessObserver(EngineObserver, Protocol):
     def process_lock_held(self, seconds: float) -> None:
         """The interpreter lock of the engine's process was held for so long; from a thread."""
 
-    def process_restarted(self) -> None:
-        """The engine's process replaces one that has ended."""
-
 
 class EventBuffer:
     """An observer that keeps events until they are sent to a gateway, whose metrics count them."""
@@ -134,6 +132,7 @@ class EngineServer:
         *,
         stall_seconds: float = math.inf,
         limits: MemoryLimits | None = None,
+        files: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Serve an engine, which may still be loading.
 
@@ -145,6 +144,7 @@ class EngineServer:
             stall_seconds: ``watch`` returns if calls have waited this long and nothing was
                 finished.
             limits: memory limits; None reads those of this process.
+            files: the files of the checkpoint that the engine reads; see ``file_versions``.
         """
         self.stop_requested = asyncio.Event()
         self.launcher_lost = asyncio.Event()
@@ -155,6 +155,7 @@ class EngineServer:
         self._connections: set[_Connection] = set()
         self._listener: asyncio.AbstractServer | None = None
         self._launcher: _Connection | None = None
+        self._files = dict(files or {})
         self._status: dict[str, Any] = {}
         self._entered: deque[tuple[_Connection, int]] = deque()
         self._progress = _Progress(stall_seconds)
@@ -168,6 +169,11 @@ class EngineServer:
     def connections(self) -> int:
         """Number of connections, the launcher's included."""
         return len(self._connections)
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of all connections that are not answered."""
+        return sum(connection.calls for connection in self._connections)
 
     async def listen(self, listening: socket.socket) -> asyncio.AbstractServer:
         """Accept the connections of gateways on a Unix socket, until the returned server is closed.
@@ -217,8 +223,7 @@ class EngineServer:
                 self._look()
             if self._engine.health().state is EngineState.DEAD:
                 return
-            calls = any(connection.calls for connection in self._connections)
-            if self._progress.stalled(self._engine.finished, waiting=calls):
+            if self._progress.stalled(self._engine.finished, waiting=self.calls > 0):
                 log.error("engine_stalled", seconds=self._progress.stall_seconds)
                 return
             now = time.monotonic()
@@ -265,6 +270,10 @@ class EngineServer:
             "finished": self._engine.finished,
             "address_space": self._address_space,
         }
+
+    def hello(self) -> dict[str, Any]:
+        """Return the first thing that is sent on a connection: the model, its files, the state."""
+        return {"model": asdict(self._engine.model), "files": self._files, **self.status()}
 
     def flush_events(self) -> None:
         """Send the events of the engine to the launcher, unless it does not read them."""
@@ -361,8 +370,7 @@ class _Connection(FrameProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._server.opened(self)
-        hello = {"model": asdict(self._engine.model), **self._server.status()}
-        self.send(Kind.STATUS, 0, pack_json(hello))
+        self.send(Kind.STATUS, 0, pack_json(self._server.hello()))
 
     def connection_lost(self, _: Exception | None) -> None:
         self._server.closed(self)
@@ -372,9 +380,12 @@ class _Connection(FrameProtocol):
     def frame_received(self, kind: int, call: int, body: Body) -> None:
         if kind == Kind.EMBED:
             try:
-                self._calls[call] = self._loop.create_task(self._embed(call, body))
+                task = self._loop.create_task(self._embed(call, body))
             except MemoryError:
                 self.frame_lost(kind, call)
+            else:
+                self._calls[call] = task
+                task.add_done_callback(partial(self._ended, call))
         elif kind == Kind.CANCEL:
             if call in self._calls:
                 self._calls[call].cancel()
@@ -390,19 +401,21 @@ class _Connection(FrameProtocol):
             self.send(*await self._answer(call, body))
         except MemoryError:
             self.send(Kind.ERROR, call, NO_MEMORY)
-        finally:
-            del self._calls[call]
+
+    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
+        """Forget a call; its task may have been cancelled before its first step."""
+        del self._calls[call]
 
     async def _answer(self, call: int, body: Body) -> tuple[Any, ...]:
         """Return the frame that answers a call."""
         try:
             batch = unpack_call(body, self._adapters, partial(self._server.entered, self, call))
             result = await self._engine.embed(batch)
-        except MemoryError:
-            raise
         except TaskvecError as error:
             return Kind.ERROR, call, pack_error(error)
-        except Exception:
+        except Exception as error:
+            if is_shortage(error):
+                return Kind.ERROR, call, NO_MEMORY
             log.exception("call_failed")
             hidden = TaskvecError("The engine failed on this request; see the log for the reason.")
             return Kind.ERROR, call, pack_error(hidden)

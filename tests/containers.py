@@ -152,7 +152,7 @@ class Builder:
         for mount in reversed(mounts):
             if Path(mount).is_relative_to(self._folder):
                 _output(_captured("umount", mount))
-        shutil.rmtree(self._folder)
+        _output(_captured("rm", "-rf", self._folder))  # 100,000 files, faster than Python
 
     def _debootstrap(self) -> None:
         root = self._folder / "debian"
@@ -162,7 +162,7 @@ class Builder:
         container = self._run("from", "scratch")
         self._run("copy", "--quiet", container, str(root), "/")
         self._run("commit", "--quiet", container, self._python_image)
-        shutil.rmtree(root)
+        _output(_captured("rm", "-rf", root))
 
     def _configure_pip(self) -> set[str]:
         """Write what this machine's pip is configured with; return the paths that it names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 import threading
@@ -22,6 +23,9 @@ SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread of a server waits for the interpreter lock before it asks for it; a
 tenth of Python's default. The engine's thread needs the lock at each of a forward pass's thousand
 calls, and would wait that long at each while the event loop is busy (docs/adr/0018)."""
+
+NO_THREAD = ("can't start new thread", "can't allocate lock")
+"""Messages of the RuntimeError that Python raises for lack of memory or threads."""
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -43,8 +47,10 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list
 
 def is_shortage(error: BaseException | None) -> bool:
     """Return whether memory could not be allocated, or a thread not be started for lack of it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+        isinstance(error, RuntimeError) and str(error) in NO_THREAD
     )
 
 

@@ -25,6 +25,8 @@ from processes import (
     wait_for,
 )
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 WORKERS = ("--workers", "2", *EXACT)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +17,7 @@ from typing import cast
 
 import structlog
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from taskvec.concurrency import keep_running
 from taskvec.server.certificate import WatchedCertificate
@@ -76,7 +78,12 @@ class GracefulServer(uvicorn.Server):
         """Start listening; from now on signals drain the service."""
         if self.config.ssl_certfile:
             self._certificate = WatchedCertificate(self.config, self._replace_tls)
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process has bound the address and listened meanwhile
+            log.error("cannot_listen", reason=str(error))  # noqa: TRY400 - it says all
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
         self._loop = asyncio.get_running_loop()
         if self._certificate is not None:
             self._watching = self._loop.create_task(

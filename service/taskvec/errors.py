@@ -206,6 +206,7 @@ CODES: tuple[str, ...] = (
     "unsupported_content_encoding",
     "unsupported_transfer_encoding",
     "untokenizable_input",
+    "vector_not_finite",
 )
 """All error codes that a client may see."""
 

@@ -9,32 +9,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from subprocess import CompletedProcess
 
 import pytest
 import trustme
 
+from privileges import UNKNOWN_USER, unprivileged
 from synthetic import TINY_SMALL, write_checkpoint
 
 SHAPE = replace(
     TINY_SMALL, vocabulary=27_173, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8,
     intermediate=24, rank=4,
 )  # fmt: skip
-STRANGER = 54_321
-"""User id without an entry in /etc/passwd."""
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-AS_STRANGER = """
-import os, sys
-os.setgroups([])
-os.setgid(int(sys.argv[1]))
-os.setuid(int(sys.argv[1]))
-sys.argv = ["taskvec", *sys.argv[2:]]
-from taskvec.cli.main import main
-main()
-"""
-
 PATHS = {
     "config": "config.json",
     "weights": "model.safetensors",
@@ -64,42 +50,29 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A folder that everybody may enter, as pytest's are not."""
-    with TemporaryDirectory() as place:
-        Path(place).chmod(0o1777)
-        yield Path(place)
+def folder(sound: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the checkpoint; in the end it can be deleted."""
+    folder = shutil.copytree(sound, tmp_path / "above" / "checkpoint")
+    yield folder
+    for path in (folder.parent, folder, folder / "adapters", folder / "1_Pooling"):
+        path.chmod(0o700)
 
 
-@pytest.fixture
-def folder(place: Path, sound: Path) -> Path:
-    """A copy of the checkpoint."""
-    return shutil.copytree(sound, place / "checkpoint")
-
-
-def run(
-    *arguments: object, lines: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command of taskvec as a user who owns nothing."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("HOME", "XDG_CACHE_HOME") and not name.startswith("HF_")
-    }
+def run(*arguments: object, lines: str = "", **environment: str) -> CompletedProcess[str]:
+    """Run a command of taskvec that may not read what its user has no permission for."""
     return subprocess.run(
-        [sys.executable, "-c", AS_STRANGER, str(STRANGER), *map(str, arguments)],
+        unprivileged(sys.executable, "-m", "taskvec", *map(str, arguments)),
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
-        env=inherited | environment,
+        env=os.environ | environment,
         input=lines,
-        cwd="/",
     )
 
 
 def test_a_readable_checkpoint_passes(folder: Path) -> None:
-    """Another user can serve a checkpoint that everybody may read."""
+    """The same commands accept a checkpoint that may be read."""
     done = run("check", folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "passed: 1 adapters" in done.stdout
@@ -109,62 +82,88 @@ def test_a_readable_checkpoint_passes(folder: Path) -> None:
 def test_a_denial_is_not_damage(folder: Path, kind: str) -> None:
     """The message names the file or folder, the user id, the owner and the mode, on one line."""
     path = folder / PATHS[kind]
-    mode = 0o600 if path.is_file() else 0o700
-    path.chmod(mode)
-    assert_denied(run("check", folder), path, mode)
+    path.chmod(0o077)  # the permissions of others do not count for the owner
+    assert_denied(run("check", folder), path)
 
 
 def test_a_folder_that_may_only_be_entered(folder: Path) -> None:
     """A folder of adapters whose names may not be listed is named."""
-    (folder / "adapters").chmod(0o711)
-    assert_denied(run("check", folder), folder / "adapters", 0o711)
+    (folder / "adapters").chmod(0o177)
+    assert_denied(run("check", folder), folder / "adapters", "0177")
 
 
-def test_a_folder_above_is_named(folder: Path, place: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_the_owner_is_named(folder: Path) -> None:
+    """Weights of another user are reported with the id of that user."""
+    weights = folder / "model.safetensors"
+    weights.chmod(0o600)
+    os.chown(weights, UNKNOWN_USER, UNKNOWN_USER)
+    assert_denied(run("check", folder), weights, "0600", UNKNOWN_USER)
+
+
+def test_a_folder_above_is_named(folder: Path) -> None:
     """The message names the folder above the checkpoint that may not be entered."""
-    place.chmod(0o700)
+    folder.parent.chmod(0o077)
     done = run("check", folder)
-    place.chmod(0o1777)
-    assert_denied(done, folder, 0o700)
-    assert f"the folder {place} belongs" in done.stderr
+    assert_denied(done, folder)
+    assert f"the folder {folder.parent} belongs" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "embed", "engine-args"])
 def test_all_commands_say_so(folder: Path, command: str) -> None:
     """Every command that reads a checkpoint reports the denial alike."""
-    (folder / "model.safetensors").chmod(0o600)
+    (folder / "model.safetensors").chmod(0o077)
     model = [folder] if command == "engine-args" else ["--model", folder]
-    assert_denied(run(command, *model, lines="x"), folder / "model.safetensors", 0o600)
+    options = ["--port", 0] if command == "serve" else []
+    assert_denied(run(command, *model, *options, lines="x"), folder / "model.safetensors")
 
 
-def test_the_hubs_cache_of_another_user_is_named(place: Path) -> None:
-    """A cached model that this user may not read is not reported as missing or as no network."""
-    cache = place / "hub" / "models--owner--name"
+def test_evaluation_says_so(tmp_path: Path) -> None:
+    """Data that may not be read is named, also if it is a folder."""
+    data = tmp_path / "data"
+    (data / "sts").mkdir(parents=True)
+    data.chmod(0o077)
+    done = run("eval", "--data", data / "sts")
+    data.chmod(0o700)
+    assert_denied(done, data / "sts")
+
+
+def test_the_hubs_cache_is_named(tmp_path: Path) -> None:
+    """A cached model that may not be read is not reported as missing, or as no network."""
+    cache = tmp_path / "hub" / "models--owner--name"
     (cache / "snapshots").mkdir(parents=True)
-    (place / "hub").chmod(0o700)
-    done = run("check", "owner/name", HF_HUB_CACHE=str(place / "hub"), HF_HUB_OFFLINE="1")
-    assert_denied(done, cache, 0o700)
+    (tmp_path / "hub").chmod(0o077)
+    done = run("check", "owner/name", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    (tmp_path / "hub").chmod(0o700)
+    assert_denied(done, cache)
 
 
 @pytest.mark.parametrize("option", ["--keys-file", "--tls-cert", "--tls-key"])
 def test_other_files_say_so_before_the_model_is_loaded(
     keys_and_certificate: dict[str, Path], option: str
 ) -> None:
-    """Keys and certificates that this user may not read are named with the user id."""
-    keys_and_certificate[option].chmod(0o600)
+    """Keys and certificates that may not be read are named with the user id."""
+    keys_and_certificate[option].chmod(0o077)
     options = [word for pair in keys_and_certificate.items() for word in pair]
-    done = run("serve", "--port", "0", *options, "--in-process")
-    assert_denied(done, keys_and_certificate[option], 0o600)
-    assert "engine_ready" not in done.stderr
+    done = run("serve", "--port", 0, *options, "--in-process", "--model", "/no/such/model")
+    assert_denied(done, keys_and_certificate[option])
+
+
+def test_certificates_of_engine_servers_say_so(keys_and_certificate: dict[str, Path]) -> None:
+    """The same holds for --engine-ca."""
+    authorities = keys_and_certificate["--tls-cert"]
+    authorities.chmod(0o077)
+    servers = ["--engine", "remote", "--engine-url", "https://127.0.0.1:1"]
+    assert_denied(run("serve", "--port", 0, *servers, "--engine-ca", authorities), authorities)
 
 
 @pytest.fixture
-def keys_and_certificate(place: Path) -> dict[str, Path]:
+def keys_and_certificate(tmp_path: Path) -> dict[str, Path]:
     """Options of serve with readable files."""
     files = {
-        "--keys-file": place / "keys.toml",
-        "--tls-cert": place / "cert.pem",
-        "--tls-key": place / "key.pem",
+        "--keys-file": tmp_path / "keys.toml",
+        "--tls-cert": tmp_path / "cert.pem",
+        "--tls-key": tmp_path / "key.pem",
     }
     files["--keys-file"].write_text(f'[[keys]]\nname = "a"\nsha256 = "{"0" * 64}"\n')
     authority = trustme.CA()
@@ -174,12 +173,15 @@ def keys_and_certificate(place: Path) -> dict[str, Path]:
     return files
 
 
-def assert_denied(done: subprocess.CompletedProcess[str], path: Path, mode: int) -> None:
+def assert_denied(
+    done: CompletedProcess[str], path: Path, mode: str = "0077", owner: int | None = None
+) -> None:
     """Check the message of a command that may not read a path."""
-    assert done.returncode == 3, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("taskvec: ")]
     assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("taskvec: ")]
+    assert done.returncode in (2, 3)
     assert str(path) in line
-    assert f"permission denied to user id {STRANGER}" in line
-    assert f"belongs to user id 0 and has the mode {mode:04o}" in line
+    user = os.geteuid()
+    assert f"permission denied to user id {user}" in line
+    assert f"belongs to user id {user if owner is None else owner} and has the mode {mode}" in line
     assert not any(word in line for word in ("damaged", "download", "network", "missing"))

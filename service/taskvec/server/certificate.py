@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from uvicorn.config import create_ssl_context
 
 from taskvec.errors import StartError
 from taskvec.file_watch import FileWatch
+from taskvec.permissions import read_failure
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +30,15 @@ def check_certificate(certificate: Path, key: Path | None) -> None:
     except (OSError, ValueError) as error:
         raise StartError(
             f"The certificate {certificate} with the key {key or certificate} cannot be used: "
-            f"{error}."
+            f"{_reason(certificate, key or certificate, error)}."
         ) from None
+
+
+def _reason(certificate: Path, key: Path, error: Exception) -> str:
+    if not isinstance(error, PermissionError):
+        return str(error)
+    denied = key if os.access(certificate, os.R_OK) else certificate  # OpenSSL does not say which
+    return f"{denied}: {read_failure(denied, error)}"
 
 
 class WatchedCertificate:

@@ -70,6 +70,8 @@ class BatchAcceptLoop(uvloop.Loop):
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Listen, as ``asyncio.loop.create_server`` does; starts serving at once."""
+        if options.get("sock") is not None:  # uvloop would hide an error of this until later
+            options["sock"].listen(options["backlog"])
         if ssl is None:
             server = await super().create_server(protocol_factory, *address, **options)
             return BatchAcceptServer(self, server, protocol_factory)

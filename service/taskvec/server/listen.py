@@ -60,7 +60,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
         for each in sockets:
             each.close()
         raise StartError(_reason(host, port, error)) from None
-    log.info("listening", addresses=[_shown(*each.getsockname()[:2]) for each in sockets])
+    log.info("addresses_bound", addresses=[_shown(*each.getsockname()[:2]) for each in sockets])
     return sockets
 
 

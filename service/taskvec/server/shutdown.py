@@ -7,6 +7,7 @@ import gc
 import math
 import signal
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +18,7 @@ from typing import cast
 
 import structlog
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from taskvec.concurrency import keep_running
 from taskvec.server.certificate import WatchedCertificate
@@ -81,7 +83,12 @@ class GracefulServer(uvicorn.Server):
         gc.freeze()  # imported modules live as long as the process: no collection need visit them
         if self.config.ssl_certfile:
             self._certificate = WatchedCertificate(self.config, self._replace_tls)
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process has bound the address and listened meanwhile
+            log.error("cannot_listen", reason=str(error))  # noqa: TRY400 - it says all
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
         self._loop = loop = asyncio.get_running_loop()
         if self._supervised:
             signal.signal(STOP_AT_ONCE, lambda *_: loop.call_soon_threadsafe(self._stop_at_once))

@@ -34,10 +34,9 @@ from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
-from taskvec.server.listen import bind
-from taskvec.server.run import server_options
+from taskvec.server.run import bound_sockets, server_options
 from taskvec.server.shutdown import STOP_AT_ONCE, GracefulServer, on_hangup
-from taskvec.service import START_WAIT, Role, build_service, key_source
+from taskvec.service import START_WAIT, Role, build_service
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
 
@@ -126,15 +125,15 @@ class Gateways(multiprocess.Multiprocess):
             none did.
     """
 
-    def __init__(self, settings: Settings, merge_metrics: Callable[[], None]) -> None:
-        """Bind the socket and install signal handlers; no process is started.
+    def __init__(
+        self, settings: Settings, sockets: list[socket], merge_metrics: Callable[[], None]
+    ) -> None:
+        """Install signal handlers; no process is started.
 
         Args:
             settings: those of the gateways.
+            sockets: bound sockets, which all gateways share.
             merge_metrics: called after processes have died.
-
-        Raises:
-            StartError: the address cannot be bound.
         """
         self._merge_metrics = merge_metrics
         self._start_failed = False
@@ -163,7 +162,6 @@ class Gateways(multiprocess.Multiprocess):
             timeout_worker_healthcheck=PING_TIMEOUT,
             **server_options(settings),
         )
-        sockets = bind(settings.host, settings.port)
         multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
         super().__init__(config, sockets)
 
@@ -289,24 +287,29 @@ def serve_workers(settings: Settings) -> None:
         StartError: the model cannot be served, or the keys cannot be read.
     """
     tune_malloc(SERVING)
-    keys = key_source(settings)
-    if keys is not None:
-        keys.read()  # report unreadable keys before any gateway starts
-    with on_hangup(None), _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
+    with (
+        on_hangup(None),
+        _exit_on_sigterm(),
+        bound_sockets(settings) as sockets,
+        _shared_metrics_folder(settings.workers) as folder,
+    ):
         from taskvec.metrics.registry import merge_dead_processes  # noqa: PLC0415 - as create_app
 
         merge = partial(merge_dead_processes, folder / SERIES)
         if settings.engine is EngineKind.REMOTE:
             build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
-            gateways = Gateways(settings, merge)
+            gateways = Gateways(settings, sockets, merge)
             gateways.run()
             gateways.check_end()
         else:
-            _serve_engine_and_gateways(settings, folder, merge)
+            _serve_engine_and_gateways(settings, sockets, folder, merge)
 
 
 def _serve_engine_and_gateways(
-    settings: Settings, folder: Path, merge_metrics: Callable[[], None]
+    settings: Settings,
+    sockets: list[socket],
+    folder: Path,
+    merge_metrics: Callable[[], None],
 ) -> None:
     """Run the engine and the gateways, each in a process of its own, and watch over them."""
     failures: list[BaseException] = []
@@ -337,7 +340,7 @@ def _serve_engine_and_gateways(
             service = build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
             launcher.on_restart(service.metrics.process_restarted)
             os.environ[ENGINE_SOCKET] = str(path)
-            gateways = Gateways(settings, merge_metrics)
+            gateways = Gateways(settings, sockets, merge_metrics)
             keeper = _EngineKeeper(engine, launcher, stop_all)
             keeper.start()
             try:

@@ -158,6 +158,19 @@ class PackedEngine:
         if self._health.state is not EngineState.DEAD:
             self._health = EngineHealth(EngineState.DEAD, "stopped")
 
+    def stop_at_exit(self, seconds: float) -> None:
+        """Let the threads end after the batches that they compute, and wait for them for a while.
+
+        Unlike ``stop``, it needs no event loop and no thread pool: they end before the interpreter.
+        """
+        limit = time.monotonic() + seconds
+        with self._waiting.lock:
+            self._waiting.stopping = True
+            self._notify()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, limit - time.monotonic()))
+
     def _notify(self, priority: Priority | None = None) -> None:
         """Wake the worker of a class, or all workers; the caller holds the lock."""
         for worker in self._workers:

@@ -134,6 +134,7 @@ class Service:
             await self.engine.stop()
             await starting
             await self.embedder.close()
+            self.pressure.close()
             if self.tracer is not None:
                 await asyncio.to_thread(self.tracer.close)
 

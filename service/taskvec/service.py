@@ -59,6 +59,9 @@ connections meanwhile: the others on the same socket take them, instead of this 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
 
+FIRST_MEASURE_PAUSE, MAX_MEASURE_PAUSE = 0.5, 30.0
+"""Seconds until the engine is measured again after a failed attempt; they double each time."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -151,15 +154,26 @@ class Service:
             await asyncio.sleep(POLL_INTERVAL)
 
     async def _measure_engine(self) -> None:
-        """Derive the queue's token budget from the engine's measured speed."""
+        """Derive the queue's token budget from the engine's measured speed.
+
+        Until the engine is ready and was measured, the default budget holds.
+        """
         await self._wait_for_engine(math.inf)
-        if not self.admission.derived or not self.engine.health().ready:
-            return
-        try:
-            tokens, seconds = await measure_speed(self.engine)
-        except Exception as error:  # noqa: BLE001 - without a measurement the default limit holds
-            log.warning("engine_not_measured", reason=str(error))
-            return
+        pause = FIRST_MEASURE_PAUSE
+        while True:
+            health = self.engine.health()
+            if not self.admission.derived or health.state is EngineState.DEAD:
+                return
+            if not health.ready:
+                await asyncio.sleep(FIRST_MEASURE_PAUSE)
+                continue
+            try:
+                tokens, seconds = await measure_speed(self.engine)
+                break
+            except Exception as error:  # noqa: BLE001 - it is measured again
+                log.warning("engine_not_measured", reason=str(error), retry_seconds=pause)
+            await asyncio.sleep(pause)
+            pause = min(MAX_MEASURE_PAUSE, 2 * pause)
         self.admission.set_rate(tokens, seconds)
         await run_in_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
         log.info(

@@ -12,8 +12,10 @@ PROGRAMS = {
     "script": ("", 0),
     "exception": ("raise SystemExit(5)", 5),
     "thread": (
-        "import threading\nt = threading.Thread(target=e.embed, args=(['y'],))\n"
-        "t.start()\nt.join()",
+        (
+            "import threading\nt = threading.Thread(target=e.embed, args=(['y'],))\n"
+            "t.start()\nt.join()"
+        ),
         0,
     ),
     "forked child": (

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Executor
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -54,15 +55,22 @@ def is_shortage(error: BaseException | None) -> bool:
     )
 
 
-async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
+async def run_in_thread(
+    function: Callable[..., T], *args: Any, executor: Executor | None = None
+) -> T:
     """Run a function that blocks for some milliseconds, and return its result.
 
     It runs in a thread; where the system has none left, in the calling one: what must be done
     under a shortage is done late instead of never.
+
+    Args:
+        function: the function.
+        args: its arguments.
+        executor: has the threads; None for the event loop's own, where it may have to wait.
     """
     loop = asyncio.get_running_loop()
     try:
-        running = loop.run_in_executor(None, function, *args)
+        running = loop.run_in_executor(executor, function, *args)
     except RuntimeError as error:
         if not is_shortage(error):
             raise

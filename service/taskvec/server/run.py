@@ -58,7 +58,7 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
 
 
 class _Launched(NamedTuple):
-    """An engine process, and what it reads; ``files`` are the versions of the checkpoint's files."""
+    """An engine process and what it reads; ``files`` are the versions of the checkpoint's files."""
 
     checkpoint: Checkpoint
     launcher: EngineLauncher

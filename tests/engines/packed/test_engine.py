@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.engines.base import EngineResult, EngineState, TokenBatch
 from taskvec.engines.packed.engine import PackedEngine
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.errors import CheckpointError, DeadlineExceededError, UnavailableError
+from taskvec.engines.packed.weights import AnyTransformer
+from taskvec.errors import CheckpointError, DeadlineExceededError, StartError, UnavailableError
 from tinyengines import (
     DIFFERENCE,
     FP32,
@@ -30,6 +32,9 @@ from tinyengines import (
     tiny_checkpoint,
     unit,
 )
+
+HUGE_STACK = 1 << 46
+"""Bytes of a thread's stack that no system has: half of the address space."""
 
 
 @pytest.fixture(scope="module", params=["small", "nano"])
@@ -173,6 +178,37 @@ async def test_a_failed_forward_fails_only_its_requests(checkpoint: Checkpoint) 
         result = await engine.embed(TokenBatch([random_ids(5, 1)], "retrieval"))
         assert result.vectors.shape == (1, checkpoint.card.dimension)
     assert recorder.dropped == {"failed": 1}
+
+
+class StarvedEngine(PackedEngine):
+    """From a point on, the system has no room for the stack of a further thread."""
+
+    def __init__(self, checkpoint: Checkpoint, *, threads: int) -> None:
+        super().__init__(checkpoint, FP32)
+        if not threads:
+            threading.stack_size(HUGE_STACK)
+
+    def _make_workers(self, transformer: AnyTransformer) -> None:
+        super()._make_workers(transformer)
+        threading.stack_size(HUGE_STACK)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("threads", [0, 1])
+async def test_an_engine_without_its_threads_does_not_start(
+    checkpoint: Checkpoint, threads: int
+) -> None:
+    """It is never ready, the start says why, and it can be stopped."""
+    before = threading.stack_size()
+    try:
+        engine = StarvedEngine(checkpoint, threads=threads)
+        with pytest.raises(StartError, match="thread of the engine could not be started"):
+            await engine.start()
+    finally:
+        threading.stack_size(before)
+    assert engine.health().state is EngineState.DEAD
+    async with asyncio.timeout(20):
+        await engine.stop()
 
 
 @pytest.mark.anyio

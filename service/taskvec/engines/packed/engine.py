@@ -30,7 +30,7 @@ from taskvec.engines.packed.lanes import Lanes
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.weights import AnyTransformer, load_transformer
 from taskvec.engines.packed.worker import Request, WaitingRequests, Worker
-from taskvec.errors import CheckpointError, UnavailableError
+from taskvec.errors import CheckpointError, StartError, UnavailableError
 from taskvec.priority import Priority
 
 MAX_MERGED_SHARE = 0.5
@@ -118,7 +118,11 @@ class PackedEngine:
         """See ``Engine.start``."""
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
-        self._start_thread("packed-engine", self._load_and_work, loop, started)
+        try:
+            self._start_thread("packed-engine", self._load_and_work, loop, started)
+        except StartError as error:
+            self._health = EngineHealth(EngineState.DEAD, str(error))
+            raise
         await started
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
@@ -179,8 +183,14 @@ class PackedEngine:
 
     def _start_thread(self, name: str, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise StartError(
+                f"A thread of the engine could not be started ({error}): allow the process more "
+                "memory or more threads."
+            ) from error
         self._threads.append(thread)
-        thread.start()
 
     def _join(self) -> None:
         for thread in self._threads:  # the first one appends the others before it ends
@@ -195,17 +205,20 @@ class PackedEngine:
         try:
             transformer = self._load()
             self._make_workers(transformer)
+            first, *others = self._workers
+            for worker in others:
+                self._start_thread("packed-bulk", self._work, worker, BULK_NICENESS)
         except BaseException as error:  # noqa: BLE001 - start() raises it
-            self._health = EngineHealth(EngineState.DEAD, str(error))
+            with self._waiting.lock:
+                self._health = EngineHealth(EngineState.DEAD, str(error))
+                self._waiting.stopping = True
+                self._notify()
             loop.call_soon_threadsafe(started.set_exception, error)
             return
         with self._waiting.lock:
             if not self._waiting.stopping:
                 self._health = EngineHealth(EngineState.READY)
         loop.call_soon_threadsafe(started.set_result, None)
-        first, *others = self._workers
-        for worker in others:
-            self._start_thread("packed-bulk", self._work, worker, BULK_NICENESS)
         self._work(first, niceness=0)
 
     def _make_workers(self, transformer: AnyTransformer) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from conftest import free_port
 from processes import (
     EXACT,
+    MODULE,
     TASKS,
     TEXTS,
     Load,
@@ -235,10 +240,7 @@ def test_an_engine_that_cannot_come_back_ends_the_service(
     options = ("--workers", workers, "--model", str(folder), *EXACT)
     with served(*options) as server:
         processes = server.descendants()
-        for gateway in server.gateways():  # the other one answers, so it has read the model
-            os.kill(gateway, signal.SIGSTOP)
-            wait_for(lambda: answers(server.url))
-            os.kill(gateway, signal.SIGCONT)
+        wait_for_gateways(server)
         shutil.rmtree(folder)
         os.kill(server.engine(), signal.SIGKILL)
         wait_for(lambda: answer(server).status_code == 503)
@@ -247,6 +249,97 @@ def test_an_engine_that_cannot_come_back_ends_the_service(
         assert code == 3, errors
         assert errors.splitlines()[-1].startswith("taskvec: The engine's process has ended 5 times")
         wait_for(lambda: not any(map(command_of, processes)))
+
+
+def wait_for_gateways(server: Served) -> None:
+    """Wait until all gateways have read the model."""
+    for gateway in server.gateways():  # the other one answers
+        os.kill(gateway, signal.SIGSTOP)
+        wait_for(lambda: answers(server.url))
+        os.kill(gateway, signal.SIGCONT)
+
+
+def copied(checkpoint: Checkpoint, folder: Path) -> Path:
+    return Path(shutil.copytree(checkpoint.folder, folder / "checkpoint"))
+
+
+@LAYOUTS
+def test_changed_weights_are_not_mixed_with_those_before(
+    tmp_path: Path, default_checkpoint: Checkpoint, workers: str
+) -> None:
+    """When a new engine process reads other weights, all processes end, and the file is named."""
+    folder = copied(default_checkpoint, tmp_path)
+    file = folder / "adapters/clustering/adapter_model.safetensors"
+    options = ("--workers", workers, "--model", str(folder), *EXACT)
+    with served(*options) as server:
+        wait_for_gateways(server)
+        processes = server.descendants()
+        body = {"input": "a text", "task": "clustering"}
+        before = embed(server.url, body).json()["data"]
+        tensors = load_file(file)
+        save_file({k: v * 3 if "lora_B" in k else v for k, v in tensors.items()}, file)
+        os.kill(server.engine(), signal.SIGKILL)
+        seen = []
+        while server.process.poll() is None:
+            try:
+                got = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=30)
+            except httpx.TransportError:
+                break
+            seen.append(got.status_code)
+            assert got.status_code == 503 or got.json()["data"] == before
+            time.sleep(0.02)
+        assert 503 in seen
+        code, errors = ended(server)
+        assert code == 3, errors
+        assert "adapters/clustering/adapter_model.safetensors" in errors.splitlines()[-1]
+        assert "restart the service" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
+        wait_for(lambda: not any(map(command_of, processes)))
+
+
+@LAYOUTS
+def test_processes_that_end_before_they_are_ready_are_logged_and_counted(
+    tmp_path: Path, default_checkpoint: Checkpoint, workers: str
+) -> None:
+    """While an engine cannot come back, each end is in the log, and the metric counts the tries."""
+    folder = copied(default_checkpoint, tmp_path)
+    file, away = folder / "model.safetensors", folder / "away"
+    options = ("--workers", workers, "--model", str(folder), *EXACT)
+    with served(*options) as server:
+        wait_for_gateways(server)
+        file.rename(away)
+        os.kill(server.engine(), signal.SIGKILL)
+
+        def restarts() -> float:
+            shown = httpx.get(f"{server.url}/metrics").text
+            return total(shown, "taskvec_engine_process_restarts_total")
+
+        wait_for(lambda: restarts() >= 2)
+        away.rename(file)
+        wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
+        counted = restarts()
+        server.process.terminate()
+        _, errors = ended(server)
+    lines = [line for line in errors.splitlines() if "engine_process_ended" in line]
+    assert len(lines) == counted
+    assert sum('"ready":false' in line for line in lines) == counted - 1
+
+
+@pytest.mark.parametrize(("workers", "files"), [("1", 6), ("2", 7), ("1", 9), ("2", 10)], ids=str)
+def test_a_start_without_files_ends_with_a_sentence(workers: str, files: int) -> None:
+    """Where the engine's process cannot be launched, or little else, there is no traceback."""
+    command = (sys.executable, *MODULE, "serve", "--workers", workers, "--log-level", "error")
+    done = subprocess.run(
+        (*command, "--port", str(free_port())),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Too many open files" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def without_effect(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from taskvec.settings import environment_variable
 
 EXIT_USAGE, EXIT_START_FAILED = 2, 3
 """Exit codes: invalid arguments or input, and a failed start (as uvicorn's)."""
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+"""Errors of a system that has no file, process, thread or memory left."""
 
 _EXTRA_OF_MODULE = {
     "torch": "packed",
@@ -55,6 +59,14 @@ def exit_on_error() -> Iterator[None]:
         yield
     except StartError as error:
         exit_with(str(error), EXIT_START_FAILED)
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            raise
+        exit_with(
+            f"The system has nothing left for this process ({error.strerror}): raise the limits of "
+            "open files, processes and memory.",
+            EXIT_START_FAILED,
+        )
     except TaskvecError as error:
         exit_with(error.message, EXIT_USAGE)
     except PermissionError as error:

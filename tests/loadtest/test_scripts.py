@@ -20,6 +20,7 @@ pytestmark = pytest.mark.full("the load tests, each in a short form")
 FOLDER = repository() / "loadtest"
 
 SHORT = {
+    "crowded --rounds 1 --busy 0 --ways passive --seconds 0.1": "crowded",
     "engine --shape mini --rounds 1 --mixed-texts 16": "engine-mini",
     "engine_process --rounds 1 --requests 5 --seconds 0.5": "engine-process",
     "gateway --rounds 1 --seconds 1": "gateway",

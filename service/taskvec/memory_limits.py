@@ -16,7 +16,8 @@ from typing import NamedTuple
 from taskvec.malloc import free_heap_bytes
 
 UNLIMITED = 1 << 60
-"""A limit of at least this many bytes is none: version 1 writes the largest number of pages."""
+"""Bytes from which a limit does not limit anything: without a limit, version 1 reports the largest
+number of pages."""
 
 PROC = Path("/proc/self")
 CGROUPS = Path("/sys/fs/cgroup")

@@ -17,7 +17,8 @@ from taskvec.cgroups import CGROUPS, PROC, groups_of
 from taskvec.malloc import free_heap_bytes
 
 UNLIMITED = 1 << 60
-"""A limit of at least this many bytes is none: version 1 writes the largest number of pages."""
+"""Bytes from which a limit does not limit anything: without a limit, version 1 reports the largest
+number of pages."""
 
 
 class MemoryUse(NamedTuple):

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from taskvec.cgroups import available_cores
+from taskvec.concurrency import is_shortage
 from taskvec.errors import StartError
 from taskvec.memory_limits import MemoryLimits
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
-    "can't start new thread",
     "could not create a primitive",
     "not enough memory",
     "ALLOC_FAILED",
@@ -74,8 +74,10 @@ def available_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the device or the process ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return (
+        is_shortage(error)
+        or isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
     )
 
 

@@ -91,6 +91,33 @@ async def test_work_is_done_to_its_end(queue: TokenizerQueue, log: list[str]) ->
 
 
 @pytest.mark.anyio
+async def test_a_lack_of_threads_leaves_the_queue_as_it_was(
+    threads: Threads, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for which no thread can be started fail; later ones are done, and none is lost."""
+    queue = TokenizerQueue(2, LIMIT, threads)
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(5):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await queue.run(Work("failed", 1, log), LIMIT, INTERACTIVE)
+    assert log == []
+    async with asyncio.timeout(10):
+        works = [Work("done", 3, log) for _ in range(6)]
+        await asyncio.gather(*(queue.run(work, 1, INTERACTIVE) for work in works))
+    assert log == ["done"] * 18
+    await asyncio.sleep(0.05)
+    await queue.run(Work("last", 1, log), 1, INTERACTIVE)
+    assert all(0 <= busy <= 2 and waiting >= 0 for busy, waiting in threads.reports)
+    assert threads.reports[-1] == (0, 0)
+    queue.close()
+
+
+@pytest.mark.anyio
 async def test_a_new_request_waits_for_one_slice(queue: TokenizerQueue, log: list[str]) -> None:
     """What came before it has received more, however many requests that are."""
     tasks = [asyncio.create_task(queue.run(Work("old", 200, log), 1, INTERACTIVE)) for _ in "1234"]

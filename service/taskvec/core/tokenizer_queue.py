@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from taskvec.concurrency import lower_priority
+from taskvec.concurrency import is_shortage, lower_priority
 from taskvec.core.admission import MAX_RETRY_AFTER
 from taskvec.core.client_shares import ClientShares, current_client
 from taskvec.errors import QueueFullError
@@ -118,7 +118,7 @@ class TokenizerQueue:
         self._classes = {priority: _ClassQueue() for priority in Priority}
         self._weighted_seconds = 0.0  # where a class starts that had no requests
         self._arrivals = 0
-        self._workers = 0
+        self._workers = self._failed_starts = 0
         self._characters_done = self._seconds = 0.0
         self._closed = False
 
@@ -132,6 +132,7 @@ class TokenizerQueue:
 
         Raises:
             QueueFullError: too many characters are queued; states when to retry.
+            RuntimeError: there is no thread, and the system has none left.
         """
         queue = self._classes[priority]
         client = current_client.get()
@@ -141,6 +142,7 @@ class TokenizerQueue:
                 client, characters, self._max_characters, MAX_REQUESTS
             ):
                 raise self._full(characters, priority)
+            self._start_thread()
             request = self._push(work, queue, characters, priority)
         try:
             with queue.shares.hold(client, characters, beyond=full):
@@ -174,14 +176,35 @@ class TokenizerQueue:
         self._arrivals += 1
         request = _Request(work, priority, queue.virtual_time, self._arrivals)
         heapq.heappush(queue.waiting, request)
-        if self._workers < self._threads:
-            self._workers += 1
-            self._pool.submit(self._serve)
         self._report()
         return request
 
+    def _start_thread(self) -> None:
+        """Start a thread if there may be another one; the caller holds the lock.
+
+        Raises:
+            RuntimeError: the system has no thread left, and no other one serves.
+        """
+        if self._workers >= self._threads:
+            return
+        try:
+            self._pool.submit(self._serve)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            if isinstance(error, RuntimeError):
+                self._failed_starts += 1  # a thread that the pool starts later does this work
+            if not self._workers:
+                raise
+        else:
+            self._workers += 1
+
     def _serve(self) -> None:
         """Serve slices until none waits."""
+        with self._lock:
+            if self._failed_starts:
+                self._failed_starts -= 1
+                self._workers += 1
         while True:
             with self._lock:
                 request = self._take()
@@ -249,7 +272,7 @@ class TokenizerQueue:
 
     def _report(self) -> None:
         requests = sum(queue.requests for queue in self._classes.values())
-        busy = min(requests, self._workers)
+        busy = min(requests, self._workers, self._threads)
         self._changed(busy, requests - busy)
 
 

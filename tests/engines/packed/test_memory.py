@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch, TokenIds
 from taskvec.engines.packed import scheduler
+from taskvec.engines.packed.engine import PackedEngine
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.transformer import Transformer
 from taskvec.errors import OverloadedError, TaskvecError, UnavailableError
 from taskvec.priority import Priority
-from tinyengines import Recorder, random_ids, running, tiny_checkpoint
+from tinyengines import FP32, Recorder, random_ids, running, tiny_checkpoint
 
 FITS = 100
 """Maximum tokens of a forward that fits into the simulated memory."""
@@ -239,3 +241,23 @@ def test_a_budget_shrinks_and_grows_again() -> None:
     now += scheduler.MAX_RETRY_SECONDS
     tokens.grow()
     assert tokens.tokens == 2 * scheduler.MIN_BUDGET_TOKENS
+
+
+@pytest.mark.anyio
+async def test_an_engine_stops_without_another_thread(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop needs no thread: under a lack of them an engine must end as well."""
+    engine = PackedEngine(checkpoint, FP32)
+    await engine.start()
+    embedding = asyncio.create_task(engine.embed(TokenBatch([np.arange(9, dtype=np.int32)], None)))
+    await asyncio.sleep(0)
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    async with asyncio.timeout(30):
+        await engine.stop()
+        await embedding
+    assert engine.health().state is EngineState.DEAD

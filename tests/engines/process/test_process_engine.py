@@ -194,6 +194,8 @@ async def test_a_call_that_is_cancelled_at_once_is_forgotten(
         (DeadlineExceededError("too late"), "too late"),
         (TaskvecError("no memory", code="out_of_memory", param="input[2]"), "no memory"),
         (ValueError("secret"), "see the log"),
+        (MemoryError(), "no memory left"),
+        (RuntimeError("can't start new thread"), "no memory left"),
     ],
     ids=lambda item: type(item).__name__,
 )

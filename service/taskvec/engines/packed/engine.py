@@ -52,6 +52,10 @@ gets the cores at once, before the bulk one reaches its next step."""
 log = structlog.get_logger(__name__)
 
 
+POLL_INTERVAL = 0.01
+"""Seconds between two checks of whether the threads have ended."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedOptions:
     """Options of the packed engine; the defaults suit most machines.
@@ -158,7 +162,10 @@ class PackedEngine:
                     EngineState.STOPPING, "it finishes the admitted requests"
                 )
             self._notify()
-        await asyncio.to_thread(self._join)
+        # Not joined in a thread: there may be none left. The first one appends the others before
+        # it ends.
+        while any(thread.is_alive() for thread in self._threads):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(POLL_INTERVAL)
         if self._health.state is not EngineState.DEAD:
             self._health = EngineHealth(EngineState.DEAD, "stopped")
 
@@ -185,16 +192,12 @@ class PackedEngine:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise StartError(
-                f"A thread of the engine could not be started ({error}): allow the process more "
-                "memory or more threads."
-            ) from error
+                f"A thread of the engine could not be started ({error}): raise the limits of "
+                "processes and memory."
+            ) from None
         self._threads.append(thread)
-
-    def _join(self) -> None:
-        for thread in self._threads:  # the first one appends the others before it ends
-            thread.join()
 
     # The methods below run on the threads of the engine.
 

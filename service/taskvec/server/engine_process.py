@@ -1,6 +1,6 @@
 """The engine process of ``taskvec serve``: how it is launched, and what it runs.
 
-python -m taskvec.server.engine_process --launcher FILE [--listen FILE]
+python -P -m taskvec.server.engine_process --launcher FILE [--listen FILE]
 """
 
 from __future__ import annotations

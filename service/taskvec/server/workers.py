@@ -53,11 +53,11 @@ SERIES = "series"
 METRICS_BYTES = 8 << 20
 """Space for the metrics of one process: at most seven files of one megabyte, and some more."""
 
-MAX_SOCKET_PATH = 107
-"""Longest path of a Unix socket on Linux, in bytes (unix(7): 108 with the final zero)."""
+MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Longest path of a Unix socket, in bytes; with the final zero, 104 on macOS and 108 on Linux."""
 
 ORPHANED = 1
-"""Exit code of a process that did not end within that time."""
+"""Exit code of a gateway that did not end within ``ORPHAN_SECONDS`` after the main process."""
 
 START_FAILED = 3
 """Exit code after which uvicorn does not restart a process."""
@@ -143,7 +143,8 @@ class Gateways(multiprocess.Multiprocess):
         self._received: set[int] = set()
         self.repeated_signal = 0
         # Every process reads its settings from the environment, as the first one did. Limits on
-        # the sum of all requests are divided, so that they hold for all processes together.
+        # the sum of all requests are divided, so that they hold for all processes together; a
+        # memory budget that was set is documented as one of each process.
         memory = settings.memory_budget or default_budget(
             MemoryLimits().total() // settings.workers
         )
@@ -338,7 +339,12 @@ def _serve_engine_and_gateways(
             engine.on_end(stop_all)
             # Report what gateways cannot serve, in this process.
             service = build_service(settings, Role.GATEWAY, checkpoint=checkpoint, engine=engine)
-            launcher.on_restart(service.metrics.process_restarted)
+
+            def restarted() -> None:
+                service.metrics.process_restarted()
+                merge_metrics()  # the memory of the process that has ended counts no longer
+
+            launcher.on_restart(restarted)
             os.environ[ENGINE_SOCKET] = str(path)
             gateways = Gateways(settings, sockets, merge_metrics)
             keeper = _EngineKeeper(engine, launcher, stop_all)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import subprocess
 import sys
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskvec.engines.base import EngineResult, TokenBatch
+from taskvec.engines.process import frames as frames_module
 from taskvec.engines.process.frames import (
     FrameProtocol,
     Kind,
@@ -22,7 +26,7 @@ from taskvec.engines.process.frames import (
     unpack_error,
     unpack_result,
 )
-from taskvec.errors import ALL_ERRORS, QueueFullError, TaskvecError
+from taskvec.errors import ALL_ERRORS, PayloadTooLargeError, QueueFullError, TaskvecError
 from taskvec.priority import Priority
 
 ADAPTERS = (None, "retrieval", "clustering")
@@ -55,6 +59,26 @@ def test_frames_survive_every_cut(bodies: list[bytes], cuts: list[int]) -> None:
         position += size
         number += 1
     assert frames.received == [(Kind.STATUS, body) for body in bodies]
+
+
+def test_a_frame_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller of a frame that the other side would refuse gets an error; others go on."""
+    monkeypatch.setattr(frames_module, "MAX_BODY", 100)
+
+    async def send() -> bytes:
+        own, theirs = socket.socketpair()
+        loop = asyncio.get_running_loop()
+        _, frames = await loop.create_unix_connection(Frames, sock=own)
+        with pytest.raises(PayloadTooLargeError, match="101 bytes"):
+            frames.send(Kind.RESULT, 1, b"x" * 50, b"x" * 51)
+        frames.send(Kind.RESULT, 1, b"x" * 100)
+        with theirs:
+            theirs.setblocking(False)
+            received = await loop.sock_recv(theirs, 1000)
+        cast("asyncio.Transport", frames.transport).close()
+        return received
+
+    assert len(asyncio.run(send())) == len(pack_frame(Kind.RESULT, b"x" * 100))
 
 
 def test_a_frame_that_memory_runs_out_for_is_lost_alone() -> None:

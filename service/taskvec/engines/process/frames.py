@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
-from taskvec.errors import ALL_ERRORS, TaskvecError
+from taskvec.errors import ALL_ERRORS, PayloadTooLargeError, TaskvecError
 from taskvec.priority import Priority
 
 MAX_BODY = 1 << 30
@@ -80,10 +80,19 @@ class FrameProtocol(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def send(self, kind: Kind, call: int = 0, *parts: Body) -> None:
-        """Send a frame; does nothing after the connection has ended."""
+        """Send a frame; does nothing after the connection has ended.
+
+        Raises:
+            PayloadTooLargeError: the other side would refuse it, and end the connection.
+        """
         if self.transport is None or self.transport.is_closing():
             return
         length = sum(map(len, parts))
+        if length > MAX_BODY:
+            raise PayloadTooLargeError(
+                f"The texts or vectors of the request take {length} bytes, more than the "
+                f"{MAX_BODY} of a frame: send fewer texts."
+            )
         try:
             head = _HEAD.pack(length, kind, call)
             if length <= WRITE_JOINED:

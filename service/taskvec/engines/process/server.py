@@ -297,7 +297,7 @@ class EngineServer:
     def entered(self, connection: _Connection, call: int) -> None:
         """Note, from any thread, that a call entered a forward pass.
 
-        Its gateway is told at the next look, if the call lasts that long: most do not.
+        The next look sends it to the gateway, if the call lasts that long: most do not.
         """
         self._entered.append((connection, call))
 
@@ -309,7 +309,7 @@ class EngineServer:
 
 
 class _Progress:
-    """Tells that an engine has work and finishes nothing.
+    """Detects that an engine has work and finishes nothing.
 
     Only the time between two looks counts, and of a long one only its first second: while the
     process is stopped, or the machine has no core for it, its engine cannot be blamed.
@@ -401,6 +401,8 @@ class _Connection(FrameProtocol):
             self.send(*await self._answer(call, body))
         except MemoryError:
             self.send(Kind.ERROR, call, NO_MEMORY)
+        except TaskvecError as error:  # the result is too large for a frame
+            self.send(Kind.ERROR, call, pack_error(error))
 
     def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         """Forget a call; its task may have been cancelled before its first step."""
@@ -428,7 +430,7 @@ def as_observer(events: EventBuffer) -> ProcessObserver:
 
 
 def failure_frame(error: BaseException) -> bytes:
-    """Return the frame that tells a launcher why there is no engine, before there is a server."""
+    """Return the frame that says why there is no engine, before there is a server."""
     return pack_frame(Kind.FAILED, pack_json(failure_sentence(error)))
 
 

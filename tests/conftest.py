@@ -114,6 +114,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """With `--no-skips`, a module that skips itself has failed."""
+    report = yield
+    if report.skipped and collector.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def default_logs() -> Iterator[None]:
     """Undo what a test configured of structlog, which is global: others capture its events."""

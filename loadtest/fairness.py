@@ -279,8 +279,9 @@ def over_before(options: argparse.Namespace, shape: str, load: Load, seconds: fl
 def beside_singles(options: argparse.Namespace, shape: str, load: Load, seconds: float) -> Outcome:
     """Bulk texts a second while ten single texts a second come, over the share that is left.
 
-    The share of bulk work is the time that the single texts leave, each with its engine time when
-    idle, and at least what the weights of the classes give it.
+    The share of bulk work is the time that ten single texts a second leave, each with its engine
+    time when idle, and at least what the weights of the classes give it. One client sends them one
+    after another, so fewer come if they take longer than a tenth of a second.
     """
     weight = WEIGHTS[Priority.BULK] / sum(WEIGHTS.values())
     alone, beside, shares, ratios, sent = [], [], [], [], []
@@ -298,7 +299,7 @@ def beside_singles(options: argparse.Namespace, shape: str, load: Load, seconds:
                     singles(server.port, count, interval=0.1)
                     sent.append(count / (time.monotonic() - started))
                 beside.append(rate() - sent[-1])
-            shares.append(max(weight, 1 - sent[-1] * engine_ms / 1000))
+            shares.append(max(weight, 1 - 10 * engine_ms / 1000))
             ratios.append(beside[-1] / alone[-1] / shares[-1])
     return Outcome(
         {

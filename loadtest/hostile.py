@@ -1,8 +1,10 @@
 """Measure what ordinary clients see beside hostile ones.
 
 Starts a server with the built-in model on this machine. While attackers of one kind send their
-requests without pause, from another process, one client sends short texts and one asks
-``/health/live``. With ``--before``, the server of another checkout takes turns with this one's.
+requests without pause, from another process and each from an address of its own, one client sends
+short texts and one asks ``/health/live``. With ``--before``, the server of another checkout takes
+turns with this one's. At the end, 600 requests at once of a key that may send ten a minute, with a
+Redis that works (if redis-server is installed).
 
     python loadtest/hostile.py --seconds 3 --before ../taskvec-before
 """
@@ -15,6 +17,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -29,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from report import write_result
+from report import RESULTS, write_result
 from server import free_port, longest_pauses, wait_ready
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +45,11 @@ PAUSE = 0.01
 
 TIMEOUT = 60.0
 """Seconds after which a client gives up."""
+
+SHORT = "a short text"
+
+AT_ONCE = 600
+"""Requests of one key at once."""
 
 
 def embed(body: object) -> bytes:
@@ -83,6 +92,9 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "answers of 6 MB, not read": lambda: embed({"input": ["a short text"] * 2048}),
 }
 
+TEXTS = {"85 texts, 1 MB": "In winter, said she, the brown fox lives on embeddings. " * 32}
+"""Attack -> text of 1,800 characters that the ordinary client sends in a further run beside it."""
+
 HELD = {"30 MB of a body, not finished": 5, "answers of 6 MB, not read": 5}
 """Attack -> connections that an attacker keeps open without reading."""
 
@@ -99,6 +111,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds of each attack")
     parser.add_argument("--attackers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--before", type=Path, help="another checkout")
+    parser.add_argument("--before-attackers", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--keep", action="store_true", help="keep the last result of other attacks")
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument(
         "--check",
@@ -110,17 +124,87 @@ def main() -> int:
     if options.check:
         return check(options.only)
     sides = {"after": ROOT} | ({"before": options.before.resolve()} if options.before else {})
-    figures: dict[str, Any] = {"seconds": options.seconds}
-    for name in ["nobody", *options.only]:
-        for attackers in options.attackers if name in ATTACKS else [0]:
-            for side, checkout in sides.items():
-                with serving(checkout) as server:
-                    measured = attacked(server, name, attackers, options.seconds)
-                figures[f"{name}, {attackers} attackers, {side}"] = measured
-                print(f"{name}, {attackers} attackers, {side}: {measured}", flush=True)
+    figures: dict[str, Any] = kept(options.name) if options.keep else {}
+    figures["seconds"] = options.seconds
+    for name, text in [("nobody", SHORT), *cases(options.only)]:
+        what = name if text == SHORT else f"{name}, 1,800 characters"
+        for side, checkout in sides.items():
+            with serving(checkout) as server:
+                for attackers in numbers(name, side, options):
+                    measured = attacked(server, name, attackers, options.seconds, text)
+                    figures[f"{what}, {attackers} attackers, {side}"] = measured
+                    print(f"{what}, {attackers} attackers, {side}: {measured}", flush=True)
+    for side, checkout in sides.items():
+        figures[f"worst, {side}"] = worst(
+            [run for what, run in figures.items() if what.endswith(f"attackers, {side}")]
+        )
+        if shutil.which("redis-server") and not options.keep:
+            figures[f"{AT_ONCE} requests at once of a key with 10 a minute, {side}"] = at_once(
+                checkout
+            )
+    print({name: value for name, value in figures.items() if name.startswith(("worst", "600"))})
     if options.name != "-":
         write_result(options.name, figures)
     return 0
+
+
+def numbers(name: str, side: str, options: argparse.Namespace) -> list[int]:
+    """Return the numbers of attackers to measure with one server, one after another."""
+    if name == "nobody":
+        return [0]
+    return list(options.before_attackers if side == "before" else options.attackers)
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return the figures of the last result."""
+    result = json.loads((RESULTS / f"{name}.json").read_bytes())
+    return {what: figure for what, figure in result.items() if what.endswith(("after", "before"))}
+
+
+def cases(attacks: list[str]) -> list[tuple[str, str]]:
+    """Return each attack with the text that the ordinary client sends."""
+    return [(name, SHORT) for name in attacks] + [
+        (name, text) for name, text in TEXTS.items() if name in attacks
+    ]
+
+
+def worst(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the worst of all runs for each measure, and the sums of what ordinary clients lost."""
+    clients = [run[client] for run in runs for client in ("small", "live")]
+    return {
+        "small_p99_ms": max(run["small"]["p99_ms"] for run in runs),
+        "live_p99_ms": max(run["live"]["p99_ms"] for run in runs),
+        "longest_turn_ms": max(run.get("longest_turn_ms", 0) for run in runs),
+        "longest_lock_hold_ms": max(run.get("longest_lock_hold_ms", 0) for run in runs),
+        "rss_mb": max(run["rss_mb"] for run in runs),
+        "lost": sum(client.get("lost", 0) for client in clients),
+        "refused": sum(client.get("429", 0) + client.get("503", 0) for client in clients),
+    }
+
+
+def at_once(checkout: Path) -> dict[str, int]:
+    """Return the statuses of many requests at once of one key, whose limit is in Redis."""
+    port = free_port()
+    options = ["--bind", "127.0.0.1", "--save", "", "--dir", "/"]
+    command = ["redis-server", "--port", str(port), *options]
+    environment = {
+        "TASKVEC_API_KEYS": "hostile=a-secret-of-a-client",
+        "TASKVEC_KEY_REQUESTS_PER_MINUTE": "10",
+        "TASKVEC_LIMITS_URL": f"redis://127.0.0.1:{port}/0",
+    }
+    headers = "Authorization: Bearer a-secret-of-a-client\r\n"
+    request = post(json.dumps({"input": SHORT}).encode(), "/v1/embeddings", headers)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis:
+        try:
+            time.sleep(0.5)
+            with serving(checkout, environment) as (server, _):
+                while time.time() % 60 > 35:  # within one minute of the limit
+                    time.sleep(1)
+                with ThreadPoolExecutor(AT_ONCE) as threads:
+                    statuses = threads.map(lambda _: send(server, request), range(AT_ONCE))
+                    return dict(collections.Counter(statuses))
+        finally:
+            redis.terminate()
 
 
 def check(attacks: list[str]) -> int:
@@ -153,13 +237,16 @@ def broken(server: tuple[int, psutil.Process], name: str) -> str:
 
 
 @contextmanager
-def serving(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
+def serving(
+    checkout: Path, settings: dict[str, str] | None = None
+) -> Iterator[tuple[int, psutil.Process]]:
     """Start the server of a checkout; yields its port and its process."""
     port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout / "service"),
         "TASKVEC_TOKEN_INPUT": "accept",
+        **(settings or {}),
     }
     command = [sys.executable, "-m", "taskvec", "serve", "--port", str(port)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
@@ -175,12 +262,16 @@ def serving(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
 
 
 def attacked(
-    server: tuple[int, psutil.Process], name: str, attackers: int, seconds: float
+    server: tuple[int, psutil.Process],
+    name: str,
+    attackers: int,
+    seconds: float,
+    text: str = SHORT,
 ) -> dict[str, Any]:
     """Return what ordinary clients see during an attack."""
     port, process = server
     for _ in range(20):  # warm up
-        status_of(port, "POST", "/v1/embeddings", {"input": "a short text"})
+        status_of(port, "POST", "/v1/embeddings", {"input": text})
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     answers = context.Manager().dict()
@@ -191,7 +282,9 @@ def attacked(
     ended = threading.Event()
     small, live, rss = Seen(), Seen(), [resident_bytes(process)]
     clients = [
-        threading.Thread(target=small.ask, args=(port, "POST", "/v1/embeddings", ended)),
+        threading.Thread(
+            target=small.ask, args=(port, "POST", "/v1/embeddings", ended, {"input": text})
+        ),
         threading.Thread(target=live.ask, args=(port, "GET", "/health/live", ended)),
         threading.Thread(target=watch_memory, args=(process, rss, ended)),
     ]
@@ -222,9 +315,10 @@ class Seen:
         self._seconds: list[float] = []
         self._statuses: collections.Counter[str] = collections.Counter()
 
-    def ask(self, port: int, method: str, path: str, ended: threading.Event) -> None:
+    def ask(
+        self, port: int, method: str, path: str, ended: threading.Event, body: object = None
+    ) -> None:
         """Send one request after another."""
-        body = {"input": "a short text"} if method == "POST" else None
         while not ended.is_set():
             began = time.perf_counter()
             status = status_of(port, method, path, body)
@@ -288,14 +382,17 @@ def run_attackers(
     statuses: collections.Counter[str] = collections.Counter()
     held = HELD.get(name)
 
-    def attack() -> None:
+    def attack(address: str) -> None:
         while not stop.is_set():
             if held:
-                statuses.update(hold(port, request, held, stop))
+                statuses.update(hold(port, request, held, stop, address))
             else:
-                statuses[send(port, request)] += 1
+                statuses[send(port, request, address)] += 1
 
-    threads = [threading.Thread(target=attack, daemon=True) for _ in range(attackers)]
+    threads = [
+        threading.Thread(target=attack, args=(f"127.0.1.{i + 1}",), daemon=True)
+        for i in range(attackers)
+    ]
     for thread in threads:
         thread.start()
     stop.wait()
@@ -304,7 +401,9 @@ def run_attackers(
     answers.update(statuses)
 
 
-def hold(port: int, request: bytes, connections: int, stop: Event) -> list[str]:
+def hold(
+    port: int, request: bytes, connections: int, stop: Event, address: str = "127.0.0.1"
+) -> list[str]:
     """Send a request on several connections, read nothing, and keep them open for a while.
 
     Returns:
@@ -319,6 +418,7 @@ def hold(port: int, request: bytes, connections: int, stop: Event) -> list[str]:
             # A small buffer, so that an answer which is not read stays in the server.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.settimeout(TIMEOUT)
+            connection.bind((address, 0))
             connection.connect(("127.0.0.1", port))
             with suppress(OSError):  # refused, and closed
                 connection.sendall(request)
@@ -334,10 +434,10 @@ def hold(port: int, request: bytes, connections: int, stop: Event) -> list[str]:
     return statuses
 
 
-def send(port: int, request: bytes) -> str:
+def send(port: int, request: bytes, address: str = "127.0.0.1") -> str:
     """Send a request on a connection of its own; return the status of its answer."""
     try:
-        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as connection:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT, (address, 0)) as connection:
             connection.sendall(request)
             answer = http.client.HTTPResponse(connection)
             answer.begin()

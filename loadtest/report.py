@@ -14,7 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("LOADTEST_RESULTS") or Path(__file__).parent / "results")
+"""Folder of the result files."""
+
 PACKAGES = (
     "taskvec",
     "torch",

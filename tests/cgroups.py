@@ -1,4 +1,4 @@
-"""Folders with the files of a memory cgroup, and of a process in it."""
+"""Folders with the files of memory and CPU cgroups, and of a process in them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def process_in(folder: Path, *lines: str) -> Path:
     (process / "statm").write_text("1000 500 300 1 0 400 0\n")
     (folder / "meminfo").write_text("MemTotal:  4096000 kB\nMemAvailable: 2048000 kB\n")
     return process
+
+
+def write_quota(group: Path, version: int, quota: int, period: int = 100_000) -> None:
+    """Write the files of a CPU quota, in microseconds a period; -1 for none."""
+    group.mkdir(parents=True, exist_ok=True)
+    if version == 2:
+        (group / "cpu.max").write_text(f"{'max' if quota < 0 else quota} {period}\n")
+    else:
+        (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (group / "cpu.cfs_period_us").write_text(f"{period}\n")
 
 
 def write_v2(group: Path, limit: str, used: int, cache: int) -> None:

@@ -12,7 +12,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from taskvec.settings import Settings
 hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
 hypothesis_settings.load_profile("taskvec")
 
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+"""Number of tests that `--quick` has left out, by reason."""
+
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
@@ -46,6 +50,77 @@ FASTAPI_CACHES = [f for f in vars(fastapi_models).values() if hasattr(f, "cache_
 
 DEFAULT_VOCABULARY = open_checkpoint(DEFAULT_MODEL).backbone.vocabulary
 """Token ids that the default model knows: all below this."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `make test` and of CI."""
+    group = parser.getgroup("taskvec")
+    group.addoption("--quick", action="store_true", help="leave out tests that are marked `full`")
+    group.addoption("--no-skips", action="store_true", help="fail tests that skip themselves")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Describe the markers."""
+    config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
+    config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--quick`, leave out the tests that are marked."""
+    if not config.getoption("--quick"):
+        return
+    left = config.stash.setdefault(LEFT_OUT, Counter())
+    kept = []
+    for item in items:
+        mark = item.get_closest_marker("full")
+        if mark is None:
+            kept.append(item)
+        else:
+            left[mark.args[0]] += 1
+    items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what a pytest-xdist worker has left out to the main process."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receive it; every worker has collected the same tests."""
+    left = getattr(node, "workeroutput", {}).get("left out", {})
+    node.config.stash[LEFT_OUT] = Counter(left)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what `--quick` has left out, and why."""
+    left = config.stash.get(LEFT_OUT, Counter())
+    if left:
+        terminalreporter.section("left to `make test-all`")
+        for reason, number in left.most_common():
+            terminalreporter.line(f"{number:5} {reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """With `--no-skips`, a skipped test has failed: CI installs all that tests need."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """With `--no-skips`, a module that skips itself has failed."""
+    report = yield
+    if report.skipped and collector.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +149,11 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taskvec.redis.TIMEOUT_SECONDS", 10.0)
 
 
-@pytest.fixture
-def no_shedding_by_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop stands still while hypothesis draws an example."""
-    monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
+@pytest.fixture(autouse=True)
+def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not refuse requests while the event loop is late: here it runs the clients as well."""
+    if request.node.get_closest_marker("sheds_by_lag") is None:
+        monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def helm_has_a_test(_: Reader, text: str) -> None:
 def compose_has_it(_: Reader, text: str) -> None:
     """Check that the file, the profiles and the services exist."""
     words = shlex.split(text, comments=True)
-    services = yaml.safe_load((ROOT / words[words.index("-f") + 1]).read_text())["services"]
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     profiles = {name for service in services.values() for name in service.get("profiles", [])}
     assert {value for flag, value in pairwise(words) if flag == "--profile"} <= profiles
     wanted = words[words.index("up") + 1 :]

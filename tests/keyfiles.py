@@ -1,9 +1,8 @@
-"""Keys files and a real Redis server for tests."""
+"""Keys files and a real Redis (or Valkey) server for tests."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
 import subprocess
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from conftest import free_port
+from programs import redis_server
 
 
 def entry(name: str, secret: str, **limits: object) -> str:
@@ -32,7 +32,7 @@ def avoid_the_end_of_a_minute() -> None:
 
 
 class Redis:
-    """redis-server process that can be stopped and started again on the same port."""
+    """Redis (or Valkey) process that can be stopped and started again on the same port."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -40,16 +40,14 @@ class Redis:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        program = shutil.which("redis-server")
-        assert program, "redis-server is not installed: apt-get install redis-server"
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", "/"]
-        self.process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen([redis_server(), *options], stdout=subprocess.DEVNULL)
         limit = time.monotonic() + 20
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
             except OSError:
-                assert time.monotonic() < limit, "redis-server does not listen"
+                assert time.monotonic() < limit, "the server does not listen"
                 time.sleep(0.02)
             else:
                 return
@@ -63,7 +61,7 @@ class Redis:
 
 @contextmanager
 def running_redis() -> Iterator[Redis]:
-    """Run a redis-server on a free port."""
+    """Run a Redis (or Valkey) server on a free port."""
     redis = Redis()
     redis.start()
     try:

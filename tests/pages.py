@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,17 +37,29 @@ class Command(NamedTuple):
     output: str
 
 
-def _files(*patterns: str) -> list[Path]:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+OWN = {".ci", ".github", ".dockerignore", ".env.example", ".gitignore"}
+"""Committed files and folders whose names start with a dot."""
+
+
+def _files() -> list[Path]:
+    """Return the files of the project, without what it installs, builds or keeps in caches."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():  # an archive of the project, or a bare machine
+        own = [path for path in ROOT.iterdir() if path.name in OWN or path.name[0] != "."]
+        found = [file for path in own for file in (path.rglob("*") if path.is_dir() else [path])]
+        return sorted(file for file in found if "__pycache__" not in file.parts)
+    command = [git, "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return sorted(ROOT / line for line in listed.splitlines() if (ROOT / line).exists())
 
 
-PAGES = {str(file.relative_to(ROOT)): file for file in _files("*.md")}
-"""All committed pages, by path in the repository."""
+FILES = _files()
 
-COMMITTED = {parent for file in _files() for parent in (file, *file.parents)}
-"""All committed files, and their folders."""
+PAGES = {str(file.relative_to(ROOT)): file for file in FILES if file.suffix == ".md"}
+"""All pages, by path in the repository."""
+
+COMMITTED = {parent for file in FILES for parent in (file, *file.parents)}
+"""All files of the project, and their folders."""
 
 
 @functools.cache

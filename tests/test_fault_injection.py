@@ -27,6 +27,8 @@ from taskvec.engines.packed.transformer import Transformer
 from taskvec.service import build_service
 from taskvec.settings import Settings
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 PATH = "/v1/embeddings"
 MEGABYTE = 1 << 20
 FREE_BYTES = [160 * MEGABYTE, 80 * MEGABYTE, 40 * MEGABYTE]

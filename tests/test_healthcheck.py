@@ -54,7 +54,7 @@ def check(**environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_ready_server_is_healthy() -> None:
     """The exit code is 0 for a server on all addresses or on one; a proxy setting is ignored."""
     with server(200) as port:
-        for host in ("0.0.0.0", "127.0.0.1", ""):  # noqa: S104
+        for host in ("0.0.0.0", "127.0.0.1", "[127.0.0.1]", ""):  # noqa: S104
             done = check(TASKVEC_HOST=host, TASKVEC_PORT=str(port))
             assert (done.returncode, done.stderr) == (0, "")
 

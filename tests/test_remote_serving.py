@@ -19,6 +19,8 @@ from conftest import free_port, wait_until
 from processes import EXACT, TASKS, TEXTS, Load, Served, embed, served, total, wait_for
 from taskvec.checkpoint.open import DEFAULT_MODEL
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 SERVER = ("--token-input", "accept", *EXACT)
 GATEWAY = ("--engine", "remote", "--log-level", "error")
 

@@ -61,6 +61,7 @@ FROM_ENVIRONMENT = [
     ("answer_cache_shared", "true", True),
     ("max_header_bytes", "2000", 2000),
     ("max_connections", "50", 50),
+    ("keep_alive_timeout", "620", 620.0),
     ("header_timeout", "1.5", 1.5),
     ("body_timeout", "2.5", 2.5),
     ("answer_timeout", "3.5", 3.5),
@@ -80,6 +81,7 @@ FROM_ENVIRONMENT = [
     ("limits_down", "closed", LimitsDown.CLOSED),
     ("metrics_without_key", "false", False),
     ("cors_origins", "https://a.example, *", ("https://a.example", "*")),
+    ("forwarded_allow_ips", "10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
     ("tls_cert", "/cert.pem", PosixPath("/cert.pem")),
     ("tls_key", "/key.pem", PosixPath("/key.pem")),
     ("log_level", "debug", LogLevel.DEBUG),
@@ -88,6 +90,9 @@ FROM_ENVIRONMENT = [
 ]
 
 REFUSED = [
+    ("forwarded_allow_ips", "proxy.example"),
+    ("forwarded_allow_ips", "10.0.0.0/33"),
+    ("keep_alive_timeout", "0"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),

@@ -1,13 +1,15 @@
-"""Structured concurrency for asyncio (gather, cancel scopes, background tasks), thread priority."""
+"""Structured concurrency for asyncio (gather, cancel scopes, background tasks), and threads."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Executor
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,6 +24,9 @@ SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread of a server waits for the interpreter lock before it asks for it; a
 tenth of Python's default. The engine's thread needs the lock at each of a forward pass's thousand
 calls, and would wait that long at each while the event loop is busy (docs/adr/0018)."""
+
+NO_THREAD = ("can't start new thread", "can't allocate lock")
+"""Messages of the RuntimeError that Python raises for lack of memory or threads."""
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -43,20 +48,29 @@ async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list
 
 def is_shortage(error: BaseException | None) -> bool:
     """Return whether memory could not be allocated, or a thread not be started for lack of it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+        isinstance(error, RuntimeError) and str(error) in NO_THREAD
     )
 
 
-async def run_in_thread(function: Callable[..., T], *args: Any) -> T:
+async def run_in_thread(
+    function: Callable[..., T], *args: Any, executor: Executor | None = None
+) -> T:
     """Run a function that blocks for some milliseconds, and return its result.
 
     It runs in a thread; where the system has none left, in the calling one: what must be done
     under a shortage is done late instead of never.
+
+    Args:
+        function: the function.
+        args: its arguments.
+        executor: has the threads; None for the event loop's own, where it may have to wait.
     """
     loop = asyncio.get_running_loop()
     try:
-        running = loop.run_in_executor(None, function, *args)
+        running = loop.run_in_executor(executor, function, *args)
     except RuntimeError as error:
         if not is_shortage(error):
             raise
@@ -118,6 +132,33 @@ class CancelScope:
         others = self._task.uncancel() > self._before
         if kind is asyncio.CancelledError and not others:
             raise self._error() from None
+
+
+LARGE_BYTES = 1 << 20
+"""Work on more bytes than this does not keep smaller work waiting."""
+
+
+class LargeWork:
+    """Runs what would block the event loop: one thread for large work, one for smaller.
+
+    Parsing and writing hold the interpreter lock most of the time. Of several threads that wait for
+    the lock, the operating system chooses the next: with six of them, as the loop's default
+    executor has on two cores, the event loop waited for several others whenever it needed the lock.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing running."""
+        self._small, self._large = asyncio.Semaphore(1), asyncio.Semaphore(1)
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; work is done in the order of its arrival.
+
+        Args:
+            size: bytes that it reads or writes.
+            work: called in a thread; goes on if the call is cancelled.
+        """
+        async with self._large if size > LARGE_BYTES else self._small:
+            return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 TICKS = 5

@@ -202,8 +202,11 @@ CODES: tuple[str, ...] = (
     "too_many_values",
     "unknown_adapter",
     "unknown_task",
+    "unsupported_charset",
     "unsupported_content_encoding",
+    "unsupported_transfer_encoding",
     "untokenizable_input",
+    "vector_not_finite",
 )
 """All error codes that a client may see."""
 

@@ -22,7 +22,7 @@ _LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 def main() -> int:
     """Return exit code 0 if the server is ready; else print the reason and return 1."""
-    configured = os.environ.get("TASKVEC_HOST", "")
+    configured = os.environ.get("TASKVEC_HOST", "").strip("[]")
     host = _LOOPBACK.get(configured, configured)
     port = int(os.environ.get("TASKVEC_PORT") or 8080)
     connection: HTTPConnection

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import structlog
-from anyio.from_thread import start_blocking_portal
 from numpy.typing import NDArray
 
 from taskvec.checkpoint.backbone import ModelCard
@@ -21,9 +23,70 @@ from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import Task
+from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import InvalidRequestError
 from taskvec.service import build_tokenizer, task_table
+
+T = TypeVar("T")
+
+EXIT_SECONDS = 10.0
+"""Longest wait for a running forward pass when the interpreter ends; what it makes is not used."""
+
+
+class _LoopThread:
+    """An event loop in a daemon thread, which does not keep the interpreter from ending."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop and return its result.
+
+        Raises:
+            RuntimeError: the process was forked after the loop was started, or it is closed.
+        """
+        if self.is_forked or self._loop.is_closed():
+            coroutine.close()
+            raise RuntimeError(
+                "The Embedder was made before this process was forked: make one in each process."
+                if self.is_forked
+                else "The Embedder is closed."
+            )
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a child of the one with the thread."""
+        return os.getpid() != self._process
+
+    def stop(self) -> None:
+        """End the thread."""
+        if self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:  # the collector may run in it
+            self._thread.join(EXIT_SECONDS)
+
+
+def _stop_at_exit(thread: _LoopThread, engine: PackedEngine, tokenizer: TextTokenizer) -> None:
+    """Stop what an Embedder has started that nobody closed, without waiting long."""
+    if not thread.is_forked:  # a child has none of the threads
+        engine.stop_at_exit(EXIT_SECONDS)
+        tokenizer.close()
+        thread.stop()
 
 
 class Embedder:
@@ -79,12 +142,13 @@ class Embedder:
             Admission(max_tokens=NO_LIMIT),
             ServiceHealth(engine),
         )
-        with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal())
-            self._portal.call(engine.start)
-            stack.callback(tokenizer.close)
-            stack.callback(self._portal.call, engine.stop)
-            self._stack = stack.pop_all()
+        self._thread = _LoopThread()
+        self._engine = engine
+        # Called when the object is collected, and when the interpreter ends.
+        self._finalizer = weakref.finalize(self, _stop_at_exit, self._thread, engine, tokenizer)
+        # Thread pools end before the callbacks of atexit; threading has no public hook before that.
+        threading._register_atexit(self._finalizer)  # type: ignore[attr-defined] # noqa: SLF001
+        self._thread.call(engine.start())
 
     @property
     def model(self) -> ModelCard:
@@ -142,12 +206,15 @@ class Embedder:
         if not items:
             return np.empty((0, width), dtype=np.float32)
         job = EmbedJob(inputs=items, task=chosen, truncate=truncate)
-        result = self._portal.call(self._embedder.embed, job)
+        result = self._thread.call(self._embedder.embed(job))
         return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])
 
     def close(self) -> None:
         """Finish running calls, then free the model."""
-        self._stack.close()
+        if self._finalizer.detach() is not None and not self._thread.is_forked:
+            self._thread.call(self._engine.stop())
+            self._thread.call(self._embedder.close())
+            self._thread.stop()
 
     def __enter__(self) -> Self:
         return self

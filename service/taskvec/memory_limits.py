@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from taskvec.cgroups import CGROUPS, PROC, groups_of
 from taskvec.malloc import free_heap_bytes
 
 UNLIMITED = 1 << 60
-"""A limit of at least this many bytes is none: version 1 writes the largest number of pages."""
-
-PROC = Path("/proc/self")
-CGROUPS = Path("/sys/fs/cgroup")
+"""Bytes from which a limit does not limit anything: without a limit, version 1 reports the largest
+number of pages."""
 
 
 class MemoryUse(NamedTuple):
@@ -109,28 +108,10 @@ class MemoryLimits:
 
 
 def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, _Files]]:
-    """Yield the folders with limits of the process: of its cgroup, and of those around it.
-
-    In a container the path in /proc may be that of the host, where the folder is not visible; the
-    container's own cgroup is then at the root of the hierarchy.
-    """
-    try:
-        lines = (proc / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            root, files = cgroups, V2
-        elif "memory" in controllers.split(","):
-            root, files = cgroups / "memory", V1
-        else:
-            continue
-        relative = Path(path.lstrip("/"))
-        for folder in (relative, *relative.parents):
-            if ".." not in folder.parts and (root / folder / files.limit).is_file():
-                yield root / folder, files
+    for group in groups_of("memory", proc, cgroups):
+        files = V2 if group.version == 2 else V1
+        if (group.folder / files.limit).is_file():
+            yield group.folder, files
 
 
 def _read_group(folder: Path, files: _Files) -> MemoryUse | None:

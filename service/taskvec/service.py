@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -17,10 +17,16 @@ import structlog
 from taskvec import __version__
 from taskvec.auth.keys import KeyLimits, KeySource, WatchedKeys
 from taskvec.cache.embeddings import CacheObserver, EmbeddingCache, VectorStore
+from taskvec.cgroups import available_cores
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import content_digest
 from taskvec.checkpoint.open import open_checkpoint
-from taskvec.concurrency import BackgroundTaskError, BackgroundTasks, run_in_thread
+from taskvec.concurrency import (
+    BackgroundTaskError,
+    BackgroundTasks,
+    LargeWork,
+    run_in_thread,
+)
 from taskvec.core.admission import Admission, measure_speed
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
@@ -59,6 +65,9 @@ connections meanwhile: the others on the same socket take them, instead of this 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of an engine that is starting."""
 
+FIRST_MEASURE_PAUSE, MAX_MEASURE_PAUSE = 0.5, 30.0
+"""Seconds until the engine is measured again after a failed attempt; they double each time."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -84,6 +93,7 @@ class Service:
         limiter: counts what each key uses; None without keys.
         tracer: None if traces are off.
         request_log: None if requests are not logged.
+        large_work: parses and writes what would block the event loop.
     """
 
     settings: Settings
@@ -101,6 +111,7 @@ class Service:
     limiter: RateLimiter | None
     tracer: Tracer | None
     request_log: RequestLog | None
+    large_work: LargeWork = field(default_factory=LargeWork)
 
     @asynccontextmanager
     async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncIterator[None]:
@@ -134,6 +145,7 @@ class Service:
             await self.engine.stop()
             await starting
             await self.embedder.close()
+            self.pressure.close()
             if self.tracer is not None:
                 await asyncio.to_thread(self.tracer.close)
 
@@ -150,15 +162,26 @@ class Service:
             await asyncio.sleep(POLL_INTERVAL)
 
     async def _measure_engine(self) -> None:
-        """Derive the queue's token budget from the engine's measured speed."""
+        """Derive the queue's token budget from the engine's measured speed.
+
+        Until the engine is ready and was measured, the default budget holds.
+        """
         await self._wait_for_engine(math.inf)
-        if not self.admission.derived or not self.engine.health().ready:
-            return
-        try:
-            tokens, seconds = await measure_speed(self.engine)
-        except Exception as error:  # noqa: BLE001 - without a measurement the default limit holds
-            log.warning("engine_not_measured", reason=str(error))
-            return
+        pause = FIRST_MEASURE_PAUSE
+        while True:
+            health = self.engine.health()
+            if not self.admission.derived or health.state is EngineState.DEAD:
+                return
+            if not health.ready:
+                await asyncio.sleep(FIRST_MEASURE_PAUSE)
+                continue
+            try:
+                tokens, seconds = await measure_speed(self.engine)
+                break
+            except Exception as error:  # noqa: BLE001 - it is measured again
+                log.warning("engine_not_measured", reason=str(error), retry_seconds=pause)
+            await asyncio.sleep(pause)
+            pause = min(MAX_MEASURE_PAUSE, 2 * pause)
         self.admission.set_rate(tokens, seconds)
         await run_in_thread(trim_malloc)  # the largest batch so far: 40 MB of the default model
         log.info(
@@ -297,7 +320,7 @@ def build_tokenizer(
         checkpoint.tokenizer,
         max_tokens=min(max_tokens or card.max_tokens, card.max_tokens),
         vocabulary=card.vocabulary,
-        threads=threads or min(4, os.cpu_count() or 1),
+        threads=threads or min(4, available_cores()),
         max_waiting=max_waiting,
         observer=observer,
     )

@@ -10,6 +10,7 @@ import enum
 import json
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from taskvec.auth.keys import read_pairs
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.engines.remote.discovery import check_url
+from taskvec.home import home_folder
 
 _REDIS_URL = r"^(redis|rediss|valkey|valkeys)://"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
@@ -113,7 +115,13 @@ class Settings(BaseSettings):
             "with a fixed model name such as text-embedding-3-small."
         ),
     ] = ()
-    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    host: Annotated[
+        str,
+        Field(
+            description="Address or name to listen on. 0.0.0.0 is every IPv4 address, :: every "
+            "address of IPv6 and of IPv4."
+        ),
+    ] = "127.0.0.1"
     port: Annotated[
         int, Field(ge=0, le=65535, description="Port to listen on; 0 picks a free port.")
     ] = 8080
@@ -349,6 +357,15 @@ class Settings(BaseSettings):
             "that has been idle longest is closed.",
         ),
     ] = 4096
+    keep_alive_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds after which an idle connection is closed; longer than the idle "
+            "timeout of every proxy in front, which would else send a request on a connection that "
+            "is being closed.",
+        ),
+    ] = 75.0
     header_timeout: Annotated[
         float, Field(gt=0, description="Seconds within which the headers of a request must arrive.")
     ] = 10.0
@@ -480,9 +497,21 @@ class Settings(BaseSettings):
             "commas; * for all."
         ),
     ] = ()
+    forwarded_allow_ips: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Addresses and networks of proxies, separated by commas, whose headers "
+            "X-Forwarded-For and X-Forwarded-Proto are believed, such as 10.0.0.0/8; * for all. If "
+            "not set, those in FORWARDED_ALLOW_IPS, or else this machine."
+        ),
+    ] = ()
     tls_cert: Annotated[
         Path | None,
-        Field(description="PEM file with the certificate chain; enables HTTPS, and disables HTTP."),
+        Field(
+            description="PEM file with the certificate chain; enables HTTPS, and disables HTTP. "
+            "Read again when it changes."
+        ),
     ] = None
     tls_key: Annotated[
         Path | None,
@@ -506,13 +535,33 @@ class Settings(BaseSettings):
         ),
     ] = False
 
-    @field_validator("model_aliases", "engine_url", "cors_origins", mode="before")
+    @field_validator(
+        "model_aliases", "engine_url", "cors_origins", "forwarded_allow_ips", mode="before"
+    )
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         listed = [value] if isinstance(value, str) else value
         if isinstance(listed, list | tuple) and all(isinstance(part, str) for part in listed):
             names = (name.strip() for part in listed for name in part.split(","))
             return tuple(name for name in names if name)
+        return value
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, value: str) -> str:
+        return value.removeprefix("[").removesuffix("]")  # as IPv6 addresses have in a URL
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            try:
+                if proxy != "*":
+                    ip_network(proxy, strict=False)
+            except ValueError:
+                raise ValueError(
+                    f"{proxy!r} must be an IP address, a network such as 10.0.0.0/8, or *"
+                ) from None
         return value
 
     @field_validator("engine_url")
@@ -578,11 +627,15 @@ class Settings(BaseSettings):
 
     @property
     def cache(self) -> Path:
-        """The folder ``cache_dir``, or its default."""
+        """The folder ``cache_dir``, or its default.
+
+        Raises:
+            StartError: the user has no home directory; see ``taskvec.home``.
+        """
         if self.cache_dir is not None:
             return self.cache_dir
-        home = os.environ.get("XDG_CACHE_HOME")
-        return (Path(home) if home else Path.home() / ".cache") / "taskvec"
+        caches = os.environ.get("XDG_CACHE_HOME")
+        return (Path(caches) if caches else home_folder() / ".cache") / "taskvec"
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that give another process the same settings.

@@ -24,9 +24,11 @@ BETWEEN_FIELDS = {
     "invalid_dimensions",
     "invalid_embedding_type",
     "input_too_long",
+    "empty_input",
 }
 """What a schema of single fields cannot say: spellings and tasks that disagree, dimensions that are
-no multiple of 8 for the binary types, float16 in JSON, texts of too many tokens."""
+no multiple of 8 for the binary types, float16 in JSON, texts of too many tokens
+or, like a space, of none."""
 
 SETTINGS: dict[str, Any] = {"token_input": "accept", "max_texts": 50}
 

@@ -34,7 +34,7 @@ from taskvec.telemetry.event_loop_lag import EventLoopLag
 PATH = "/plain"
 WEB = {"api-key": "s3cret"}
 LIMITS = RequestLimits(
-    body_bytes=10_000, body_seconds=10, values=1000, texts=8, seconds=60, token_ids=False
+    body_bytes=10_000, body_seconds=10, values=1000, ids=0, texts=8, seconds=60, token_ids=False
 )
 
 
@@ -79,7 +79,9 @@ async def served(
     route = Route(
         method="POST",
         path=PATH,
-        handler=embedding_handler(PlainDialect(service), service.embedder, LIMITS),
+        handler=embedding_handler(
+            PlainDialect(service), service.embedder, LIMITS, service.large_work
+        ),
         embeds=True,
         counted=True,
         render_error=plain_error,

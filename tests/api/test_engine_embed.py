@@ -326,7 +326,6 @@ async def test_a_full_queue_is_a_429(default_checkpoint: Checkpoint) -> None:
         await asyncio.gather(first, return_exceptions=True)
 
 
-@pytest.mark.usefixtures("no_shedding_by_lag")
 def test_no_body_gives_a_500(default_checkpoint: Checkpoint) -> None:
     """Whatever the bytes and headers, the answer is vectors or a refusal in the contract's form."""
     with asyncio.Runner() as runner:

@@ -146,11 +146,22 @@ def test_every_class_is_of_the_contracts_table() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("engine", [RaisingEngine, NotFiniteEngine])
+async def test_vectors_that_are_not_finite_name_the_text(default_checkpoint: Checkpoint) -> None:
+    """A text without a usable vector is named, so that the others can be sent without it."""
+    engine = NotFiniteEngine(default_checkpoint.card)
+    async with fake_service(default_checkpoint, engine) as (client, _):
+        answer = await client.post(PATH, json={"input": ["my private text", "another"]})
+        body = check(answer, 500, "vector_not_finite")
+        assert body["error"]["param"] == "input[0]"
+        assert "private" not in answer.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("engine", [RaisingEngine])
 async def test_a_bug_leaks_nothing(
     default_checkpoint: Checkpoint, engine: type[FakeEngine]
 ) -> None:
-    """A bug in the engine, or vectors that are not finite, are a 500 that tells only its id."""
+    """A bug in the engine is a 500 that tells only its id."""
     async with fake_service(default_checkpoint, engine(default_checkpoint.card)) as (client, _):
         answer = await client.post(PATH, json={"input": "my private text"})
         body = check(answer, 500, "internal_error")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import fake_service
-from taskvec.api.request import SCAN_BYTES, has_more_values, parse
+from holds import longest_hold
+from taskvec.api.json_pieces import (
+    SCAN_BYTES,
+    InvalidJsonError,
+    TooManyValuesError,
+    has_more_values,
+    parse_in_pieces,
+)
+from taskvec.api.request import parse
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.errors import InvalidRequestError
 
@@ -103,3 +113,89 @@ async def test_compressed_bodies_are_refused(
     if status == 415:
         assert answer.json()["code"] == "unsupported_content_encoding"
         assert "Content-Encoding" in answer.json()["detail"]
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    """JSON of any form, or one with a byte changed, removed or added."""
+    pieces = st.sampled_from(
+        ['"', "\\", "\n", "é", "\u1680", "\U0001f600", "u", "d83d", ",", "[", "a" * 99]
+    )
+    texts = st.lists(pieces, max_size=30).map("".join)
+    numbers = st.lists(st.sampled_from([1, 22, -3, 1.5, 1e30]), max_size=30)
+    values = st.recursive(
+        texts | numbers | st.none(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    )
+    body = json.dumps(
+        draw(values), ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 300]))
+    ).encode()
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(body) - 1))
+        removed = draw(st.integers(0, 2))
+        added = draw(st.sampled_from([b"", *(bytes([byte]) for byte in b'"\\,[]{}:u d\xc3\x80')]))
+        body = body[:at] + added + body[at + removed :]
+    return body
+
+
+@given(bodies())
+def test_a_body_parsed_in_pieces_is_read_as_orjson_reads_it(body: bytes) -> None:
+    """The value is the same, and what orjson refuses is refused, wherever a piece ends."""
+    expected: object = InvalidJsonError
+    with suppress(orjson.JSONDecodeError):
+        expected = orjson.loads(body)
+    if expected is InvalidJsonError:
+        with pytest.raises(InvalidJsonError):
+            parse_in_pieces(body, 10_000, 10_000, piece=40)
+    else:
+        assert parse_in_pieces(body, 10_000, 10_000, piece=40) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'["' + b'","' * 10_000 + b'"]',
+        b"[" + b"[]," * 10_000 + b"[]]",
+        b"[" + b"{}," * 10_000 + b"{}]",
+        b"[" + b"null," * 10_000 + b"null]",
+        b"[" + b"1," * 30_000 + b"1]",
+    ],
+    ids=["strings", "lists", "objects", "nulls", "numbers"],
+)
+def test_pieces_count_values_of_every_kind(body: bytes) -> None:
+    """Beyond the maximum, nothing is parsed."""
+    with pytest.raises(TooManyValuesError):
+        parse_in_pieces(body, 4000, 20_000)
+    assert len(parse_in_pieces(body, 10_010, 40_000)) > 10_000
+
+
+def test_a_number_of_megabytes_is_refused() -> None:
+    """It would be read in one call."""
+    with pytest.raises(InvalidRequestError, match="1,000 digits"):
+        parse(b'{"input": ' + b"1" * (2 << 20) + b"}", 10_000)
+
+
+HOLD = 0.010
+"""Seconds for which a call may keep other threads from running."""
+
+MEGABYTES = 16 << 20
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"input": ["' + b'","'.join([b"word " * 1600] * 2048) + b'"]}',
+        b'{"input": "' + b"\\n" * (MEGABYTES // 2) + b'"}',
+        b'{"input": "' + b"\\u00e9" * (MEGABYTES // 6) + b'"}',
+        b'{"input": [' + b",".join([b"[" + b"12345," * 300 + b"1]"] * 2048) + b"]}",
+        b'{"input": ["a"' + b" " * MEGABYTES + b"]}",
+    ],
+    ids=["texts", "line breaks", "escapes", "token ids", "spaces"],
+)
+def test_no_call_holds_the_interpreter_lock_for_long(body: bytes) -> None:
+    """While a large body is parsed, other threads run; the best of some tries shows it."""
+
+    def read() -> None:
+        parse(body, 25_000, 1 << 22)
+
+    assert any(longest_hold(read) < HOLD for _ in range(20))

@@ -18,6 +18,8 @@ from processes import total
 from sockets import answer, served, whole
 from taskvec.checkpoint.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.sheds_by_lag
+
 PATH = "/v1/embeddings"
 WEB, JOBS = {"api-key": "s3cret"}, {"api-key": "0ther"}
 KEYS = entry("web", "s3cret") + entry("jobs", "0ther", priority="bulk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from conftest import fake_service
 from fakes import FakeEngine
 from processes import total
 from sockets import PATH, answer, head, served, wait_for, whole
+from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineResult, TokenBatch
 
@@ -121,19 +123,37 @@ async def held(client: httpx.AsyncClient) -> float:
 
 
 class HungryEngine(FakeEngine):
-    """Has no memory left."""
+    """Has no memory left.
+
+    Args:
+        model: card of the model.
+        shortage: what a failed allocation raises.
+    """
+
+    def __init__(self, model: ModelCard, shortage: Exception) -> None:
+        super().__init__(model)
+        self._shortage = shortage
 
     async def embed(self, batch: TokenBatch) -> EngineResult:  # noqa: ARG002
-        raise MemoryError
+        raise self._shortage
 
 
 @pytest.mark.anyio
-async def test_a_failed_allocation_is_a_shortage(default_checkpoint: Checkpoint) -> None:
-    """It is a 503 with Retry-After, not a bug of the service."""
-    async with fake_service(default_checkpoint, HungryEngine(default_checkpoint.card)) as (
-        client,
-        _,
-    ):
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("can't allocate lock"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+async def test_a_failed_allocation_is_a_shortage(
+    default_checkpoint: Checkpoint, shortage: Exception
+) -> None:
+    """However Python reports it, it is a 503 with Retry-After, not a bug of the service."""
+    engine = HungryEngine(default_checkpoint.card, shortage)
+    async with fake_service(default_checkpoint, engine) as (client, _):
         response = await client.post(PATH, json={"input": "a"})
     assert (response.status_code, response.json()["code"]) == (503, "overloaded")
     assert int(response.headers["retry-after"]) >= 1

@@ -97,7 +97,7 @@ async def test_a_name_of_ones_own_replaces_the_models(default_checkpoint: Checkp
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "name", ["nothing", "taskvec-mini:nothing", "taskvec-mini/", "a/b/c", "x" * 3000, "%00%FF"]
+    "name", ["nothing", "taskvec-mini:nothing", "taskvec-mini/x", "a/b/c", "x" * 3000, "%00%FF"]
 )
 async def test_an_unknown_model(default_checkpoint: Checkpoint, name: str) -> None:
     """A name that is not served is a 404 model_not_found in the form of every error."""

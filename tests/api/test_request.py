@@ -133,6 +133,75 @@ async def test_an_absurd_content_length(default_checkpoint: Checkpoint, declared
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
+    ("accept", "raw"),
+    [
+        (["application/octet-stream"], True),
+        (["Application/Octet-Stream; Q=0.5, text/plain"], True),
+        (["application/json, application/octet-stream"], True),
+        (["application/octet-stream;q=0.5, */*;q=0.1"], True),
+        (["application/json;q=0.5", "application/octet-stream"], True),
+        (["application/octet-stream;q=0, application/json"], False),
+        (["application/octet-stream; q=0.000"], False),
+        (["application/json, application/octet-stream;q=0.9"], False),
+        (["application/octet-stream;q=0.5, application/*"], False),
+        (["*/*"], False),
+        (["application/octet-stream2"], False),
+    ],
+)
+async def test_the_weights_of_accept(
+    default_checkpoint: Checkpoint, accept: list[str], raw: bool
+) -> None:
+    """Bytes go to clients that name them and do not prefer JSON; several lines are one list."""
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(
+            "/v1/embeddings", json={"input": "a"}, headers=[("accept", line) for line in accept]
+        )
+    kind = "application/octet-stream" if raw else "application/json"
+    assert answer.headers["content-type"] == kind
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("coding", "status"), [(["identity"], 200), (["identity", "gzip"], 415), (["gzip"], 415)]
+)
+async def test_content_encodings(
+    default_checkpoint: Checkpoint, coding: list[str], status: int
+) -> None:
+    """A body that any of the headers declares as compressed is refused."""
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(
+            "/v1/embeddings",
+            content=b'{"input": "a"}',
+            headers=[("content-encoding", line) for line in coding],
+        )
+    assert answer.status_code == status
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("charset", "text", "status"),
+    [
+        ("utf-8", "\xe9", 200),
+        ('"UTF-8"', "\xe9", 200),
+        ("iso-8859-1", "e", 200),
+        ("iso-8859-1", "\xc3\xa9", 415),
+        ("utf-16", "\xe9", 415),
+    ],
+)
+async def test_the_character_set(
+    default_checkpoint: Checkpoint, charset: str, text: str, status: int
+) -> None:
+    """A body in another character set than UTF-8 is not read as if it were UTF-8."""
+    body = f'{{"input": "{text}"}}'.encode(charset.strip('"'))
+    headers = {"content-type": f"application/json; charset={charset}"}
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post("/v1/embeddings", content=body, headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["code"] == "unsupported_charset"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
     "kind",
     [None, "application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"],
 )

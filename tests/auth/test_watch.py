@@ -31,10 +31,10 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(entry("a", "a"))
     keys, seen = watched(file)
-    keys._reload()
+    keys.reload()
     replace(file, entry("b", "b"))
-    keys._reload()
-    keys._reload()
+    keys.reload()
+    keys.reload()
     assert keys.find(b"a") is None
     assert keys.find(b"b") is not None
     assert keys.find(b"env") is not None
@@ -54,7 +54,7 @@ def test_a_swapped_link_is_noticed(tmp_path: Path) -> None:
     assert keys.find(b"a") is not None
     (tmp_path / "..new").symlink_to("2")
     (tmp_path / "..new").rename(tmp_path / "..data")
-    keys._reload()
+    keys.reload()
     assert keys.find(b"a") is None
     assert keys.find(b"b") is not None
 
@@ -66,15 +66,15 @@ def test_an_invalid_file_keeps_the_old_keys(tmp_path: Path) -> None:
     keys, seen = watched(file)
     with capture_logs() as lines:
         replace(file, entry("b", "b") + "[[keys]]\nname = 'c'\n")
-        keys._reload()
-        keys._reload()
+        keys.reload()
+        keys.reload()
         assert keys.find(b"a") is not None
         file.unlink()
-        keys._reload()
-        keys._reload()
+        keys.reload()
+        keys.reload()
         assert keys.find(b"a") is not None
         replace(file, entry("b", "b"))
-        keys._reload()
+        keys.reload()
     assert [(line["event"], line["log_level"]) for line in lines] == [
         ("keys_not_reloaded", "error"),
         ("keys_not_reloaded", "error"),

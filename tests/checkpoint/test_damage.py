@@ -29,6 +29,7 @@ SHAPE = replace(
 ADAPTERS = ("retrieval", "clustering")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROMPTS, LIMITS = "config_sentence_transformers.json", "tokenizer_config.json"
+MODULES, POOLING, OPTIONS = "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"
 ADAPTER = "adapters/clustering"
 ADAPTER_CONFIG = f"{ADAPTER}/adapter_config.json"
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
@@ -117,6 +118,11 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         ADAPTER_WEIGHTS,
         "damaged",
     ),
+    "half a list of modules": (half(MODULES), MODULES, "JSON"),
+    "an object as list of modules": (content(MODULES, b"{}"), MODULES, "list"),
+    "no pooling config": (gone(POOLING), POOLING, "missing"),
+    "half a pooling config": (half(POOLING), POOLING, "JSON"),
+    "half of the options": (half(OPTIONS), OPTIONS, "JSON"),
     "empty config": (content(CONFIG, b""), CONFIG, "JSON"),
     "half a config": (half(CONFIG), CONFIG, "JSON"),
     "binary config": (content(CONFIG, b"\xff\xfe\x00{}"), CONFIG, "JSON"),
@@ -230,7 +236,16 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A valid checkpoint."""
-    return write_checkpoint(tmp_path_factory.mktemp("sound") / "m", SHAPE, adapters=ADAPTERS)
+    folder = write_checkpoint(tmp_path_factory.mktemp("sound") / "m", SHAPE, adapters=ADAPTERS)
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in kinds
+    ]
+    (folder / MODULES).write_text(json.dumps(modules))
+    (folder / POOLING).parent.mkdir()
+    write_json(folder / POOLING, {"pooling_mode_lasttoken": True, "pooling_mode": "lasttoken"})
+    write_json(folder / OPTIONS, {"max_seq_length": None})
+    return folder
 
 
 @pytest.fixture
@@ -310,13 +325,27 @@ VALUES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", [CONFIG, PROMPTS, LIMITS, ADAPTER_CONFIG])
+FURTHER_KEYS = {
+    CONFIG: (
+        "matryoshka_dimensions", "layer_types", "rope_scaling", "rope_parameters",
+        "partial_rotary_factor", "is_causal", "use_bidirectional_attention",
+    ),
+    ADAPTER_CONFIG: (
+        "layers_to_transform", "layers_pattern", "exclude_modules", "init_lora_weights",
+    ),
+    OPTIONS: (
+        "max_seq_length", "do_lower_case", "modality_config", "processing_kwargs", "model_args",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [CONFIG, PROMPTS, LIMITS, ADAPTER_CONFIG, POOLING, OPTIONS])
 def test_no_value_breaks_the_reader(folder: Path, file: str) -> None:
     """With any JSON value at any key, the checkpoint is read or rejected with a CheckpointError."""
     original = read_json(folder / file)
-    further = {"matryoshka_dimensions", "layer_types", "rope_scaling", "rope_parameters"}
+    further = FURTHER_KEYS.get(file, ())
     broken = []
-    for key in sorted({*original, *(further if file == CONFIG else ())}):
+    for key in sorted({*original, *further}):
         for value in VALUES:
             write_json(folder / file, original | {key: value})
             fault = unexpected(folder)

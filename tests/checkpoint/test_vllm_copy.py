@@ -96,7 +96,8 @@ def test_a_checkpoint_of_links_is_linked_through(
         if file.is_file():
             blobs[file.name] = shutil.copy(file, tmp_path / f"blob-{len(blobs)}")
             (snapshot / file.name).symlink_to(blobs[file.name])
-    shutil.copytree(default_checkpoint.folder / "adapters", snapshot / "adapters")
+    for name in ("adapters", "1_Pooling"):
+        shutil.copytree(default_checkpoint.folder / name, snapshot / name)
     folder = make_vllm_copy(read_checkpoint(snapshot, "hub"), tmp_path / "cache")
     for name in LINKED:
         assert (folder / name).readlink() == Path(blobs[name]).resolve()

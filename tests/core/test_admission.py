@@ -253,6 +253,26 @@ def test_much_work_shows_what_the_engine_does_now(clock: Clock, rate: int) -> No
     assert admission.rate == pytest.approx(rate, rel=0.1)
 
 
+@pytest.mark.parametrize("large", [1, 4])
+def test_large_requests_do_not_make_the_engine_look_slow_until_they_are_answered(
+    clock: Clock, large: int
+) -> None:
+    """Short texts that are answered beside large requests are no measurement, and stay small."""
+    admission = Admission(seconds=100, clock=clock)
+    admission.set_rate(tokens=512, seconds=0.8)
+    for _ in range(5):
+        answered_at = clock.now + large * 8192 / 640
+        with ExitStack() as stack:
+            for _ in range(large):
+                stack.enter_context(admission.admit(8192, BULK))
+            while clock.now < answered_at:
+                assert admission.priority_of(25, INTERACTIVE) is INTERACTIVE
+                with admission.admit(25, INTERACTIVE):
+                    clock.now += 0.2
+        assert admission.rate == pytest.approx(640, rel=0.8)
+    assert admission.rate == pytest.approx(640, rel=0.2)
+
+
 def test_after_a_refusal_the_door_stays_shut_until_there_is_room_for_some(clock: Clock) -> None:
     """What would be refused is refused before it costs any work, and not for ever."""
     admission = Admission(1000, clock=clock)

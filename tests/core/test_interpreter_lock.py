@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from holds import longest_hold
 from qwen import VOCABULARY
 from taskvec.core.tokenizer import INLINE_COST, TEXT_COST, TextTokenizer
 from taskvec.errors import InvalidRequestError
@@ -58,37 +57,6 @@ KINDS = {
 @cache
 def ours(file: Path, max_tokens: int) -> TextTokenizer:
     return TextTokenizer(file, max_tokens=max_tokens, vocabulary=VOCABULARY, threads=1)
-
-
-@contextmanager
-def short_switch_interval() -> Iterator[None]:
-    """Let threads that run Python give way at once: what is left are calls that do not."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def longest_hold(work: Callable[[], object]) -> float:
-    """Return the seconds for which work in another thread kept this one from running."""
-    longest = 0.0
-
-    def wait_and_work() -> None:
-        time.sleep(0.002)
-        work()
-
-    with short_switch_interval():
-        thread = threading.Thread(target=wait_and_work)
-        thread.start()
-        last = time.perf_counter()
-        while thread.is_alive():
-            time.sleep(0.0002)
-            now = time.perf_counter()
-            longest = max(longest, now - last)
-            last = now
-    return longest
 
 
 def best_of(rounds: int, enough: float, measure: Callable[[], float]) -> float:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -155,13 +155,17 @@ def test_a_long_text_is_cut_as_if_all_of_it_had_been_read(
 def test_a_text_in_slices_has_the_ids_of_the_whole(file: Path, text: str, prompt: str) -> None:
     """A text that fits is tokenised in several slices, and has exactly the ids of one piece."""
     expected = theirs(file).encode(prompt + text).ids
+    assume(expected != theirs(file).encode(prompt).ids)  # else there is nothing to embed
     (ids,) = ours(file, ENOUGH).encode_now([text], prompt=prompt, truncate=False)
     assert ids.tolist() == expected
 
 
 @settings(max_examples=50)
 @given(
-    texts=st.lists(st.one_of(long_texts(), st.text(max_size=50).map("x".__add__)), max_size=8),
+    texts=st.lists(
+        st.one_of(long_texts(), st.text(max_size=50)).map("x".__add__),  # each has a token
+        max_size=8,
+    ),
     prompt=st.sampled_from(("", "Query: ")),
 )
 def test_short_and_long_texts_in_one_request(file: Path, texts: list[str], prompt: str) -> None:

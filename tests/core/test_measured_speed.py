@@ -10,8 +10,18 @@ import pytest
 from conftest import fake_application
 from fakes import FakeEngine
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.core.admission import MAX_PROBE_TEXTS, PROBE_LENGTH, PROBE_SECONDS, measure_speed
+from taskvec.core.admission import (
+    MAX_PROBE_TEXTS,
+    PROBE_LENGTH,
+    PROBE_SECONDS,
+    UNMEASURED_BUDGET,
+    measure_speed,
+)
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
+from taskvec.errors import UnavailableError
 from taskvec.priority import Priority
+from taskvec.service import build_service
+from taskvec.settings import Settings
 
 
 @pytest.mark.anyio
@@ -56,3 +66,37 @@ async def test_the_service_derives_its_budget(
         body = {"input": ["a"] * 20_000}
         answers = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in "ab"))
     assert sorted(answer.status_code for answer in answers) == statuses
+
+
+class RestartingEngine(FakeEngine):
+    """Fails its first batch, as an engine's process that ends."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        if not self.batches:
+            self.batches.append(batch)
+            raise UnavailableError("The engine's process has ended.")
+        return await super().embed(batch)
+
+
+class UnavailableEngine(FakeEngine):
+    """Is unavailable after its start until somebody changes that."""
+
+    async def start(self) -> None:
+        self.set_health(EngineHealth(EngineState.UNAVAILABLE, "its process has ended"))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", [RestartingEngine, UnavailableEngine])
+async def test_an_engine_is_measured_once_it_can_be(
+    default_checkpoint: Checkpoint, kind: type[FakeEngine]
+) -> None:
+    """An engine that is replaced right after its start is measured when it is ready again."""
+    engine = kind(default_checkpoint.card, delay=1.1 * PROBE_SECONDS)
+    service = build_service(Settings(), checkpoint=default_checkpoint, engine=engine)
+    async with service.running(lambda error: pytest.fail(str(error))), asyncio.timeout(20):
+        await asyncio.sleep(0.1)
+        assert not service.admission.rate
+        engine.set_health(EngineHealth(EngineState.READY))
+        while not service.admission.rate:
+            await asyncio.sleep(0.05)
+    assert service.admission.budget != UNMEASURED_BUDGET

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,3 +189,29 @@ async def test_without_a_limit_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cgroups/pod/memory.max").write_text("max\n")
     assert await machine.read_at(10**9) is PressureLevel.NONE
     assert machine.seen == [(None, 0, 0)]
+
+
+@pytest.mark.anyio
+async def test_readings_do_not_wait_for_large_requests(tmp_path: Path) -> None:
+    """They have a thread of their own, which ends with ``close``."""
+    machine = Machine(tmp_path)
+    before = set(threading.enumerate())
+    ended = threading.Event()
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1) as busy:
+        loop.set_default_executor(busy)
+        waiting = loop.run_in_executor(None, ended.wait)
+        try:
+            async with asyncio.timeout(10):
+                assert await machine.read_at(1810) is PressureLevel.EMBEDDING
+        finally:
+            ended.set()
+        await waiting
+    (own,) = (
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.name.startswith("memory-pressure")
+    )
+    machine.pressure.close()
+    own.join(10)
+    assert not own.is_alive()

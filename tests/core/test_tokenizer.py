@@ -30,7 +30,6 @@ GOLDEN = [
         "Paris is the capital of France.",
         [7524, 25, 12095, 374, 279, 6722, 315, 9625, 13],
     ),
-    ("Query: ", "", [2859, 25, 220]),
     ("Document: ", "你好", [7524, 25, 220, 108386]),
     ("Document: ", " hello", [7524, 25, 220, 23811]),
 ]
@@ -83,7 +82,7 @@ def test_a_short_text_is_tokenised_with_its_prompt_as_one_string(
 ) -> None:
     """Prompt and text are joined before they are tokenised."""
     expected = whole(file, prompt + text)
-    if not expected:
+    if expected == whole(file, prompt):
         with pytest.raises(InvalidRequestError):
             ours(file, 8192).encode_now([text], prompt=prompt, truncate=False)
         return
@@ -129,6 +128,21 @@ def test_text_without_tokens_is_refused(qwen_tokenizer: Path, truncate: bool) ->
         ours(qwen_tokenizer, 21).encode_now(["a", ""], prompt="", truncate=truncate)
     assert refused.value.code == "empty_input"
     assert refused.value.param == "input[1]"
+
+
+@pytest.mark.parametrize("prompt", ["", "Document: "])
+@pytest.mark.parametrize("length", [1, 5_000])
+def test_text_that_adds_nothing_to_the_prompt_is_refused(
+    file: Path, prompt: str, length: int
+) -> None:
+    """A text whose ids are those of the prompt alone would get the vector of every such text."""
+    text = " " * length
+    if whole(file, prompt + text) != whole(file, prompt):
+        ours(file, 8192).encode_now(["a", text], prompt=prompt, truncate=False)
+        return
+    with pytest.raises(InvalidRequestError, match=r"input\[1\]") as refused:
+        ours(file, 8192).encode_now(["a", text], prompt=prompt, truncate=False)
+    assert (refused.value.code, refused.value.param) == ("empty_input", "input[1]")
 
 
 @pytest.mark.anyio

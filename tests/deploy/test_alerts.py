@@ -23,6 +23,7 @@ RUNBOOKS = sorted((repository() / "docs" / "runbooks").iterdir())
 SECTIONS = ["## Meaning", "## Impact", "## Diagnosis", "## Mitigation"]
 
 
+@pytest.mark.full("the files of Prometheus, checked by promtool")
 @pytest.mark.parametrize("command", ["check rules taskvec.yaml", "test rules tests.yaml"])
 def test_promtool_is_content(command: str) -> None:
     """Prometheus reads the rules, and each alert fires and stays quiet as tests.yaml says."""

@@ -14,6 +14,8 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.service import build_service
 from taskvec.settings import Settings, environment_variable
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -95,6 +97,20 @@ def test_taskvec_listens_where_its_port_is(name: str) -> None:
     (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
     assert settings(manifests)["TASKVEC_PORT"] == str(container["ports"][0]["containerPort"])
     assert settings(manifests)["TASKVEC_HOST"] == "0.0.0.0"  # noqa: S104 - in a pod of its own
+
+
+@pytest.mark.parametrize("mode", ["cpu", "split"])
+def test_a_dual_stack_service(mode: str) -> None:
+    """Pods listen on both families, engine servers as well, and the Services have both."""
+    service = {"host": "::", "ipFamilyPolicy": "PreferDualStack"}
+    manifests = render({"mode": mode, "service": service})
+    assert settings(manifests)["TASKVEC_HOST"] == "::"
+    services = of_kind(manifests, "Service")
+    assert len(services) == (2 if mode == "split" else 1)
+    assert {each["spec"]["ipFamilyPolicy"] for each in services} == {"PreferDualStack"}
+    for each in of_kind(manifests, "StatefulSet"):
+        (container,) = each["spec"]["template"]["spec"]["containers"]
+        assert "--host=::" in container["args"]
 
 
 @every_case

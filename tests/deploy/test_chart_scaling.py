@@ -12,6 +12,8 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.metrics.registry import Metrics
 from taskvec.service import task_table
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_scaled_states_no_replicas(name: str) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from charts import CASES, case, containers, only, pods, settings
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 every_case = pytest.mark.parametrize("name", CASES)
 
 

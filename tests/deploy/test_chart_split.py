@@ -25,6 +25,8 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.vllm_copy import make_vllm_copy
 from taskvec.engines.vllm.arguments import VllmOptions, server_command
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 SPLIT = ["split", "airgapped", "full"]
 
 

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from charts import Manifest, case, only, render
 from conftest import running_server
+
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
 
 SECRET = "tv-of-the-test"  # noqa: S105 - of nothing
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()

@@ -26,6 +26,8 @@ from charts import (
 from taskvec import __version__
 from taskvec.settings import Settings, environment_variable
 
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
+
 GENERATOR = runpy.run_path(str(ROOT / "docs" / "render_chart.py"))
 PAGES = GENERATOR["pages"]()
 VALUES = (CHART / "values.yaml").read_text()
@@ -121,6 +123,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"autoscaling": {"keda": {"enabled": True}}}, "autoscaling.keda.serverAddress"),
     ({"podDisruptionBudget": {"minAvailable": 1}}, "minAvailable and maxUnavailable"),
     ({"podDisruptionBudget": {"maxUnavailable": ""}}, "minAvailable and maxUnavailable"),
+    ({"service": {"ipFamilyPolicy": "RequireDualStack"}}, "service.host to ::"),
     ({"ingress": {"enabled": True}}, "ingress.hosts"),
     ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
     (

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from charts import CHART, leaves, template
+
+pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
 
 
 def test_every_value_is_used(tmp_path: Path) -> None:

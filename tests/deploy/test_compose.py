@@ -16,7 +16,7 @@ from promql import promtool
 from taskvec.settings import Settings, environment_variable
 
 FOLDER = repository() / "deploy"
-FILE = FOLDER / "compose.yaml"
+FILE = repository() / "docker-compose.yml"
 COMPOSE = yaml.safe_load(FILE.read_text())
 SERVICES = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
@@ -35,6 +35,8 @@ def test_without_a_profile_it_is_the_service_alone() -> None:
     (name,) = (name for name, service in SERVICES.items() if "profiles" not in service)
     assert SERVICES[name]["build"]["target"] == "cpu"
     assert SERVICES[name]["environment"]["TASKVEC_MODEL"] == "${TASKVEC_MODEL:-}"
+    for service in OURS.values():
+        assert service["build"]["context"] == ".", "a fresh clone has all that is built"
     profiles = {name for service in SERVICES.values() for name in service.get("profiles", [])}
     assert profiles == {"gpu", "observability", "cache"}
 
@@ -46,7 +48,9 @@ def test_services_have_what_they_need(name: str) -> None:
     for volume in service.get("volumes", []):
         source = volume.split(":")[0]
         assert (
-            (FOLDER / source).exists() if source.startswith(".") else source in COMPOSE["volumes"]
+            (repository() / source).exists()
+            if source.startswith(".")
+            else source in COMPOSE["volumes"]
         )
     for other, terms in service.get("depends_on", {}).items():
         checked = "healthcheck" in SERVICES[other] or other in OURS
@@ -101,6 +105,7 @@ def test_the_gateway_finds_the_engines() -> None:
     assert int(port) == Settings().port
 
 
+@pytest.mark.full("the files of Prometheus, checked by promtool")
 def test_prometheus_scrapes_what_there_is() -> None:
     """Promtool accepts its configuration; targets are services, under jobs that alerts know."""
     file = FOLDER / "prometheus" / "prometheus.yaml"

@@ -21,7 +21,9 @@ from pages import OUTPUT_PREFIX, PAGES, ROOT, Block, blocks, commands
 from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
-COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+pytestmark = pytest.mark.full("the commands of the documentation")
+
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(PAGES[page]))])

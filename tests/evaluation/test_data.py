@@ -10,6 +10,7 @@ import pytest
 from heldout import QUERIES, TOPICS, write_all, write_labels, write_lines, write_retrieval
 from taskvec.errors import InvalidRequestError
 from taskvec.evaluation.data import (
+    NO_TEXT,
     ClassificationData,
     ClusteringData,
     PairData,
@@ -69,7 +70,7 @@ def test_retrieval_is_read_as_beir_does(tmp_path: Path) -> None:
     (folder / "qrels" / "test.tsv").write_text(QRELS + lines)
     (data,) = find_data([folder])
     assert isinstance(data, RetrievalData)
-    assert data.documents == ["Title and text", "only text", " "]
+    assert data.documents == ["Title and text", "only text", NO_TEXT]
     assert data.queries == ["query x", "query b"]
     assert data.qrels == [{0: 2, 1: 0}, {2: 1}]
     assert data.identical_ids == [None, 1]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.full("the evaluation of a large corpus")
+
 MEASURE = """
 from pathlib import Path
 import numpy as np

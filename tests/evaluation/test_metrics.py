@@ -133,7 +133,7 @@ def test_chunked_products_are_those_of_the_whole() -> None:
 
 SEARCH = RetrievalData(
     name="search",
-    documents=["The cat sat on a mat.", "Dogs bark at cats.", "A ship sails the sea.", " "],
+    documents=["The cat sat on a mat.", "Dogs bark at cats.", "A ship sails the sea.", "."],
     queries=["ship at sea", "cat", "xylophone"],
     qrels=[{2: 1}, {0: 2, 1: 0}, {3: 1}],
     identical_ids=[None, None, None],

@@ -6,7 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from conftest import repository
+
+pytestmark = pytest.mark.full("the load tests, each in a short form")
 
 SHORT = ["--seconds", "2", "--scenarios", "interactive", "--levels", "0.5", "--name", "-"]
 

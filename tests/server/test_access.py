@@ -16,7 +16,7 @@ import trustme
 
 from keyfiles import entry, running_redis
 from processes import EXACT, Served, ended, served, started, total, wait_for
-from taskvec.auth.keys import RELOAD_INTERVAL
+from taskvec.file_watch import RELOAD_INTERVAL
 
 SECRET = "tv-s3cret-of-the-tests"  # noqa: S105 - it opens only the servers of this file
 WEB = {"authorization": f"Bearer {SECRET}"}

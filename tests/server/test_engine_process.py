@@ -38,6 +38,8 @@ from processes import (
 )
 from taskvec.checkpoint.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 LAYOUTS = pytest.mark.parametrize("workers", ["1", "2"])
 RAW = "application/octet-stream"
 

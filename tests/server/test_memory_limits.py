@@ -21,6 +21,8 @@ from processes import EXACT, Served, answers, served, total, wait_for
 from sockets import head
 from taskvec.core.memory_pressure import PressureLevel
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 ADDRESS_SPACE = 1600 << 20
 """The server maps about 980 MB for itself."""
 

@@ -163,6 +163,43 @@ def test_what_is_not_http(default_checkpoint: Checkpoint, sent: bytes) -> None:
         assert hung_up(connection)
 
 
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_every_route_answers_with_and_without_a_slash(
+    default_checkpoint: Checkpoint, method: bytes
+) -> None:
+    """Both are the route itself, for GET and HEAD: a redirect would name this host and scheme."""
+    paths = ["/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json", "/v1/models"]
+    paths += ["/v1/models/taskvec-mini", "/v1/models/taskvec-mini:clustering"]
+    with served(default_checkpoint) as service:
+        base = f"http://127.0.0.1:{service.port}"
+        for path in paths:
+            for slash in ("", "/"):
+                reply = httpx.request(method.decode(), f"{base}{path}{slash}")
+                assert reply.status_code == 200, path + slash
+                assert bool(reply.content) == (method == b"GET")
+                assert int(reply.headers["content-length"]) > 0
+        sent = httpx.post(f"{base}{PATH}/", json={"input": "a"}, headers={"host": "proxy.test"})
+        assert len(sent.json()["data"]) == 1
+        assert httpx.get(f"{base}/docs/../openapi.json").status_code == 200
+        assert '"../openapi.json"' in httpx.get(f"{base}/docs/").text.replace("'", '"')
+        assert '"./openapi.json"' in httpx.get(f"{base}/docs").text.replace("'", '"')
+        refused = httpx.head(f"{base}{PATH}/")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "chunked, chunked", "deflate,chunked"])
+def test_another_transfer_coding(default_checkpoint: Checkpoint, coding: str) -> None:
+    """A body that is compressed in transfer is refused, not taken as it is."""
+    with served(default_checkpoint) as service, service.connect() as connection:
+        connection.sendall(
+            head(f"Transfer-Encoding: {coding}") + b'e\r\n{"input": "a"}\r\n0\r\n\r\n'
+        )
+        response, body = answer(connection)
+        assert response.status == 400
+        assert body["code"] in {"unsupported_transfer_encoding", "invalid_http"}
+        assert hung_up(connection)
+
+
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/v1/models", "/metrics"])
 def test_head_is_get_without_a_body(default_checkpoint: Checkpoint, path: str) -> None:
     """HEAD has the headers of GET and no body, and the connection goes on."""

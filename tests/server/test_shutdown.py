@@ -15,6 +15,8 @@ import pytest
 
 from processes import EXACT, Load, Served, command_of, served, wait_for
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 LONG = {"input": [f"{'word ' * 100}{n}" for n in range(2048)], "dimensions": 8}
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 

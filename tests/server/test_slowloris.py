@@ -19,6 +19,8 @@ import pytest
 from processes import EXACT, Served, served, wait_for
 from taskvec.server.event_loop import MAX_CONNECTING
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 PATH = "/v1/embeddings"
 SLOW = 1000
 """Slow connections at a time; each that is closed is opened again."""

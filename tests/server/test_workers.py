@@ -32,6 +32,8 @@ from processes import (
     wait_for,
 )
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 OUTPUTS = ["float", "base64", "int8", "uint8", "binary", "ubinary"]
 RAW_OUTPUTS = {"float": "<f4", "float16": "<f2", "int8": "i1", "ubinary": "u1"}
 REMOTE = ("--engine", "remote", "--engine-url", "https://127.0.0.1:1")

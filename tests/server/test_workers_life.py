@@ -12,7 +12,20 @@ from pathlib import Path
 import httpx
 import pytest
 
-from processes import EXACT, command_of, connects, embed, ended, served, started, total, wait_for
+from processes import (
+    EXACT,
+    Served,
+    command_of,
+    connects,
+    embed,
+    ended,
+    served,
+    started,
+    total,
+    wait_for,
+)
+
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
 
 WORKERS = ("--workers", "2", *EXACT)
 
@@ -70,6 +83,48 @@ def test_metrics_of_dead_gateways_leave_no_files(
 
 def names(folder: Path) -> str:
     return " ".join(file.name for file in folder.glob("taskvec-*/series/*"))
+
+
+def kill_starts(server: Served, serving: set[int], count: int) -> None:
+    """Kill gateways before they serve, as often as given."""
+    killed: set[int] = set()
+
+    def kill_next() -> bool:
+        for gateway in server.gateways() - serving - killed:
+            if len(killed) < count:
+                os.kill(gateway, signal.SIGKILL)
+                killed.add(gateway)
+        return len(killed) == count
+
+    wait_for(kill_next)
+
+
+def test_gateways_that_cannot_start_end_the_service() -> None:
+    """After five starts in a row that fail: exit code 3, and how the last one ended."""
+    server = Served("--workers", "2", "--log-level", "error", *EXACT[:2])
+    kill_starts(server, set(), 5)
+    code, errors = ended(server)
+    assert code == 3, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("taskvec: ")
+    assert "gateways in a row" in last
+    assert "SIGKILL" in last
+    assert errors.count("gateway_died") >= 5
+    assert not connects(server.port)
+
+
+def test_a_gateway_that_starts_at_last_is_enough() -> None:
+    """Failed starts that are followed by one that serves are forgotten; requests are answered."""
+    with served(*WORKERS) as server:
+        for _ in range(2):
+            wait_for(lambda: len(server.gateways()) == 2)
+            first, second = sorted(server.gateways())
+            os.kill(first, signal.SIGKILL)
+            kill_starts(server, {first, second}, 3)
+            assert embed(server.url, {"input": "by the other"}).status_code == 200
+            wait_for(lambda other=second: len(server.gateways() - {other}) == 1)
+            time.sleep(4)  # it imports, and is seen to serve
+        assert server.process.poll() is None
 
 
 def test_a_long_temporary_folder_ends_the_start(

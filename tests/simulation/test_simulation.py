@@ -15,6 +15,8 @@ from conftest import repository
 from simulation.mutations import MUTATIONS, Mutation
 from simulation.schedule import run_schedule
 
+pytestmark = pytest.mark.full("failures, restarts and several processes, simulated")
+
 SCHEDULES = 200
 """Schedules of a test run; `make simulate` runs ten thousand."""
 

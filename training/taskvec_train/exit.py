@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
+from taskvec.home import set_home
 from taskvec_train.errors import TrainingError
 
 FAILED = 3
@@ -44,6 +45,7 @@ def exit_on_error(*extras: str) -> Iterator[None]:
         install = f"pip install 'taskvec[{','.join(extras)}]'"
         typer.echo(f"Training needs {', '.join(missing)}: {install}.", err=True)
         sys.exit(FAILED)
+    set_home()
     try:
         yield
     except TrainingError as error:

@@ -44,6 +44,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a proxy may have another scheme, host or path: see the middleware
         # FastAPI's own telemetry would report exceptions and requests a second time.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         openapi_url=None,  # api.openapi serves it, behind the API key
@@ -57,7 +58,7 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         app.add_middleware(  # outermost: scripts may read every answer, including errors
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["*"],
         )

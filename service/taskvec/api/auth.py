@@ -139,7 +139,7 @@ def client_name(scope: Scope, key: Key | None) -> str:
     """Return who sent a request: the name of its key, or else its address.
 
     The address is that of the connection, or the one that a proxy forwards if uvicorn trusts it
-    (the environment variable FORWARDED_ALLOW_IPS; by default only this machine).
+    (the setting ``forwarded_allow_ips``; by default only this machine).
     """
     if key is not None:
         return f"key {key.name}"

@@ -17,6 +17,7 @@ from taskvec.api.endpoint import Handler
 from taskvec.api.request import RequestLimits, cancel_on_disconnect, header_dict, read_json
 from taskvec.api.response import VectorsByType, answer_bytes, respond
 from taskvec.auth.keys import Key
+from taskvec.concurrency import LargeWork
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import OutputFormat
@@ -45,13 +46,16 @@ class Dialect(Protocol):
         """
 
 
-def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: RequestLimits) -> Handler:
+def embedding_handler(
+    dialect: Dialect, embedder: AsyncEmbedder, limits: RequestLimits, large_work: LargeWork
+) -> Handler:
     """Return the handler of a dialect's route.
 
     Args:
         dialect: translates requests and responses.
         embedder: runs the jobs.
         limits: limits of a request.
+        large_work: of the process.
     """
 
     async def embed(request: Request) -> Response:
@@ -63,12 +67,15 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             limits,
             context.memory,
             lambda body: dialect.read(body, headers, context.key),
+            large_work=large_work,
         )
         context.task, context.texts, context.output = job.task.name, len(job.inputs), output
         output.check(embedder.model.dimension)
         if context.memory is not None:
-            texts = answer_bytes(len(job.inputs), embedder.model.dimension, output)
-            context.memory.resize(job.input_bytes + texts)
+            if context.memory.bytes:  # the texts of an uncounted body are not counted either
+                context.input_bytes = job.input_bytes
+            vectors = answer_bytes(len(job.inputs), embedder.model.dimension, output)
+            context.memory.resize(context.input_bytes + vectors)
         result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
         context.tokens = result.tokens
         return await respond(
@@ -76,6 +83,7 @@ def embedding_handler(dialect: Dialect, embedder: AsyncEmbedder, limits: Request
             output,
             lambda vectors, tokens: dialect.render(vectors, output, tokens),
             context,
+            large_work,
         )
 
     return embed

@@ -36,6 +36,9 @@ from taskvec.telemetry.tracing import RequestSpan, Tracer, current_span
 Handler = Callable[[Request], Awaitable[Response]]
 """Answers a request; raises TaskvecError for a failure that the client is to see."""
 
+SENT_AT_ONCE_BYTES = 1 << 20
+"""A request that holds no more than this keeps it until its response is sent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
@@ -175,14 +178,14 @@ class Endpoint:
         span = self._start_span(scope, context)
         try:
             response = await self._response(Request(scope, receive, send), context)
-            if context.memory is not None:
-                context.memory.shrink(len(response.body))
+            if context.memory is not None and context.memory.bytes > SENT_AT_ONCE_BYTES:
+                context.memory.shrink(len(response.body))  # the vectors are free now
             await response(scope, receive, send)
         except Exception:
             context.status, context.code = TaskvecError.status, TaskvecError.default_code
             raise
         finally:
-            if context.memory is not None:
+            if context.memory is not None and context.memory.bytes:
                 context.memory.release()
             seconds = context.finish()
             if self._metrics is not None:

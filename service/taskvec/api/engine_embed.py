@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import numpy as np
@@ -15,11 +14,13 @@ from taskvec.api.request import (
     RequestLimits,
     cancel_on_disconnect,
     header_dict,
-    read_bytes,
+    joined,
+    read_chunks,
     request_priority,
     request_timeout,
 )
 from taskvec.api.response import VectorsByType, answer_bytes, respond
+from taskvec.concurrency import LargeWork
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.output_format import Encoding, OutputFormat
@@ -39,17 +40,20 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
     """Return the route; none if the service refuses token ids."""
     if not limits.token_ids:
         return []
-    handler = EngineEmbed(service.embedder, limits).handle
+    handler = EngineEmbed(service.embedder, limits, service.large_work).handle
     return [Route(method="POST", path=WIRE_PATH, handler=handler, embeds=True, documented=False)]
 
 
 class EngineEmbed:
     """Unpacks texts, embeds those of one adapter as one job, packs the vectors."""
 
-    def __init__(self, embedder: AsyncEmbedder, limits: RequestLimits) -> None:
+    def __init__(
+        self, embedder: AsyncEmbedder, limits: RequestLimits, large_work: LargeWork
+    ) -> None:
         """Embed with one embedder, within the limits of a request."""
         self._embedder = embedder
         self._limits = limits
+        self._large_work = large_work
         # Vectors as the engine returns them: full width, not normalised.
         self._output = OutputFormat(
             embedder.model.dimension, normalized=False, encoding=Encoding.RAW
@@ -70,22 +74,22 @@ class EngineEmbed:
             )
         seconds = request_timeout(headers, self._limits.seconds)
         priority = request_priority(headers, context.key)
-        body = await read_bytes(request.receive, headers, self._limits, context.memory)
+        chunks, size = await read_chunks(request.receive, headers, self._limits, context.memory)
         names = headers.get(ADAPTERS_HEADER, "")
-        if self._count(body) <= UNPACK_INLINE_TEXTS and len(body) <= UNPACK_INLINE_BYTES:
-            ids, adapters = self._unpack(names, body)
+        if size <= UNPACK_INLINE_BYTES and self._count(joined(chunks)) <= UNPACK_INLINE_TEXTS:
+            ids, adapters = self._unpack(names, chunks)
         else:
-            ids, adapters = await asyncio.to_thread(self._unpack, names, body)
+            ids, adapters = await self._large_work.run(size, lambda: self._unpack(names, chunks))
         context.texts = len(ids)
         if context.memory is not None:  # the ids are views of the body
             vectors = answer_bytes(len(ids), self._embedder.model.dimension, self._output)
-            context.memory.resize(len(body) + vectors)
+            context.memory.resize(size + vectors)
         result = await cancel_on_disconnect(
             request.receive,
             self._embed(ids, adapters, time.monotonic() + seconds, priority, context),
         )
         context.tokens = result.tokens
-        return await respond(result, self._output, _render, context)
+        return await respond(result, self._output, _render, context, self._large_work)
 
     async def _embed(
         self,
@@ -136,8 +140,10 @@ class EngineEmbed:
             )
         return texts
 
-    def _unpack(self, names: str, body: bytes) -> tuple[list[TokenIds], list[str | None]]:
+    def _unpack(self, names: str, chunks: list[bytes]) -> tuple[list[TokenIds], list[str | None]]:
         """Return the texts and the adapter of each; may run in a thread."""
+        body = joined(chunks)
+        self._count(body)
         try:
             ids, adapters = unpack_texts(names, body)
         except ValueError as error:

@@ -37,6 +37,16 @@ def agreed(
     Raises:
         InvalidRequestError: two names disagree; or raised by ``read``.
     """
+    return agreed_as(body, names, read)[0]
+
+
+def agreed_as(
+    body: Mapping[str, Any], names: Sequence[str], read: Callable[[Any, str], T]
+) -> tuple[T | None, str]:
+    """Return what ``agreed`` does, and the name that the client sent: for errors that come later.
+
+    The name is the first one in ``names`` if none is present.
+    """
     value: T | None = None
     first = ""
     for field in names:
@@ -49,8 +59,8 @@ def agreed(
                 code="conflicting_fields",
                 param=field,
             )
-        value, first = other, field
-    return value
+        value, first = other, first or field
+    return value, first or names[0]
 
 
 def string(value: Any, field: str, *, code: str | None = None) -> str | None:
@@ -69,15 +79,18 @@ def string(value: Any, field: str, *, code: str | None = None) -> str | None:
 
 
 def integer(value: Any, field: str, *, code: str | None = None) -> int:
-    """Return a whole number.
+    """Return a whole number; JSON has one type of numbers, so 32.0 is one as well.
 
     Raises:
         InvalidRequestError: not a whole number.
     """
     if type(value) is int:
         return value
+    if type(value) is float and value.is_integer():
+        return int(value)
+    found = value if type(value) is float else type_name(value)
     raise InvalidRequestError(
-        f"{field} must be a whole number, got {type_name(value)}.",
+        f"{field} must be a whole number, got {found}.",
         code=code or f"invalid_{field}",
         param=field,
     )

@@ -1,4 +1,4 @@
-"""ASGI middleware around every request: request id, timing headers, one log line."""
+"""ASGI middleware around every request: request id, path, timing headers, one log line."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class RequestMiddleware:
             return
         context = RequestContext(request_id=_request_id(scope))
         scope[CONTEXT_KEY] = context
+        scope["path"] = without_trailing_slash(scope["path"])
 
         started = False
 
@@ -61,6 +62,15 @@ class RequestMiddleware:
             seconds = context.finish()
             if self._log is not None:
                 self._log.write(_log_line(context, scope, seconds))
+
+
+def without_trailing_slash(path: str) -> str:
+    """Return a route's path, with or without a slash at its end: both are answered, not redirected.
+
+    A redirect would name the scheme and host that this process sees, which behind a proxy are not
+    those of the client, and clients do not repeat a POST to another address.
+    """
+    return path.rstrip("/") or "/"
 
 
 def _request_id(scope: Scope) -> str:

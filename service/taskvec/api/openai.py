@@ -13,13 +13,13 @@ from taskvec.api import fields
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Route
 from taskvec.api.errors import error_responses
-from taskvec.api.request import RequestLimits, request_priority, request_timeout
+from taskvec.api.request import RequestLimits, prefers, request_priority, request_timeout
 from taskvec.api.response import OCTET_STREAM, VectorsByType, openai_response
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
-from taskvec.core.output_format import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import Encoding, OutputFormat, OutputType, single_type_format
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
 from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
@@ -29,6 +29,9 @@ PATH = "/v1/embeddings"
 
 TYPE_FIELDS = ("embedding_type", "embedding_types", "encoding_type", "output_dtype")
 """Spellings of the output type: three of Jina's, then Voyage's."""
+
+DIMENSION_FIELDS = ("dimensions", "output_dimension")
+"""Spellings of the number of dimensions: OpenAI's and Jina's, then Voyage's."""
 
 EMBEDDING_TYPES = ("float", "base64", *(kind.value for kind in OutputType if kind.value != "float"))
 """Values of the output type fields; base64 is float with the base64 encoding."""
@@ -47,7 +50,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
         Route(
             method="POST",
             path=PATH,
-            handler=embedding_handler(dialect, service.embedder, limits),
+            handler=embedding_handler(dialect, service.embedder, limits, service.large_work),
             embeds=True,
             counted=True,
             summary="Embed texts for a task",
@@ -91,11 +94,11 @@ class OpenAIDialect:
         if not isinstance(body, dict):
             raise InvalidRequestError("The body must be a JSON object with the field input.")
         task = self._task(body)
-        kind, encoding = _output(body, raw=_accepts_octets(headers))
+        kind, encoding = _output(body, raw=prefers(headers, OCTET_STREAM, "application/json"))
         truncate = bool(fields.agreed(body, ("truncate", "truncation"), fields.boolean))
         normalized = fields.agreed(body, ("normalized",), fields.boolean)
         inputs = self._inputs(body.get("input"), truncate=truncate)
-        dimensions = fields.agreed(body, ("dimensions", "output_dimension"), _dimensions)
+        dimensions, dimensions_field = fields.agreed_as(body, DIMENSION_FIELDS, _dimensions)
         job = EmbedJob(
             inputs=inputs,
             task=task,
@@ -104,11 +107,12 @@ class OpenAIDialect:
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
         )
-        output = OutputFormat(
-            dimensions=self._embedder.model.dimension if dimensions is None else dimensions,
-            types=(kind,),
-            normalized=normalized is not False,
-            encoding=encoding,
+        output = single_type_format(
+            self._embedder.model.dimension if dimensions is None else dimensions,
+            kind,
+            normalized is not False,
+            encoding,
+            dimensions_field,
         )
         return job, output
 
@@ -141,7 +145,7 @@ class OpenAIDialect:
             raise InvalidRequestError(
                 "input is an empty list: send at least one text.", code="empty_input", param="input"
             )
-        if type(value[0]) is int:
+        if _is_number(value[0]) and value[0] % 1 == 0:
             return [self._token_ids(value, "input", truncate=truncate)]
         if len(value) > self._limits.texts:
             raise InvalidRequestError(
@@ -149,7 +153,7 @@ class OpenAIDialect:
                 code="too_many_inputs",
                 param="input",
             )
-        if isinstance(value[0], list):
+        if isinstance(value[0], list) and value[0] and _is_number(value[0][0]):
             return [
                 self._token_ids(ids, f"input[{i}]", truncate=truncate)
                 for i, ids in enumerate(value)
@@ -163,21 +167,21 @@ class OpenAIDialect:
         if not self._limits.token_ids:
             raise InvalidRequestError(TOKENS_REFUSED, code="token_input_rejected", param=where)
         if not isinstance(value, list) or not value:
+            found = "an empty list" if value == [] else fields.type_name(value)
             raise InvalidRequestError(
-                f"{where} must be a list of at least one token id, as the first item is.",
+                f"{where} must be a list of at least one token id, as the first item is, got "
+                f"{found}.",
                 code="invalid_input",
                 param=where,
             )
         model = self._embedder.model
-        if set(map(type, value)) != {int} or min(value) < 0 or max(value) >= model.vocabulary:
-            wrong = next(
-                i
-                for i, token in enumerate(value)
-                if type(token) is not int or not 0 <= token < model.vocabulary
-            )
+        if set(map(type, value)) != {int}:
+            value = [_token_id(token, f"{where}[{i}]") for i, token in enumerate(value)]
+        if min(value) < 0 or max(value) >= model.vocabulary:
+            wrong = next(i for i, token in enumerate(value) if not 0 <= token < model.vocabulary)
             raise InvalidRequestError(
                 f"{where}[{wrong}] is not a token id of this model: ids are whole numbers from 0 "
-                f"to {model.vocabulary - 1}.",
+                f"to {model.vocabulary - 1}, got {value[wrong]}.",
                 code="invalid_token_id",
                 param=f"{where}[{wrong}]",
             )
@@ -192,9 +196,31 @@ class OpenAIDialect:
         return np.array(value, dtype=np.int32)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # a boolean is an int to isinstance
+
+
+def _token_id(value: Any, where: str) -> int:
+    if _is_number(value):
+        return fields.integer(value, where, code="invalid_token_id")
+    raise InvalidRequestError(
+        f"{where} must be a token id, as the first item of its list is, got "
+        f"{fields.type_name(value)}: a list holds either texts or token ids.",
+        code="invalid_token_id",
+        param=where,
+    )
+
+
 def _text(value: Any, where: str) -> str:
     if isinstance(value, dict) and "text" in value:
         value, where = value["text"], f"{where}.text"
+    if isinstance(value, list):
+        raise InvalidRequestError(
+            f'{where} must be a string or {{"text": string}}, got a list: send all texts in one '
+            "list.",
+            code="invalid_input",
+            param=where,
+        )
     if not isinstance(value, str):
         raise InvalidRequestError(
             f'{where} must be a string or {{"text": string}}, got {fields.type_name(value)}.',
@@ -220,7 +246,7 @@ def _output(body: Mapping[str, Any], *, raw: bool) -> tuple[OutputType, Encoding
             code="invalid_encoding_format",
             param="encoding_format",
         )
-    requested = fields.agreed(body, TYPE_FIELDS, _output_type)
+    requested, type_field = fields.agreed_as(body, TYPE_FIELDS, _output_type)
     base64 = encoding_format == "base64" or requested == "base64"
     kind = OutputType("float" if requested in (None, "base64") else requested)
     if raw:
@@ -229,7 +255,7 @@ def _output(body: Mapping[str, Any], *, raw: bool) -> tuple[OutputType, Encoding
         raise InvalidRequestError(
             f"float16 is only available as bytes: send the header Accept: {OCTET_STREAM}.",
             code="invalid_embedding_type",
-            param="embedding_type",
+            param=type_field,
         )
     if kind is not OutputType.FLOAT:
         # The OpenAI SDKs add base64 by themselves and would read packed bytes as floats: only
@@ -260,13 +286,6 @@ def _output_type(value: Any, field: str) -> str:
             param=field,
         )
     return name
-
-
-def _accepts_octets(headers: Mapping[str, str]) -> bool:
-    accept = headers.get("accept")
-    return accept is not None and OCTET_STREAM in (
-        part.partition(";")[0].strip().lower() for part in accept.split(",")
-    )
 
 
 def _request_schema(

@@ -27,8 +27,11 @@ def routes(app: FastAPI, auth: ApiKeyAuth | None) -> list[Route]:
                 schema.setdefault("components", {})["securitySchemes"] = auth.schemes
         return Response(orjson.dumps(app.openapi_schema), media_type="application/json")
 
-    async def page(_: Request) -> Response:
-        return get_swagger_ui_html(openapi_url="./openapi.json", title=app.title)
+    async def page(request: Request) -> Response:
+        # Relative, because a proxy may serve this below a path of its own.
+        below = request.scope.get("raw_path", b"").endswith(b"/")
+        url = "../openapi.json" if below else "./openapi.json"
+        return get_swagger_ui_html(openapi_url=url, title=app.title)
 
     return [
         Route(path="/openapi.json", handler=document, documented=False),

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import orjson
 from starlette.types import Receive, Scope
 
+from taskvec.api.json_pieces import (
+    InvalidJsonError,
+    TooManyValuesError,
+    has_more_values,
+    parse_in_pieces,
+)
 from taskvec.auth.keys import Key
-from taskvec.concurrency import CancelScope
+from taskvec.concurrency import CancelScope, LargeWork
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
     ClientClosedError,
@@ -23,17 +30,25 @@ from taskvec.priority import Priority
 
 T = TypeVar("T")
 
+_WEIGHT = re.compile(r"0(\.\d{0,3})?|1(\.0{0,3})?")
+
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-priority"
 
 PARSE_COPIES = 3
 """Copies of a large body in memory while it is parsed: its own, the parser's, and the texts."""
 
-SCAN_BYTES = 1 << 20
-"""Bytes of a body that are searched at a time: a copy of them is made."""
-
 PARSE_INLINE_BYTES = 1 << 16
 """Largest body that is parsed in the event loop: at most a millisecond."""
+
+PARSE_AT_ONCE_BYTES = 1 << 20
+"""Largest body that is parsed in one call, which holds the interpreter lock: two milliseconds."""
+
+LIST_HEADERS = (b"accept", b"content-encoding")
+"""Headers whose values are lists: a client may send them in several lines, which count together."""
+
+ASCII_SUPERSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+"""Declared character sets of a body that is read as UTF-8."""
 
 MAX_LENGTH_DIGITS = 18
 """Longest Content-Length and timeout that are converted to a number."""
@@ -49,7 +64,8 @@ class RequestLimits(NamedTuple):
     Attributes:
         body_bytes: maximum size of a body.
         body_seconds: time in which a body must arrive.
-        values: maximum number of JSON values and keys in a body.
+        values: maximum number of JSON values and keys in a body, without token ids.
+        ids: maximum number of token ids; 0 if they are not accepted.
         texts: maximum number of inputs.
         seconds: maximum time for a request after its body was read.
         token_ids: accept token ids as inputs.
@@ -58,15 +74,46 @@ class RequestLimits(NamedTuple):
     body_bytes: int
     body_seconds: float
     values: int
+    ids: int
     texts: int
     seconds: float
     token_ids: bool
 
 
 def header_dict(scope: Scope) -> dict[str, str]:
-    """Return the headers by lower-case name; the first value of a repeated header."""
+    """Return the headers by lower-case name: of a repeated header all values if it is a list.
+
+    Of another one that is repeated, the first value.
+    """
     pairs = scope["headers"]
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(pairs)}
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(pairs)}
+    if len(headers) < len(pairs):
+        for listed in LIST_HEADERS:
+            values = [value.decode("latin-1") for name, value in pairs if name == listed]
+            if values:
+                headers[listed.decode("latin-1")] = ", ".join(values)
+    return headers
+
+
+def prefers(headers: Mapping[str, str], wanted: str, other: str) -> bool:
+    """Return whether Accept names a media type, and gives it at least the weight of another one.
+
+    Args:
+        headers: of the request.
+        wanted: must be named itself; a wildcard does not count, nor does a weight of 0.
+        other: weighted by its own name, or else by a wildcard (RFC 9110, section 12.5.1).
+    """
+    accept = headers.get("accept", "").lower()
+    if wanted not in accept:
+        return False
+    weights: dict[str, float] = {}
+    for part in accept.split(","):
+        media_type, *parameters = map(str.strip, part.split(";"))
+        weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        weights[media_type] = float(weight) if _WEIGHT.fullmatch(weight) else 1.0
+    own = weights.get(wanted, 0.0)
+    ranges = (other, f"{other.partition('/')[0]}/*", "*/*")
+    return own > 0 and own >= next((weights[name] for name in ranges if name in weights), 0.0)
 
 
 def request_timeout(headers: Mapping[str, str], limit: float) -> float:
@@ -115,6 +162,8 @@ async def read_json(
     limits: RequestLimits,
     memory: MemoryHold | None,
     read: Callable[[Any], T],
+    *,
+    large_work: LargeWork,
 ) -> T:
     """Read a JSON body and interpret it; in a thread if that would block the event loop.
 
@@ -124,12 +173,13 @@ async def read_json(
         limits: limits of the body.
         memory: holds the body, and what parsing it takes; None if it is not counted.
         read: interprets the parsed body.
+        large_work: runs what would block the event loop.
 
     Returns:
         What ``read`` returns.
 
     Raises:
-        UnsupportedMediaTypeError: declared as something other than JSON, or as compressed.
+        UnsupportedMediaTypeError: declared as something other than JSON in UTF-8, or as compressed.
         SlowRequestError: not complete in time; the rest is not read.
         PayloadTooLargeError: over the limit; the rest is not read.
         ClientClosedError: the client disconnected while sending.
@@ -137,27 +187,38 @@ async def read_json(
         InvalidRequestError: see ``parse``; or raised by ``read``.
     """
     declared = headers.get("content-type", "application/json")
-    media_type = declared.partition(";")[0].strip().lower()
+    media_type, *parameters = (part.strip().lower() for part in declared.split(";"))
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"The body is declared as {media_type[:80]!r}: send JSON with the header Content-Type: "
             "application/json."
         )
-    body = await read_bytes(receive, headers, limits, memory)
-    if len(body) <= PARSE_INLINE_BYTES:
-        return read(parse(body, limits.values))
+    chunks, size = await read_chunks(receive, headers, limits, memory)
+    charset = next((p[8:].strip('"') for p in parameters if p.startswith("charset=")), "utf-8")
+
+    def read_body() -> T:
+        body = joined(chunks)
+        if charset not in ASCII_SUPERSETS and not body.isascii():
+            # A client may name its own default for a body that is the same in all of them.
+            raise UnsupportedMediaTypeError(
+                f"The body is declared to be in {charset[:80]!r}: send JSON in UTF-8.",
+                code="unsupported_charset",
+            )
+        return read(parse(body, limits.values, limits.ids))
+
+    if size <= PARSE_INLINE_BYTES:
+        return read_body()
     if memory is not None:
-        memory.resize(PARSE_COPIES * len(body))
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, lambda: read(parse(body, limits.values)))
+        memory.resize(PARSE_COPIES * size)
+    return await large_work.run(size, read_body)
 
 
-async def read_bytes(
+async def read_chunks(
     receive: Receive,
     headers: Mapping[str, str],
     limits: RequestLimits,
     memory: MemoryHold | None,
-) -> bytes:
+) -> tuple[list[bytes], int]:
     """Read a body.
 
     Args:
@@ -167,6 +228,9 @@ async def read_bytes(
             has arrived.
         memory: holds what has arrived; None if it is not counted.
 
+    Returns:
+        The body's chunks, for ``joined``, and its size.
+
     Raises:
         UnsupportedMediaTypeError: declared as compressed.
         SlowRequestError: not complete in time; the rest is not read.
@@ -175,7 +239,7 @@ async def read_bytes(
         QueueFullError: all bodies together are too large.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", ""):
+    if any(part.strip() not in ("identity", "") for part in encoding.split(",")):
         raise UnsupportedMediaTypeError(
             f"The body is declared as compressed ({encoding[:80]!r}): send it uncompressed, "
             "without the header Content-Encoding.",
@@ -189,7 +253,16 @@ async def read_bytes(
         return await _receive_all(receive, limit, memory)
 
 
-async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) -> bytes:
+def joined(chunks: list[bytes]) -> bytes:
+    """Return a body, the only chunk from now on; joining 32 MB takes some milliseconds."""
+    if len(chunks) != 1:
+        chunks[:] = [b"".join(chunks)]
+    return chunks[0]
+
+
+async def _receive_all(
+    receive: Receive, limit: int, memory: MemoryHold | None
+) -> tuple[list[bytes], int]:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -205,11 +278,9 @@ async def _receive_all(receive: Receive, limit: int, memory: MemoryHold | None) 
         chunks.append(chunk)
         if not message.get("more_body", False):
             break
-    if len(chunks) == 1:
-        return chunks[0]
-    if memory is not None:
+    if len(chunks) > 1 and memory is not None:
         memory.resize(2 * size)  # while the chunks are joined
-    return b"".join(chunks)
+    return chunks, size
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -244,51 +315,34 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
                 watcher.cancel()
 
 
-def parse(body: bytes, max_values: int) -> Any:
+def parse(body: bytes, max_values: int, max_numbers: int = 0) -> Any:
     """Parse JSON after counting its values: parsed values take far more memory than their text.
 
     Args:
-        body: any bytes.
+        body: any bytes; a large one is parsed in pieces.
         max_values: maximum number of values and keys.
+        max_numbers: so many more values may be numbers.
 
     Raises:
         InvalidRequestError: not JSON (NaN, lone surrogates and nesting beyond 1,024 levels
             included), or more values than the limit.
     """
-    if len(body) > max_values and has_more_values(body, max_values):
-        raise InvalidRequestError(
-            f"The body has more than {max_values} JSON values: send fewer texts at once.",
-            code="too_many_values",
-        )
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        if len(body) > PARSE_AT_ONCE_BYTES:
+            return parse_in_pieces(body, max_values, max_numbers)
+        limit = max_values + max_numbers
+        if len(body) <= limit or not has_more_values(body, limit):
+            return orjson.loads(body)
+    except (orjson.JSONDecodeError, InvalidJsonError) as error:
         raise InvalidRequestError(
             f"The body is not valid JSON: {error}.", code="invalid_json"
         ) from None
-
-
-def has_more_values(body: bytes, limit: int) -> bool:
-    """Return whether JSON has more values than a limit; takes milliseconds per megabyte.
-
-    Every value and key except the outermost follows a comma, a colon or an opening bracket. A piece
-    is searched at a time, so that no copy of the body is needed.
-    """
-    quotes = values = start = 0
-    while start < len(body):
-        piece = body[start : start + SCAN_BYTES]
-        start += len(piece)
-        if b"\\" in piece:  # an escaped quote does not end a string
-            backslashes = len(piece) - len(piece.rstrip(b"\\"))
-            start += backslashes % 2  # what the last one escapes
-            piece = piece.replace(rb"\\", b"").replace(rb"\"", b"")
-        parts = piece.split(b'"', 2 * limit + 3 - quotes)
-        outside_strings = b"".join(parts[quotes % 2 :: 2])
-        values += sum(map(outside_strings.count, (b",", b":", b"[", b"{")))
-        quotes += len(parts) - 1
-        if quotes > 2 * limit + 2 or values > limit:
-            return True
-    return False
+    except TooManyValuesError:
+        pass
+    raise InvalidRequestError(
+        f"The body has more than {max_values} JSON values: send fewer texts at once.",
+        code="too_many_values",
+    )
 
 
 def _client_closed() -> ClientClosedError:

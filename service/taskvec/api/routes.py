@@ -11,8 +11,12 @@ from taskvec.api.request import RequestLimits
 from taskvec.service import Service
 from taskvec.settings import TokenInput
 
-OTHER_VALUES = 1 << 18
-"""JSON values that a body may have besides its texts or token ids."""
+OTHER_VALUES = 1 << 14
+"""JSON values that a body may have besides its texts or token ids: the parser holds the interpreter
+lock for up to half a microsecond for each."""
+
+VALUES_OF_TEXT = 4
+"""JSON values of a text: it may be a value of an object, under a key, in a list."""
 
 
 def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[Route]:
@@ -39,8 +43,8 @@ def _request_limits(service: Service) -> RequestLimits:
     return RequestLimits(
         body_bytes=settings.max_body_bytes,
         body_seconds=settings.body_timeout,
-        values=OTHER_VALUES
-        + settings.max_texts * (service.embedder.max_tokens if token_ids else 1),
+        values=OTHER_VALUES + VALUES_OF_TEXT * settings.max_texts,
+        ids=settings.max_texts * service.embedder.max_tokens if token_ids else 0,
         texts=settings.max_texts,
         seconds=settings.request_timeout,
         token_ids=token_ids,

@@ -6,7 +6,6 @@ From the parts to the whole: ``Key``, ``KeySet`` (look-up by secret), ``KeySourc
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import re
@@ -20,6 +19,8 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taskvec.errors import StartError
+from taskvec.file_watch import FileWatch
+from taskvec.permissions import read_failure
 from taskvec.priority import Priority
 
 NO_KEY = "none"
@@ -27,9 +28,6 @@ NO_KEY = "none"
 
 PREFIX_BYTES = 8
 """Bytes of a digest that index the keys; the whole digest is then compared in constant time."""
-
-RELOAD_INTERVAL = 2.0
-"""Seconds between two checks of the keys file."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -119,20 +117,6 @@ class KeySource(NamedTuple):
         ]
         return KeySet(keys if self.file is None else [*keys, *_read_file(self.file, self.defaults)])
 
-    def file_version(self) -> tuple[int, ...] | None:
-        """Return device, inode, size and modification time of the file; None if it is missing.
-
-        ``stat`` follows links, so the value also changes when Kubernetes swaps the link to a
-        mounted Secret.
-        """
-        if self.file is None:
-            return None
-        try:
-            found = self.file.stat()
-        except OSError:
-            return None
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
 
 class WatchedKeys:
     """The current keys, read again when the file changes.
@@ -152,7 +136,7 @@ class WatchedKeys:
         """
         self._source = source
         self._on_change = on_change
-        self._version = source.file_version()
+        self._files = FileWatch([] if source.file is None else [source.file], self._read_again)
         self._keys = source.read()
         on_change(self._keys.names)
 
@@ -161,17 +145,18 @@ class WatchedKeys:
         return self._keys.find(secret)
 
     async def watch(self) -> None:
-        """Check the file every ``RELOAD_INTERVAL`` seconds until cancelled."""
-        while True:
-            await asyncio.sleep(RELOAD_INTERVAL)
-            await asyncio.to_thread(self._reload)
+        """Read the keys again whenever the file changes, until cancelled."""
+        await self._files.watch()
 
-    def _reload(self) -> None:
+    def ask(self) -> None:
+        """Let ``watch`` read the keys at once."""
+        self._files.ask()
+
+    def reload(self) -> None:
         """Read the keys again if the file has changed."""
-        version = self._source.file_version()
-        if version == self._version:
-            return
-        self._version = version
+        self._files.check()
+
+    def _read_again(self) -> None:
         try:
             keys = self._source.read()
         except StartError as error:
@@ -225,7 +210,8 @@ def _read_file(file: Path, defaults: KeyLimits) -> list[Key]:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StartError(f"The keys file {file} cannot be read: {error.strerror}.") from None
+        reason = read_failure(file, error)
+        raise StartError(f"The keys file {file} cannot be read: {reason}.") from None
     except ValueError as error:
         raise StartError(f"The keys file {file} is not valid TOML: {error}.") from None
     except RecursionError:

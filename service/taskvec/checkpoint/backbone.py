@@ -29,6 +29,18 @@ ARCHITECTURES = {
 """Supported architectures, by the name that config.json uses for ``model_type``."""
 
 
+_CLASSES = frozenset(
+    {
+        "EuroBertForMaskedLM",
+        "EuroBertModel",
+        "JinaEmbeddingsV5Model",
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+    }
+)
+"""Values of ``architectures`` whose last hidden states are those of the backbone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backbone:
     """Shape of a decoder-style transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
@@ -163,6 +175,8 @@ def read_backbone(config: Mapping[str, Any], tensor_names: frozenset[str], sourc
     """
     architecture = _architecture(config, tensor_names, source)
     _reject_unimplemented(config, source)
+    _check_classes(config, source)
+    _check_causality(config, ARCHITECTURES[architecture], source)
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
@@ -248,12 +262,42 @@ def _reject_unimplemented(config: Mapping[str, Any], source: str) -> None:
         )
 
 
+def _check_classes(config: Mapping[str, Any], source: str) -> None:
+    """Reject another class for a known model type: its code may pool or mask in another way."""
+    listed = config.get("architectures") or []
+    if not isinstance(listed, list):
+        raise CheckpointError(f"{source}: architectures must be a list.")
+    unknown = sorted({str(name) for name in listed} - _CLASSES)
+    if unknown:
+        raise CheckpointError(
+            f"{source} has the architecture {unknown[0]!r}: taskvec implements "
+            f"{', '.join(sorted(_CLASSES))}."
+        )
+
+
+def _check_causality(config: Mapping[str, Any], known: Architecture, source: str) -> None:
+    if config.get("is_causal") in (None, known.causal) and not (
+        known.causal and config.get("use_bidirectional_attention")
+    ):
+        return
+    field = "is_causal" if config.get("is_causal") is not None else "use_bidirectional_attention"
+    raise CheckpointError(
+        f"{source} sets {field} to {config[field]!r}, but taskvec computes this architecture "
+        f"{'causally' if known.causal else 'bidirectionally'}."
+    )
+
+
 def _rope_theta(config: Mapping[str, Any], source: str) -> float:
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type != "default":
         raise CheckpointError(
             f"{source} has the rope type {rope_type!r}: only default is implemented."
+        )
+    rotated = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rotated not in (None, 1):
+        raise CheckpointError(
+            f"{source} sets partial_rotary_factor to {rotated!r}, which taskvec does not implement."
         )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:

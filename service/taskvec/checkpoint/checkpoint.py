@@ -11,11 +11,14 @@ from taskvec.checkpoint.adapters import Adapter, read_adapters
 from taskvec.checkpoint.backbone import Backbone, ModelCard, matryoshka_dimensions, read_backbone
 from taskvec.checkpoint.files import (
     PROMPTS_FILE,
+    is_file,
     read_json,
     read_prompts,
+    require_file,
     tensor_shapes,
     weight_files,
 )
+from taskvec.checkpoint.pooling import check_pooling
 from taskvec.errors import CheckpointError
 
 
@@ -55,12 +58,14 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
         revision: commit on the Hugging Face Hub that the folder was downloaded from.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or a feature is not implemented.
+        CheckpointError: a file is missing or damaged or may not be read, or the files ask for
+            something that is not implemented.
     """
     config_file = folder / "config.json"
     config = read_json(config_file)
     shapes, weights = _weights(folder)
     backbone = read_backbone(config, frozenset(shapes), str(config_file))
+    pooled_tokens = check_pooling(folder, config.get("model_type"))
     _check_tensors(shapes, backbone, folder)
     task_names = config.get("task_names") or []
     if not isinstance(task_names, list):
@@ -73,8 +78,7 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
         folder, required=any(not adapter.prompts for adapter in adapters)
     )
     tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise CheckpointError(f"{tokenizer} is missing: copy or download the checkpoint again.")
+    require_file(tokenizer)
     return Checkpoint(
         folder=folder,
         backbone=backbone,
@@ -88,7 +92,7 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
             revision=revision,
             architecture=backbone.architecture,
             dimension=backbone.hidden,
-            max_tokens=_max_tokens(folder, backbone),
+            max_tokens=_max_tokens(folder, backbone, pooled_tokens),
             vocabulary=backbone.vocabulary,
             matryoshka=matryoshka_dimensions(config, backbone.hidden, str(config_file)),
             adapters=tuple(adapter.name for adapter in adapters),
@@ -139,7 +143,7 @@ def _check_tensors(shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, fo
 
 def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | None]:
     file = folder / PROMPTS_FILE
-    if not file.is_file() and not required:
+    if not is_file(file) and not required:
         return {}, None
     prompts, default = read_prompts(file)
     if required and not {"query", "document"} <= set(prompts):
@@ -150,10 +154,12 @@ def _prompts(folder: Path, *, required: bool) -> tuple[dict[str, str], str | Non
     return prompts, default
 
 
-def _max_tokens(folder: Path, backbone: Backbone) -> int:
+def _max_tokens(folder: Path, backbone: Backbone, pooled_tokens: int | None) -> int:
+    """Return the longest text in tokens, which is the smallest limit that a file states."""
+    limit = min(pooled_tokens or backbone.max_positions, backbone.max_positions)
     file = folder / "tokenizer_config.json"
-    stated = read_json(file).get("model_max_length") if file.is_file() else None
-    # transformers writes 1e30 for "no limit"; max_positions is the limit then.
+    stated = read_json(file).get("model_max_length") if is_file(file) else None
+    # transformers writes 1e30 for "no limit".
     if not isinstance(stated, int | float) or not math.isfinite(stated) or stated < 1:
-        return backbone.max_positions
-    return min(int(stated), backbone.max_positions)
+        return limit
+    return min(int(stated), limit)

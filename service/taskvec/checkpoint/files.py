@@ -1,11 +1,15 @@
 """Read the files of a checkpoint: JSON, prompts, and safetensors headers and tensors.
 
-Every damaged file raises CheckpointError with a message of one line.
+Every file that is damaged, or that this process may not read, raises CheckpointError with a message
+of one line.
 """
 
 from __future__ import annotations
 
 import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from taskvec.errors import CheckpointError
+from taskvec.permissions import read_failure
 
 PROMPTS_FILE = "config_sentence_transformers.json"
 """File with the prompts, in the checkpoint folder and optionally in an adapter folder."""
@@ -29,14 +34,103 @@ numpy has no bfloat16, so its bits are read as integers.
 """
 
 
+@contextmanager
+def name_denial(path: Path) -> Iterator[None]:
+    """Turn a ``PermissionError`` for a path into an error that says who may not read what.
+
+    Raises:
+        CheckpointError: this process may not read the path.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {read_failure(path, error)}: change the owner or the mode, or "
+            "run taskvec as another user."
+        ) from None
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path is a file; a file that may not be read counts as one.
+
+    Raises:
+        CheckpointError: this process may not look into a folder of the path.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder.
+
+    Raises:
+        CheckpointError: this process may not look into a folder of the path.
+    """
+    return stat.S_ISDIR(_mode(path))
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return the paths in a folder, sorted; none if it is missing or not a folder.
+
+    Raises:
+        CheckpointError: this process may not read the folder.
+    """
+    if not is_folder(folder):
+        return []
+    with name_denial(folder):
+        return sorted(folder.iterdir())
+
+
+def _mode(path: Path) -> int:
+    """Return the mode of a path, 0 if it is missing; ``Path.is_file`` hides denials or not."""
+    with name_denial(path):
+        try:
+            return path.stat().st_mode
+        except PermissionError:
+            raise
+        except (OSError, ValueError):
+            return 0
+
+
+def require_file(file: Path) -> None:
+    """Check that a file exists and can be opened; libraries do not say why they cannot open one.
+
+    Raises:
+        CheckpointError: it is missing, or this process may not read it.
+    """
+    if not is_file(file):
+        raise CheckpointError(f"{file} is missing: copy or download the checkpoint again.")
+    with name_denial(file), file.open("rb"):
+        pass
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, or is not a JSON object.
+        CheckpointError: the file is missing, may not be read, or is not a JSON object.
     """
+    value = _read_json_value(file)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must contain a JSON object: copy or download it again.")
+    return value
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """Return the list in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, may not be read, or is not a JSON list.
+    """
+    value = _read_json_value(file)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{file} must contain a JSON list: copy or download it again.")
+    return value
+
+
+def _read_json_value(file: Path) -> Any:
     try:
-        value = json.loads(file.read_bytes())
+        with name_denial(file):
+            return json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is missing: copy or download the checkpoint again."
@@ -45,19 +139,16 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} cannot be read as JSON ({error}): copy or download it again."
         ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must contain a JSON object: copy or download it again.")
-    return value
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor in a safetensors file, read from its header.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or a tensor has an unsupported dtype.
+        CheckpointError: the file is missing or damaged, may not be read, or a tensor has an
+            unsupported dtype.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: copy or download the checkpoint again.")
+    require_file(file)
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -85,8 +176,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index_file = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if single.is_file() or not index_file.is_file():
-        if not single.is_file() and (folder / "pytorch_model.bin").is_file():
+    if is_file(single) or not is_file(index_file):
+        if not is_file(single) and is_file(folder / "pytorch_model.bin"):
             raise CheckpointError(
                 f"{folder} has only pickled weights, which are never loaded: convert them to "
                 "model.safetensors."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.checkpoint.files import is_folder, list_folder, name_denial
 from taskvec.errors import CheckpointError
+from taskvec.home import home_folder
 
 DEFAULT_MODEL = "taskvec-mini"
 """Name of the checkpoint in the package."""
@@ -15,6 +18,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DOWNLOADED_FILES = (
     "config.json",
     "config_sentence_transformers.json",
+    "modules.json",
+    "*/config.json",
+    "sentence_*_config.json",
+    "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "model*.safetensors",
@@ -35,8 +42,9 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         revision: hub branch, tag or commit; ignored for folders.
 
     Raises:
-        CheckpointError: the model was not found, the hub cannot be reached, or the checkpoint is
-            invalid.
+        CheckpointError: the model was not found or may not be read, the hub cannot be reached, or
+            the checkpoint is invalid.
+        StartError: the hub's cache has no place; see ``taskvec.home``.
     """
     if model == DEFAULT_MODEL:
         return read_checkpoint(Path(__file__).parents[1] / "default_model", DEFAULT_MODEL)
@@ -55,13 +63,14 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 def _folder(model: str) -> Path | None:
     try:
         folder = Path(model).expanduser()
-        return folder if model and folder.is_dir() else None
-    except (OSError, RuntimeError):  # unknown ~user, or a name too long for the file system
+    except RuntimeError:  # unknown ~user
         return None
+    return folder if model and is_folder(folder) else None
 
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, only for downloads
+    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         HfHubHTTPError,
         HFValidationError,
@@ -70,9 +79,15 @@ def _download(model: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    cache = _hub_cache()
     try:
         return Path(
-            snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED_FILES))
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=list(_DOWNLOADED_FILES),
+            )
         )
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} cannot be a hub id: {error}") from None
@@ -83,8 +98,40 @@ def _download(model: str, revision: str | None) -> Path:
             f"The hub has no model {model}, or it needs a token: check the name and set HF_TOKEN."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        _check_cache(error, Path(cache or HF_HUB_CACHE), model)
         raise CheckpointError(
             f"{model} is not in the local hub cache and could not be downloaded "
             f"({type(error).__name__}): check the network and HF_HUB_OFFLINE, or pass a folder "
             "that contains a copy."
+        ) from None
+
+
+def _hub_cache() -> Path | None:
+    """Return the hub's cache if the user has no home directory; None for the hub's own choice."""
+    if any(map(os.environ.get, ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"))):
+        return None
+    try:
+        Path.home()
+    except RuntimeError:
+        return home_folder() / ".cache" / "huggingface" / "hub"
+    return None
+
+
+def _check_cache(error: Exception, cache: Path, model: str) -> None:
+    """Find out whether the hub's cache is why a model was neither found nor stored.
+
+    Raises:
+        CheckpointError: this process may not read the model there, or cannot write.
+    """
+    folder = cache / f"models--{model.replace('/', '--')}"
+    for part in (folder, folder / "refs", folder / "snapshots", folder / "blobs"):
+        list_folder(part)
+    if isinstance(error, OSError) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        with name_denial(path):
+            if isinstance(error, PermissionError):
+                raise error
+        raise CheckpointError(
+            f"{model} cannot be stored in the hub's cache: {path}: {error.strerror}: set HF_HOME "
+            "to a writable folder with free space."
         ) from None

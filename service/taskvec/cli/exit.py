@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from taskvec.errors import StartError, TaskvecError
+from taskvec.home import set_home
+from taskvec.permissions import read_failure
 from taskvec.settings import environment_variable
 
 EXIT_USAGE, EXIT_START_FAILED = 2, 3
@@ -51,6 +55,7 @@ def name_missing_extra() -> Iterator[None]:
 def exit_on_error() -> Iterator[None]:
     """Exit with one sentence instead of a traceback, for errors that a user can fix."""
     try:
+        set_home()
         yield
     except StartError as error:
         exit_with(str(error), EXIT_START_FAILED)
@@ -64,6 +69,11 @@ def exit_on_error() -> Iterator[None]:
         )
     except TaskvecError as error:
         exit_with(error.message, EXIT_USAGE)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        path = Path(os.fsdecode(error.filename))
+        exit_with(f"{path} cannot be used: {read_failure(path, error)}.", EXIT_START_FAILED)
     except ValidationError as error:
         exit_with("; ".join(map(_setting_error, error.errors())), EXIT_USAGE)
 

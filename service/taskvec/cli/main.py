@@ -115,6 +115,7 @@ def _settings_signature() -> inspect.Signature:
             f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
             help=f"{field.description} Default: {'not set' if shown in (None, '', {}) else shown}.",
             show_default=False,
+            readable=False,  # typer would not say who may not read a file
             envvar=environment_variable(name),
         )
         annotation = Annotated[Optional[kind], option]  # type: ignore[valid-type] # noqa: UP045

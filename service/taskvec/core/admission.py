@@ -83,6 +83,10 @@ class Admission:
         self._answered = 0.0
         self._busy = 0.0
         self._measured_at = 0.0
+        self._interval = 0
+        self._awaited = 0
+        self._interval_tokens = 0
+        self._interval_seconds = 0.0
         self._open = dict.fromkeys(Priority, True)
         self._tokens = dict.fromkeys(Priority, 0)
         self._requests = dict.fromkeys(Priority, 0)
@@ -158,6 +162,7 @@ class Admission:
             self._measured_at = self._clock()
         self._tokens[priority] += tokens
         self._requests[priority] += 1
+        interval = self._join_interval()
         finished = False
         share = self._shares[priority].hold(current_client.get(), tokens, beyond=bool(full))
         try:
@@ -165,7 +170,7 @@ class Admission:
                 yield
             finished = True
         finally:
-            self._measure(tokens if finished else 0)
+            self._measure(tokens if finished else 0, interval)
             self._tokens[priority] -= tokens
             self._requests[priority] -= 1
             if self._has_room(priority):
@@ -198,14 +203,39 @@ class Admission:
             retry_after=self._seconds_until_room(tokens, held),
         )
 
-    def _measure(self, answered: int) -> None:
+    def _join_interval(self) -> int:
+        """Return the number of the interval of measurement that a new request belongs to."""
+        if self._awaited:
+            return self._interval + 1
+        self._awaited = 1
+        return self._interval
+
+    def _measure(self, answered: int, interval: int) -> None:
+        """Measure the rate when a request ends.
+
+        An interval of measurement ends with the last of the requests that were unfinished at its
+        start. Shorter ones would see the time that a large request takes, with the tokens of the
+        small ones that are answered meanwhile.
+
+        Args:
+            answered: tokens of the request; 0 if it failed.
+            interval: what ``_join_interval`` returned for it.
+        """
         now = self._clock()
         elapsed, self._measured_at = now - self._measured_at, now
-        if self.tokens < BUSY_SECONDS * self.rate:
+        if self.tokens >= BUSY_SECONDS * self.rate:
+            self._interval_tokens += answered
+            self._interval_seconds += elapsed
+        if interval <= self._interval:
+            self._awaited -= 1
+        if self._awaited:
             return
-        decay = math.exp(-elapsed / RATE_WINDOW)
-        self._answered = self._answered * decay + answered
-        self._busy = self._busy * decay + elapsed
+        decay = math.exp(-self._interval_seconds / RATE_WINDOW)
+        self._answered = self._answered * decay + self._interval_tokens
+        self._busy = self._busy * decay + self._interval_seconds
+        self._interval_tokens, self._interval_seconds = 0, 0.0
+        self._interval += 1
+        self._awaited = sum(self._requests.values()) - 1
 
     def _seconds_until_room(self, tokens: int, held: int) -> float:
         if not self.rate:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from taskvec.cache.embeddings import EmbeddingCache
@@ -18,7 +19,7 @@ from taskvec.core.job import Embeddings, EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineResult, TokenBatch, TokenIds
-from taskvec.errors import DeadlineExceededError
+from taskvec.errors import DeadlineExceededError, TaskvecError
 
 CHARACTERS_PER_TOKEN = 4
 """Estimate for the class of a request that is not tokenised yet."""
@@ -110,11 +111,13 @@ class AsyncEmbedder:
         context.stages.start("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         context.stages.end()
-        if context.memory is not None and context.memory.bytes:
+        if context.input_bytes and context.memory is not None:
             more = sum(map(_bytes_beyond_estimate, jobs, ids))
             context.memory.resize(context.memory.bytes + more)
         if self._cache is None:
             rows = [result.vectors for result in await self._run(ids, jobs, context)]
+            for vectors in rows:
+                _require_finite(vectors, range(len(vectors)))
         else:
             rows = await self._embed_missing(self._cache, ids, jobs, context)
         return [
@@ -144,6 +147,7 @@ class AsyncEmbedder:
                 context,
             )
             for i, result in zip(incomplete, results, strict=True):
+                _require_finite(result.vectors, lookups[i].missing)
                 lookups[i].vectors[lookups[i].missing] = result.vectors
                 cache.store(lookups[i])
         return [lookup.vectors for lookup in lookups]
@@ -193,6 +197,37 @@ class AsyncEmbedder:
             truncate=job.truncate,
             priority=self._admission.priority_of(tokens, job.priority),
         )
+
+
+MAX_NAMED_TEXTS = 100
+"""Most texts that a log line lists."""
+
+log = structlog.get_logger(__name__)
+
+
+def _require_finite(vectors: NDArray[np.float32], texts: Sequence[int]) -> None:
+    """Refuse vectors that are not finite, and name the first text that has one.
+
+    A checkpoint may have a damaged row that only some texts use.
+
+    Args:
+        vectors: float32 [n, hidden size].
+        texts: the place of each in the request.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(np.vecdot(vectors, vectors))
+    if finite.all():
+        return
+    wrong = [texts[i] for i in np.flatnonzero(~finite).tolist()]
+    where = f"input[{wrong[0]}]"
+    log.error("vectors_not_finite", texts=wrong[:MAX_NAMED_TEXTS], of=len(wrong))
+    more = f", nor of {len(wrong) - 1} others" if len(wrong) > 1 else ""
+    raise TaskvecError(
+        f"The model gives no usable vector of {where}{more}: it has values that are not finite. "
+        "Leave the text out, and tell the operator, whose checkpoint may be damaged.",
+        code="vector_not_finite",
+        param=where,
+    )
 
 
 def _deadline_exceeded() -> DeadlineExceededError:

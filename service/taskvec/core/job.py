@@ -56,11 +56,13 @@ class JobContext:
         charge: called once with the number of tokens to embed, after admission and before the
             engine; None if there is no token limit.
         memory: what the request holds of the process's memory budget; None if it is not counted.
+        input_bytes: what it holds for texts and token ids; 0 if they are too few to be counted.
     """
 
     stages: Stages = field(default_factory=Stages)
     charge: Charge | None = None
     memory: MemoryHold | None = None
+    input_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

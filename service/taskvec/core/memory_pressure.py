@@ -11,7 +11,8 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -20,6 +21,8 @@ from taskvec.core.memory_budget import MemoryBudget
 from taskvec.errors import OverloadedError, QueueFullError
 from taskvec.malloc import trim_malloc
 from taskvec.memory_limits import MemoryLimits, MemoryUse
+
+T = TypeVar("T")
 
 INTERVAL = 0.1
 """Seconds between two readings."""
@@ -110,6 +113,8 @@ class MemoryPressure:
         self._own_level = self._engine_level = PressureLevel.NONE
         self._trimmed_at = -TRIM_INTERVAL
         self._embedding_since: float | None = None
+        # A thread of its own: in those of the event loop, readings wait for large requests.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="memory-pressure")
 
     @property
     def unready(self) -> bool:
@@ -125,16 +130,20 @@ class MemoryPressure:
             await self.read()
             await asyncio.sleep(INTERVAL)
 
+    def close(self) -> None:
+        """End its thread; call it after ``watch`` was cancelled."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
     async def read(self) -> None:
         """Read the memory once, and set the level."""
-        use = await run_in_thread(self._limits.tightest)
+        use = await self._in_thread(self._limits.tightest)
         level = _level_at(use, self._own_level)
         due = self._clock() - self._trimmed_at >= TRIM_INTERVAL
         if level and (level > self._own_level or due):
             if due:
                 self._trimmed_at = self._clock()
-                await run_in_thread(self._trim)
-            use = await run_in_thread(self._limits.tightest)
+                await self._in_thread(self._trim)
+            use = await self._in_thread(self._limits.tightest)
             level = _level_at(use, self._own_level)
         self._own_level = level
         engine = self._engine()
@@ -179,6 +188,9 @@ class MemoryPressure:
             raise OverloadedError(
                 "The server's memory is used up: try again later.", retry_after=RETRY_SECONDS
             )
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await run_in_thread(function, executor=self._executor)
 
     def _report(self, level: PressureLevel, use: MemoryUse | None) -> None:
         write = log.info if level < self.level else log.warning

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,17 +56,21 @@ class OutputFormat:
         types: number types; one answer may carry several.
         normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
         encoding: encoding in the response body.
+        dimensions_field: the client's name for ``dimensions``, for errors.
+        bytes: size of one text's vectors, of all types together.
     """
 
     dimensions: int
     types: tuple[OutputType, ...] = (OutputType.FLOAT,)
     normalized: bool = True
     encoding: Encoding = Encoding.NUMBERS
+    dimensions_field: str = "dimensions"
+    bytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def bytes(self) -> int:
-        """Size of one text's vectors, of all types together."""
-        return sum(kind.bytes_for(self.dimensions) for kind in self.types)
+    def __post_init__(self) -> None:
+        """Compute the size, which is needed several times."""
+        size = sum(kind.bytes_for(self.dimensions) for kind in self.types)
+        object.__setattr__(self, "bytes", size)
 
     def check(self, hidden_size: int) -> None:
         """Refuse dimensions that the model or an output type cannot give.
@@ -73,20 +78,20 @@ class OutputFormat:
         Raises:
             InvalidRequestError: states the bounds.
         """
-        dimensions = self.dimensions
+        dimensions, field = self.dimensions, self.dimensions_field
         if not 1 <= dimensions <= hidden_size:
             raise InvalidRequestError(
-                f"dimensions must be between 1 and {hidden_size}, got {dimensions}.",
+                f"{field} must be between 1 and {hidden_size}, got {dimensions}.",
                 code="invalid_dimensions",
-                param="dimensions",
+                param=field,
             )
         packed = next((kind for kind in self.types if kind.packed), None)
         if packed is not None and dimensions % 8:
             raise InvalidRequestError(
-                f"{packed.value} vectors pack 8 dimensions into a byte: dimensions must be a "
+                f"{packed.value} vectors pack 8 dimensions into a byte: {field} must be a "
                 f"multiple of 8, got {dimensions}.",
                 code="invalid_dimensions",
-                param="dimensions",
+                param=field,
             )
 
     def apply(self, vectors: NDArray[np.float32]) -> dict[OutputType, NDArray[np.generic]]:
@@ -109,6 +114,18 @@ class OutputFormat:
         if self.normalized:
             kept = kept / np.maximum(norms, MIN_NORM)
         return {kind: quantise(kept, kind) for kind in self.types}
+
+
+@lru_cache(maxsize=256)
+def single_type_format(
+    dimensions: int,
+    kind: OutputType,
+    normalized: bool,
+    encoding: Encoding,
+    dimensions_field: str = "dimensions",
+) -> OutputFormat:
+    """Return a format of one type; most requests have the same, and making one takes longer."""
+    return OutputFormat(dimensions, (kind,), normalized, encoding, dimensions_field)
 
 
 def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.generic]:

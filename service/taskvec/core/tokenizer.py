@@ -143,6 +143,7 @@ class TextTokenizer:
         self.cut_points = CutPoints(self._tokenizer)
         self._hard_words = type(self._tokenizer.model).__name__ != "BPE"
         self._observer = observer
+        self._prompt_ids: dict[str, list[int]] = {}
         self._queue = TokenizerQueue(threads, max_waiting, self._report_queue)
 
     async def encode(
@@ -266,21 +267,31 @@ class TextTokenizer:
         for index, text in enumerate(texts):
             with _untokenizable(f"input[{index}]"):
                 encoding = self._tokenizer.encode(prompt + text, add_special_tokens=False)
-            ids.append(self.framed(encoding.ids, 0, index, truncate=truncate))
+            ids.append(self.framed(encoding.ids, 0, index, prompt, truncate=truncate))
         return ids
 
-    def framed(self, content: list[int], beyond: int, index: int, *, truncate: bool) -> TokenIds:
+    def framed(
+        self, content: list[int], beyond: int, index: int, prompt: str, *, truncate: bool
+    ) -> TokenIds:
         """Return the ids of a text between the special tokens.
 
         Args:
-            content: ids of the text.
+            content: ids of the prompt and the text.
             beyond: estimate of how many ids follow them.
             index: of the text in its request.
+            prompt: its ids alone are not embedded: every such text would get the same vector.
             truncate: see ``encode_now``.
 
         Raises:
-            InvalidRequestError: the text is too long, or has no tokens.
+            InvalidRequestError: the text is too long, or adds no token to the prompt.
         """
+        if not beyond and content == self._ids_of_prompt(prompt):
+            raise InvalidRequestError(
+                f"input[{index}] contains nothing that the tokenizer turns into a token: white "
+                "space and control characters alone cannot be embedded.",
+                code="empty_input",
+                param=f"input[{index}]",
+            )
         lost = len(content) + beyond - self.room
         if lost > 0:
             if not truncate:
@@ -292,14 +303,15 @@ class TextTokenizer:
                 )
             self._report_cut(lost)
             content = content[: self.room]
-        ids = [*self._head, *content, *self._tail]
-        if not ids:
-            raise InvalidRequestError(
-                f"input[{index}] contains nothing that the tokenizer turns into a token.",
-                code="empty_input",
-                param=f"input[{index}]",
-            )
-        return np.array(ids, dtype=np.int32)
+        return np.array([*self._head, *content, *self._tail], dtype=np.int32)
+
+    def _ids_of_prompt(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt without a text; a model has a handful of prompts."""
+        ids = self._prompt_ids.get(prompt)
+        if ids is None:
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            self._prompt_ids[prompt] = ids
+        return ids
 
 
 class Tokenization:
@@ -329,6 +341,8 @@ class Tokenization:
     def characters(self) -> int:
         """Maximum number of characters that are read: a long text is read up to its limit."""
         readable = max(1, self._readable)
+        if max(map(len, self._texts)) <= readable:  # five times as fast
+            return sum(map(len, self._texts))
         return sum(min(len(text), readable) for text in self._texts)
 
     @property
@@ -438,7 +452,7 @@ class Tokenization:
         self._offset = 0
 
     def _framed(self, content: list[int], beyond: int, index: int) -> TokenIds:
-        return self._tokenizer.framed(content, beyond, index, truncate=self._truncate)
+        return self._tokenizer.framed(content, beyond, index, self._prompt, truncate=self._truncate)
 
     def _too_wide(self, text: str, read: int) -> InvalidRequestError:
         return self._too_long(

@@ -21,8 +21,8 @@ TokenIds = NDArray[np.int32]
 """Token ids of one text: int32 [length]."""
 
 
-def _ignore() -> None:
-    """Do nothing: the default of ``TokenBatch.entered``."""
+def do_nothing() -> None:
+    """Do nothing: the default of callbacks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class TokenBatch:
     adapter: str | None
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
-    entered: Callable[[], None] = _ignore
+    entered: Callable[[], None] = do_nothing
 
     @property
     def tokens(self) -> int:

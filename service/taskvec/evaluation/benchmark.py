@@ -19,6 +19,7 @@ from rich.table import Table
 
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.errors import InvalidRequestError
+from taskvec.evaluation.data import embeddable
 from taskvec.evaluation.formats import Matrix, comparable_rows, formats_of
 from taskvec.evaluation.models import Model, sides_of
 
@@ -84,7 +85,7 @@ class MtebEncoder(AbsEncoder):
         **_: Any,
     ) -> Matrix:
         """Return rows [texts, dimensions] for one MTEB task; see ``comparable_rows``."""
-        texts = [text or " " for batch in inputs for text in batch["text"]]
+        texts = [embeddable(text) for batch in inputs for text in batch["text"]]
         query, passage = self._sides[self.adapter_for(task_metadata.type)]
         task = query if prompt_type is PromptType.query else passage
         return comparable_rows(self._model.embed(texts, task, lambda _: None), self._format)

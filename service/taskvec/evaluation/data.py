@@ -14,6 +14,9 @@ CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels/test.tsv"
 TRAIN, TEST = "train.jsonl", "test.jsonl"
 HEADER = "query-id\tcorpus-id\tscore"
 
+NO_TEXT = "."
+"""What is embedded instead of a text that has nothing to embed: public data contain such texts."""
+
 KNOWN_LAYOUTS = (
     f"Known are folders with {CORPUS}, {QUERIES} and {QRELS} (retrieval), folders with {TRAIN} and "
     f"{TEST} of text and label (classification, clustering), and files of JSON lines with text_a, "
@@ -221,9 +224,16 @@ def _retrieval(folder: Path, name: str) -> RetrievalData:
     )
 
 
+def embeddable(text: str) -> str:
+    """Return the text, or ``NO_TEXT`` if it has only white space and control characters."""
+    shown = any(character.isprintable() and not character.isspace() for character in text)
+    return text if shown else NO_TEXT
+
+
 def _document(record: Record) -> str:
     """Return title and text, joined as BEIR does; public corpora have documents with neither."""
-    return f"{record.optional_text('title')} {record.optional_text('text')}".strip() or " "
+    joined = f"{record.optional_text('title')} {record.optional_text('text')}"
+    return embeddable(joined.strip())
 
 
 def _by_id(file: Path, read: Callable[[Record], str]) -> dict[str, str]:

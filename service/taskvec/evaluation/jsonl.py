@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import orjson
 
 from taskvec.errors import InvalidRequestError
+from taskvec.permissions import read_failure
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -33,7 +34,8 @@ def read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
                     raise InvalidRequestError(f"{location} is an empty line: remove it.")
                 yield location, content
     except OSError as error:
-        raise InvalidRequestError(f"{file} cannot be read: {error.strerror}.") from None
+        reason = read_failure(file, error)
+        raise InvalidRequestError(f"{file} cannot be read: {reason}.") from None
     if location == str(file):
         raise InvalidRequestError(f"{file} is empty.")
 

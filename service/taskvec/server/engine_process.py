@@ -25,6 +25,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import file_versions
 from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import SWITCH_INTERVAL, keep_running
+from taskvec.engines.base import do_nothing
 from taskvec.engines.process.launcher import EngineLauncher
 from taskvec.engines.process.server import (
     EngineServer,
@@ -107,7 +108,7 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         observer, on_look = metrics, metrics.update_queue_age
     else:
         events = EventBuffer()
-        observer, on_look = as_observer(events), _nothing
+        observer, on_look = as_observer(events), do_nothing
     launcher = socket.socket(fileno=options.launcher)
     try:
         checkpoint = open_checkpoint(settings.model, settings.revision)
@@ -163,10 +164,6 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
     server.flush_events()
     await server.close()
     return 0
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 def _metrics() -> EngineMetrics:

@@ -7,7 +7,6 @@ import os
 import ssl
 import time
 from collections.abc import Callable
-from functools import partial
 from socket import socket
 from typing import Any, Protocol, cast
 
@@ -21,9 +20,6 @@ MAX_CONNECTING = 64
 """Maximum number of connections that are accepted and not yet set up. Connections that are evicted
 for them give their files back only then, so that many files must be free beyond the limit."""
 
-TLS_SHUTDOWN_SECONDS = 1.0
-"""Time that a client has to answer the end of a TLS connection."""
-
 RETRY_SECONDS = 1.0
 """Pause in accepting after the process ran out of file descriptors."""
 
@@ -32,6 +28,10 @@ ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 class HandshakeObserver(Protocol):
     """A protocol that knows of its connection from before the TLS handshake."""
+
+    @property
+    def answer_seconds(self) -> float:
+        """Time in which a client must read a response; a closed connection ends within it."""
 
     def handshake_started(self, transport: asyncio.Transport) -> None:
         """The connection was accepted.
@@ -42,6 +42,12 @@ class HandshakeObserver(Protocol):
 
     def handshake_ended(self) -> None:
         """The handshake succeeded, after ``connection_made``, or failed, without it."""
+
+    def pause_writing(self) -> None:
+        """The buffer of the transport without TLS is full."""
+
+    def resume_writing(self) -> None:
+        """The buffer of the transport without TLS is empty enough."""
 
 
 class BatchAcceptLoop(uvloop.Loop):
@@ -64,12 +70,14 @@ class BatchAcceptLoop(uvloop.Loop):
         **options: Any,
     ) -> asyncio.AbstractServer:
         """Listen, as ``asyncio.loop.create_server`` does; starts serving at once."""
-        factory = protocol_factory
-        if ssl is not None:
-            observers = cast("Callable[[], HandshakeObserver]", protocol_factory)
-            factory = partial(_TlsHandshake, self, ssl, observers)
-        server = await super().create_server(factory, *address, **options)
-        return _BatchAcceptServer(self, server, factory)
+        if options.get("sock") is not None:  # uvloop would hide an error of this until later
+            options["sock"].listen(options["backlog"])
+        if ssl is None:
+            server = await super().create_server(protocol_factory, *address, **options)
+            return BatchAcceptServer(self, server, protocol_factory)
+        tls = _TlsFactory(self, ssl, cast("Callable[[], HandshakeObserver]", protocol_factory))
+        server = await super().create_server(tls, *address, **options)
+        return BatchAcceptServer(self, server, tls)
 
 
 class _TlsHandshake(asyncio.Protocol):
@@ -84,14 +92,7 @@ class _TlsHandshake(asyncio.Protocol):
         self._protocol = factory()
         self._done: asyncio.Future[None] = loop.create_future()
         # asyncio's start_tls needs a turn of the loop, in which data arrives that it never sees.
-        self._tls = SSLProtocol(
-            loop,
-            self._protocol,
-            context,
-            self._done,
-            server_side=True,
-            ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
-        )
+        self._tls = _TlsProtocol(loop, self._protocol, context, self._done)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._protocol.handshake_started(cast("asyncio.Transport", transport))
@@ -105,7 +106,62 @@ class _TlsHandshake(asyncio.Protocol):
         self._protocol.handshake_ended()
 
 
-class _BatchAcceptServer(asyncio.AbstractServer):
+class _TlsFactory:
+    """Makes the protocols of accepted connections; each uses the context that is set then."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        context: ssl.SSLContext,
+        factory: Callable[[], HandshakeObserver],
+    ) -> None:
+        self.context = context
+        self._loop = loop
+        self._factory = factory
+
+    def __call__(self) -> _TlsHandshake:
+        return _TlsHandshake(self._loop, self.context, self._factory)
+
+
+class _TlsProtocol(SSLProtocol):  # type: ignore[misc] # untyped
+    """uvloop's TLS protocol, which also pauses its application when the socket's buffer is full.
+
+    uvloop encrypts a response at once and passes all of it to the transport of the socket. Its own
+    flow control counts what is not encrypted yet: that alone would never pause the application.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol: HandshakeObserver,
+        context: ssl.SSLContext,
+        done: asyncio.Future[None],
+    ) -> None:
+        # The timeout of a shutdown includes the time in which the client reads its last response.
+        seconds = protocol.answer_seconds
+        super().__init__(
+            loop, protocol, context, done, server_side=True, ssl_shutdown_timeout=seconds
+        )
+        self._protocol = protocol
+        self._paused = False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        del self._protocol  # which refers to this one: a cycle
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._paused = True
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        super().resume_writing()  # writes what was encrypted meanwhile, and may be paused again
+        if not self._paused:
+            self._protocol.resume_writing()
+
+
+class BatchAcceptServer(asyncio.AbstractServer):
     """uvloop's server, plus a reader callback on each of its sockets."""
 
     def __init__(
@@ -124,6 +180,14 @@ class _BatchAcceptServer(asyncio.AbstractServer):
         self._called_at: dict[socket, float | None] = dict.fromkeys(duplicates)
         for listening in duplicates:
             self._add_reader(listening)
+
+    def replace_tls(self, context: ssl.SSLContext) -> None:
+        """Use another context for the handshakes of connections that are accepted from now on.
+
+        No effect on a server without TLS.
+        """
+        if isinstance(self._factory, _TlsFactory):
+            self._factory.context = context
 
     def close(self) -> None:
         for listening in self._called_at:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from taskvec.api.context import context_if_any
 from taskvec.api.errors import error_response
+from taskvec.api.middleware import without_trailing_slash
 from taskvec.concurrency import is_shortage
 from taskvec.core.memory_budget import MemoryHold
 from taskvec.errors import (
@@ -53,6 +54,11 @@ between them is still accepted."""
 
 MAX_UNCOUNTED_BYTES = 16_384
 """What a client has not read of a response counts against the memory budget beyond this."""
+
+TRANSFER_CODING = b"transfer-encoding"
+
+TLS_CLOSE_SECONDS = 1.0
+"""Time that a client has to answer the end of a TLS connection, once everything was sent."""
 
 ALLOWED_METHODS = "GET, HEAD, POST"
 """Methods of all routes together."""
@@ -187,6 +193,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = slots.limits
         self._header_timer = Timer(self.loop, self._limits.header_seconds, self._header_timeout)
         self._answer_timer = Timer(self.loop, self._limits.answer_seconds, self._abort)
+        self._close_timer = Timer(self.loop, TLS_CLOSE_SECONDS, self._abort)
         self._reading_headers = False
         self._reading_request = False
         self._header_bytes = 0
@@ -198,6 +205,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._refused = False
         self._running: RequestResponseCycle | None = None
         self._unread: MemoryHold | None = None
+        self._socket_transport: asyncio.Transport | None = None
+
+    @property
+    def answer_seconds(self) -> float:
+        """Time in which a client must read a response."""
+        return self._limits.answer_seconds
 
     def handshake_started(self, transport: asyncio.Transport) -> None:
         """Take a slot before the TLS handshake, evicting another connection if needed.
@@ -205,7 +218,7 @@ class HttpProtocol(HttpToolsProtocol):
         Args:
             transport: the connection without TLS.
         """
-        self.transport = transport
+        self.transport = self._socket_transport = transport
         self._take_slot()
         self._slots.mark_handshake(self)
 
@@ -218,8 +231,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Take a slot, evicting an idle connection if needed; without one, answer probes only."""
         if self not in self.connections:
             self._take_slot()
-        transport.set_write_buffer_limits(high=MAX_UNCOUNTED_BYTES)
         super().connection_made(transport)
+        # Over TLS, the transport above encrypts and passes on whatever is written.
+        self._socket_transport = self._socket_transport or transport
+        self._socket_transport.set_write_buffer_limits(high=MAX_UNCOUNTED_BYTES, low=0)
         self._slots.mark_idle(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -230,12 +245,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._slots.mark_busy(self)
         self._header_timer.stop()
         self._answer_timer.stop()
+        self._close_timer.stop()
         self._release_unread()
 
     @property
     def flushed(self) -> bool:
         """Whether the response before was sent to its end."""
-        return self.transport is None or not self.transport.get_write_buffer_size()
+        return not self._unsent_bytes()
 
     def close(self) -> None:
         """Close an idle connection and free its slot at once."""
@@ -246,9 +262,9 @@ class HttpProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Shut down; a connection whose first request is still arriving gets a moment longer."""
         if self.cycle is None:
-            self.loop.call_later(FIRST_REQUEST_SECONDS, super().shutdown)
+            self.loop.call_later(FIRST_REQUEST_SECONDS, self._shutdown)
         else:
-            super().shutdown()
+            self._shutdown()
 
     def data_received(self, data: bytes) -> None:
         """Parse data; refuse malformed HTTP, and what is beyond its limit. Then parse no more."""
@@ -296,6 +312,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.get_method() == b"CONNECT":
             self._stop_parsing(connect_method())
         self._check_host()
+        self._check_transfer_coding()
         if self._offers_upgrade():
             return
         self._reading_headers = False
@@ -331,7 +348,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Mark the connection as idle, or wait for the client to read its last response."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self._answer_timer.start()
+            self._time_close()
         elif self.cycle.response_complete:
             self._slots.mark_idle(self)
             if self._reading_request:  # the next headers, or the rest of a refused body
@@ -344,18 +361,33 @@ class HttpProtocol(HttpToolsProtocol):
         self._answer_timer.start()
         context = context_if_any(self._running.scope) if self._running is not None else None
         if self._unread is None and context is not None and context.memory is not None:
-            self._unread = context.memory.unread(self.transport.get_write_buffer_size())
+            self._unread = context.memory.unread(self._unsent_bytes())
 
     def resume_writing(self) -> None:
-        """Stop the timeout: the client has read most of the response."""
+        """Stop the timeout: everything was sent."""
         super().resume_writing()
         self._release_unread()
-        if not self.transport.is_closing():
-            self._answer_timer.stop()
+        self._answer_timer.stop()
+        if self.transport.is_closing():
+            self._time_close()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that was idle too long, with whatever it has not read."""
         self._abort()
+
+    def _shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._time_close()
+
+    def _time_close(self) -> None:
+        """Limit the time for a client to read what is left, or else to answer the end of TLS."""
+        (self._close_timer if self.flushed else self._answer_timer).start()
+
+    def _unsent_bytes(self) -> int:
+        """Return the size of what was written and the kernel has not taken yet."""
+        transports = {self.transport, self._socket_transport}
+        return sum(each.get_write_buffer_size() for each in transports if each is not None)
 
     def _release_unread(self) -> None:
         if self._unread is not None:
@@ -382,6 +414,12 @@ class HttpProtocol(HttpToolsProtocol):
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._stop_parsing(wrong_hosts(hosts))
 
+    def _check_transfer_coding(self) -> None:
+        """Refuse a body that is compressed in transfer: the parser only undoes ``chunked``."""
+        codings = [value.strip().lower() for name, value in self.headers if name == TRANSFER_CODING]
+        if any(coding != b"chunked" for coding in codings):
+            self._stop_parsing(unknown_transfer_coding())
+
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the request again without its offer of another protocol.
 
@@ -398,7 +436,7 @@ class HttpProtocol(HttpToolsProtocol):
         full = len(self.connections) > self._limits.connections
         if not full:
             self.app = self.config.loaded_app
-        if not full or scope["path"] in PROBE_PATHS:
+        if not full or without_trailing_slash(scope["path"]) in PROBE_PATHS:
             await self.config.loaded_app(scope, receive, send)
         else:
             response = closing_response(too_many_connections(self._limits.connections))
@@ -440,7 +478,7 @@ class HttpProtocol(HttpToolsProtocol):
         if invalid is not None:
             self._disconnect(invalid)  # what the application still sends is not to be written
         self.transport.close()
-        self._answer_timer.start()
+        self._time_close()
 
     @staticmethod
     def _disconnect(cycle: RequestResponseCycle) -> None:
@@ -509,6 +547,14 @@ def wrong_hosts(hosts: int) -> TaskvecError:
         f"The request has {f'{hosts} Host headers' if hosts else 'no Host header'}: HTTP/1.1 needs "
         "exactly one.",
         code="invalid_http",
+    )
+
+
+def unknown_transfer_coding() -> TaskvecError:
+    """Return the error of a transfer coding other than chunked."""
+    return InvalidRequestError(
+        "The only Transfer-Encoding that this server reads is chunked: send the body uncompressed.",
+        code="unsupported_transfer_encoding",
     )
 
 

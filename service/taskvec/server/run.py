@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ssl
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from socket import socket
+from typing import Any, NamedTuple
 
 import uvicorn
 
@@ -16,18 +17,16 @@ from taskvec.checkpoint.open import open_checkpoint
 from taskvec.concurrency import SWITCH_INTERVAL
 from taskvec.engines.process.client import ProcessEngine
 from taskvec.engines.process.launcher import EngineLauncher
-from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.open_files import divide_open_files
+from taskvec.server.certificate import check_certificate
 from taskvec.server.engine_process import engine_launcher
+from taskvec.server.listen import bind, trusted_proxies
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
-from taskvec.server.shutdown import GracefulServer
-from taskvec.service import build_service, task_table
+from taskvec.server.shutdown import GracefulServer, on_hangup
+from taskvec.service import build_service, key_source, task_table
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import RequestLog
-
-KEEP_ALIVE_SECONDS = 75
-"""Longer than the idle timeout of common load balancers."""
 
 
 def serve(settings: Settings, request_log: RequestLog) -> None:
@@ -44,27 +43,35 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
         StartError: the service cannot start, or its engine process has ended for good.
     """
     tune_malloc(SERVING)
-    if settings.in_process or settings.engine is not EngineKind.PACKED:
-        _run(settings, request_log)
-        return
-    checkpoint = open_checkpoint(settings.model, settings.revision)
-    files = file_versions(checkpoint)
-    launcher = engine_launcher(settings, checkpoint)
-    launcher.launch()  # it loads while this process imports
-    try:
-        _run(settings, request_log, checkpoint, launcher, files)
-    finally:
-        launcher.kill()
+    with on_hangup(None), bound_sockets(settings) as sockets:
+        if settings.in_process or settings.engine is not EngineKind.PACKED:
+            _run(settings, request_log, sockets)
+            return
+        checkpoint = open_checkpoint(settings.model, settings.revision)
+        files = file_versions(checkpoint)
+        launcher = engine_launcher(settings, checkpoint)
+        launcher.launch()  # it loads while this process imports
+        try:
+            _run(settings, request_log, sockets, _Launched(checkpoint, launcher, files))
+        finally:
+            launcher.kill()
+
+
+class _Launched(NamedTuple):
+    """An engine process and what it reads; ``files`` are the versions of the checkpoint's files."""
+
+    checkpoint: Checkpoint
+    launcher: EngineLauncher
+    files: Mapping[str, Sequence[int]]
 
 
 def _run(
     settings: Settings,
     request_log: RequestLog,
-    checkpoint: Checkpoint | None = None,
-    launcher: EngineLauncher | None = None,
-    files: Mapping[str, Sequence[int]] | None = None,
+    sockets: list[socket],
+    launched: _Launched | None = None,
 ) -> None:
-    """Run the gateway; with a launcher, the engine is in the process that it owns."""
+    """Run the gateway; the engine is in this process, or in the one that was launched."""
     # Imports prometheus_client, which workers must not import before they share a folder.
     from taskvec.api.app import create_app  # noqa: PLC0415
     from taskvec.metrics.registry import Metrics  # noqa: PLC0415
@@ -75,9 +82,10 @@ def _run(
         failures.append(error)
         server.should_exit = True
 
-    if checkpoint is None or launcher is None:
+    if launched is None:
         service = build_service(settings, request_log=request_log)
     else:
+        checkpoint, launcher, files = launched
         metrics = Metrics(task_table(checkpoint).names)
         engine = ProcessEngine(
             checkpoint.card,
@@ -100,29 +108,35 @@ def _run(
     server = GracefulServer(
         uvicorn.Config(app, host=settings.host, port=settings.port, **server_options(settings))
     )
-    server.run()
+    server.run(sockets)
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def bound_sockets(settings: Settings) -> Iterator[list[socket]]:
+    """Check the keys and the certificate and bind the address, before a model is loaded.
+
+    The sockets listen once there is an application behind them, and are closed on exit.
+
+    Raises:
+        StartError: a file cannot be used, or the address cannot be bound.
+    """
+    keys = key_source(settings)
+    if keys is not None:
+        keys.read()
+    if settings.tls_cert is not None:
+        check_certificate(settings.tls_cert, settings.tls_key)
+    with ExitStack() as stack:
+        yield [stack.enter_context(each) for each in bind(settings.host, settings.port)]
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
     """Return the options of every uvicorn configuration.
 
     Also raises the limit of open files and shortens the interpreter's switch interval.
-
-    Raises:
-        StartError: the certificate cannot be used.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
-    certificate, key = settings.tls_cert, settings.tls_key
-    if certificate is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
-        except (OSError, ValueError) as error:
-            raise StartError(
-                f"The certificate {certificate} with the key {key or certificate} cannot be used: "
-                f"{error}."
-            ) from None
     limits = ConnectionLimits(
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
@@ -132,14 +146,15 @@ def server_options(settings: Settings) -> dict[str, Any]:
         ).clients,
     )
     return {
-        "ssl_certfile": certificate,
-        "ssl_keyfile": key,
+        "ssl_certfile": settings.tls_cert,
+        "ssl_keyfile": settings.tls_key,
         "http": partial(HttpProtocol, ConnectionSlots(limits)),
         "loop": "taskvec.server.event_loop:BatchAcceptLoop",
         "ws": "none",
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "forwarded_allow_ips": trusted_proxies(settings.forwarded_allow_ips),
+        "timeout_keep_alive": settings.keep_alive_timeout,
         "timeout_graceful_shutdown": settings.drain_timeout,
     }

@@ -1,4 +1,4 @@
-"""Graceful shutdown: drain the service on a signal, then let uvicorn stop."""
+"""Signals: drain the service, then let uvicorn stop; read keys and certificate again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import asyncio
 import gc
 import math
 import signal
+import ssl
+import sys
+import threading
 import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from socket import socket
 from types import FrameType
+from typing import cast
 
 import structlog
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
+from taskvec.concurrency import keep_running
+from taskvec.server.certificate import WatchedCertificate
+from taskvec.server.event_loop import BatchAcceptServer
 from taskvec.service import STATE_KEY, Service
 
 POLL_INTERVAL = 0.02
@@ -22,6 +32,24 @@ STOP_AT_ONCE = signal.SIGUSR1
 """Signal of a main process to its gateways: answer what is not answered with 503, and end."""
 
 log = structlog.get_logger(__name__)
+
+
+@contextmanager
+def on_hangup(handler: Callable[[], None] | None) -> Iterator[None]:
+    """Handle SIGHUP, which a terminal sends when it is closed and whose default ends a process.
+
+    Args:
+        handler: runs in Python's signal handler; None ignores the signal, as do processes that are
+            launched meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, (lambda *_: handler()) if handler else signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before or signal.SIG_DFL)
 
 
 class GracefulServer(uvicorn.Server):
@@ -47,14 +75,39 @@ class GracefulServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received: set[int] = set()
         self._draining: asyncio.Task[None] | None = None
+        self._certificate: WatchedCertificate | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Start listening; from now on signals drain the service."""
         gc.freeze()  # imported modules live as long as the process: no collection need visit them
-        await super().startup(sockets)
+        if self.config.ssl_certfile:
+            self._certificate = WatchedCertificate(self.config, self._replace_tls)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process has bound the address and listened meanwhile
+            log.error("cannot_listen", reason=str(error))  # noqa: TRY400 - it says all
+            await self.lifespan.shutdown()
+            sys.exit(STARTUP_FAILURE)
         self._loop = loop = asyncio.get_running_loop()
         if self._supervised:
             signal.signal(STOP_AT_ONCE, lambda *_: loop.call_soon_threadsafe(self._stop_at_once))
+        if self._certificate is not None:
+            self._watching = self._loop.create_task(
+                keep_running("watch the certificate", self._certificate.watch)
+            )
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Stop, as uvicorn's server."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle signals; SIGHUP does not end the process, also before it listens."""
+        with super().capture_signals(), on_hangup(self._hang_up):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Schedule the handling of a signal; runs in Python's signal handler."""
@@ -62,6 +115,23 @@ class GracefulServer(uvicorn.Server):
             super().handle_exit(sig, frame)
         else:
             self._loop.call_soon_threadsafe(self._drain_or_stop, signal.Signals(sig))
+
+    def _hang_up(self) -> None:
+        """Schedule the reading of keys and certificate; runs in Python's signal handler."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._read_again)
+
+    def _read_again(self) -> None:
+        service: Service = self.lifespan.state[STATE_KEY]
+        log.info("reading_files_again", signal="SIGHUP")
+        if service.keys is not None:
+            service.keys.ask()
+        if self._certificate is not None:
+            self._certificate.ask()
+
+    def _replace_tls(self, context: ssl.SSLContext) -> None:
+        for server in self.servers:
+            cast("BatchAcceptServer", server).replace_tls(context)
 
     def _drain_or_stop(self, number: signal.Signals) -> None:
         if number in self._received and self._supervised:

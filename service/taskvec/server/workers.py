@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import parent_process as multiprocessing_parent
 from pathlib import Path
@@ -29,14 +29,14 @@ from taskvec.concurrency import BackgroundTaskError
 from taskvec.core.memory_budget import default_budget
 from taskvec.engines.base import EngineState
 from taskvec.engines.process.client import EngineSocket, ProcessEngine
-from taskvec.engines.process.launcher import EngineLauncher
+from taskvec.engines.process.launcher import EngineLauncher, describe_end
 from taskvec.errors import StartError
 from taskvec.malloc import SERVING, tune_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.server.engine_process import METRICS_FOLDER, ORPHAN_SECONDS, engine_launcher
-from taskvec.server.run import server_options
-from taskvec.server.shutdown import STOP_AT_ONCE, GracefulServer
-from taskvec.service import START_WAIT, Role, build_service, key_source
+from taskvec.server.run import bound_sockets, server_options
+from taskvec.server.shutdown import STOP_AT_ONCE, GracefulServer, on_hangup
+from taskvec.service import START_WAIT, Role, build_service
 from taskvec.settings import EngineKind, Settings
 from taskvec.telemetry.logs import configure_logs
 
@@ -62,6 +62,12 @@ ORPHANED = 1
 START_FAILED = 3
 """Exit code after which uvicorn does not restart a process."""
 
+MAX_FAILED_STARTS = 5
+"""Gateways in a row that end before they serve, after which the service ends."""
+
+RESTART_SECONDS = 0.5
+"""Pause before another gateway is started after a failed start; doubled for each further one."""
+
 POLL_INTERVAL = 0.05
 """Seconds between two checks of the engine, or of gateways that end."""
 
@@ -76,7 +82,15 @@ log = structlog.get_logger(__name__)
 
 
 class GatewayProcess(multiprocess.Process):
-    """A gateway process, which drains before it stops."""
+    """A gateway process, which drains before it stops.
+
+    Attributes:
+        has_served: it was seen to listen.
+        counted: this has been taken into account.
+        ended: its end has been logged.
+    """
+
+    has_served = counted = ended = False
 
     def target(self, sockets: list[socket] | None = None) -> None:
         """Run the gateway in its process."""
@@ -84,6 +98,23 @@ class GatewayProcess(multiprocess.Process):
         self._server = GracefulServer(self.config, supervised=True)
         end_with_parent()
         super().target(sockets)
+
+    def ping(self, timeout: float = 5) -> bool:
+        """Return whether the process answers in time; note whether it has served."""
+        started = self._healthcheck(timeout)
+        self.has_served |= started is True
+        return started is not None
+
+    def start(self) -> None:
+        """Start the process, in which SIGHUP is ignored until it has a handler of its own."""
+        with on_hangup(None):
+            super().start()
+
+    def read_again(self) -> None:
+        """Let the process read its keys and its certificate again."""
+        with suppress(ProcessLookupError):
+            if self.pid is not None and self.exitcode is None:
+                os.kill(self.pid, signal.SIGHUP)
 
 
 class Gateways(multiprocess.Multiprocess):
@@ -94,18 +125,21 @@ class Gateways(multiprocess.Multiprocess):
             none did.
     """
 
-    def __init__(self, settings: Settings, merge_metrics: Callable[[], None]) -> None:
-        """Bind the socket and install signal handlers; no process is started.
+    def __init__(
+        self, settings: Settings, sockets: list[socket], merge_metrics: Callable[[], None]
+    ) -> None:
+        """Install signal handlers; no process is started.
 
         Args:
             settings: those of the gateways.
+            sockets: bound sockets, which all gateways share.
             merge_metrics: called after processes have died.
-
-        Raises:
-            StartError: the address cannot be bound.
         """
         self._merge_metrics = merge_metrics
         self._start_failed = False
+        self._failed_starts = 0
+        self._restart_at = 0.0
+        self._last_end = ""
         self._received: set[int] = set()
         self.repeated_signal = 0
         # Every process reads its settings from the environment, as the first one did. Limits on
@@ -129,12 +163,6 @@ class Gateways(multiprocess.Multiprocess):
             timeout_worker_healthcheck=PING_TIMEOUT,
             **server_options(settings),
         )
-        try:
-            sockets: list[socket] = [config.bind_socket()]
-        except SystemExit:
-            raise StartError(
-                f"{settings.host}:{settings.port} cannot be bound: is another server using it?"
-            ) from None
         multiprocess.Process = GatewayProcess  # type: ignore[misc] # uvicorn has no other hook
         super().__init__(config, sockets)
 
@@ -148,27 +176,59 @@ class Gateways(multiprocess.Multiprocess):
         if self.stop_requested:
             return  # a terminal signals all processes: those that have drained are not replaced
         dead = [process for process in self.processes if not process.process.is_alive()]
-        for process in dead:
-            if process.exitcode == 0:  # it was signalled, and has drained
-                log.info("gateway_ended", process=process.pid)
-            else:
-                log.error("gateway_died", process=process.pid, exit_code=process.exitcode)
+        self._count_failed_starts(dead)
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            self.should_exit.set()
+        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+        if dead and not self._start_failed and time.monotonic() < self._restart_at:
+            return
         super().keep_subprocess_alive()
         if dead:
             self._merge_metrics()
-        self._start_failed |= any(process.exitcode == START_FAILED for process in dead)
+
+    def _count_failed_starts(self, dead: list[multiprocess.Process]) -> None:
+        """Count the gateways in a row that ended before they served, and log each end once."""
+        for process in cast("list[GatewayProcess]", self.processes):
+            if process.has_served and not process.counted:
+                process.counted = True
+                self._failed_starts = 0
+        for process in cast("list[GatewayProcess]", dead):
+            if process.ended:
+                continue
+            process.ended = True
+            if process.has_served and process.exitcode == 0:  # it was signalled, and has drained
+                log.info("gateway_ended", process=process.pid)
+                continue
+            reason = describe_end(process.exitcode or 0)
+            log.error(
+                "gateway_died", process=process.pid, exit_code=process.exitcode, reason=reason
+            )
+            if not process.has_served:
+                self._restart_at = time.monotonic() + RESTART_SECONDS * 2**self._failed_starts
+                self._failed_starts += 1
+                self._last_end = reason
 
     def check_end(self) -> None:
         """Raise an error if the gateways have not ended as they should.
 
         Raises:
-            StartError: one could not start, which has ended all of them.
+            StartError: they could not start, which has ended all of them.
             SystemExit: a signal arrived twice.
         """
         if self._start_failed:
             raise StartError("A gateway could not start: the reason is in the log above.")
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise StartError(
+                f"{self._failed_starts} gateways in a row have ended before they served, the last "
+                f"one because it was {self._last_end}: see its log, and the free memory."
+            )
         if self.repeated_signal:
             sys.exit(128 + self.repeated_signal)
+
+    def handle_hup(self) -> None:
+        """Let all gateways read their keys and their certificate again; uvicorn restarts them."""
+        for process in self.processes:
+            cast("GatewayProcess", process).read_again()
 
     def handle_int(self) -> None:
         """Note SIGINT, and drain."""
@@ -228,24 +288,29 @@ def serve_workers(settings: Settings) -> None:
         StartError: the model cannot be served, or the keys cannot be read.
     """
     tune_malloc(SERVING)
-    keys = key_source(settings)
-    if keys is not None:
-        keys.read()  # report unreadable keys before any gateway starts
-    with _exit_on_sigterm(), _shared_metrics_folder(settings.workers) as folder:
+    with (
+        on_hangup(None),
+        _exit_on_sigterm(),
+        bound_sockets(settings) as sockets,
+        _shared_metrics_folder(settings.workers) as folder,
+    ):
         from taskvec.metrics.registry import merge_dead_processes  # noqa: PLC0415 - as create_app
 
         merge = partial(merge_dead_processes, folder / SERIES)
         if settings.engine is EngineKind.REMOTE:
             build_service(settings, Role.GATEWAY)  # report what cannot be served, in this process
-            gateways = Gateways(settings, merge)
+            gateways = Gateways(settings, sockets, merge)
             gateways.run()
             gateways.check_end()
         else:
-            _serve_engine_and_gateways(settings, folder, merge)
+            _serve_engine_and_gateways(settings, sockets, folder, merge)
 
 
 def _serve_engine_and_gateways(
-    settings: Settings, folder: Path, merge_metrics: Callable[[], None]
+    settings: Settings,
+    sockets: list[socket],
+    folder: Path,
+    merge_metrics: Callable[[], None],
 ) -> None:
     """Run the engine and the gateways, each in a process of its own, and watch over them."""
     failures: list[BaseException] = []
@@ -281,7 +346,7 @@ def _serve_engine_and_gateways(
 
             launcher.on_restart(restarted)
             os.environ[ENGINE_SOCKET] = str(path)
-            gateways = Gateways(settings, merge_metrics)
+            gateways = Gateways(settings, sockets, merge_metrics)
             keeper = _EngineKeeper(engine, launcher, stop_all)
             keeper.start()
             try:

@@ -1,10 +1,10 @@
 """Measures for how long the interpreter lock is held in one go.
 
 While a thread holds the lock, no other thread runs Python: the event loop answers nobody. A monitor
-thread sleeps for a few milliseconds at a time. To return from its sleep it needs the lock, so what
-it is late by was a hold, unless the machine had no core for it: from the delay, the time that the
-thread waited for a core (schedstat) is subtracted, and it counts at most as much as the process's
-threads have computed meanwhile.
+thread sleeps for a few milliseconds at a time. To return from its sleep it needs the lock, so if it
+returns late, another thread held the lock for that time, or the machine had no free core. From the
+delay, the time that the thread waited for a core (schedstat) is subtracted; what is left counts at
+most as much as the process's threads have computed meanwhile.
 
 A hold is measured from the moment that the monitor wakes, so it may be longer than reported by an
 interval, and a single hold that is shorter than an interval may be missed; those that recur are

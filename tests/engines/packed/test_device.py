@@ -12,7 +12,12 @@ import torch
 
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState
-from taskvec.engines.packed.device import available_bytes, choose_device, choose_dtype
+from taskvec.engines.packed.device import (
+    available_bytes,
+    choose_device,
+    choose_dtype,
+    is_out_of_memory,
+)
 from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.errors import StartError
 
@@ -115,3 +120,18 @@ def test_the_kernel_cache_is_limited(capacity_set: str | None) -> None:
     grown, capacity = run.stdout.split()
     assert float(grown) < 130  # without a limit it is 270
     assert capacity == (capacity_set or "256")
+
+
+@pytest.mark.parametrize(
+    ("error", "shortage"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_errors_of_a_lack_of_memory(error: Exception, shortage: bool) -> None:
+    """Errors of allocations and of threads that cannot be started are shortages of memory."""
+    assert is_out_of_memory(error) is shortage

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from synthetic import ADAPTERS, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from synthetic import ADAPTERS
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch, TokenIds
 from taskvec.engines.packed import engine as engine_module
-from taskvec.engines.packed.engine import PackedEngine, PackedOptions
 from taskvec.engines.packed.gpu import GpuTransformer
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import TaskvecError, UnavailableError
+from tinyengines import FP32, check, load_reference, running, tiny_checkpoint
 
-DIFFERENCE = 1e-5
 FAILING_ID = 13
 """A forward pass with this token fails while it is waited for, as an error on a device does."""
 
@@ -57,17 +54,12 @@ class RecordedTransformer(GpuTransformer):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("gpu") / "checkpoint"
-    return read_checkpoint(write_checkpoint(folder, TINY_SMALL), "small")
+    return tiny_checkpoint(tmp_path_factory.mktemp("gpu") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Transformer:
-    loaded = load_transformer(
-        checkpoint, device=torch.device("cpu"), dtype=torch.float32, merge=False
-    )
-    assert isinstance(loaded, Transformer)
-    return loaded
+    return load_reference(checkpoint)
 
 
 @pytest.fixture
@@ -83,14 +75,6 @@ def recorded(
     assert transformer.unfinished == 0
 
 
-@asynccontextmanager
-async def running(checkpoint: Checkpoint, **options: Any) -> AsyncIterator[PackedEngine]:
-    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32", **options))
-    await engine.start()
-    yield engine
-    await engine.stop()
-
-
 def texts(count: int, seed: int) -> list[TokenIds]:
     random = np.random.default_rng(seed)
     return [
@@ -99,24 +83,18 @@ def texts(count: int, seed: int) -> list[TokenIds]:
     ]
 
 
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return result
-
-
 @pytest.mark.anyio
 async def test_two_forward_passes_are_started(
     checkpoint: Checkpoint, reference: Transformer, recorded: RecordedTransformer
 ) -> None:
     """One batch is started while another is computed, and every request gets its own vectors."""
     batches = [TokenBatch(texts(7, n), ADAPTERS[n % 4]) for n in range(80)]
-    async with running(checkpoint, max_batch_tokens=512) as engine:
+    async with running(checkpoint, replace(FP32, max_batch_tokens=512)) as engine:
         results = await asyncio.gather(*map(engine.embed, batches))
         assert engine.finished == 560
     assert recorded.most_unfinished == 2
     for batch, result in zip(batches, results, strict=True):
-        truth = unit(reference.embed(batch.ids, [batch.adapter] * 7))
-        assert np.abs(unit(result.vectors) - truth).max() <= DIFFERENCE
+        check(reference, batch, result)
 
 
 @pytest.mark.anyio
@@ -126,7 +104,7 @@ async def test_a_failed_forward_pass_fails_its_own_requests(
     """A forward pass that fails on the device fails its requests; the others are answered."""
     batches = [TokenBatch(texts(5, n), ADAPTERS[0]) for n in range(60)]
     batches[30].ids[2][:] = FAILING_ID
-    async with running(checkpoint, max_batch_tokens=256) as engine:
+    async with running(checkpoint, replace(FP32, max_batch_tokens=256)) as engine:
         results = await asyncio.gather(*map(engine.embed, batches), return_exceptions=True)
     assert recorded.most_unfinished == 2
     failed = [i for i, result in enumerate(results) if isinstance(result, BaseException)]
@@ -141,11 +119,10 @@ async def test_out_of_memory_splits_the_batch(
 ) -> None:
     recorded.memory = 200
     batches = [TokenBatch(texts(6, n), ADAPTERS[n % 4]) for n in range(20)]
-    async with running(checkpoint, max_batch_tokens=1024) as engine:
+    async with running(checkpoint, replace(FP32, max_batch_tokens=1024)) as engine:
         results = await asyncio.gather(*map(engine.embed, batches))
     for batch, result in zip(batches, results, strict=True):
-        truth = unit(reference.embed(batch.ids, [batch.adapter] * 6))
-        assert np.abs(unit(result.vectors) - truth).max() <= DIFFERENCE
+        check(reference, batch, result)
 
 
 @pytest.mark.anyio
@@ -153,7 +130,7 @@ async def test_every_request_is_answered_when_the_thread_ends(
     checkpoint: Checkpoint, recorded: RecordedTransformer
 ) -> None:
     """Requests of started forward passes and waiting requests get an error."""
-    async with running(checkpoint, max_batch_tokens=256) as engine:
+    async with running(checkpoint, replace(FP32, max_batch_tokens=256)) as engine:
         recorded.dies = True
         batches = [TokenBatch(texts(5, n), ADAPTERS[0]) for n in range(40)]
         results = await asyncio.gather(*map(engine.embed, batches), return_exceptions=True)

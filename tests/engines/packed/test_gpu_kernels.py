@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full("the GPU kernels, run by Triton's interpreter")
+
 ROOT = Path(__file__).parents[3]
 TRITON = ROOT / ".cache" / "triton"
 

@@ -5,29 +5,25 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from conftest import DEFAULT_VOCABULARY
-from synthetic import ADAPTERS, TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from synthetic import ADAPTERS
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineResult, EngineState, TokenBatch, TokenIds
-from taskvec.engines.packed.engine import CPU_LANES, PackedEngine, PackedOptions
+from taskvec.engines.packed.engine import CPU_LANES, PackedOptions
 from taskvec.engines.packed.lanes import Lane, Lanes
 from taskvec.engines.packed.scheduler import FairQueue
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.engines.packed.weights import load_transformer
 from taskvec.errors import TaskvecError, UnavailableError
 from taskvec.priority import Priority
+from tinyengines import check, load_reference, random_ids, recording, tiny_checkpoint
 
-DIFFERENCE = 1e-5
 WHOLE_BATCH = PackedOptions(dtype="float32", max_batch_tokens=1 << 16)
 """One forward pass contains all texts of a request."""
 
@@ -96,9 +92,11 @@ def test_interactive_work_that_has_used_its_share_waits() -> None:
 
     def work(lane: Lane, steps: int, seconds: float) -> None:
         priority = lane.classes[0]
+        with lane.wake:
+            queue.push(object(), [64], priority)
         while not ended.is_set():
             with lane.wake:
-                queue.push(object(), [64], priority)
+                queue.push(object(), [64], priority)  # one more waits while this one is computed
                 while not ended.is_set() and not lanes.take(lane, 64):
                     lane.wake.wait()
             for _ in range(steps):
@@ -148,49 +146,14 @@ def test_the_first_of_two_lanes_without_memory_waits_for_the_other() -> None:
     assert not interactive.alone
 
 
-class Recorded:
-    """An observer that records finished batches and pauses."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[int, int]] = []
-        self.pauses: list[float] = []
-        self.budgets: list[int] = []
-
-    def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
-        pass
-
-    def batch_started(self, waited: Sequence[float]) -> None:
-        pass
-
-    def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
-        assert seconds > 0
-        assert budget > 0
-        self.batches.append((texts, tokens))
-
-    def forward_paused(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-
-    def memory_ran_out(self, budget: int) -> None:
-        self.budgets.append(budget)
-
-    def texts_dropped(self, reason: str, texts: int) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder: Path = tmp_path_factory.mktemp("lanes") / "checkpoint"
-    write_checkpoint(folder, replace(TINY_SMALL, vocabulary=DEFAULT_VOCABULARY))
-    return read_checkpoint(folder, "lanes")
+    return tiny_checkpoint(tmp_path_factory.mktemp("lanes") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Checkpoint) -> Transformer:
-    loaded = load_transformer(
-        checkpoint, device=torch.device("cpu"), dtype=torch.float32, merge=False
-    )
-    assert isinstance(loaded, Transformer)
-    return loaded
+    return load_reference(checkpoint)
 
 
 @pytest.mark.anyio
@@ -198,11 +161,11 @@ async def test_a_short_text_is_embedded_while_a_bulk_forward_pass_is_paused(
     checkpoint: Checkpoint, reference: Transformer
 ) -> None:
     """A short text does not wait for the forward pass of two thousand; both vectors are right."""
-    async with running(checkpoint) as (engine, recorded):
+    async with recording(checkpoint, WHOLE_BATCH) as (engine, recorded):
         bulk, entered = bulk_batch(2048)
         embedding = asyncio.create_task(engine.embed(bulk))
         await entered.wait()
-        short = TokenBatch([ids(12, 1)], "retrieval")
+        short = TokenBatch([random_ids(12, 1)], "retrieval")
         result = await engine.embed(short)
         assert not embedding.done()
         assert recorded.batches == [(1, 12)], "the bulk forward pass is not finished"
@@ -217,7 +180,7 @@ async def test_a_failure_beside_a_paused_forward_pass_loses_nothing(
     checkpoint: Checkpoint, reference: Transformer
 ) -> None:
     """An interactive forward pass that fails does not affect the bulk one that it paused."""
-    async with running(checkpoint) as (engine, recorded):
+    async with recording(checkpoint, WHOLE_BATCH) as (engine, recorded):
         bulk, entered = bulk_batch(2048)
         embedding = asyncio.create_task(engine.embed(bulk))
         await entered.wait()
@@ -254,19 +217,53 @@ async def test_memory_that_ran_out_beside_another_batch_is_tried_again_alone(
             computing -= 1
 
     monkeypatch.setattr(Transformer, "_forward", only_one)
-    async with running(checkpoint) as (engine, recorded):
+    async with recording(checkpoint, WHOLE_BATCH) as (engine, recorded):
         bulk, _ = bulk_batch(2048)
         embedding = asyncio.create_task(engine.embed(bulk))
         await bulk_computes.wait()
-        short = TokenBatch([ids(12, n) for n in range(24)], "retrieval")
+        short = TokenBatch([random_ids(12, n) for n in range(24)], "retrieval")
         result = await engine.embed(short)
         long_result = await embedding
     monkeypatch.undo()
     check(reference, short, result)
     check(reference, bulk, long_result)
     assert failures == 1
-    assert recorded.budgets == [], "no batch was split"
+    assert recorded.shrunk == [], "no batch was split"
     assert [texts for texts, _ in recorded.batches] == [2048, 24]
+
+
+@pytest.mark.anyio
+async def test_the_reported_budget_of_a_batch_is_the_one_that_it_was_taken_with(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is not reported with the budget that the other lane has reduced meanwhile."""
+    loop, bulk_computes = asyncio.get_running_loop(), asyncio.Event()
+    failed = threading.Event()
+    embed = Transformer.embed
+
+    def both_fail_once(
+        self: Transformer, texts: Sequence[TokenIds], adapters: Sequence[str | None]
+    ) -> NDArray[np.float32]:
+        if len(texts) == 2048:
+            loop.call_soon_threadsafe(bulk_computes.set)
+            assert failed.wait(20)
+            self._step()  # until the interactive lane waits for this one
+            raise MemoryError
+        if len(texts) == 24 and not failed.is_set():
+            failed.set()
+            raise MemoryError
+        return embed(self, texts, adapters)
+
+    monkeypatch.setattr(Transformer, "embed", both_fail_once)
+    async with recording(checkpoint, WHOLE_BATCH) as (engine, recorded):
+        bulk, _ = bulk_batch(2048)
+        embedding = asyncio.create_task(engine.embed(bulk))
+        await bulk_computes.wait()
+        await engine.embed(TokenBatch([random_ids(12, n) for n in range(24)], "retrieval"))
+        await embedding
+    assert recorded.shrunk == [2048 * 20 // 2]
+    reported = dict(zip((texts for texts, _ in recorded.batches), recorded.budgets, strict=True))
+    assert reported == {24: WHOLE_BATCH.max_batch_tokens, 1024: 2048 * 20 // 2}
 
 
 @pytest.mark.anyio
@@ -286,9 +283,9 @@ async def test_an_engine_with_a_dead_lane_is_dead(
 
     armed = False
     monkeypatch.setattr(Transformer, "embed", die)
-    async with running(checkpoint) as (engine, _):
+    async with recording(checkpoint, WHOLE_BATCH) as (engine, _):
         requests = [bulk_batch(256)[0] for _ in range(4)]
-        requests += [TokenBatch([ids(12, n)], "retrieval") for n in range(20)]
+        requests += [TokenBatch([random_ids(12, n)], "retrieval") for n in range(20)]
         armed = True
         tasks = [asyncio.create_task(engine.embed(batch)) for batch in requests]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
@@ -321,14 +318,14 @@ async def test_any_mixture_of_requests_is_answered(
         return embed(self, texts, adapters)
 
     monkeypatch.setattr(Transformer, "embed", unreliable)
-    async with running(checkpoint, replace(WHOLE_BATCH, max_batch_tokens=512)) as (engine, _):
+    async with recording(checkpoint, replace(WHOLE_BATCH, max_batch_tokens=512)) as (engine, _):
 
         async def one(number: int) -> tuple[TokenBatch, EngineResult] | None:
             await asyncio.sleep(rng.random() / 5)
             priority = rng.choice(list(Priority))
             lengths = [rng.randint(1, 90) for _ in range(rng.choice([1, 1, 3, 40]))]
             batch = TokenBatch(
-                [ids(length, 1000 * number + i) for i, length in enumerate(lengths)],
+                [random_ids(length, 1000 * number + i) for i, length in enumerate(lengths)],
                 ADAPTERS[number % 4],
                 priority=priority,
             )
@@ -350,41 +347,13 @@ async def test_any_mixture_of_requests_is_answered(
         check(reference, batch, result)
 
 
-@asynccontextmanager
-async def running(
-    checkpoint: Checkpoint, options: PackedOptions = WHOLE_BATCH
-) -> AsyncIterator[tuple[PackedEngine, Recorded]]:
-    recorded = Recorded()
-    engine = PackedEngine(checkpoint, options, recorded)
-    await engine.start()
-    try:
-        yield engine, recorded
-    finally:
-        await engine.stop()
-
-
 def bulk_batch(texts: int) -> tuple[TokenBatch, asyncio.Event]:
     """Return a bulk batch, and an event that is set when it enters a forward pass."""
     loop, entered = asyncio.get_running_loop(), asyncio.Event()
     batch = TokenBatch(
-        [ids(20, n) for n in range(texts)],
+        [random_ids(20, n) for n in range(texts)],
         "clustering",
         priority=Priority.BULK,
         entered=lambda: loop.call_soon_threadsafe(entered.set),
     )
     return batch, entered
-
-
-def check(reference: Transformer, batch: TokenBatch, result: EngineResult) -> None:
-    """Compare the vectors of a batch with those of each text in other company."""
-    truth = reference.embed(batch.ids, [batch.adapter] * len(batch.ids))
-    assert np.abs(unit(result.vectors) - unit(truth)).max() <= DIFFERENCE
-
-
-def ids(length: int, seed: int) -> TokenIds:
-    return np.random.default_rng(seed).integers(0, DEFAULT_VOCABULARY, length, dtype=np.int32)
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return result

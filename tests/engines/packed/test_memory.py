@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +13,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from synthetic import TINY_SMALL, write_checkpoint
-from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch, TokenIds
 from taskvec.engines.packed import scheduler
-from taskvec.engines.packed.engine import PackedEngine, PackedOptions
+from taskvec.engines.packed.engine import PackedEngine
 from taskvec.engines.packed.scheduler import TokenBudget
 from taskvec.engines.packed.transformer import Transformer
-from taskvec.errors import OverloadedError, StartError, TaskvecError, UnavailableError
+from taskvec.errors import OverloadedError, TaskvecError, UnavailableError
 from taskvec.priority import Priority
+from tinyengines import FP32, Recorder, random_ids, running, tiny_checkpoint
 
 FITS = 100
 """Maximum tokens of a forward that fits into the simulated memory."""
@@ -36,14 +34,13 @@ ERRORS = [
 ]
 
 
-class Scarce:
+class Scarce(Recorder):
     """An observer that records reports, and lets forwards of more than ``fits`` tokens fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch, error: Exception) -> None:
+        super().__init__()
         self.fits = 1 << 20
         self.forwards: list[int] = []
-        self.budgets: list[int] = []
-        self.dropped: list[tuple[str, int]] = []
         self.broken = False
         self.fails_in = ""
         embed = Transformer.embed
@@ -59,9 +56,6 @@ class Scarce:
 
         patch.setattr(Transformer, "embed", embed_or_fail)
 
-    def queue_changed(self, texts: int, tokens: int, oldest: float | None) -> None:
-        pass
-
     def batch_started(self, waited: Sequence[float]) -> None:  # noqa: ARG002
         if self.broken:
             raise ZeroDivisionError
@@ -74,26 +68,13 @@ class Scarce:
 
     def batch_finished(self, texts: int, tokens: int, seconds: float, budget: int) -> None:
         self.fail_once("batch_finished")
-        assert texts <= tokens <= self.fits
-        assert seconds > 0
-        assert budget > 0
-
-    def forward_paused(self, seconds: float) -> None:
-        assert seconds > 0
-
-    def memory_ran_out(self, budget: int) -> None:
-        self.budgets.append(budget)
-
-    def texts_dropped(self, reason: str, texts: int) -> None:
-        self.dropped.append((reason, texts))
+        super().batch_finished(texts, tokens, seconds, budget)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny checkpoint."""
-    folder: Path = tmp_path_factory.mktemp("scarce") / "checkpoint"
-    write_checkpoint(folder, TINY_SMALL)
-    return read_checkpoint(folder, "scarce")
+    return tiny_checkpoint(tmp_path_factory.mktemp("scarce") / "checkpoint")
 
 
 @pytest.mark.anyio
@@ -102,23 +83,23 @@ async def test_a_batch_that_does_not_fit_is_split(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """All texts get the right vectors, and later batches are small from the start."""
-    batch = TokenBatch([ids(20 + n, n) for n in range(24)], "clustering")
+    batch = TokenBatch([random_ids(20 + n, n) for n in range(24)], "clustering")
     async with running(checkpoint) as engine:
         truth = (await engine.embed(batch)).vectors
     scarce = Scarce(monkeypatch, error)
-    async with running(checkpoint, scarce) as engine:
+    async with running(checkpoint, observer=scarce) as engine:
         scarce.fits = FITS
         scarce.forwards.clear()
         result = await engine.embed(batch)
         assert np.abs(result.vectors - truth).max() <= 1e-5
         assert [tokens for tokens in scarce.forwards if tokens > FITS]
-        assert scarce.budgets[-1] <= FITS
+        assert scarce.shrunk[-1] <= FITS
         scarce.forwards.clear()
         again = await engine.embed(batch)
         assert np.abs(again.vectors - truth).max() <= 1e-5
         assert max(scarce.forwards) <= FITS
         assert engine.health().ready
-    assert scarce.dropped == []
+    assert scarce.dropped == {}
 
 
 @pytest.mark.anyio
@@ -127,12 +108,16 @@ async def test_only_a_text_that_does_not_fit_alone_fails(
 ) -> None:
     """The error names the text, and other requests of the same forward are answered."""
     scarce = Scarce(monkeypatch, ERRORS[0])
-    async with running(checkpoint, scarce) as engine:
+    async with running(checkpoint, observer=scarce) as engine:
         scarce.fits = FITS
         results = await asyncio.gather(
-            engine.embed(TokenBatch([ids(30, 1), ids(10, 2)], "retrieval")),
-            engine.embed(TokenBatch([ids(9, 3), ids(FITS + 1, 4), ids(8, 5)], "retrieval")),
-            engine.embed(TokenBatch([ids(50, 6)], "clustering")),
+            engine.embed(TokenBatch([random_ids(30, 1), random_ids(10, 2)], "retrieval")),
+            engine.embed(
+                TokenBatch(
+                    [random_ids(9, 3), random_ids(FITS + 1, 4), random_ids(8, 5)], "retrieval"
+                )
+            ),
+            engine.embed(TokenBatch([random_ids(50, 6)], "clustering")),
             return_exceptions=True,
         )
         assert engine.health().ready
@@ -150,8 +135,8 @@ async def test_a_text_for_which_memory_sufficed_before_can_be_sent_again(
 ) -> None:
     """Where others have taken the memory meanwhile, the text is not to blame: 503, not 500."""
     scarce = Scarce(monkeypatch, ERRORS[0])
-    async with running(checkpoint, scarce) as engine:
-        text = TokenBatch([ids(90, 1)], "retrieval")
+    async with running(checkpoint, observer=scarce) as engine:
+        text = TokenBatch([random_ids(90, 1)], "retrieval")
         await engine.embed(text)
         scarce.fits = 50
         with pytest.raises(OverloadedError) as caught:
@@ -170,9 +155,9 @@ async def test_memory_that_runs_out_beside_a_forward_pass_fails_its_requests_alo
     """Taking, starting or answering a batch may fail: its requests get 503, the engine lives."""
     scarce = Scarce(monkeypatch, ERRORS[0])
     loop, bulk_computes = asyncio.get_running_loop(), asyncio.Event()
-    async with running(checkpoint, scarce) as engine:
+    async with running(checkpoint, observer=scarce) as engine:
         bulk = TokenBatch(
-            [ids(20, n) for n in range(2000)],
+            [random_ids(20, n) for n in range(2000)],
             "clustering",
             priority=Priority.BULK,
             entered=lambda: loop.call_soon_threadsafe(bulk_computes.set),
@@ -182,7 +167,9 @@ async def test_memory_that_runs_out_beside_a_forward_pass_fails_its_requests_alo
         scarce.fails_in = where
         if where == "take":
             monkeypatch.setattr(scheduler, "heapq", ScarceHeap(scarce))
-        failing = TokenBatch([ids(9, 1)] * 3, None, entered=lambda: scarce.fail_once("entered"))
+        failing = TokenBatch(
+            [random_ids(9, 1)] * 3, None, entered=lambda: scarce.fail_once("entered")
+        )
         failures = await asyncio.wait_for(
             asyncio.gather(
                 *(engine.embed(failing) for _ in range(1 if where == "batch_finished" else 4)),
@@ -217,10 +204,10 @@ async def test_an_ended_thread_fails_all_requests(
 ) -> None:
     """An error outside the forward kills the engine: running, queued and new requests fail."""
     scarce = Scarce(monkeypatch, ERRORS[0])
-    async with running(checkpoint, scarce) as engine:
+    async with running(checkpoint, observer=scarce) as engine:
         scarce.broken = True
         tasks = [
-            asyncio.create_task(engine.embed(TokenBatch([ids(90, n)] * 200, "retrieval")))
+            asyncio.create_task(engine.embed(TokenBatch([random_ids(90, n)] * 200, "retrieval")))
             for n in range(5)
         ]
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
@@ -228,7 +215,7 @@ async def test_an_ended_thread_fails_all_requests(
         assert engine.health().state is EngineState.DEAD
         assert "ZeroDivisionError" in engine.health().reason
         with pytest.raises(UnavailableError):
-            await engine.embed(TokenBatch([ids(9, 1)], "retrieval"))
+            await engine.embed(TokenBatch([random_ids(9, 1)], "retrieval"))
 
 
 def test_a_budget_shrinks_and_grows_again() -> None:
@@ -257,33 +244,11 @@ def test_a_budget_shrinks_and_grows_again() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("name", ["packed-engine", "packed-bulk"])
-async def test_an_engine_without_threads_does_not_start(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Where a thread cannot be started, the start fails with a sentence, and a stop ends."""
-    start = threading.Thread.start
-
-    def start_or_fail(thread: threading.Thread) -> None:
-        if thread.name == name:
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
-    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"))
-    async with asyncio.timeout(30):
-        with pytest.raises(StartError, match="thread of the engine cannot be started"):
-            await engine.start()
-        assert not engine.health().ready
-        await engine.stop()
-
-
-@pytest.mark.anyio
 async def test_an_engine_stops_without_another_thread(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stop needs no thread: under a lack of them an engine must end as well."""
-    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"))
+    engine = PackedEngine(checkpoint, FP32)
     await engine.start()
     embedding = asyncio.create_task(engine.embed(TokenBatch([np.arange(9, dtype=np.int32)], None)))
     await asyncio.sleep(0)
@@ -296,21 +261,3 @@ async def test_an_engine_stops_without_another_thread(
         await engine.stop()
         await embedding
     assert engine.health().state is EngineState.DEAD
-
-
-@asynccontextmanager
-async def running(
-    checkpoint: Checkpoint, observer: Scarce | None = None
-) -> AsyncIterator[PackedEngine]:
-    """Run an engine."""
-    engine = PackedEngine(checkpoint, PackedOptions(dtype="float32"), observer)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
-
-
-def ids(length: int, seed: int) -> TokenIds:
-    """Return random ids."""
-    return np.random.default_rng(seed).integers(0, 500, length, dtype=np.int32)

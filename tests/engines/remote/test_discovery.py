@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trustme
 
 from engines.remote.peer import Peer, batch, listening, pool, samples, truth, until
 from taskvec.checkpoint.checkpoint import Checkpoint
@@ -186,21 +186,16 @@ async def test_a_unix_socket(default_checkpoint: Checkpoint, tmp_path: Path) -> 
         assert series == {("unix:engine.sock",): 1.0}
 
 
-def make_certificate(key: Path, certificate: Path) -> None:
-    """Create a self-signed certificate for this machine."""
-    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    words += " -subj /CN=engine -addext subjectAltName=IP:127.0.0.1"
-    words += f" -keyout {key} -out {certificate}"
-    subprocess.run(words.split(), check=True, capture_output=True)
-
-
 @pytest.mark.anyio
 async def test_https(default_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Only a server with a certificate of the given CA is used."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    make_certificate(key, certificate)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(certificate)
+    own = authority.issue_cert("127.0.0.1")
+    own.private_key_pem.write_to_path(key)
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(certificate, key)
+    own.configure_cert(tls)
     peer = Peer(default_checkpoint)
     async with listening(peer, tls=tls):
         async with pool(default_checkpoint, tmp_path, peer, ca=certificate) as (engine, _):

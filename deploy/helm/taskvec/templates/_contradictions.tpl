@@ -57,6 +57,10 @@
 {{- end -}}
 {{- end -}}
 
+{{- if and (has .Values.service.ipFamilyPolicy (list "PreferDualStack" "RequireDualStack")) (ne .Values.service.host "::") -}}
+{{- fail (printf "service.ipFamilyPolicy %s gives the Service IPv6 addresses, but the pods listen on service.host %s: set service.host to ::." .Values.service.ipFamilyPolicy .Values.service.host) -}}
+{{- end -}}
+
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
 {{- fail "ingress.enabled requires ingress.hosts." -}}
 {{- end -}}

@@ -109,7 +109,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* Settings of taskvec without secrets, as a YAML mapping. */}}
 {{- define "taskvec.settings" -}}
 {{- $settings := dict
-  "TASKVEC_HOST" "0.0.0.0"
+  "TASKVEC_HOST" .Values.service.host
   "TASKVEC_PORT" "8080"
   "TASKVEC_MODEL" .Values.model.name
   "TASKVEC_CACHE_DIR" "/cache/taskvec"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import torch
 
+from taskvec.cgroups import available_cores
+from taskvec.concurrency import is_shortage
 from taskvec.errors import StartError
 from taskvec.memory_limits import MemoryLimits
 
-CGROUP = Path("/sys/fs/cgroup")
 OUT_OF_MEMORY = (
     "can't allocate memory",
-    "can't start new thread",
     "could not create a primitive",
     "not enough memory",
     "ALLOC_FAILED",
@@ -60,9 +59,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def available_cores() -> int:
-    """Return the number of cores for this process: torch's count, limited by the cgroup's quota."""
-    return math.ceil(min(torch.get_num_threads(), _cgroup_cores()))
+def forward_threads() -> int:
+    """Return the threads of a forward pass: torch's count, at most the cores that are there."""
+    return min(torch.get_num_threads(), available_cores())
 
 
 def available_bytes(device: torch.device) -> int:
@@ -75,8 +74,10 @@ def available_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that the device or the process ran out of memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return (
+        is_shortage(error)
+        or isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY))
     )
 
 
@@ -102,11 +103,3 @@ def _machine_bytes() -> int:
         return 1 << 62
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_cores() -> float:
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if quota == "max" else int(quota) / int(period)

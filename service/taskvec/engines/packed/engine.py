@@ -122,7 +122,11 @@ class PackedEngine:
         """See ``Engine.start``."""
         loop = asyncio.get_running_loop()
         started: asyncio.Future[None] = loop.create_future()
-        self._start_thread("packed-engine", self._load_and_work, loop, started)
+        try:
+            self._start_thread("packed-engine", self._load_and_work, loop, started)
+        except StartError as error:
+            self._health = EngineHealth(EngineState.DEAD, str(error))
+            raise
         await started
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
@@ -165,6 +169,19 @@ class PackedEngine:
         if self._health.state is not EngineState.DEAD:
             self._health = EngineHealth(EngineState.DEAD, "stopped")
 
+    def stop_at_exit(self, seconds: float) -> None:
+        """Let the threads end after the batches that they compute, and wait for them for a while.
+
+        Unlike ``stop``, it needs no event loop and no thread pool: they end before the interpreter.
+        """
+        limit = time.monotonic() + seconds
+        with self._waiting.lock:
+            self._waiting.stopping = True
+            self._notify()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, limit - time.monotonic()))
+
     def _notify(self, priority: Priority | None = None) -> None:
         """Wake the worker of a class, or all workers; the caller holds the lock."""
         for worker in self._workers:
@@ -177,7 +194,7 @@ class PackedEngine:
             thread.start()
         except (RuntimeError, MemoryError) as error:
             raise StartError(
-                f"A thread of the engine cannot be started ({error}): raise the limits of "
+                f"A thread of the engine could not be started ({error}): raise the limits of "
                 "processes and memory."
             ) from None
         self._threads.append(thread)
@@ -191,9 +208,14 @@ class PackedEngine:
         try:
             transformer = self._load()
             self._make_workers(transformer)
-            first = self._start_others()
+            first, *others = self._workers
+            for worker in others:
+                self._start_thread("packed-bulk", self._work, worker, BULK_NICENESS)
         except BaseException as error:  # noqa: BLE001 - start() raises it
-            self._health = EngineHealth(EngineState.DEAD, str(error))
+            with self._waiting.lock:
+                self._health = EngineHealth(EngineState.DEAD, str(error))
+                self._waiting.stopping = True
+                self._notify()
             loop.call_soon_threadsafe(started.set_exception, error)
             return
         with self._waiting.lock:
@@ -201,13 +223,6 @@ class PackedEngine:
                 self._health = EngineHealth(EngineState.READY)
         loop.call_soon_threadsafe(started.set_result, None)
         self._work(first, niceness=0)
-
-    def _start_others(self) -> Worker:
-        """Start the threads of all workers but the first, and return that one."""
-        first, *others = self._workers
-        for worker in others:
-            self._start_thread("packed-bulk", self._work, worker, BULK_NICENESS)
-        return first
 
     def _make_workers(self, transformer: AnyTransformer) -> None:
         """Make one worker for each class on a CPU, and one for both on a GPU."""

@@ -255,7 +255,9 @@ class FairQueue(Generic[T]):
 
 
 class TokenBudget:
-    """Maximum tokens of a forward pass, reduced after out-of-memory errors; one thread uses it.
+    """Maximum tokens of a forward pass, reduced after out-of-memory errors.
+
+    The workers of all lanes share it: who calls ``grow`` or ``shrink`` holds the queue's lock.
 
     Attributes:
         max_tokens: budget while memory suffices.

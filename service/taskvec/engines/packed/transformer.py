@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.concurrency import lower_priority
-from taskvec.engines.base import TokenIds
+from taskvec.engines.base import TokenIds, do_nothing
 from taskvec.engines.packed.attention import GroupedAttention
 from taskvec.engines.packed.lora import LoraLinear
 from taskvec.engines.packed.packing import MAX_SHARDS, Block, Packing, pack, shard
@@ -64,10 +64,6 @@ def block_rows(backbone: Backbone) -> int:
     return min(2048, max(256, MAX_ACTIVATION_ELEMENTS // widest // 256 * 256))
 
 
-def _ignore() -> None:
-    """Do nothing between two steps."""
-
-
 class Transformer:
     """The backbone and its adapters, loaded in the main memory."""
 
@@ -82,7 +78,7 @@ class Transformer:
         final_norm: torch.Tensor,
         threads: int,
         *,
-        step: Callable[[], None] = _ignore,
+        step: Callable[[], None] = do_nothing,
         niceness: int = 0,
     ) -> None:
         """Combine loaded weights.

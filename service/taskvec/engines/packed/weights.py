@@ -13,7 +13,7 @@ from taskvec.checkpoint.adapters import Adapter
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.packed.device import (
-    available_cores,
+    forward_threads,
     is_out_of_memory,
     limit_kernel_cache,
 )
@@ -79,7 +79,7 @@ def load_transformer(
                 GpuTransformer(checkpoint.backbone, embedding, layers, final_norm),
                 checkpoint.card.adapters or [None],
             )
-        cores = threads or available_cores()
+        cores = threads or forward_threads()
         return Transformer(checkpoint.backbone, embedding, layers, final_norm, cores)
 
 

@@ -83,12 +83,14 @@ class Batch:
 
     Attributes:
         rows: its texts.
-        started: seconds for which its lane had computed at the start.
+        budget: maximum tokens that it could have.
+        lane_seconds: seconds for which its lane had computed at the start.
         wait: waits for the vectors, float32 [texts, hidden], and returns them.
     """
 
     rows: Sequence[Row]
-    started: float
+    budget: int
+    lane_seconds: float
     wait: Callable[[], NDArray[np.float32]]
 
 
@@ -182,7 +184,8 @@ class Worker:
     waiting: WaitingRequests
     transformer: AnyTransformer
     computing: set[Request] = field(default_factory=set)
-    _started: deque[Batch] = field(default_factory=deque)
+    _in_flight: deque[Batch] = field(default_factory=deque)
+    _budget: int = 0
     _taking: bool = False
     _taken_seconds: float = 0.0
     _finished_seconds: float = 0.0
@@ -202,16 +205,16 @@ class Worker:
 
     def _run_once(self) -> bool:
         """Start the next batch, or finish the oldest; return whether there was any."""
-        started = self._started
-        rows = self._next_batch(wait=not started)
+        in_flight = self._in_flight
+        rows = self._next_batch(wait=not in_flight)
         if rows:
             self._report_started(rows)
             self._start(rows)
-        elif not started:
+        elif not in_flight:
             return False
-        if started and (len(started) >= self.transformer.max_started or not rows):
-            self._finish(started.popleft())
-        self.computing = {request for batch in started for request, _ in batch.rows}
+        if in_flight and (len(in_flight) >= self.transformer.max_started or not rows):
+            self._finish(in_flight.popleft())
+        self.computing = {request for batch in in_flight for request, _ in batch.rows}
         if time.monotonic() - self._trimmed_at >= TRIM_INTERVAL_SECONDS:
             trim_malloc()
             self._trimmed_at = time.monotonic()
@@ -225,10 +228,10 @@ class Worker:
         """
         if self._taking:
             raise RuntimeError("memory ran out while it took requests from the queue")
-        for batch in self._started:
+        for batch in self._in_flight:
             with suppress(Exception):
                 batch.wait()
-        self._started.clear()
+        self._in_flight.clear()
         with self.waiting.lock:
             self.lanes.abandon(self.lane)
         log.warning("memory_ran_out_outside_a_forward_pass", requests=len(self.computing))
@@ -264,6 +267,7 @@ class Worker:
             if taken or not wait or self._is_done():
                 break
             self.lane.wake.wait()
+        self._budget = waiting.budget.tokens
         self._taken_seconds = self.lane.seconds
         self.computing = self.computing.union(request for request, _ in taken)
         waiting.queue.forget()
@@ -275,13 +279,13 @@ class Worker:
         return self.waiting.stopping and not any(map(self.waiting.queue.waits, self.lane.classes))
 
     def _report_started(self, rows: Sequence[Row]) -> None:
-        started = time.monotonic()
+        now = time.monotonic()
         waited = []
         for request, _ in rows:
             if request.started_at is None:
-                request.started_at = started
+                request.started_at = now
                 request.batch.entered()
-                waited.append(started - request.queued_at)
+                waited.append(now - request.queued_at)
         if self.waiting.observer is not None:
             self.waiting.observer.batch_started(waited)
 
@@ -291,7 +295,7 @@ class Worker:
         if batch is None:
             self._end_batch()
         else:
-            self._started.append(batch)
+            self._in_flight.append(batch)
 
     def _forward(self, rows: Sequence[Row]) -> None:
         """Embed texts in one forward pass, or in several smaller ones if memory runs out."""
@@ -305,13 +309,13 @@ class Worker:
         if not rows:
             return None
         ids = [request.batch.ids[i] for request, i in rows]
-        started = self.lane.seconds
+        lane_seconds = self.lane.seconds
         try:
             wait = self.transformer.start(ids, [request.batch.adapter for request, _ in rows])
         except Exception as error:  # noqa: BLE001 - reported to the callers
             self._handle_failure(rows, error)
             return None
-        return Batch(rows, started, wait)
+        return Batch(rows, self._budget, lane_seconds, wait)
 
     def _finish(self, batch: Batch) -> None:
         """Wait for the oldest forward pass, answer its requests, and let other lanes go on."""
@@ -337,11 +341,10 @@ class Worker:
             self.waiting.finished += len(rows)
         tokens = sum(len(request.batch.ids[i]) for request, i in rows)
         self.waiting.proven_tokens = max(self.waiting.proven_tokens, tokens)
-        seconds = self.lane.seconds - max(batch.started, self._finished_seconds)
+        seconds = self.lane.seconds - max(batch.lane_seconds, self._finished_seconds)
         self._finished_seconds = self.lane.seconds
         if self.waiting.observer is not None:
-            budget = self.waiting.budget.tokens
-            self.waiting.observer.batch_finished(len(rows), tokens, seconds, budget)
+            self.waiting.observer.batch_finished(len(rows), tokens, seconds, batch.budget)
         done = time.monotonic()
         first = 0
         for request, own in groupby(rows, key=itemgetter(0)):
@@ -368,8 +371,8 @@ class Worker:
 
     def _retry(self, rows: Sequence[Row], failure: Exception) -> None:
         """Compute texts again for which memory ran out: alone, and then in smaller batches."""
-        while self._started:  # they are being computed, and must not wait for this batch
-            self._finish(self._started.popleft())
+        while self._in_flight:  # they are being computed, and must not wait for this batch
+            self._finish(self._in_flight.popleft())
         release_memory(self.transformer.device)
         if self.lanes.wait_alone(self.lane):
             log.warning("memory_ran_out_beside_another_batch", texts=len(rows))
@@ -382,6 +385,7 @@ class Worker:
         with self.waiting.lock:
             budget = self.waiting.budget
             budget.shrink(tokens)
+            self._budget = budget.tokens
         log.warning(
             "memory_ran_out",
             texts=len(rows),

@@ -191,7 +191,7 @@ class EngineLauncher:
                 process.kill()
             await asyncio.sleep(POLL_INTERVAL)
         self._forget(process)
-        return _how(process.returncode)
+        return describe_end(process.returncode)
 
     def _forget(self, process: subprocess.Popen[bytes]) -> None:
         """Forget a process that has ended, and a connection to it that nobody has opened."""
@@ -207,7 +207,7 @@ def _why(error: OSError | MemoryError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or "no memory"
 
 
-def _how(code: int) -> str:
+def describe_end(code: int) -> str:
     """Say how a process ended, in words that follow "it was"."""
     if code >= 0:
         return f"ended with code {code}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import aiohttp
 
 from taskvec.concurrency import ResponsiveTimeout
-from taskvec.engines.base import CallOutcome
+from taskvec.engines.base import CallOutcome, do_nothing
 from taskvec.open_files import FILE_RETRY_SECONDS, out_of_files
 from taskvec.telemetry.tracing import current_span
 
@@ -26,10 +26,6 @@ _KEY_REQUIRED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 OPENS_CIRCUIT = frozenset({CallOutcome.UNREACHABLE, CallOutcome.TIMEOUT, CallOutcome.WRONG})
 """Outcomes that open the circuit of a server at once, until it passes its checks again."""
-
-
-def _nothing() -> None:
-    """Do nothing: the default of ``ServerClient.post``."""
 
 
 class ServerCallError(Exception):
@@ -106,7 +102,7 @@ class ServerClient:
         request: HttpRequest,
         max_bytes: int,
         timeout_seconds: float,
-        before: Callable[[], None] = _nothing,
+        before: Callable[[], None] = do_nothing,
     ) -> bytes:
         """Send a POST request.
 
@@ -138,7 +134,7 @@ class ServerClient:
         request: HttpRequest,
         max_bytes: int,
         timeout_seconds: float,
-        before: Callable[[], None] = _nothing,
+        before: Callable[[], None] = do_nothing,
     ) -> bytes:
         deadline = time.monotonic() + timeout_seconds
         try:

@@ -40,6 +40,7 @@ from taskvec.errors import (
     UnavailableError,
 )
 from taskvec.open_files import MAX_ENGINE_CONNECTIONS
+from taskvec.permissions import read_failure
 
 log = structlog.get_logger(__name__)
 
@@ -421,5 +422,7 @@ def _ssl_context(ca: Path | None) -> ssl.SSLContext | bool:
         return True
     try:
         return ssl.create_default_context(cafile=ca)
+    except PermissionError as error:
+        raise StartError(f"--engine-ca {ca} cannot be read: {read_failure(ca, error)}.") from None
     except (OSError, ssl.SSLError) as error:
         raise StartError(f"--engine-ca {ca} cannot be read as certificates ({error}).") from None

@@ -335,10 +335,9 @@ class PoolServer:
         except ServerCallError as error:
             outcome = error.outcome
             if outcome is CallOutcome.TIMEOUT and timeout_seconds < self._call_seconds:
-                outcome = (
-                    CallOutcome.ABANDONED
-                )  # the client's deadline passed; the server may be fine
-            elif outcome is not CallOutcome.ABANDONED:  # this call says nothing about the server
+                # The client's deadline passed; the server may be fine.
+                outcome = CallOutcome.ABANDONED
+            elif outcome is not CallOutcome.ABANDONED:  # which would say nothing about the server
                 self._record_failure(error)
             raise
         finally:

@@ -1,0 +1,46 @@
+"""Commands with fewer rights than the tests, which may run as root."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+
+UNKNOWN_USER = 54_321
+"""User id without an entry in /etc/passwd."""
+
+_DROP = """
+import ctypes, os, sys
+PR_CAPBSET_DROP = 24
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE = 1, 2, 10
+for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE):
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def unprivileged(*command: str) -> list[str]:
+    """Return a command that runs another one without root's rights to files and ports.
+
+    The user id stays the same, so that it can read the Python installation.
+    """
+    return [sys.executable, "-c", _DROP, *command] if os.geteuid() == 0 else list(command)
+
+
+def as_unknown_user(*command: str) -> list[str]:
+    """Return a command that runs another one with a user id that has no entry in /etc/passwd."""
+    user = ["--user", f"--map-user={UNKNOWN_USER}", f"--map-group={UNKNOWN_USER}"]
+    return ["unshare", *user, *unprivileged(*command)]
+
+
+@cache
+def has_user_namespaces() -> bool:
+    """Return whether this machine can run ``as_unknown_user``."""
+    if shutil.which("unshare") is None:
+        return False
+    return (
+        subprocess.run(as_unknown_user("/bin/true"), capture_output=True, check=False).returncode
+        == 0
+    )

@@ -18,6 +18,7 @@ from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.golden import (
     MIN_COSINE,
     GoldenVectors,
+    file_versions,
     fingerprint,
     golden_vectors,
 )
@@ -188,6 +189,31 @@ def test_no_temporary_files_remain(default_checkpoint: Checkpoint, tmp_path: Pat
     golden_vectors(default_checkpoint, tmp_path / "a" / "b")
     assert stored(tmp_path).name.startswith(fingerprint(default_checkpoint))
     assert "part" not in stored(tmp_path).name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "config_sentence_transformers.json",
+        "adapters/clustering/adapter_model.safetensors",
+        "adapters/clustering/adapter_config.json",
+    ],
+)
+def test_a_replaced_file_has_another_version(
+    default_checkpoint: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    """A file of the same size and date that has taken the place of another is seen, and named."""
+    folder = Path(shutil.copytree(default_checkpoint.folder, tmp_path / "checkpoint"))
+    before = file_versions(read_checkpoint(folder, "a name"))
+    assert file_versions(read_checkpoint(folder, "another name")) == before
+    copy = tmp_path / "copy"
+    shutil.copy2(folder / name, copy)
+    copy.replace(folder / name)
+    after = file_versions(read_checkpoint(folder, "a name"))
+    assert {file for file in before if before[file] != after[file]} == {name}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", str(WEIGHTS)])

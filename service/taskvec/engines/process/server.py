@@ -381,11 +381,10 @@ class _Connection(FrameProtocol):
         if kind == Kind.EMBED:
             try:
                 task = self._loop.create_task(self._embed(call, body))
+                task.add_done_callback(partial(self._ended, call))
+                self._calls[call] = task
             except MemoryError:
                 self.frame_lost(kind, call)
-            else:
-                self._calls[call] = task
-                task.add_done_callback(partial(self._ended, call))
         elif kind == Kind.CANCEL:
             if call in self._calls:
                 self._calls[call].cancel()
@@ -406,7 +405,7 @@ class _Connection(FrameProtocol):
 
     def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         """Forget a call; its task may have been cancelled before its first step."""
-        del self._calls[call]
+        self._calls.pop(call, None)
 
     async def _answer(self, call: int, body: Body) -> tuple[Any, ...]:
         """Return the frame that answers a call."""

@@ -59,6 +59,11 @@ def exit_on_error() -> Iterator[None]:
         yield
     except StartError as error:
         exit_with(str(error), EXIT_START_FAILED)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        path = Path(os.fsdecode(error.filename))
+        exit_with(f"{path} cannot be used: {read_failure(path, error)}.", EXIT_START_FAILED)
     except OSError as error:
         if error.errno not in SHORTAGES:
             raise
@@ -69,11 +74,6 @@ def exit_on_error() -> Iterator[None]:
         )
     except TaskvecError as error:
         exit_with(error.message, EXIT_USAGE)
-    except PermissionError as error:
-        if error.filename is None:
-            raise
-        path = Path(os.fsdecode(error.filename))
-        exit_with(f"{path} cannot be used: {read_failure(path, error)}.", EXIT_START_FAILED)
     except ValidationError as error:
         exit_with("; ".join(map(_setting_error, error.errors())), EXIT_USAGE)
 

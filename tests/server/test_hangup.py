@@ -14,6 +14,8 @@ from conftest import wait_until
 from keyfiles import entry
 from processes import EXACT, Served, embed, started, wait_for
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 SHAPES = {"in-process": ["--in-process"], "engine-process": [], "workers": ["--workers", "2"]}
 
 

@@ -19,6 +19,8 @@ from privileges import unprivileged
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 
+pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
+
 MODES = {
     "engine process": [],
     "in process": ["--in-process"],
@@ -50,7 +52,10 @@ def test_a_taken_port_is_found_first(mode: list[str], taken: int) -> None:
     """The message names host and port, and the model has not even been looked for."""
     done = serve("--model", "/no/such/model", "--port", str(taken), *mode)
     assert done.returncode == 3
-    assert said(done) == f"taskvec: 127.0.0.1:{taken} cannot be bound: is another server using it?"
+    assert (
+        said(done)
+        == f"taskvec: 127.0.0.1:{taken} cannot be bound, because it is in use: is another server running?"
+    )
 
 
 @pytest.mark.parametrize(

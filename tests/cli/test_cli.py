@@ -211,7 +211,7 @@ def test_a_busy_port_is_named() -> None:
     assert done.returncode == 3
     (line,) = done.stderr.decode().splitlines()
     assert str(port) in line
-    assert "address already in use" in line
+    assert "because it is in use" in line
 
 
 def test_embed_gives_json_lines(library: Embedder) -> None:

@@ -62,7 +62,7 @@ from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
-from taskvec.engines.base import CallOutcome, EngineState
+from taskvec.engines.base import CallOutcome, EngineState, do_nothing
 from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.engine import RemoteOptions
 from taskvec.engines.remote.pool_server import PoolServer, ServerState
@@ -170,7 +170,7 @@ def _drop(*_: Any) -> Any:
 
 def _no_pressure() -> Any:
     """Return what stands for the watch of the memory: the schedules do not run out of it."""
-    return SimpleNamespace(watch=asyncio.Event().wait)
+    return SimpleNamespace(watch=asyncio.Event().wait, close=do_nothing)
 
 
 @dataclass(eq=False)

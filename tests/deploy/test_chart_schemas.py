@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from charts import CASES, CHART, TOOLS, case, helm
-from programs import node_environment
+from programs import node
 
 pytestmark = pytest.mark.full("the Helm chart, rendered by Helm and checked against schemas")
 
@@ -93,19 +93,16 @@ def _fits_types(manifests: list[dict[str, object]], folder: Path) -> str:
     compiler = modules / "typescript" / "bin" / "tsc"
     options = ["--module", "nodenext", "--target", "es2022", "--strict", "--skipLibCheck"]
     compiled = subprocess.run(
-        ["node", compiler, *options, "manifests.mts"],  # noqa: S607 - node of the environment
+        [node(), compiler, *options, "manifests.mts"],
         cwd=folder,
-        env=node_environment(),
         capture_output=True,
         text=True,
         check=False,
     )
     if compiled.returncode:
         return compiled.stdout
-    run = ["node", "--preserve-symlinks", "manifests.mjs"]
-    return subprocess.run(
-        run, cwd=folder, env=node_environment(), capture_output=True, text=True, check=False
-    ).stderr
+    run = [node(), "--preserve-symlinks", "manifests.mjs"]
+    return subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False).stderr
 
 
 def test_checkov_finds_what_is_meant_to_be(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-START = "from taskvec import Embedder\ne = Embedder('taskvec-mini')\nprint(e.embed(['x']).shape)\n"
+START = (
+    "from taskvec import Embedder\ne = Embedder('taskvec-mini')\n"
+    "print(e.embed(['x']).shape, flush=True)\n"
+)
 PROGRAMS = {
     "script": ("", 0),
     "exception": ("raise SystemExit(5)", 5),

@@ -14,7 +14,6 @@ be compared by their dot product (see ``taskvec.evaluation.formats``).
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, v_measure_score
 
-from taskvec.cgroups import available_cores
 from taskvec.core.output_format import MIN_NORM
 from taskvec.evaluation.data import LabelledTexts, RetrievalData
 from taskvec.evaluation.formats import Matrix
@@ -44,10 +42,6 @@ PROBE_C = 4.0
 """Inverse regularisation strength of the logistic regression. Of 1, 4, 16, 64 and 256 it is the
 best or near the best for 200 and 2,000 texts, 32 to 256 dimensions, float and binary. Lower values
 underfit few texts; higher values overfit many dimensions, which then score below few."""
-
-
-LOKY_CORES = "LOKY_MAX_CPU_COUNT"
-"""Environment variable with the number of cores that scikit-learn uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +195,6 @@ def classification_score(
 
     Rows are scaled to length 1, so that the regularisation is the same for every output type.
     """
-    _state_cores()
     probe = LogisticRegression(C=PROBE_C, max_iter=1000)
     with warnings.catch_warnings():
         # An unfinished optimisation is close enough, and deterministic.
@@ -229,7 +222,6 @@ def clustering_score(rows: Matrix, labelled: LabelledTexts, seed: int) -> Score:
         labelled: the texts' labels; k is the number of distinct labels.
         seed: of the first start; each further start adds 1.
     """
-    _state_cores()
     clusters = len(set(labelled.labels))
     values = []
     for start in range(seed, seed + KMEANS_RUNS):
@@ -239,8 +231,3 @@ def clustering_score(rows: Matrix, labelled: LabelledTexts, seed: int) -> Score:
         values.append(v_measure_score(labelled.labels, found))
     error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
     return Score({"v_measure": float(np.mean(values))}, error)
-
-
-def _state_cores() -> None:
-    """State the number of cores, unless it is set: scikit-learn warns where it finds no lscpu."""
-    os.environ.setdefault(LOKY_CORES, str(available_cores()))

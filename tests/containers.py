@@ -24,7 +24,7 @@ from processes import children
 PROGRAMS = ("buildah", "debootstrap", "mount", "nsenter", "setpriv", "unshare")
 NAMESPACES = ("--mount", "--pid", "--net")
 
-SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
+SUITE = "bookworm"
 PACKAGES = "ca-certificates,python3-pip,python3-venv"
 AS_IN_DOCKERS_PYTHON = """
 ln -s python3 /usr/bin/python
@@ -157,7 +157,7 @@ class Builder:
     def _debootstrap(self) -> None:
         root = self._folder / "debian"
         options = ("--variant=minbase", f"--include={PACKAGES}")
-        _output(_captured("debootstrap", *options, SUITE, root, MIRROR))
+        _output(_captured("debootstrap", *options, SUITE, root))
         _output(_captured("chroot", root, "sh", "-ec", AS_IN_DOCKERS_PYTHON))
         container = self._run("from", "scratch")
         self._run("copy", "--quiet", container, str(root), "/")

@@ -22,7 +22,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -109,8 +109,11 @@ class Report:
 def run_schedule(seed: int) -> Report:
     """Run the schedule of a seed."""
     report = Report(seed)
-    with _simulated(seed) as (loop, threads):
+    with _simulated(seed) as (loop, threads), ExitStack() as patches:
         simulation = Simulation(loop, threads, report)
+        patches.enter_context(
+            patch.object(taskvec.engines.remote.engine, "PoolServer", simulation.watched_server())
+        )
         try:
             loop.run_until_complete(simulation.run())
         except StuckError as error:
@@ -157,8 +160,10 @@ def _simulated(seed: int) -> Iterator[tuple[SimulatedLoop, Threads]]:
         try:
             yield loop, threads
         finally:
-            for task in asyncio.all_tasks(loop):
+            for task in asyncio.all_tasks(loop):  # of a schedule that was stuck
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
+                with suppress(BaseException):  # a `finally` that waits cannot
+                    task.get_coro().close()  # type: ignore[union-attr]
             threads.end_all()
             loop.close()
             structlog.reset_defaults()
@@ -308,33 +313,35 @@ class Simulation:
 
     # The course.
 
-    async def run(self) -> None:
-        """Run everything, and check what must hold."""
-        watched = self.watched
+    def watched_server(self) -> type[PoolServer]:
+        """Return the class of the pool's servers."""
 
         class Watched(WatchedServer):
             def __init__(inner, url: str, *arguments: Any, **options: Any) -> None:  # noqa: N805
                 inner.simulation = self
                 inner.server = self.network.servers[url.removeprefix("http://").partition(":")[0]]
-                watched[url] = inner
+                self.watched[url] = inner
                 super().__init__(url, *arguments, **options)
 
-        with patch.object(taskvec.engines.remote.engine, "PoolServer", Watched):
-            async with self.service.running(lambda error: self.fail(f"no start: {error!r}")):
-                await self._until("the engine is ready", lambda: self.engine.health().ready)
-                clients = [asyncio.create_task(client) for client in self._clients()]
-                faults = asyncio.create_task(self._break_things())
-                if self.random.random() < 0.3:
-                    await asyncio.sleep(self.random.uniform(0.0, LOAD_SECONDS))
-                    faults.cancel()
-                else:
-                    await self._calm(clients, faults)
-                self._ask_at_last()
-                await self._stop()
-                for client in clients:
-                    client.cancel()
-                await asyncio.gather(*clients, faults, return_exceptions=True)
-                began = self.loop.time()
+        return Watched
+
+    async def run(self) -> None:
+        """Run everything, and check what must hold."""
+        async with self.service.running(lambda error: self.fail(f"no start: {error!r}")):
+            await self._until("the engine is ready", lambda: self.engine.health().ready)
+            clients = [asyncio.create_task(client) for client in self._clients()]
+            faults = asyncio.create_task(self._break_things())
+            if self.random.random() < 0.3:
+                await asyncio.sleep(self.random.uniform(0.0, LOAD_SECONDS))
+                faults.cancel()
+            else:
+                await self._calm(clients, faults)
+            self._ask_at_last()
+            await self._stop()
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, faults, return_exceptions=True)
+            began = self.loop.time()
         if self.loop.time() - began > 30:
             self.fail(f"the end took {self.loop.time() - began:.1f} s")
         for name, count in {**self._counts(), "open connections": self.network.open}.items():

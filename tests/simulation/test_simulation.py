@@ -5,12 +5,14 @@ A seed that fails is run again by ``python -m simulation --seed N``, with its co
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 
+import taskvec.engines.remote.engine
 from conftest import repository
 from simulation.mutations import MUTATIONS, Mutation
 from simulation.schedule import run_schedule
@@ -62,8 +64,11 @@ def test_a_seed_gives_the_same_course_in_another_process() -> None:
 )
 def test_a_fault_in_the_code_is_found(mutation: Mutation) -> None:
     """With a fault, a schedule fails that does not fail without it."""
+    servers = taskvec.engines.remote.engine.PoolServer
     with mutation.applied():
         assert any(run_schedule(seed).failures for seed in range(MUTATION_SCHEDULES))
+    gc.collect()  # what a schedule that was stuck has left behind
+    assert taskvec.engines.remote.engine.PoolServer is servers
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -66,6 +67,26 @@ async def test_the_service_derives_its_budget(
         body = {"input": ["a"] * 20_000}
         answers = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in "ab"))
     assert sorted(answer.status_code for answer in answers) == statuses
+
+
+class CrowdedEngine(FakeEngine):
+    """Has the processor for a hundredth of the time."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        result = await super().embed(batch)
+        return replace(result, processor=result.computed / 100)
+
+
+@pytest.mark.anyio
+async def test_time_of_other_processes_does_not_count(default_checkpoint: Checkpoint) -> None:
+    """An engine that has no processor for most of the time is not slow."""
+    engine = CrowdedEngine(default_checkpoint.card, delay=0.1)
+    await engine.start()
+    tokens, seconds = await measure_speed(engine)
+    assert tokens == MAX_PROBE_TEXTS * PROBE_LENGTH
+    assert seconds == 0.001
+    first, *others = [batch.priority for batch in engine.batches]
+    assert (first, {*others}) == (Priority.BULK, {Priority.INTERACTIVE})
 
 
 class RestartingEngine(FakeEngine):

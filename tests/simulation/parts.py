@@ -153,18 +153,15 @@ class SimulatedTransformer:
             self.died = True
             raise SystemExit("the thread ends")
         failing = self._threads.loop.random.random() < self._failing
-
-        def wait() -> Vectors:
-            for _ in range(STEPS):
-                step()
-                self._threads.sleep((1e-3 + tokens / self._rate) / STEPS)
-            if failing:
-                self.failures += 1
-                raise RuntimeError("a forward pass was made to fail")
-            self.served += tokens
-            return np.stack([right_vector(*pair) for pair in zip(ids, adapters, strict=True)])
-
-        return wait
+        for _ in range(STEPS):
+            step()
+            self._threads.sleep((1e-3 + tokens / self._rate) / STEPS)
+        if failing:
+            self.failures += 1
+            raise RuntimeError("a forward pass was made to fail")
+        self.served += tokens
+        vectors = np.stack([right_vector(*pair) for pair in zip(ids, adapters, strict=True)])
+        return lambda: vectors
 
 
 class SimulatedPackedEngine(PackedEngine):

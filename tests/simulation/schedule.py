@@ -138,6 +138,7 @@ def _simulated(seed: int) -> Iterator[tuple[SimulatedLoop, Threads]]:
         for target, name, value in [
             (time, "monotonic", loop.time),
             (time, "perf_counter", loop.time),
+            (time, "thread_time", loop.time),
             (aiohttp.connector, "monotonic", loop.time),
             (queue, "threading", threads),
             (queue, "ThreadPoolExecutor", threads.executor),

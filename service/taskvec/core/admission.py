@@ -49,6 +49,9 @@ MIN_PROBE_TEXTS, MAX_PROBE_TEXTS = 8, 1024
 PROBE_SECONDS = 0.25
 """A batch that takes this long measures the speed; shorter ones measure the cost of a call."""
 
+CROWDED = 2
+"""Duration of a batch over its processor time, above which other processes want the processor."""
+
 
 class Admission:
     """Token and request budgets of the two priority classes; belongs to one event loop.
@@ -260,10 +263,12 @@ async def measure_speed(engine: Engine) -> tuple[int, float]:
     """Measure an engine's speed by batches that grow until one takes long enough.
 
     Args:
-        engine: ready. The batches are bulk work, so that requests go first.
+        engine: ready. The batches are bulk work, so that requests go first; on a crowded machine,
+            where bulk work gets next to no processor time, they are interactive.
 
     Returns:
-        Tokens of the last batch, and the seconds that it took.
+        Tokens of the last batch, and the seconds that it took, without those in which other
+        processes had the processor.
 
     Raises:
         TaskvecError: the engine cannot embed now.
@@ -271,13 +276,17 @@ async def measure_speed(engine: Engine) -> tuple[int, float]:
     card = engine.model
     adapter = card.adapters[0] if card.adapters else None
     length = min(PROBE_LENGTH, card.max_tokens)
-    texts = MIN_PROBE_TEXTS
+    texts, priority = MIN_PROBE_TEXTS, Priority.BULK
     while True:
         ids = np.arange(texts * length, dtype=np.int32) % card.vocabulary
-        batch = TokenBatch(np.split(ids, texts), adapter, priority=Priority.BULK)
+        batch = TokenBatch(np.split(ids, texts), adapter, priority=priority)
         started = time.monotonic()
-        await engine.embed(batch)
-        seconds = time.monotonic() - started
+        # On a crowded machine, processor time is what the batch would take on an idle one.
+        result = await engine.embed(batch)
+        seconds = min(time.monotonic() - started, result.processor)
+        if priority is Priority.BULK and result.computed > CROWDED * result.processor:
+            priority = Priority.INTERACTIVE
+            continue
         if seconds >= PROBE_SECONDS or texts == MAX_PROBE_TEXTS:
             return batch.tokens, seconds
         texts *= 2

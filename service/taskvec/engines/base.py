@@ -6,6 +6,7 @@ An engine does not know texts, prompts, output dimensions or output types.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,11 +62,14 @@ class EngineResult:
         vectors: float32 [texts, dimension], in the order of the batch, **not** normalised.
         queued: seconds until the first text entered a forward pass.
         computed: seconds from then until the last vector was computed.
+        processor: seconds of processor time of the thread that computed, which other processes do
+            not prolong; infinite if the engine cannot tell.
     """
 
     vectors: NDArray[np.float32]
     queued: float
     computed: float
+    processor: float = math.inf
 
 
 class EngineState(enum.Enum):

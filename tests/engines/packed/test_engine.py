@@ -256,3 +256,18 @@ async def big_request_under_way(
     while not recorder.batches:
         await asyncio.sleep(0.001)
     return big
+
+
+@pytest.mark.anyio
+async def test_processor_time_is_of_all_forward_passes(checkpoint: Checkpoint) -> None:
+    """A result has the processor time of a thread in all its passes, not more than they took."""
+    engine = PackedEngine(checkpoint, replace(FP32, max_batch_tokens=256))
+    await engine.start()
+    try:
+        ids = np.split(np.arange(64 * 64, dtype=np.int32) % DEFAULT_VOCABULARY, 64)
+        before = time.process_time()
+        result = await engine.embed(TokenBatch(ids, None))
+        used = time.process_time() - before
+    finally:
+        await engine.stop()
+    assert 0.1 * used < result.processor <= min(used, result.computed) + 0.001

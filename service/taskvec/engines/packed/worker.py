@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -44,6 +45,8 @@ class Request:
         queued_at: ``time.monotonic()`` of the call.
         missing: texts without a vector.
         started_at: ``time.monotonic()`` when the first text entered a forward pass.
+        processor: seconds of processor time of the lane's thread in its forward passes; infinite
+            if another device computes.
         withdrawn: True if the caller was cancelled or the request has failed.
     """
 
@@ -55,6 +58,7 @@ class Request:
     queued_at: float
     missing: int
     started_at: float | None = None
+    processor: float = 0.0
     withdrawn: bool = False
 
     def answer(self, result: EngineResult | BaseException) -> None:
@@ -85,12 +89,14 @@ class Batch:
         rows: its texts.
         budget: maximum tokens that it could have.
         lane_seconds: seconds for which its lane had computed at the start.
+        processor: see ``Request``.
         wait: waits for the vectors, float32 [texts, hidden], and returns them.
     """
 
     rows: Sequence[Row]
     budget: int
     lane_seconds: float
+    processor: float
     wait: Callable[[], NDArray[np.float32]]
 
 
@@ -310,12 +316,15 @@ class Worker:
             return None
         ids = [request.batch.ids[i] for request, i in rows]
         lane_seconds = self.lane.seconds
+        processor = time.thread_time()
         try:
             wait = self.transformer.start(ids, [request.batch.adapter for request, _ in rows])
         except Exception as error:  # noqa: BLE001 - reported to the callers
             self._handle_failure(rows, error)
             return None
-        return Batch(rows, self._budget, lane_seconds, wait)
+        here = self.transformer.max_started == 1  # it has been computed
+        processor = time.thread_time() - processor if here else math.inf
+        return Batch(rows, self._budget, lane_seconds, processor, wait)
 
     def _finish(self, batch: Batch) -> None:
         """Wait for the oldest forward pass, answer its requests, and let other lanes go on."""
@@ -352,12 +361,14 @@ class Worker:
             request.vectors[texts] = vectors[first : first + len(texts)]
             first += len(texts)
             request.missing -= len(texts)
+            request.processor += batch.processor
             if request.missing == 0 and request.started_at is not None:
                 request.answer(
                     EngineResult(
                         vectors=request.vectors,
                         queued=request.started_at - request.queued_at,
                         computed=done - request.started_at,
+                        processor=request.processor,
                     )
                 )
 

@@ -30,7 +30,7 @@ WRITE_JOINED = 1 << 16
 
 _HEAD = struct.Struct("=IB3xI")
 _CALL = struct.Struct("=dhBxI")
-_RESULT = struct.Struct("=Qdd")
+_RESULT = struct.Struct("=Qddd")
 _PRIORITIES = tuple(Priority)
 _ERRORS = {error.__name__: error for error in ALL_ERRORS}
 
@@ -206,15 +206,15 @@ def pack_result(result: EngineResult, finished: int) -> tuple[Body, ...]:
         finished: the engine's counter of completed work.
     """
     vectors = np.ascontiguousarray(result.vectors, dtype=np.float32)
-    head = _RESULT.pack(finished, result.queued, result.computed)
+    head = _RESULT.pack(finished, result.queued, result.computed, result.processor)
     return head, vectors.data.cast("B") if vectors.size else b""
 
 
 def unpack_result(body: Body, dimension: int) -> tuple[EngineResult, int]:
     """Return a call's result, and the engine's counter of completed work."""
-    finished, queued, computed = _RESULT.unpack_from(body)
+    finished, *times = _RESULT.unpack_from(body)
     values: NDArray[np.float32] = np.frombuffer(body, dtype=np.float32, offset=_RESULT.size)
-    return EngineResult(values.reshape(-1, dimension), queued, computed), finished
+    return EngineResult(values.reshape(-1, dimension), *times), finished
 
 
 def pack_error(error: TaskvecError) -> bytes:

@@ -24,10 +24,11 @@ TURN = 0.01
 
 
 class Greeter(asyncio.Protocol):
-    """Says hello."""
+    """Says hello, and closes the connection."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast("asyncio.WriteTransport", transport).write(b"hello")
+        transport.close()
 
 
 def run(kind: type[uvloop.Loop], coroutine: Coroutine[Any, Any, T]) -> T:
@@ -39,6 +40,12 @@ async def listen() -> tuple[asyncio.AbstractServer, tuple[str, int]]:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Greeter, "127.0.0.1", 0, backlog=2 * WAITING)
     return server, server.sockets[0].getsockname()
+
+
+async def close(server: asyncio.AbstractServer) -> None:
+    """Close a server, and let the connections that it has taken end."""
+    server.close()
+    await asyncio.sleep(0.05)
 
 
 def greeted(connection: socket.socket) -> bool:
@@ -60,7 +67,7 @@ async def turns_until_all_are_taken() -> int:
             turns += 1
             time.sleep(TURN)  # noqa: ASYNC251 - what a busy loop does
             await asyncio.sleep(0)
-    server.close()
+    await close(server)
     return turns
 
 
@@ -89,7 +96,7 @@ async def taken_after(pause: float, turn: float) -> int:
             time.sleep(turn)  # noqa: ASYNC251 - what a busy loop does
             await asyncio.sleep(0)
             taken.append(sum(map(greeted, clients)))
-    server.close()
+    await close(server)
     return max(after - before for before, after in pairwise(taken))
 
 
@@ -105,6 +112,23 @@ def test_one_turn_takes_a_bounded_number() -> None:
     """However long a turn lasts, the files that are reserved are enough for what it takes."""
     most = run(BatchAcceptLoop, taken_after(pause=0.0, turn=0.1))
     assert MAX_CONNECTING / 2 < most <= MAX_CONNECTING + 2
+
+
+async def greeted_after_close(number: int) -> int:
+    """The number of connections that are greeted if they waited when the server was closed."""
+    server, address = await listen()
+    with ExitStack() as open_until_the_end:
+        clients = [
+            open_until_the_end.enter_context(socket.create_connection(address))
+            for _ in range(number)
+        ]
+        await close(server)
+        return sum(map(greeted, clients))
+
+
+def test_what_waits_is_taken_before_the_end() -> None:
+    """Connections in the kernel's queue are not reset when the server is closed."""
+    assert run(BatchAcceptLoop, greeted_after_close(MAX_CONNECTING)) == MAX_CONNECTING
 
 
 def test_uvloop_takes_one_a_turn() -> None:

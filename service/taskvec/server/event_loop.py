@@ -7,6 +7,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from socket import socket
 from typing import Any, Protocol, cast
 
@@ -190,8 +191,11 @@ class BatchAcceptServer(asyncio.AbstractServer):
             self._factory.context = context
 
     def close(self) -> None:
+        """Stop listening, after the connections that wait: the kernel would reset them."""
         for listening in self._called_at:
             self._loop.remove_reader(listening)
+            with suppress(OSError):
+                self._take(listening, MAX_CONNECTING)
             listening.close()
         self._called_at.clear()
         self._server.close()
@@ -222,15 +226,22 @@ class BatchAcceptServer(asyncio.AbstractServer):
         self._loop.call_soon(self._loop.call_soon, self._forget, listening, now)
         if called_at is None:
             return
-        connections = int((now - called_at) / SECONDS_PER_CONNECTION)
+        try:
+            self._take(listening, int((now - called_at) / SECONDS_PER_CONNECTION))
+        except OSError:
+            self._loop.remove_reader(listening)
+            self._loop.call_later(RETRY_SECONDS, self._add_reader, listening)
+
+    def _take(self, listening: socket, connections: int) -> None:
+        """Accept up to so many connections.
+
+        Raises:
+            OSError: the process has no file left for another one.
+        """
         for _ in range(min(connections, MAX_CONNECTING - len(self._connecting))):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError:
-                self._loop.remove_reader(listening)
-                self._loop.call_later(RETRY_SECONDS, self._add_reader, listening)
                 return
             connection.setblocking(False)
             connecting = self._loop.create_task(self._connect(connection))

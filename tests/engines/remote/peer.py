@@ -26,6 +26,9 @@ from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_t
 from taskvec.metrics.registry import Metrics
 
 BROKEN = ("truncated", "endless", "silent", "closing")
+POISON = 6543
+"""A token without a usable vector, as a damaged row of a checkpoint."""
+
 SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}
 Vectors = NDArray[np.float32]
 
@@ -34,7 +37,7 @@ class Peer:
     """A vLLM or taskvec server: golden vectors for the probes, hashed vectors for other texts.
 
     Attributes:
-        behaviour: honest, swapped, base, missing, wrong dimension, nan, zeros, huge,
+        behaviour: honest, swapped, base, missing, wrong dimension, nan, nan text, zeros, huge,
             equal, constant, twins, wrong count, truncated, endless, silent, closing, slow,
             no list, or a status; applies to new calls.
         calls: texts and adapters of each received call, without probes.
@@ -158,6 +161,9 @@ class Peer:
             rows[0][3] = 3e38
         if self.behaviour == "equal":
             rows = rows[:1] * len(rows)
+        if self.behaviour == "nan text":
+            for row, text in zip(rows, texts, strict=True):
+                row[3] = np.nan if POISON in text else row[3]
         if self.behaviour == "twins" and texts[0].tobytes() not in self._probes:
             rows = rows[:1] * len(rows)
         if self.behaviour == "constant":

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from conftest import free_port, no_open_files
-from engines.remote.peer import Peer, batch, ended, listening, pool, serving, truth, until
+from engines.remote.peer import POISON, Peer, batch, ended, listening, pool, serving, truth, until
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.engine import RemoteEngine
@@ -185,6 +185,23 @@ async def test_tokens_with_equal_rows(default_checkpoint: Checkpoint, tmp_path: 
         assert np.array_equal(vectors[0], vectors[1])
         assert peer.posts == before + 2
         assert serving(metrics) == 1
+
+
+@pytest.mark.anyio
+@PROTOCOLS
+async def test_a_text_without_a_usable_vector(
+    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
+) -> None:
+    """A text whose vector is not finite costs a check and does not drop the only server."""
+    peer = Peer(default_checkpoint, behaviour="nan text", protocol=protocol)
+    poison = TokenBatch([np.array([1, POISON, 2], np.int32)], "retrieval")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        before = peer.posts
+        assert not np.isfinite((await engine.embed(poison)).vectors).all()
+        assert peer.posts == before + 2
+        assert serving(metrics) == 1
+        assert ended(metrics, "wrong", peer) == 0
+        assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
 
 
 @pytest.mark.anyio

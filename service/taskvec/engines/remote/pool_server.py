@@ -29,6 +29,7 @@ from taskvec.engines.remote.protocols import (
     ServerProtocol,
     Vectors,
     detect_protocol,
+    find_unusable,
     read_vectors,
 )
 from taskvec.priority import Priority
@@ -329,8 +330,13 @@ class PoolServer:
                     del self._calls[call]
             require(serving=False)
             vectors = read_vectors(content, len(texts), dimension)
-            if self._distinct.repeats(texts, adapters, vectors):
-                await self._check_repeated(texts, adapters[0])
+            unusable = find_unusable(vectors)
+            if unusable is not None:
+                row, reason = unusable
+                await self._check_suspicious(texts, adapters[row], reason)
+            elif self._distinct.repeats(texts, adapters, vectors):
+                reason = "it sent equal vectors for different texts"
+                await self._check_suspicious(texts, adapters[0], reason)
             outcome = CallOutcome.OK
         except ServerCallError as error:
             outcome = error.outcome
@@ -392,14 +398,21 @@ class PoolServer:
         self._answered_at = self._probed_at = time.monotonic()
         self.proven_at = started
 
-    async def _check_repeated(self, texts: Sequence[TokenIds], adapter: str | None) -> None:
-        """Decide about a server that sent equal vectors for different texts.
+    async def _check_suspicious(
+        self, texts: Sequence[TokenIds], adapter: str | None, reason: str
+    ) -> None:
+        """Decide about a server that sent vectors which are probably wrong.
 
-        A client may have sent tokens whose rows in the checkpoint are equal: the golden vectors
-        decide.
+        A client may have sent tokens whose rows in the checkpoint are equal, or not finite: the
+        golden vectors decide.
+
+        Args:
+            texts: the texts of the call.
+            adapter: that of a suspicious vector.
+            reason: why it is suspicious.
         """
         if texts is self._golden.probes:
-            raise ServerCallError(CallOutcome.WRONG, "it sent equal vectors for different texts")
+            raise ServerCallError(CallOutcome.WRONG, reason)
         await self._probe(adapter)
 
     async def _probe(self, adapter: str | None) -> None:

@@ -171,10 +171,10 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
     """Return the vectors of a response.
 
     Returns:
-        float32 [texts, dimension]; every vector has a length that float32 can represent.
+        float32 [texts, dimension]; ``find_unusable`` says whether they can be normalised.
 
     Raises:
-        ServerCallError: the response has another size, or a vector has no usable length.
+        ServerCallError: the response has another size.
     """
     size = texts * dimension * 4
     if len(content) != size:
@@ -183,15 +183,26 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
             f"it sent {len(content)} bytes or more for {texts} vectors of {dimension} values, not "
             f"{size}",
         )
-    vectors: Vectors = np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
+    return np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
+
+
+def find_unusable(vectors: Vectors) -> tuple[int, str] | None:
+    """Return the row of a vector without a usable length, and what it is; None if there is none.
+
+    A text can have such a vector by the checkpoint, so this alone does not prove a server wrong.
+
+    Args:
+        vectors: float32 [texts, dimension].
+    """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
-    if not np.isfinite(squares).all():
-        reason = "that are not finite, or too large to normalise"
-        raise ServerCallError(CallOutcome.WRONG, f"it sent values {reason}")
+    usable = np.isfinite(squares)
+    if not usable.all():
+        row = int(np.argmin(usable))
+        return row, "it sent values that are not finite, or too large to normalise"
     if not squares.all():
-        raise ServerCallError(CallOutcome.WRONG, "it sent a vector of zeros")
-    return vectors
+        return int(np.argmin(squares)), "it sent a vector of zeros"
+    return None
 
 
 class DistinctVectors:

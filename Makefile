@@ -47,6 +47,14 @@ test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs: WHEE
 test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(ARGS)
 
+.PHONY: coverage
+coverage: $(VENV)/dev.stamp ## Run `make test` and measure branch coverage of service/, by package, against its floor
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest --quick $(PARALLEL) $(TESTED) $(ARGS)
+	$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python tests/coverage_by_package.py
+	$(VENV)/bin/python -m coverage report --format total
+
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
 	$(GATEWAY_VENV)/bin/python -m pytest -q $(TESTED) tests/api tests/core tests/auth tests/telemetry tests/metrics \

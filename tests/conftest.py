@@ -11,7 +11,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import time
+import zipfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -25,6 +27,7 @@ from fastapi import FastAPI
 from fastapi.dependencies import models as fastapi_models
 from hypothesis import settings as hypothesis_settings
 
+import taskvec
 from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
@@ -57,12 +60,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("taskvec")
     group.addoption("--quick", action="store_true", help="leave out tests that are marked `full`")
     group.addoption("--no-skips", action="store_true", help="fail tests that skip themselves")
+    group.addoption("--wheel", type=Path, help="wheel that must be the taskvec under test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Describe the markers."""
     config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
+    wheel = config.getoption("--wheel")
+    if wheel is not None:
+        _require_installed(wheel)
+
+
+def _require_installed(wheel: Path) -> None:
+    """Fail unless the imported package is the wheel's, file by file."""
+    packages = Path(sysconfig.get_path("purelib"))
+    imported = Path(taskvec.__file__).parent
+    if imported != packages / "taskvec":
+        raise pytest.UsageError(f"--wheel {wheel}: the tests would import taskvec from {imported}")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            file = packages / name
+            changed = name.endswith("/RECORD")  # by the installation
+            if not changed and (not file.is_file() or file.read_bytes() != archive.read(name)):
+                raise pytest.UsageError(f"--wheel {wheel}: the installed {file} is another one")
 
 
 @pytest.hookimpl(tryfirst=True)

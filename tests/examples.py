@@ -150,7 +150,7 @@ def make_would_run(_: Reader, text: str) -> str:
 
 def make_serves(reader: Reader, text: str) -> None:
     """Run the last command of the target, which must start a server."""
-    reader.serve(make_would_run(reader, text).replace(".venv/bin/", ""))
+    reader.serve(re.sub(r"^\S+/bin/", "", make_would_run(reader, text)))
 
 
 def helm_renders(_: Reader, text: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,39 @@ def test_the_checks_are_those_of_any_machine() -> None:
     assert f"${{@:-{steps}}}" in script, "the jobs of the workflow are all steps, in any order"
 
 
+def test_the_wheel_that_is_kept_is_tested() -> None:
+    """One job builds it; those that test Python code get that one, and name it to the tests."""
+    uploads = [name for name, job in JOBS.items() if _uses(job, "actions/upload-artifact")]
+    assert uploads == ["ci/build"]
+    tests = [
+        name for name, job in JOBS.items() if re.search(r"\.ci/run|make test(?!-images)", str(job))
+    ]
+    assert sorted(tests) == ["ci/checks", "ci/pythons"]
+    for name in tests:
+        job = JOBS[name]
+        assert job["needs"] == "build"
+        assert _uses(job, "actions/download-artifact")
+        variables = [part.get("env", {}).get("WHEEL") for part in (job, *job["steps"])]
+        assert "${{ needs.build.outputs.wheel }}" in variables
+    assert "--no-skips --wheel" in (repository() / ".ci" / "run").read_text()
+    suites = re.findall(r"-m pytest (.*)", MAKEFILE)
+    assert suites
+    for command in suites:
+        assert "$(TESTED)" in command or "tests/deploy" in command
+
+
+def test_coverage_has_a_floor() -> None:
+    """One job measures it, and pyproject.toml says what is too little."""
+    assert [step for step in STEPS if step.get("run") == "make coverage"]
+    project = tomllib.loads((repository() / "pyproject.toml").read_text())
+    assert 50 < project["tool"]["coverage"]["report"]["fail_under"] < 100
+    assert project["tool"]["coverage"]["run"]["branch"] is True
+
+
+def _uses(job: dict[str, Any], action: str) -> bool:
+    return any(step.get("uses", "").startswith(f"{action}@") for step in job.get("steps", []))
+
+
 def test_every_image_is_built_listed_and_published() -> None:
     """All targets of `make images`: built, with a list of contents, and pushed by a release."""
     targets = set(re.findall(r"^IMAGES \?= (.*)$", MAKEFILE, re.MULTILINE)[0].split())
@@ -116,7 +150,7 @@ def test_every_image_is_built_listed_and_published() -> None:
 def test_caches_depend_on_locks() -> None:
     """What is kept between runs is renewed when a lock changes; a release keeps nothing."""
     caching = [step for step in STEPS if "cache" in step.get("with", {})]
-    assert len(caching) == 2
+    assert len(caching) == 3
     for step in caching:
         for pattern in step["with"]["cache-dependency-path"].split():
             assert list(repository().glob(pattern)), pattern

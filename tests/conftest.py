@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import math
 import os
@@ -29,6 +30,7 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.malloc import trim_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.service import build_service
 from taskvec.settings import Settings
@@ -136,6 +138,17 @@ def forgotten_applications() -> Iterator[None]:
     yield
     for function in FASTAPI_CACHES:
         function.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give back what a module's tests have used: tokenizers in its caches, engines in cycles."""
+    yield
+    for function in vars(request.module).values():
+        if hasattr(function, "cache_clear") and function.__module__ == request.module.__name__:
+            function.cache_clear()
+    gc.collect()
+    trim_malloc()
 
 
 @pytest.fixture

@@ -38,7 +38,15 @@ from taskvec.settings import Settings
 # No deadline: the machines that test are shared. In CI the same examples every time, so that a run
 # says something about the change; new examples are found where people work.
 hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
-hypothesis_settings.load_profile("taskvec")
+
+QUICK_EXAMPLES = 0.2
+"""Share of the examples of property tests that `make test` runs; `make test-all` runs them all."""
+
+hypothesis_settings.register_profile(
+    "quick",
+    hypothesis_settings.get_profile("taskvec"),
+    max_examples=int(QUICK_EXAMPLES * hypothesis_settings.get_profile("taskvec").max_examples),
+)
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 """Number of tests that `--quick` has left out, by reason."""
@@ -62,7 +70,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the markers."""
+    """Describe the markers, and choose the number of examples of property tests."""
+    hypothesis_settings.load_profile("quick" if config.getoption("--quick") else "taskvec")
     config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
 
@@ -103,6 +112,8 @@ def pytest_terminal_summary(
     left = config.stash.get(LEFT_OUT, Counter())
     if left:
         terminalreporter.section("left to `make test-all`")
+        share = f"{1 - QUICK_EXAMPLES:.0%}"
+        terminalreporter.line(f"{share:>5} of the examples of each property test: full fuzzing")
         for reason, number in left.most_common():
             terminalreporter.line(f"{number:5} {reason}")
 
@@ -169,6 +180,12 @@ def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
 
 
+def examples(number: int) -> int:
+    """Return how many examples a property test runs that has ``number`` in `make test-all`."""
+    all_examples = hypothesis_settings.get_profile("taskvec").max_examples
+    return max(1, number * hypothesis_settings.default.max_examples // all_examples)
+
+
 @contextmanager
 def no_open_files() -> Iterator[Callable[[], None]]:
     """Take every file that this process may open; yields a function that gives them back."""
@@ -226,15 +243,18 @@ def wait_until(
 ) -> None:
     """Wait for a 200, or fail with what the process said."""
     limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if process.poll() is not None:
-            raise AssertionError(f"exit {process.returncode}: {process.communicate()[1].decode()}")
-        try:
-            if httpx.get(url, timeout=5, verify=verify).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+    # One client: reading the certificates for another takes 17 ms of processor time.
+    with httpx.Client(verify=verify, timeout=5, headers={"connection": "close"}) as client:
+        while time.monotonic() < limit:
+            if process.poll() is not None:
+                errors = process.communicate()[1].decode()
+                raise AssertionError(f"exit {process.returncode}: {errors}")
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
     raise AssertionError(f"{url} did not answer in {seconds} s")
 
 

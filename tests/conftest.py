@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import math
 import os
+import re
 import resource
 import socket
 import ssl
@@ -35,21 +36,21 @@ from taskvec.memory_limits import MemoryLimits
 from taskvec.service import build_service
 from taskvec.settings import Settings
 
-# No deadline: the machines that test are shared. In CI the same examples every time, so that a run
-# says something about the change; new examples are found where people work.
-hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
+ALL_EXAMPLES = 100
+"""Examples of a property test that states no number."""
 
 QUICK_EXAMPLES = 0.2
 """Share of the examples of property tests that `make test` runs; `make test-all` runs them all."""
 
-hypothesis_settings.register_profile(
-    "quick",
-    hypothesis_settings.get_profile("taskvec"),
-    max_examples=int(QUICK_EXAMPLES * hypothesis_settings.get_profile("taskvec").max_examples),
-)
-
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 """Number of tests that `--quick` has left out, by reason."""
+
+IMPORTS_LIBRARIES = re.compile(
+    r"^(from|import) (oracle|peft|transformers|tinytraining|taskvec_train|taskvec\.evaluation"
+    r"|taskvec\.cli\.evaluate)\b",
+    re.MULTILINE,
+)
+"""Imports of a test file that load transformers, peft or scikit-learn: 250 MB."""
 
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
@@ -67,13 +68,61 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("taskvec")
     group.addoption("--quick", action="store_true", help="leave out tests that are marked `full`")
     group.addoption("--no-skips", action="store_true", help="fail tests that skip themselves")
+    group.addoption(
+        "--libraries",
+        choices=("without", "with"),
+        help="collect only the files that import transformers or scikit-learn, or only the others",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Describe the markers, and choose the number of examples of property tests."""
-    hypothesis_settings.load_profile("quick" if config.getoption("--quick") else "taskvec")
+    share = QUICK_EXAMPLES if config.getoption("--quick") else 1.0
+    # No deadline: the machines that test are shared. In CI the same examples every time, so that a
+    # run says something about the change; new examples are found where people work.
+    hypothesis_settings.register_profile(
+        "taskvec",
+        deadline=None,
+        derandomize="CI" in os.environ,
+        max_examples=int(share * ALL_EXAMPLES),
+    )
+    hypothesis_settings.load_profile("taskvec")
     config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--libraries`, choose files: all that a process collects is imported and stays."""
+    wanted = config.getoption("--libraries")
+    training = repository() / "tests/training"
+    if wanted is None or (collection_path.is_dir() and collection_path != training):
+        return None
+    imports = collection_path.is_relative_to(training) or IMPORTS_LIBRARIES.search(
+        collection_path.read_text()
+    )
+    return True if bool(imports) != (wanted == "with") else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With `--libraries without`, end if a file has imported such a library all the same."""
+    found = {"transformers", "peft", "sklearn"} & sys.modules.keys()
+    if session.config.getoption("--libraries") == "without" and found:
+        pytest.exit(f"name what imports {', '.join(found)} in IMPORTS_LIBRARIES", returncode=2)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what a pytest-xdist worker has left out to the main process.
+
+    With `--libraries`, no test is no failure: the chosen ones may all be in the other part.
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
+    if (
+        session.config.getoption("--libraries")
+        and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+    ):
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,12 +139,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             left[mark.args[0]] += 1
     items[:] = kept
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send what a pytest-xdist worker has left out to the main process."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -182,8 +225,7 @@ def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 def examples(number: int) -> int:
     """Return how many examples a property test runs that has ``number`` in `make test-all`."""
-    all_examples = hypothesis_settings.get_profile("taskvec").max_examples
-    return max(1, number * hypothesis_settings.default.max_examples // all_examples)
+    return max(1, number * hypothesis_settings.default.max_examples // ALL_EXAMPLES)
 
 
 @contextmanager

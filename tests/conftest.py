@@ -93,20 +93,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `--libraries`, choose files: all that a process collects is imported and stays."""
+    return True if in_other_part(collection_path, config) else None
+
+
+def in_other_part(path: Path, config: pytest.Config) -> bool:
+    """Return whether `--libraries` leaves a file, or the folder of training, out."""
     wanted = config.getoption("--libraries")
     training = repository() / "tests/training"
-    if wanted is None or (collection_path.is_dir() and collection_path != training):
-        return None
-    imports = collection_path.is_relative_to(training) or IMPORTS_LIBRARIES.search(
-        collection_path.read_text()
-    )
-    return True if bool(imports) != (wanted == "with") else None
+    if wanted is None or (path.is_dir() and path != training):
+        return False
+    imports = path.is_relative_to(training) or IMPORTS_LIBRARIES.search(path.read_text())
+    return bool(imports) != (wanted == "with")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """With `--libraries without`, end if a file has imported such a library all the same."""
+    """With `--libraries without`, end if a chosen file has imported such a library all the same."""
     found = {"transformers", "peft", "sklearn"} & sys.modules.keys()
-    if session.config.getoption("--libraries") == "without" and found:
+    if session.items and found and session.config.getoption("--libraries") == "without":
         pytest.exit(f"name what imports {', '.join(found)} in IMPORTS_LIBRARIES", returncode=2)
 
 
@@ -127,7 +130,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, leave out the tests that are marked."""
+    """Leave out the tests that are marked, with `--quick`, and files named in the wrong part."""
+    files = {item.path for item in items}
+    others = {path for path in files if in_other_part(path, config)}  # named by the command
+    items[:] = [item for item in items if item.path not in others]
     if not config.getoption("--quick"):
         return
     left = config.stash.setdefault(LEFT_OUT, Counter())

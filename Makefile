@@ -11,6 +11,8 @@ DURATION ?= 60
 ROUNDS ?= 3
 ARGS ?=
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# Several processes of as many threads as cores each spend half their time waiting for each other.
+ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_ARENA_MAX=2
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
@@ -41,7 +43,9 @@ serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=ta
 
 .PHONY: test
 test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs: WHEEL= (empty tests the checkout)
-	$(VENV)/bin/python -m pytest --quick $(PARALLEL) $(TESTED) $(ARGS)
+	# In two parts: a process keeps all libraries that the files of its tests import.
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest --quick --libraries without $(PARALLEL) $(TESTED) $(ARGS); first=$$?; \
+		$(ONE_THREAD) $(VENV)/bin/python -m pytest --quick --libraries with $(PARALLEL) $(TESTED) $(ARGS) && exit $$first
 
 .PHONY: test-all
 test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import math
 import os
+import re
 import resource
 import socket
 import ssl
@@ -32,17 +34,26 @@ from fakes import FakeEngine
 from taskvec.api.app import create_app
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
+from taskvec.malloc import trim_malloc
 from taskvec.memory_limits import MemoryLimits
 from taskvec.service import build_service
 from taskvec.settings import Settings
 
-# No deadline: the machines that test are shared. In CI the same examples every time, so that a run
-# says something about the change; new examples are found where people work.
-hypothesis_settings.register_profile("taskvec", deadline=None, derandomize="CI" in os.environ)
-hypothesis_settings.load_profile("taskvec")
+ALL_EXAMPLES = 100
+"""Examples of a property test that states no number."""
+
+QUICK_EXAMPLES = 0.2
+"""Share of the examples of property tests that `make test` runs; `make test-all` runs them all."""
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 """Number of tests that `--quick` has left out, by reason."""
+
+IMPORTS_LIBRARIES = re.compile(
+    r"^(from|import) (oracle|peft|transformers|tinytraining|taskvec_train|taskvec\.evaluation"
+    r"|taskvec\.cli\.evaluate)\b",
+    re.MULTILINE,
+)
+"""Imports of a test file that load transformers, peft or scikit-learn: 250 MB."""
 
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
@@ -61,10 +72,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="leave out tests that are marked `full`")
     group.addoption("--no-skips", action="store_true", help="fail tests that skip themselves")
     group.addoption("--wheel", type=Path, help="wheel that must be the taskvec under test")
+    group.addoption(
+        "--libraries",
+        choices=("without", "with"),
+        help="collect only the files that import transformers or scikit-learn, or only the others",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the markers."""
+    """Describe the markers, and choose the number of examples of property tests."""
+    share = QUICK_EXAMPLES if config.getoption("--quick") else 1.0
+    # No deadline: the machines that test are shared. In CI the same examples every time, so that a
+    # run says something about the change; new examples are found where people work.
+    hypothesis_settings.register_profile(
+        "taskvec",
+        deadline=None,
+        derandomize="CI" in os.environ,
+        max_examples=int(share * ALL_EXAMPLES),
+    )
+    hypothesis_settings.load_profile("taskvec")
     config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
     wheel = config.getoption("--wheel")
@@ -86,9 +112,49 @@ def _require_installed(wheel: Path) -> None:
                 raise pytest.UsageError(f"--wheel {wheel}: the installed {file} is another one")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--libraries`, choose files: all that a process collects is imported and stays."""
+    return True if in_other_part(collection_path, config) else None
+
+
+def in_other_part(path: Path, config: pytest.Config) -> bool:
+    """Return whether `--libraries` leaves a file, or the folder of training, out."""
+    wanted = config.getoption("--libraries")
+    training = repository() / "tests/training"
+    if wanted is None or (path.is_dir() and path != training):
+        return False
+    imports = path.is_relative_to(training) or IMPORTS_LIBRARIES.search(path.read_text())
+    return bool(imports) != (wanted == "with")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With `--libraries without`, end if a chosen file has imported such a library all the same."""
+    found = {"transformers", "peft", "sklearn"} & sys.modules.keys()
+    if session.items and found and session.config.getoption("--libraries") == "without":
+        pytest.exit(f"name what imports {', '.join(found)} in IMPORTS_LIBRARIES", returncode=2)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what a pytest-xdist worker has left out to the main process.
+
+    With `--libraries`, no test is no failure: the chosen ones may all be in the other part.
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
+    if (
+        session.config.getoption("--libraries")
+        and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+    ):
+        session.exitstatus = pytest.ExitCode.OK
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, leave out the tests that are marked."""
+    """Leave out the tests that are marked, with `--quick`, and files named in the wrong part."""
+    files = {item.path for item in items}
+    others = {path for path in files if in_other_part(path, config)}  # named by the command
+    items[:] = [item for item in items if item.path not in others]
     if not config.getoption("--quick"):
         return
     left = config.stash.setdefault(LEFT_OUT, Counter())
@@ -100,12 +166,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         else:
             left[mark.args[0]] += 1
     items[:] = kept
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send what a pytest-xdist worker has left out to the main process."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -122,6 +182,8 @@ def pytest_terminal_summary(
     left = config.stash.get(LEFT_OUT, Counter())
     if left:
         terminalreporter.section("left to `make test-all`")
+        share = f"{1 - QUICK_EXAMPLES:.0%}"
+        terminalreporter.line(f"{share:>5} of the examples of each property test: full fuzzing")
         for reason, number in left.most_common():
             terminalreporter.line(f"{number:5} {reason}")
 
@@ -159,6 +221,17 @@ def forgotten_applications() -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give back what a module's tests have used: tokenizers in its caches, engines in cycles."""
+    yield
+    for function in vars(request.module).values():
+        if hasattr(function, "cache_clear") and function.__module__ == request.module.__name__:
+            function.cache_clear()
+    gc.collect()
+    trim_malloc()
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -175,6 +248,11 @@ def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     """Do not refuse requests while the event loop is late: here it runs the clients as well."""
     if request.node.get_closest_marker("sheds_by_lag") is None:
         monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
+
+
+def examples(number: int) -> int:
+    """Return how many examples a property test runs that has ``number`` in `make test-all`."""
+    return max(1, number * hypothesis_settings.default.max_examples // ALL_EXAMPLES)
 
 
 @contextmanager
@@ -234,15 +312,18 @@ def wait_until(
 ) -> None:
     """Wait for a 200, or fail with what the process said."""
     limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if process.poll() is not None:
-            raise AssertionError(f"exit {process.returncode}: {process.communicate()[1].decode()}")
-        try:
-            if httpx.get(url, timeout=5, verify=verify).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+    # One client: reading the certificates for another takes 17 ms of processor time.
+    with httpx.Client(verify=verify, timeout=5, headers={"connection": "close"}) as client:
+        while time.monotonic() < limit:
+            if process.poll() is not None:
+                errors = process.communicate()[1].decode()
+                raise AssertionError(f"exit {process.returncode}: {errors}")
+            try:
+                if client.get(url).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
     raise AssertionError(f"{url} did not answer in {seconds} s")
 
 

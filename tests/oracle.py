@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import EuroBertConfig, EuroBertModel, Qwen3Config, Qwen3Model
 
 from taskvec.engines.base import TokenIds
+from taskvec.engines.packed.device import limit_kernel_cache
 
 PLAIN = {"qwen3": (Qwen3Config, Qwen3Model), "eurobert": (EuroBertConfig, EuroBertModel)}
 
@@ -28,6 +29,7 @@ class Oracle:
     def __init__(
         self, folder: Path, architecture: str, adapters: Sequence[str], working_folder: Path
     ) -> None:
+        limit_kernel_cache()  # as the engine does: else kernels of every length are kept
         copy = working_folder / f"plain-{folder.name}"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("adapters"))
         config = json.loads((copy / "config.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import DEFAULT_VOCABULARY, fake_service
+from conftest import DEFAULT_VOCABULARY, examples, fake_service
 from taskvec.api.request import request_timeout
 from taskvec.checkpoint.checkpoint import Checkpoint
 
@@ -402,7 +402,7 @@ def test_no_json_gives_a_500(default_checkpoint: Checkpoint, token_input: str) -
         client, _ = runner.run(service.__aenter__())
 
         @given(BODIES | BODIES.map(lambda body: {"input": "a", **body}) | JSON)
-        @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
         def check(body: object) -> None:
             answer = runner.run(client.post(PATH, content=json.dumps(body)))
             if answer.status_code != 200:

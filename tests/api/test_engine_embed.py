@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from conftest import DEFAULT_VOCABULARY, fake_service
+from conftest import DEFAULT_VOCABULARY, examples, fake_service
 from fakes import FakeEngine, hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineHealth, EngineState, TokenIds
@@ -341,7 +341,7 @@ def test_no_body_gives_a_500(default_checkpoint: Checkpoint) -> None:
         )
 
         @given(packed | listed | st.binary(max_size=100), name | st.text(max_size=20))
-        @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=examples(200), suppress_health_check=[HealthCheck.too_slow])
         def check(body: bytes, names: str) -> None:
             headers = {
                 b"content-type": WIRE_TYPE.encode(),

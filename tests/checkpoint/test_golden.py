@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from conftest import examples
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.checkpoint.golden import (
     MIN_COSINE,
@@ -163,7 +164,7 @@ def test_damage_never_changes_vectors(
 
     @given(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=3))
     @example([(heads[-2] + 8, 1)])  # the flag of an encrypted array
-    @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
     def check(changes: list[tuple[int, int]]) -> None:
         damaged = bytearray(whole)
         for place, value in changes:

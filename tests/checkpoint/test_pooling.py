@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm
 from tokenizers import Tokenizer
 
 from synthetic import TINY_NANO, TINY_SMALL, write_checkpoint
@@ -230,9 +228,7 @@ def test_what_is_stated_is_served_or_rejected(folder: Path, case: str) -> None:
     named, files = STATEMENTS[case]
     state(folder, files)
     save_modules(folder, files)
-    theirs = SentenceTransformer(str(folder), device="cpu").encode(
-        [TEXT], prompt="", normalize_embeddings=True
-    )[0]
+    theirs = sentence_transformer(folder).encode([TEXT], prompt="", normalize_embeddings=True)[0]
     ours = last_token_vector(folder)
     same = theirs.shape == ours.shape and float(theirs @ ours) > 0.9999
     assert same is (named is None)
@@ -290,7 +286,7 @@ def test_a_stated_length_is_the_limit(folder: Path, options: Files, tokens: int)
     tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1)
     (ids,) = tokenizer.encode_now([TEXT * 3], prompt="", truncate=True)
     tokenizer.close()
-    theirs = SentenceTransformer(str(folder), device="cpu").preprocess([TEXT * 3])["input_ids"][0]
+    theirs = sentence_transformer(folder).preprocess([TEXT * 3])["input_ids"][0]
     assert ids.tolist() == theirs.tolist()
 
 
@@ -395,8 +391,17 @@ def state(folder: Path, files: Files) -> None:
             file.write_text(json.dumps(value))
 
 
+def sentence_transformer(folder: Path) -> Any:
+    """Load a folder with sentence-transformers, which only this needs: it takes 80 MB."""
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+
+    return SentenceTransformer(str(folder), device="cpu")
+
+
 def save_modules(folder: Path, files: Files) -> None:
     """Write the modules with weights that modules.json lists."""
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm  # noqa: PLC0415
+
     for entry in files.get(MODULES, ()):
         if entry["type"].endswith(("Dense", "LayerNorm")):
             made = Dense(16, 16) if entry["type"].endswith("Dense") else LayerNorm(16)

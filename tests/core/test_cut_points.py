@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.normalizers import NFKC, Lowercase, Sequence
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, Split
 
+from conftest import examples
 from taskvec.core.cut_points import LLAMA3_PATTERN, CutPoints
 
 GPT2, LLAMA3 = "GPT-2's regular expression", "Llama 3's regular expression"
@@ -95,7 +96,7 @@ def check(tokenizer: Tokenizer, cuts: CutPoints, text: str) -> None:
     assert cuts.first(text, start, len(text) - 1) is None
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(text=TEXTS)
 def test_the_parts_have_the_tokens_of_the_whole(file: Path, text: str) -> None:
     """Cut at any cut point, a text has the tokens that it has in one piece."""
@@ -103,7 +104,7 @@ def test_the_parts_have_the_tokens_of_the_whole(file: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("variant", [GPT2, LLAMA3])
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(text=TEXTS)
 def test_other_byte_level_tokenizers_are_cut(qwen_tokenizer: Path, variant: str, text: str) -> None:
     """The rule holds for the regular expressions of GPT-2 and Llama 3 as well."""

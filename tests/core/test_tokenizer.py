@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from conftest import examples
 from qwen import VOCABULARY
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.tokenizer import TextTokenizer
@@ -75,7 +76,7 @@ def test_the_post_processor_of_the_checkpoint_runs(file: Path) -> None:
     assert ids.tolist() == whole(file, "Query: hello")
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(text=st.text(min_size=1, max_size=200), prompt=st.sampled_from(["", "Document: "]))
 def test_a_short_text_is_tokenised_with_its_prompt_as_one_string(
     file: Path, text: str, prompt: str

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from conftest import examples
 from taskvec.checkpoint.backbone import Backbone
 from taskvec.engines.packed.attention import MIN_FUSED_TOKENS, GroupedAttention
 from taskvec.engines.packed.packing import Packing, pack
@@ -132,7 +133,7 @@ def test_all_lengths_at_once(heads: int, kv_heads: int, head_dim: int, causal: b
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(
     lengths=st.lists(
         st.integers(min_value=1, max_value=90)

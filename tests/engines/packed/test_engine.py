@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import DEFAULT_VOCABULARY
+from conftest import DEFAULT_VOCABULARY, examples
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
 from taskvec.engines.base import EngineResult, EngineState, TokenBatch
@@ -59,7 +59,7 @@ TEXT = st.tuples(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(texts=st.lists(TEXT, min_size=1, max_size=24), data=st.data())
 def test_a_vector_does_not_depend_on_its_batch(
     transformer: Transformer, texts: list[tuple[int, int, str | None]], data: st.DataObject

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import examples
 from taskvec.engines.base import TokenIds
 from taskvec.engines.packed.packing import ROW_COUNTS, Block, Packing, pack, round_up_rows
 
@@ -37,7 +38,7 @@ def adapters_of(rows: int, blocks: Sequence[Block]) -> list[str | None]:
     return adapters
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(texts=TEXTS, block_rows=BLOCK_ROWS, round_up=st.booleans())
 def test_every_token_has_one_row(
     texts: list[tuple[int, str | None]], block_rows: int, round_up: bool

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
 import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,17 @@ POISON = 6543
 
 SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}
 Vectors = NDArray[np.float32]
+
+
+@cache
+def golden_cache() -> Path:
+    """A cache folder in which golden vectors are kept until the process ends.
+
+    They take a tenth of a second of two processors, for each engine and each peer.
+    """
+    folder = tempfile.mkdtemp(prefix="golden-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 class Peer:
@@ -74,8 +88,7 @@ class Peer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._runner: web.AppRunner | None = None
-        with tempfile.TemporaryDirectory() as folder:
-            self._golden = golden_vectors(checkpoint, Path(folder))
+        self._golden = golden_vectors(checkpoint, golden_cache())
         self._probes = {probe.tobytes(): i for i, probe in enumerate(self._golden.probes)}
 
     async def start(self, *, socket: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -222,16 +235,20 @@ async def listening(*peers: Peer, **address: Any) -> AsyncIterator[None]:
 @asynccontextmanager
 async def pool(
     checkpoint: Checkpoint,
-    cache: Path,
+    folder: Path,
     *peers: Peer,
     wait_for: int | None = None,
     resolve: Resolve = resolve_host,
     **options: Any,
 ) -> AsyncIterator[tuple[RemoteEngine, Metrics]]:
-    """Run an engine for peers, after ``wait_for`` of them (default: all) are serving."""
+    """Run an engine for peers, after ``wait_for`` of them (default: all) are serving.
+
+    The engine's cache is ``folder``, with the golden vectors that the peers have computed.
+    """
+    shutil.copytree(golden_cache(), folder, dirs_exist_ok=True)
     metrics = Metrics(checkpoint.card.adapters)
     given = {"urls": tuple(peer.url for peer in peers), "call_seconds": 5.0} | options
-    engine = RemoteEngine(checkpoint, cache, RemoteOptions(**given), metrics, resolve)
+    engine = RemoteEngine(checkpoint, folder, RemoteOptions(**given), metrics, resolve)
     wanted = len(peers) if wait_for is None else wait_for
     try:
         await engine.start()

@@ -11,7 +11,8 @@ DURATION ?= 60
 ROUNDS ?= 3
 ARGS ?=
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
-# Several processes of as many threads as cores each spend half their time waiting for each other.
+# Several processes with a thread for each core wait for each other; a heap for each thread retains
+# the memory of its own peak.
 ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive MALLOC_ARENA_MAX=2
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
@@ -41,21 +42,27 @@ help: ## List the targets
 serve: $(VENV)/serve.stamp ## Install the service and run it: PORT=8080 MODEL=taskvec-mini
 	$(VENV)/bin/taskvec serve --port $(PORT) --model $(MODEL)
 
+# In two parts: a process keeps all libraries that the files of its tests import. pytest ends with 5 if
+# it finds no test, as where ARGS names tests of the other part.
 .PHONY: test
 test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs: WHEEL= (empty tests the checkout)
-	# In two parts: a process keeps all libraries that the files of its tests import.
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest --quick --libraries without $(PARALLEL) $(TESTED) $(ARGS); first=$$?; \
-		$(ONE_THREAD) $(VENV)/bin/python -m pytest --quick --libraries with $(PARALLEL) $(TESTED) $(ARGS) && exit $$first
+		$(ONE_THREAD) $(VENV)/bin/python -m pytest --quick --libraries with $(PARALLEL) $(TESTED) $(ARGS); \
+		case $$first$$? in 00 | 05 | 50) ;; *) exit 1 ;; esac
 
 .PHONY: test-all
 test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(ARGS)
 
+# Tests that time calls are left out: measuring makes calls slower.
+MEASURED = $(ONE_THREAD) $(VENV)/bin/python -m coverage run -m pytest --quick
+UNTIMED = -k "not interpreter_lock_for_long"
+
 .PHONY: coverage
-coverage: $(VENV)/dev.stamp ## Run `make test` and measure branch coverage of service/, by package, against its floor
+coverage: $(VENV)/dev.stamp ## Run `make test`, print the branch coverage of each package, and fail if the total is below the floor
 	$(VENV)/bin/python -m coverage erase
-	$(VENV)/bin/python -m coverage run -m pytest --quick $(PARALLEL) $(TESTED) \
-		-k "not interpreter_lock_for_long" $(ARGS) # these time calls, which measuring makes slower
+	$(MEASURED) --libraries without $(PARALLEL) $(TESTED) $(UNTIMED) $(ARGS)
+	$(MEASURED) --libraries with $(PARALLEL) $(TESTED) $(UNTIMED) $(ARGS)
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python tests/coverage_by_package.py
 	$(VENV)/bin/python -m coverage report --format total
@@ -188,13 +195,14 @@ lock: $(VENV)/dev.stamp ## Update requirements/*.txt
 	$(COMPILE) --extra test --constraint requirements/gateway.in \
 		--output-file requirements/gateway.txt pyproject.toml
 	$(COMPILE) --extra test-vllm --output-file requirements/vllm.txt pyproject.toml
-	sed -i 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
+	sed -i.bak 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
 	# These are built for other versions of torch; with them, vLLM's CPU build cannot import its models.
-	sed -i -E '/^(torchvision|torchaudio|torchcodec|triton)==/d' requirements/vllm.txt
+	sed -i.bak -E '/^(torchvision|torchaudio|torchcodec|triton)==/d' requirements/vllm.txt
+	rm requirements/*.bak
 
 .PHONY: clean
 clean: ## Remove environments, caches and build output
-	rm -rf $(VENV) .venv-* .cache dist .*_cache .hypothesis
+	rm -rf $(VENV) .venv-* .cache dist .*_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Its messages name the goals, which are what the user types again.

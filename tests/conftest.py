@@ -48,6 +48,8 @@ QUICK_EXAMPLES = 0.2
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 """Number of tests that `--quick` has left out, by reason."""
 
+LIBRARIES = {"transformers", "peft", "sklearn"}
+
 IMPORTS_LIBRARIES = re.compile(
     r"^(from|import) (oracle|peft|transformers|tinytraining|taskvec_train|taskvec\.evaluation"
     r"|taskvec\.cli\.evaluate)\b",
@@ -96,6 +98,11 @@ def pytest_configure(config: pytest.Config) -> None:
     wheel = config.getoption("--wheel")
     if wheel is not None:
         _require_installed(wheel)
+    elif not Path(taskvec.__file__).is_relative_to(repository() / "service"):
+        raise pytest.UsageError(
+            f"the tests would import taskvec from {taskvec.__file__}, where a wheel was installed: "
+            "name it in WHEEL=, or touch pyproject.toml to install the checkout again"
+        )
 
 
 def _require_installed(wheel: Path) -> None:
@@ -127,26 +134,10 @@ def in_other_part(path: Path, config: pytest.Config) -> bool:
     return bool(imports) != (wanted == "with")
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """With `--libraries without`, end if a chosen file has imported such a library all the same."""
-    found = {"transformers", "peft", "sklearn"} & sys.modules.keys()
-    if session.items and found and session.config.getoption("--libraries") == "without":
-        pytest.exit(f"name what imports {', '.join(found)} in IMPORTS_LIBRARIES", returncode=2)
-
-
-@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Send what a pytest-xdist worker has left out to the main process.
-
-    With `--libraries`, no test is no failure: the chosen ones may all be in the other part.
-    """
+    """Send what a pytest-xdist worker has left out to the main process."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, {}))
-    if (
-        session.config.getoption("--libraries")
-        and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    ):
-        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -170,7 +161,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Receive it; every worker has collected the same tests."""
+    """Receive a worker's numbers; all workers have the same."""
     left = getattr(node, "workeroutput", {}).get("left out", {})
     node.config.stash[LEFT_OUT] = Counter(left)
 
@@ -199,8 +190,22 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
-    """With `--no-skips`, a module that skips itself has failed."""
+    """Check a collected file.
+
+    With `--no-skips`, a file that skips itself has failed; so has one, with `--libraries without`,
+    that imports such a library.
+    """
+    before = LIBRARIES & sys.modules.keys()
     report = yield
+    imported = (LIBRARIES & sys.modules.keys()) - before
+    if imported and isinstance(collector, pytest.Module):
+        config, file = collector.config, collector.path
+        if config.getoption("--libraries") == "without" and not in_other_part(file, config):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{file} has imported {', '.join(sorted(imported))}: add what it imports to "
+                "IMPORTS_LIBRARIES in tests/conftest.py"
+            )
     if report.skipped and collector.config.getoption("--no-skips"):
         report.outcome = "failed"
     return report

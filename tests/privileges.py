@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
-from functools import cache
 
 UNKNOWN_USER = 54_321
 """User id without an entry in /etc/passwd."""
@@ -24,23 +21,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 def unprivileged(*command: str) -> list[str]:
     """Return a command that runs another one without root's rights to files and ports.
 
-    The user id stays the same, so that it can read the Python installation.
+    The user id stays 0: all users must be able to enter the folders above the Python installation.
     """
     return [sys.executable, "-c", _DROP, *command] if os.geteuid() == 0 else list(command)
-
-
-def as_unknown_user(*command: str) -> list[str]:
-    """Return a command that runs another one with a user id that has no entry in /etc/passwd."""
-    user = ["--user", f"--map-user={UNKNOWN_USER}", f"--map-group={UNKNOWN_USER}"]
-    return ["unshare", *user, *unprivileged(*command)]
-
-
-@cache
-def has_user_namespaces() -> bool:
-    """Return whether this machine can run ``as_unknown_user``."""
-    if shutil.which("unshare") is None:
-        return False
-    return (
-        subprocess.run(as_unknown_user("/bin/true"), capture_output=True, check=False).returncode
-        == 0
-    )

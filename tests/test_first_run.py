@@ -48,6 +48,7 @@ class Checkout:
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": index.as_uri(),
             "PIP_NO_CACHE_DIR": "1",
+            "NO_PROXY": "127.0.0.1",
             "PYTHON": sys.executable,
             "WHEEL": str(build_wheel(index, "taskvec", COMMAND)),
         }
@@ -210,7 +211,7 @@ def test_nothing_is_compiled(checkout: Checkout) -> None:
     checkout.require("sources==1.0")
     sentence = checkout.refuses("serve")
     assert "The package index has no sources==1.0 for Python 3." in sentence
-    assert sentence.endswith("use another Python: make serve PYTHON=python3.12")
+    assert sentence.endswith("another Python: rm -rf .venv; make serve PYTHON=python3.12")
     assert not checkout.environment.exists()
 
 
@@ -252,13 +253,29 @@ def test_the_checkout_is_read_only(checkout: Checkout) -> None:
     assert "copy taskvec to a folder that you may write to" in sentence
 
 
-def test_other_folders_are_not_replaced(checkout: Checkout) -> None:
-    """A folder that is no virtual environment stays as it is."""
-    precious = checkout.folder / "data" / "precious"
+@pytest.mark.parametrize("name", ["precious", "pyvenv.cfg"])
+def test_other_folders_are_not_replaced(checkout: Checkout, name: str) -> None:
+    """A folder that is no virtual environment stays as it is, and so does one without pip."""
+    precious = checkout.folder / "data" / name
     precious.parent.mkdir()
     precious.touch()
-    assert "data exists and is not a virtual environment" in checkout.refuses("serve", "VENV=data")
+    sentence = checkout.refuses("serve", "VENV=data")
+    assert "data exists, and is no virtual environment" in sentence
+    assert sentence.endswith("remove it, or name another folder: make serve VENV=.venv2")
     assert precious.exists()
+
+
+def test_an_environment_of_an_old_python(checkout: Checkout) -> None:
+    """The sentence says to remove it: with another Python, it would still be used."""
+    assert checkout.make("serve").returncode == 0
+    python = checkout.environment / "bin" / "python"
+    python.unlink()
+    old = program_that(checkout.folder / "bin", "[ $2 = pip ] || echo 3.10")
+    python.symlink_to(old)
+    (checkout.environment / "serve.stamp").unlink()
+    sentence = checkout.refuses("serve", PYTHON="python3.12")
+    assert ".venv has Python 3.10, and taskvec needs 3.11 or newer" in sentence
+    assert sentence.endswith("rm -rf .venv; make serve PYTHON=python3.12")
 
 
 @pytest.fixture

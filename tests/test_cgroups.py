@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cgroups import process_in, write_quota
-from taskvec.cgroups import available_cores, groups_of
+from taskvec.cgroups import available_cores, groups_of, has_quota
 
 V1_LINES = ("4:cpu,cpuacct:/pod/box", "3:memory:/other", "0::/")
 V2_LINES = ("0::/pod/box",)
@@ -35,6 +35,7 @@ def test_a_quota_limits_the_cores(tmp_path: Path, version: int, quota: int, expe
     """Only whole cores count: 1.5 is one. Less than one is one, and more than there are is all."""
     write_quota(machine(tmp_path, version) / "pod/box", version, quota)
     assert cores(tmp_path) == expected
+    assert has_quota(tmp_path / "proc" / "self", tmp_path / "cgroups") == (quota > 0)
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -79,6 +79,11 @@ def available_cores(
     return max(1, math.floor(min([(allowed or _allowed_cores)(), *quotas])))
 
 
+def has_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> bool:
+    """Return whether the processor time of this process is limited."""
+    return any(math.isfinite(_quota(group)) for group in groups_of("cpu", proc, cgroups))
+
+
 def _allowed_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -8,6 +8,7 @@ cores, the spinning threads keep those that have work from running.
 from __future__ import annotations
 
 import os
+import sys
 
 SPINS = "10000"
 """Times that a thread asks. The default of GNU, 300,000, is no faster on an idle machine, and 50
@@ -15,9 +16,9 @@ times as slow beside eight busy processes (`loadtest/crowded.py`)."""
 
 
 def limit_spinning() -> None:
-    """Set the limit, unless the environment says how threads wait.
+    """Set the limit, unless the environment says how threads wait, or torch is imported.
 
-    GNU's OpenMP reads it when torch is imported; other ones ignore it.
+    GNU's OpenMP reads it when it is loaded, with torch; other ones ignore it.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

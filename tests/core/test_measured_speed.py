@@ -74,7 +74,7 @@ class CrowdedEngine(FakeEngine):
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
         result = await super().embed(batch)
-        return replace(result, processor=result.computed / 100)
+        return replace(result, forward=result.computed, processor=result.computed / 100)
 
 
 @pytest.mark.anyio

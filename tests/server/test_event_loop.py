@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import pytest
 import uvloop
 
-from taskvec.server.event_loop import MAX_CONNECTING, BatchAcceptLoop
+from taskvec.server.event_loop import MAX_CONNECTING, BatchAcceptLoop, BatchAcceptServer
 
 T = TypeVar("T")
 WAITING = 200
@@ -45,7 +45,9 @@ async def listen() -> tuple[asyncio.AbstractServer, tuple[str, int]]:
 async def close(server: asyncio.AbstractServer) -> None:
     """Close a server, and let the connections that it has taken end."""
     server.close()
-    await asyncio.sleep(0.05)
+    if isinstance(server, BatchAcceptServer):
+        await server.wait_connected()
+    await asyncio.sleep(0.01)
 
 
 def greeted(connection: socket.socket) -> bool:

@@ -38,7 +38,9 @@ _CHARACTERS = re.compile(
 )
 """Content of a string, which never ends inside of an escape or between two surrogates."""
 
-_LONG_NUMBER = re.compile(rb"[^ \t\r\n,:\[\]{}]{1000}")
+_LONG_NUMBER = re.compile(rb"(?<![^ \t\r\n,:\[\]{}])[^ \t\r\n,:\[\]{}]{100}")
+"""Matches only from the start of a number: from each of its digits, it takes 50 times as long."""
+
 _SPACES = re.compile(rb"[ \t\r\n]{2,}+")
 _NUMBERS = b"0123456789-+.eE, \t\r\n"
 
@@ -57,7 +59,7 @@ def parse_in_pieces(body: bytes, max_values: int, max_numbers: int, piece: int =
     Args:
         body: any bytes.
         max_values: maximum number of strings and of arrays; a bound of the time for the rest.
-        max_numbers: maximum number of numbers in long arrays.
+        max_numbers: so many more values may be numbers in long arrays.
         piece: bytes parsed in one call, at least 32.
 
     Raises:
@@ -111,7 +113,7 @@ class _Cutter:
         self._body = body
         self._rest: list[bytes] = []
         self._values_left = max_values
-        self._numbers_left = max_numbers
+        self._numbers_left = max_values + max_numbers
         self._piece = piece
         self._name = secrets.token_hex(8)  # a body cannot contain it
 
@@ -139,6 +141,7 @@ class _Cutter:
             if close - opening > LONG_ARRAY and opening >= 0:
                 cuts = self._array_cuts(opening + 1, close)
                 if cuts:
+                    self._refuse_key(close + 1)
                     self._keep(start, opening)
                     self._replace(cuts)
                     start = close + 1
@@ -147,13 +150,20 @@ class _Cutter:
             start = close + 1
         self._keep(start, stop)
 
+    def _refuse_key(self, stop: int) -> None:
+        """Check that an array is no key: its placeholder is a string, and could be one."""
+        while (after := self._body[stop : stop + PADDING]).isspace():
+            stop += PADDING
+        if after.lstrip().startswith(b":"):
+            raise InvalidJsonError("a key is an array")
+
     def _keep(self, start: int, stop: int) -> None:
         for first in range(start, stop, self._piece):
             kept = self._body[first : min(first + self._piece, stop)]
             if len(kept) > PADDING:
                 kept = _SPACES.sub(b" ", kept)
                 if _LONG_NUMBER.search(kept):
-                    raise InvalidJsonError("a number has more than 1,000 digits")
+                    raise InvalidJsonError("a value that is no string has more than 100 characters")
             self._rest.append(kept)
 
     def _array_cuts(self, start: int, stop: int) -> list[int]:

@@ -50,7 +50,8 @@ PROBE_SECONDS = 0.25
 """A batch that takes this long measures the speed; shorter ones measure the cost of a call."""
 
 CROWDED = 2
-"""Duration of a batch over its processor time, above which other processes want the processor."""
+"""Duration of a batch's forward passes over their processor time, above which other processes want
+the processor."""
 
 
 class Admission:
@@ -284,7 +285,7 @@ async def measure_speed(engine: Engine) -> tuple[int, float]:
         # On a crowded machine, processor time is what the batch would take on an idle one.
         result = await engine.embed(batch)
         seconds = min(time.monotonic() - started, result.processor)
-        if priority is Priority.BULK and result.computed > CROWDED * result.processor:
+        if priority is Priority.BULK and result.forward > CROWDED * result.processor:
             priority = Priority.INTERACTIVE
             continue
         if seconds >= PROBE_SECONDS or texts == MAX_PROBE_TEXTS:

@@ -62,13 +62,15 @@ class EngineResult:
         vectors: float32 [texts, dimension], in the order of the batch, **not** normalised.
         queued: seconds until the first text entered a forward pass.
         computed: seconds from then until the last vector was computed.
-        processor: seconds of processor time of the thread that computed, which other processes do
+        forward: seconds of its forward passes, without pauses; 0 if the engine cannot tell.
+        processor: the same in processor time of the thread that computed, which other processes do
             not prolong; infinite if the engine cannot tell.
     """
 
     vectors: NDArray[np.float32]
     queued: float
     computed: float
+    forward: float = 0.0
     processor: float = math.inf
 
 

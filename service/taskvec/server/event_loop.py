@@ -200,6 +200,10 @@ class BatchAcceptServer(asyncio.AbstractServer):
         self._called_at.clear()
         self._server.close()
 
+    async def wait_connected(self) -> None:
+        """Wait until all accepted connections have their protocols."""
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+
     async def wait_closed(self) -> None:
         await self._server.wait_closed()
 

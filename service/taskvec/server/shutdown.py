@@ -101,6 +101,11 @@ class GracefulServer(uvicorn.Server):
         """Stop, as uvicorn's server."""
         if self._watching is not None:
             self._watching.cancel()
+        # uvicorn ends the connections that it knows: those that are taken only now included.
+        for server in self.servers:
+            server.close()
+            if isinstance(server, BatchAcceptServer):
+                await server.wait_connected()
         await super().shutdown(sockets)
 
     @contextmanager

@@ -139,10 +139,11 @@ def test_a_result_survives(rows: int, dimension: int, finished: int) -> None:
     """Vectors arrive bit for bit, also those of a matrix that is not contiguous."""
     random = np.random.default_rng(rows)
     vectors = random.standard_normal((dimension, rows)).astype(np.float32).T
-    body = b"".join(pack_result(EngineResult(vectors, 0.25, 1.5, 0.75), finished))
+    body = b"".join(pack_result(EngineResult(vectors, 0.25, 1.5, 1.25, 0.75), finished))
     result, counter = unpack_result(body, dimension)
     assert np.array_equal(result.vectors, vectors)
-    assert (result.queued, result.computed, result.processor) == (0.25, 1.5, 0.75)
+    assert (result.queued, result.computed) == (0.25, 1.5)
+    assert (result.forward, result.processor) == (1.25, 0.75)
     assert counter == finished
 
 

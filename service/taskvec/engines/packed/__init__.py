@@ -2,4 +2,4 @@
 
 from taskvec.openmp import limit_spinning
 
-limit_spinning()  # every module of this package imports torch, or is imported before it
+limit_spinning()  # here, because this runs before any module of the package imports torch

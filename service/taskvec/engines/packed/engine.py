@@ -13,6 +13,7 @@ import numpy as np
 import structlog
 import torch
 
+from taskvec.cgroups import has_quota
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.concurrency import lower_priority
@@ -226,13 +227,15 @@ class PackedEngine:
 
     def _make_workers(self, transformer: AnyTransformer) -> None:
         """Make one worker for each class on a CPU, and one for both on a GPU."""
-        classes = [tuple(Priority)] if isinstance(transformer, GpuTransformer) else CPU_LANES
+        on_gpu = isinstance(transformer, GpuTransformer)
+        classes = [tuple(Priority)] if on_gpu else CPU_LANES
         lanes = Lanes(classes, self._waiting.queue, self._waiting.lock)
+        counts_processor = not on_gpu and not has_quota()
         for lane in lanes:
             forward = transformer
             if self._workers and not isinstance(transformer, GpuTransformer):
                 forward = transformer.in_lane(partial(lanes.step, lane), BULK_NICENESS)
-            self._workers.append(Worker(lane, lanes, self._waiting, forward))
+            self._workers.append(Worker(lane, lanes, self._waiting, forward, counts_processor))
 
     def _work(self, worker: Worker, niceness: int) -> None:
         if niceness:

@@ -45,8 +45,8 @@ class Request:
         queued_at: ``time.monotonic()`` of the call.
         missing: texts without a vector.
         started_at: ``time.monotonic()`` when the first text entered a forward pass.
-        processor: seconds of processor time of the lane's thread in its forward passes; infinite
-            if another device computes.
+        forward: seconds of its forward passes, without pauses.
+        processor: seconds of processor time of the lane's thread in them; see ``Worker``.
         withdrawn: True if the caller was cancelled or the request has failed.
     """
 
@@ -58,6 +58,7 @@ class Request:
     queued_at: float
     missing: int
     started_at: float | None = None
+    forward: float = 0.0
     processor: float = 0.0
     withdrawn: bool = False
 
@@ -182,6 +183,8 @@ class Worker:
         lanes: all lanes.
         waiting: the waiting requests.
         transformer: the forward pass.
+        counts_processor: whether processor time says how long a forward pass takes: the processor
+            computes, and has no quota.
         computing: the requests of the batches that are started or about to be.
     """
 
@@ -189,6 +192,7 @@ class Worker:
     lanes: Lanes[Request]
     waiting: WaitingRequests
     transformer: AnyTransformer
+    counts_processor: bool = False
     computing: set[Request] = field(default_factory=set)
     _in_flight: deque[Batch] = field(default_factory=deque)
     _budget: int = 0
@@ -322,8 +326,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - reported to the callers
             self._handle_failure(rows, error)
             return None
-        here = self.transformer.max_started == 1  # it has been computed
-        processor = time.thread_time() - processor if here else math.inf
+        processor = time.thread_time() - processor if self.counts_processor else math.inf
         return Batch(rows, self._budget, lane_seconds, processor, wait)
 
     def _finish(self, batch: Batch) -> None:
@@ -354,6 +357,9 @@ class Worker:
         self._finished_seconds = self.lane.seconds
         if self.waiting.observer is not None:
             self.waiting.observer.batch_finished(len(rows), tokens, seconds, batch.budget)
+        for request in {request for request, _ in rows}:
+            request.forward += seconds
+            request.processor += batch.processor
         done = time.monotonic()
         first = 0
         for request, own in groupby(rows, key=itemgetter(0)):
@@ -361,13 +367,13 @@ class Worker:
             request.vectors[texts] = vectors[first : first + len(texts)]
             first += len(texts)
             request.missing -= len(texts)
-            request.processor += batch.processor
             if request.missing == 0 and request.started_at is not None:
                 request.answer(
                     EngineResult(
                         vectors=request.vectors,
                         queued=request.started_at - request.queued_at,
                         computed=done - request.started_at,
+                        forward=request.forward,
                         processor=request.processor,
                     )
                 )

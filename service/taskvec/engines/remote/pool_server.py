@@ -474,7 +474,7 @@ class PoolServer:
             try:
                 await self._probe(adapter, min(self._call_seconds, left))
             except ServerCallError as error:
-                retry_delay = error.retry_after
+                retry_delay = max(MIN_RETRY_SECONDS, error.retry_after)
                 expires = time.monotonic() + retry_delay >= deadline
                 if error.outcome is not CallOutcome.BUSY or expires:
                     raise

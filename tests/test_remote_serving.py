@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,20 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from conftest import free_port, wait_until
 from processes import EXACT, TASKS, TEXTS, Load, Served, embed, served, total, wait_for
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL
 
 pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
 
 SERVER = ("--token-input", "accept", *EXACT)
 GATEWAY = ("--engine", "remote", "--log-level", "error")
+
+POISON = 6543
+"""A token that no probe has."""
 
 WITHOUT_TORCH = """
 import importlib.abc
@@ -148,6 +154,38 @@ def test_a_killed_server_loses_no_request() -> None:
             second.process.kill()
             wait_for(lambda: serving(gateway, second) == 0)  # within ten quiet seconds
             assert len(vectors(gateway.url, TEXTS, "clustering")) == len(TEXTS)
+
+
+def test_a_text_without_a_finite_vector_fails_alone(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """With a damaged row in the weights of all, only requests with its token fail, by name."""
+    folder = shutil.copytree(default_checkpoint.folder, tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embed_tokens.weight"][POISON] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    model = ("--model", str(folder))
+    with (
+        served(*SERVER, *model) as first,
+        served(*SERVER, *model) as second,
+        served(*before(first, second), *model, "--token-input", "accept") as gateway,
+        ThreadPoolExecutor(8) as threads,
+    ):
+
+        def ask(n: int) -> httpx.Response:
+            ids = [[5 + n], [POISON if n % 4 == 0 else 6, 5]]
+            return httpx.post(f"{gateway.url}/v1/embeddings", json={"input": ids}, timeout=30)
+
+        for n, reply in enumerate(threads.map(ask, range(100))):
+            assert reply.status_code == (500 if n % 4 == 0 else 200), reply.text
+            if n % 4 == 0:
+                error = reply.json()["error"]
+                assert (error["code"], error["param"]) == ("vector_not_finite", "input[1]")
+                assert "input[1]" in error["message"]
+        shown = httpx.get(f"{gateway.url}/metrics", timeout=30).text
+        assert total(shown, "taskvec_engine_calls_total", 'outcome="text_error"') >= 25
+        assert total(shown, "taskvec_engine_calls_total", 'outcome="error"') == 0
+        assert serving(gateway, first) == serving(gateway, second) == 1
 
 
 def test_a_server_that_takes_no_token_ids_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,11 @@ A request error is raised wherever it is detected, and rendered by ``taskvec.api
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import ClassVar
+
+_INPUT = re.compile(r"input\[(\d{1,9})\]")
 
 
 class TaskvecError(Exception):
@@ -37,6 +41,28 @@ class TaskvecError(Exception):
         self.code = code or self.default_code
         self.param = param
         self.retry_after = retry_after
+
+    @property
+    def text(self) -> int | None:
+        """Index of the text that ``param`` names; None if it names none."""
+        match = _INPUT.fullmatch(self.param or "")
+        return None if match is None else int(match[1])
+
+    def renumbered(self, indices: Sequence[int]) -> TaskvecError:
+        """Return the error with the index that the text has in another request.
+
+        Args:
+            indices: the index in that request of each text.
+        """
+        if self.param is None or self.text is None:
+            return self
+        param = f"input[{indices[self.text]}]"
+        return type(self)(
+            self.message.replace(self.param, param),
+            code=self.code,
+            param=param,
+            retry_after=self.retry_after,
+        )
 
 
 class InvalidRequestError(TaskvecError):
@@ -209,6 +235,10 @@ CODES: tuple[str, ...] = (
     "vector_not_finite",
 )
 """All error codes that a client may see."""
+
+
+TEXT_CODES = frozenset({"out_of_memory", "vector_not_finite"})
+"""Codes of errors that say that one text cannot be embedded, and nothing about other texts."""
 
 
 class StartError(Exception):

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from conftest import DEFAULT_VOCABULARY, examples, fake_service
 from fakes import FakeEngine, hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.base import EngineHealth, EngineState, TokenIds
+from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch, TokenIds
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, pack_texts
+from taskvec.errors import TaskvecError
 
 ACCEPT: dict[str, Any] = {"token_input": "accept"}
 PATH = "/v1/engine/embed"
@@ -112,6 +113,37 @@ async def test_one_adapter_is_one_batch(
     assert np.array_equal(vectors_of(answer, card.dimension), np.stack(truth))
     (batch,) = engine.batches
     assert [text.tolist() for text in batch.ids] == [text.tolist() for text in texts]
+
+
+class PickyEngine(FakeEngine):
+    """Gives no finite vector of a text that begins with 666, and has no memory for one with 667."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        result = await super().embed(batch)
+        for i, text in enumerate(batch.ids):
+            if text[0] == 667:
+                where = f"input[{i}]"
+                raise TaskvecError(f"Not {where}.", code="out_of_memory", param=where)
+            if text[0] == 666:
+                result.vectors[i] = np.nan
+        return result
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("cache", [{}, {"answer_cache_bytes": 1 << 20}])
+@pytest.mark.parametrize(("first", "code"), [(666, "vector_not_finite"), (667, "out_of_memory")])
+async def test_an_error_names_the_text_of_the_call(
+    default_checkpoint: Checkpoint, cache: dict[str, int], first: int, code: str
+) -> None:
+    """The index is that in the call, although the engine gets a part of its texts."""
+    engine = PickyEngine(default_checkpoint.card)
+    async with fake_service(default_checkpoint, engine, **ACCEPT, **cache) as (client, _):
+        texts = [ids(1), ids(2), ids(3), ids(first), ids(5)]
+        adapters = ["retrieval", "clustering", "clustering", "clustering", "retrieval"]
+        assert (await ask(client, texts[:3], adapters[:3])).status_code == 200
+        answer = await ask(client, texts, adapters)
+        assert "input[3]" in refused(answer, 500, code)
+        assert answer.json()["error"]["param"] == "input[3]"
 
 
 @pytest.mark.anyio

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskvec.engines.wire import pack_texts, unpack_texts
+from taskvec.api.errors import error_response
+from taskvec.engines.wire import pack_texts, read_text_error, unpack_texts
+from taskvec.errors import TaskvecError
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 NAMES = st.none() | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
@@ -137,3 +139,38 @@ def test_a_damaged_request_is_unpacked_or_rejected(
     changed[index] = data.draw(st.integers(0, 255))
     check_unpacked_or_rejected(header, bytes(changed))
     check_unpacked_or_rejected(header, body[:index])
+
+
+def rendered(code: str | None, param: str | None) -> str:
+    """Return the body of an error response."""
+    error = TaskvecError("Not this one.", code=code, param=param)
+    return bytes(error_response(error, "an-id").body).decode()
+
+
+@pytest.mark.parametrize("code", ["vector_not_finite", "out_of_memory"])
+def test_an_error_about_one_text_is_read(code: str) -> None:
+    """The error of a server about one text keeps its message, code and param."""
+    error = read_text_error(rendered(code, "input[12]"))
+    assert error is not None
+    assert (error.message, error.code, error.param) == ("Not this one.", code, "input[12]")
+    assert error.text == 12
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rendered(None, "input[0]"),
+        rendered("vector_not_finite", None),
+        rendered("vector_not_finite", "input[-1]"),
+        rendered("vector_not_finite", "input[0] "),
+        rendered("vector_not_finite", f"input[{'9' * 1000}]"),
+        rendered("vector_not_finite", "input[3]")[:-40],
+        '{"error": "vector_not_finite"}',
+        '{"error": {"code": ["vector_not_finite"], "message": 1, "param": "input[0]"}}',
+        "[]",
+        "",
+    ],
+)
+def test_other_errors_are_not_about_one_text(body: str) -> None:
+    """An error with another code, without a text, or of another form does not count as one."""
+    assert read_text_error(body) is None

@@ -109,6 +109,7 @@ class EngineEmbed:
                 deadline=deadline,
                 priority=priority,
                 tenant=context.key.name if context.key is not None else None,
+                indices=chosen,
             )
             for adapter, chosen in indices.items()
         ]

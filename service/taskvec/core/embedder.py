@@ -114,12 +114,11 @@ class AsyncEmbedder:
         if context.input_bytes and context.memory is not None:
             more = sum(map(_bytes_beyond_estimate, jobs, ids))
             context.memory.resize(context.memory.bytes + more)
+        indices = [job.indices or range(len(job.inputs)) for job in jobs]
         if self._cache is None:
-            rows = [result.vectors for result in await self._run(ids, jobs, context)]
-            for vectors in rows:
-                _require_finite(vectors, range(len(vectors)))
+            rows = [result.vectors for result in await self._run(ids, jobs, indices, context)]
         else:
-            rows = await self._embed_missing(self._cache, ids, jobs, context)
+            rows = await self._embed_missing(self._cache, ids, jobs, indices, context)
         return [
             Embeddings(vectors=vectors, tokens=_count_tokens(texts))
             for vectors, texts in zip(rows, ids, strict=True)
@@ -130,6 +129,7 @@ class AsyncEmbedder:
         cache: EmbeddingCache,
         ids: Sequence[Sequence[TokenIds]],
         jobs: Sequence[EmbedJob],
+        indices: Sequence[Sequence[int]],
         context: JobContext,
     ) -> list[NDArray[np.float32]]:
         """Return the vectors of each job; only texts that are not cached are embedded."""
@@ -144,10 +144,10 @@ class AsyncEmbedder:
             results = await self._run(
                 [[ids[i][text] for text in lookups[i].missing] for i in incomplete],
                 [jobs[i] for i in incomplete],
+                [[indices[i][text] for text in lookups[i].missing] for i in incomplete],
                 context,
             )
             for i, result in zip(incomplete, results, strict=True):
-                _require_finite(result.vectors, lookups[i].missing)
                 lookups[i].vectors[lookups[i].missing] = result.vectors
                 cache.store(lookups[i])
         return [lookup.vectors for lookup in lookups]
@@ -156,9 +156,17 @@ class AsyncEmbedder:
         self,
         ids: Sequence[Sequence[TokenIds]],
         jobs: Sequence[EmbedJob],
+        indices: Sequence[Sequence[int]],
         context: JobContext,
     ) -> list[EngineResult]:
-        """Admit each job's texts and embed them; one engine result per job."""
+        """Admit each job's texts and embed them; one engine result per job.
+
+        Args:
+            ids: the token ids of each text of each job.
+            jobs: the jobs.
+            indices: the index in the request of each of these texts.
+            context: see ``embed``.
+        """
         stages = context.stages
         tokens = sum(map(_count_tokens, ids))
         priority = self._admission.priority_of(tokens, jobs[0].priority)
@@ -178,13 +186,21 @@ class AsyncEmbedder:
             stages.start("queue")
             with self._health.waiting:
                 if len(batches) == 1:
-                    results = [await self._engine.embed(batches[0])]
+                    results = [await self._embed_batch(batches[0], indices[0])]
                 else:
-                    results = await gather_or_cancel(map(self._engine.embed, batches))
+                    results = await gather_or_cancel(map(self._embed_batch, batches, indices))
         queued = min(result.queued for result in results)
         total = max(result.queued + result.computed for result in results)
         stages.engine_finished(queued, total - queued)
+        for result, texts in zip(results, indices, strict=True):
+            _require_finite(result.vectors, texts)
         return results
+
+    async def _embed_batch(self, batch: TokenBatch, indices: Sequence[int]) -> EngineResult:
+        try:
+            return await self._engine.embed(batch)
+        except TaskvecError as error:
+            raise error.renumbered(indices) from None
 
     async def _token_ids(self, job: EmbedJob) -> Sequence[TokenIds]:
         if isinstance(job.inputs[0], np.ndarray):

@@ -30,6 +30,7 @@ class EmbedJob:
         deadline: ``time.monotonic()`` after which the answer is no longer needed; None if never.
         priority: priority class requested; large jobs are bulk regardless (``Admission``).
         tenant: name of the API key, None without one. Cached vectors belong to one tenant.
+        indices: index in the request of each input, for errors; None if the job has all inputs.
     """
 
     inputs: Sequence[str] | Sequence[TokenIds]
@@ -38,6 +39,7 @@ class EmbedJob:
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
     tenant: str | None = None
+    indices: Sequence[int] | None = None
 
     @property
     def input_bytes(self) -> int:

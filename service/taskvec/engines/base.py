@@ -97,6 +97,7 @@ class CallOutcome(enum.StrEnum):
     TIMEOUT = "timeout"
     WRONG = "wrong"
     ABANDONED = "abandoned"
+    TEXT_ERROR = "text_error"
 
 
 class DropReason(enum.StrEnum):

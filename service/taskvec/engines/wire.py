@@ -3,7 +3,8 @@
 The request body is little-endian int32: the number of texts; for each text the index of its adapter
 in the ``x-adapters`` header and its length; then all ids, concatenated. The header contains the
 names of the adapters, separated by commas; an empty name is the bare backbone. The response body is
-a row-major little-endian float32 matrix [texts, dimension], not normalised.
+a row-major little-endian float32 matrix [texts, dimension], not normalised. Errors are JSON, as on
+all routes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import orjson
 
 from taskvec.engines.base import TokenIds
+from taskvec.errors import TEXT_CODES, TaskvecError
 
 WIRE_PATH = "/v1/engine/embed"
 WIRE_TYPE = "application/octet-stream"
@@ -70,3 +73,14 @@ def unpack_texts(header: str, body: bytes) -> tuple[list[TokenIds], list[str | N
         raise ValueError("the lengths of the texts do not match the number of ids")
     ids = np.split(numbers[1 + 2 * texts :], np.cumsum(lengths[:-1]))
     return [text.astype(np.int32, copy=False) for text in ids], [names[i] for i in indices]
+
+
+def read_text_error(body: str) -> TaskvecError | None:
+    """Return the error of a response with status 500 if it concerns one text; None otherwise."""
+    try:
+        given = orjson.loads(body)["error"]
+        code, message, param = given["code"], str(given["message"]), str(given["param"])
+    except (ValueError, TypeError, LookupError):
+        return None
+    error = TaskvecError(message, code=str(code), param=param)
+    return error if error.code in TEXT_CODES and error.text is not None else None

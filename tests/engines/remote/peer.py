@@ -20,19 +20,29 @@ from prometheus_client import CollectorRegistry
 
 from conftest import free_port
 from fakes import hashed_vector
+from taskvec.api.errors import error_response
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.golden import golden_vectors
-from taskvec.engines.base import TokenBatch, TokenIds
+from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
+from taskvec.engines.remote.batcher import MAX_CALLS
 from taskvec.engines.remote.discovery import Resolve, resolve_host
 from taskvec.engines.remote.engine import RemoteEngine, RemoteOptions
 from taskvec.engines.wire import ADAPTERS_HEADER, WIRE_PATH, WIRE_TYPE, unpack_texts
+from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
 
 BROKEN = ("truncated", "endless", "silent", "closing")
 POISON = 6543
 """A token without a usable vector, as a damaged row of a checkpoint."""
 
-SWAPPED = {"retrieval": "clustering", "clustering": "retrieval"}
+TEXT_CODES = {"nan": "vector_not_finite", "large": "out_of_memory"}
+"""What a taskvec server answers to a text with this token, by the behaviour."""
+
+APPLIED = {
+    "swapped": {"retrieval": "clustering", "clustering": "retrieval"},
+    "merged": {"clustering": "retrieval"},
+}
+"""The adapters that a server applies for others, by the behaviour."""
 Vectors = NDArray[np.float32]
 
 
@@ -51,9 +61,10 @@ class Peer:
     """A vLLM or taskvec server: golden vectors for the probes, hashed vectors for other texts.
 
     Attributes:
-        behaviour: honest, swapped, base, missing, wrong dimension, nan, nan text, zeros, huge,
-            equal, constant, twins, wrong count, truncated, endless, silent, closing, slow,
-            no list, or a status; applies to new calls.
+        behaviour: honest, swapped, merged, base, missing, wrong dimension, nan, nan text,
+            large text, swapped nan text, zeros, huge, equal, constant, twins, refusing, misnaming,
+            wrong count, truncated, endless, silent, closing, slow, no list, or a status; applies
+            to new calls.
         calls: texts and adapters of each received call, without probes.
         posts: number of received calls, including probes.
         closed: number of calls that the client cancelled.
@@ -61,6 +72,8 @@ class Peer:
         deadlines: the received deadlines in milliseconds.
         priorities: the received classes.
         released: calls other than probes wait until this is set.
+        probes_released: probes wait until this is set.
+        probe_statuses: the statuses of the next probes, instead of the true responses.
         listing: response of /v1/models instead of the true one, if not None.
     """
 
@@ -84,6 +97,9 @@ class Peer:
         self.priorities: list[str] = []
         self.released = asyncio.Event()
         self.released.set()
+        self.probes_released = asyncio.Event()
+        self.probes_released.set()
+        self.probe_statuses: list[int] = []
         self.listing: Any = None
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -157,12 +173,32 @@ class Peer:
             if not all(text.tobytes() in self._probes for text in texts):
                 self.calls.append((texts, adapters))
                 await self.released.wait()
+            else:
+                await self.probes_released.wait()
+                if self.probe_statuses:
+                    status = self.probe_statuses.pop(0)
+                    return web.Response(status=status, headers={"retry-after": "0"})
             if self.behaviour == "slow":
                 await asyncio.sleep(0.2)
+            error = self._text_error(texts)
+            if error is not None:
+                body = bytes(error_response(error, "a-request").body)
+                return web.Response(status=500, body=body, content_type="application/json")
             return await self._misbehave(request, self._vectors(texts, adapters).tobytes())
         except asyncio.CancelledError:
             self.closed += 1
             raise
+
+    def _text_error(self, texts: Sequence[TokenIds]) -> TaskvecError | None:
+        """Return the error of a taskvec server for the first text that it cannot embed."""
+        kind, _, rest = self.behaviour.removeprefix("swapped ").partition(" ")
+        poisoned = [i for i, text in enumerate(texts) if POISON in text]
+        if self.behaviour in ("refusing", "misnaming"):
+            kind, poisoned = "nan", [0 if self.behaviour == "refusing" else len(texts)]
+        elif self.protocol != "taskvec" or rest != "text" or not poisoned:
+            return None
+        where = f"input[{poisoned[0]}]"
+        return TaskvecError(f"Not {where}: sorry.", code=TEXT_CODES[kind], param=where)
 
     def _vectors(self, texts: Sequence[TokenIds], adapters: Sequence[str | None]) -> Vectors:
         rows = [self._vector(*pair) for pair in zip(texts, adapters, strict=True)]
@@ -174,7 +210,7 @@ class Peer:
             rows[0][3] = 3e38
         if self.behaviour == "equal":
             rows = rows[:1] * len(rows)
-        if self.behaviour == "nan text":
+        if self.behaviour.endswith("nan text"):
             for row, text in zip(rows, texts, strict=True):
                 row[3] = np.nan if POISON in text else row[3]
         if self.behaviour == "twins" and texts[0].tobytes() not in self._probes:
@@ -187,8 +223,8 @@ class Peer:
         return vectors[:, :-1] if self.behaviour == "wrong dimension" else vectors
 
     def _vector(self, text: TokenIds, adapter: str | None) -> Vectors:
-        if self.behaviour == "swapped":
-            adapter = SWAPPED.get(adapter or "", adapter)
+        applied = APPLIED.get(self.behaviour.partition(" ")[0], {})
+        adapter = applied.get(adapter or "", adapter)
         if self.behaviour == "base":
             adapter = None
         probe = self._probes.get(text.tobytes())
@@ -229,6 +265,7 @@ async def listening(*peers: Peer, **address: Any) -> AsyncIterator[None]:
     finally:
         for peer in peers:
             peer.released.set()
+            peer.probes_released.set()
             await peer.stop()
 
 
@@ -257,6 +294,7 @@ async def pool(
     finally:
         for peer in peers:
             peer.released.set()
+            peer.probes_released.set()
         await engine.stop()
 
 
@@ -303,6 +341,25 @@ def batch(texts: int, adapter: str = "retrieval", *, start: int = 1, length: int
     """Return a batch of different texts, which depend on ``start``."""
     ids = [np.arange(i, i + length, dtype=np.int32) for i in range(start, start + texts)]
     return TokenBatch(ids, adapter)
+
+
+async def joined(
+    engine: RemoteEngine, peer: Peer, *batches: TokenBatch
+) -> list[EngineResult | BaseException]:
+    """Let a taskvec server receive batches in one call, and return their results."""
+    peer.released.clear()
+    received = len(peer.calls)
+    first = []
+    for i in range(MAX_CALLS):  # the others wait for these
+        first.append(asyncio.create_task(engine.embed(batch(1, start=1000 + i))))
+        await until(lambda: len(peer.calls) == received + len(first))
+    others = [asyncio.create_task(engine.embed(each)) for each in batches]
+    await asyncio.sleep(0.05)
+    peer.released.set()
+    results = await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.gather(*first, return_exceptions=True)
+    assert len(peer.calls[received + MAX_CALLS][0]) == sum(len(each.ids) for each in batches)
+    return results
 
 
 def truth(asked: TokenBatch, dimension: int) -> Vectors:

@@ -9,13 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.remote.peer import Peer, batch, ended, listening, pool, truth, until
+from engines.remote.peer import (
+    POISON,
+    Peer,
+    batch,
+    ended,
+    joined,
+    listening,
+    pool,
+    retried,
+    truth,
+    until,
+)
 from fakes import hashed_vector
 from taskvec.checkpoint.checkpoint import Checkpoint
-from taskvec.engines.base import CallOutcome, TokenIds
+from taskvec.engines.base import CallOutcome, EngineResult, TokenBatch, TokenIds
 from taskvec.engines.remote.batcher import MAX_CALLS, MAX_TEXTS, CallBatcher
 from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.protocols import Vectors
+from taskvec.errors import TaskvecError
 
 WIDTH = 8
 
@@ -143,6 +155,30 @@ async def test_a_failed_call_fails_all_its_callers() -> None:
     assert len({id(error) for error in done}) == len(done)
     server.error = None
     assert np.array_equal(await submit(batcher, 9), right(9, "a"))
+
+
+@pytest.mark.anyio
+async def test_a_text_that_is_refused_fails_only_its_caller(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """After a shared call with such a text, each caller has a call of its own."""
+    peer = Peer(default_checkpoint, protocol="taskvec", behaviour="nan text")
+    good, poisoned, other = batch(2), batch(1, "clustering", start=POISON - 2), batch(1, start=9)
+    poisoned = TokenBatch([*batch(1, start=7).ids, *poisoned.ids], "clustering")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        first, error, last = await joined(engine, peer, good, poisoned, other)
+        assert isinstance(first, EngineResult)
+        assert isinstance(last, EngineResult)
+        assert np.array_equal(first.vectors, truth(good, 256))
+        assert np.array_equal(last.vectors, truth(other, 256))
+        assert isinstance(error, TaskvecError)
+        assert (error.code, error.param) == ("vector_not_finite", "input[1]")
+        assert [len(texts) for texts, _ in peer.calls[MAX_CALLS:]] == [5, 2, 2, 1]
+        assert (ended(metrics, "text_error"), ended(metrics, "error"), retried(metrics)) == (
+            2,
+            0,
+            0,
+        )
 
 
 @pytest.mark.anyio

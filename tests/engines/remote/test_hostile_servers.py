@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,25 @@ import pytest
 from aiohttp import web
 
 from conftest import free_port, no_open_files
-from engines.remote.peer import POISON, Peer, batch, ended, listening, pool, serving, truth, until
+from engines.remote.peer import (
+    POISON,
+    Peer,
+    batch,
+    ended,
+    joined,
+    listening,
+    pool,
+    retried,
+    serving,
+    truth,
+    until,
+)
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineState, TokenBatch
 from taskvec.engines.remote.engine import RemoteEngine
-from taskvec.errors import DeadlineExceededError, QueueFullError, UnavailableError
+from taskvec.engines.remote.pool_server import MAX_ERRORS
+from taskvec.engines.remote.protocols import DistinctVectors
+from taskvec.errors import DeadlineExceededError, QueueFullError, TaskvecError, UnavailableError
 
 OUTCOMES = {
     "wrong dimension": "wrong",
@@ -25,6 +40,8 @@ OUTCOMES = {
     "huge": "wrong",
     "equal": "wrong",
     "wrong count": "wrong",
+    "refusing": "wrong",
+    "misnaming": "error",
     "endless": "wrong",
     "truncated": "unreachable",
     "closing": "unreachable",
@@ -170,7 +187,7 @@ async def test_one_vector_for_all_texts(default_checkpoint: Checkpoint, tmp_path
         await engine.embed(batch(1, start=1))
         with pytest.raises(UnavailableError):
             await engine.embed(batch(1, start=2))
-        assert ended(metrics, "wrong", peer) == 2, "the call, and the check that it caused"
+        assert ended(metrics, "wrong", peer) == 1, "the check that the call caused"
         assert serving(metrics) == 0
 
 
@@ -187,21 +204,159 @@ async def test_tokens_with_equal_rows(default_checkpoint: Checkpoint, tmp_path: 
         assert serving(metrics) == 1
 
 
+def poison(adapter: str = "retrieval", *, before: int = 0) -> TokenBatch:
+    """Return a batch whose last text has no usable vector."""
+    return TokenBatch([*batch(before).ids, np.array([1, POISON, 2], np.int32)], adapter)
+
+
 @pytest.mark.anyio
-@PROTOCOLS
 async def test_a_text_without_a_usable_vector(
-    default_checkpoint: Checkpoint, tmp_path: Path, protocol: str
+    default_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """A text whose vector is not finite costs a check and does not drop the only server."""
-    peer = Peer(default_checkpoint, behaviour="nan text", protocol=protocol)
-    poison = TokenBatch([np.array([1, POISON, 2], np.int32)], "retrieval")
+    peer = Peer(default_checkpoint, behaviour="nan text")
     async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
         before = peer.posts
-        assert not np.isfinite((await engine.embed(poison)).vectors).all()
+        assert not np.isfinite((await engine.embed(poison())).vectors).all()
         assert peer.posts == before + 2
         assert serving(metrics) == 1
         assert ended(metrics, "wrong", peer) == 0
         assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("behaviour", "code"), [("nan text", "vector_not_finite"), ("large text", "out_of_memory")]
+)
+async def test_a_text_that_a_taskvec_server_refuses(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, code: str
+) -> None:
+    """The error has the server's code and names the client's text; no server is tried or blamed."""
+    peers = [Peer(default_checkpoint, protocol="taskvec", behaviour=behaviour) for _ in range(2)]
+    async with listening(*peers), pool(default_checkpoint, tmp_path, *peers) as (engine, metrics):
+        for i in range(1, 2 * MAX_ERRORS + 2):
+            with pytest.raises(TaskvecError) as raised:
+                await engine.embed(poison(before=60 + i))  # the last ones in the second call
+            error = raised.value
+            where = f"input[{60 + i}]"
+            assert (error.status, error.code, error.param) == (500, code, where)
+            assert error.message == f"Not {where}: sorry."
+        assert (ended(metrics, "text_error"), ended(metrics, "error"), retried(metrics)) == (
+            i,
+            0,
+            0,
+        )
+        assert serving(metrics) == 2
+        assert np.array_equal((await engine.embed(batch(3))).vectors, truth(batch(3), 256))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("behaviour", "adapters"),
+    [
+        ("swapped nan text", ["text-matching", "retrieval"]),
+        ("merged", ["retrieval", "clustering"]),
+    ],
+)
+async def test_each_adapter_of_a_suspicious_call_is_checked(
+    default_checkpoint: Checkpoint, tmp_path: Path, behaviour: str, adapters: list[str]
+) -> None:
+    """A server that uses one adapter for another is found, whichever text of a call is odd."""
+    peer = Peer(default_checkpoint, protocol="taskvec")
+    asked = [poison(adapter) for adapter in adapters]
+    if behaviour != "merged":
+        asked[1] = batch(1, adapters[1])
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = behaviour
+        results = await joined(engine, peer, *asked)
+        assert [type(result) for result in results] == [UnavailableError, UnavailableError]
+        assert (ended(metrics, "wrong", peer), serving(metrics)) == (1, 0)
+
+
+@pytest.mark.anyio
+async def test_the_adapter_of_an_earlier_text_is_checked(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """A vector that equals an earlier call's reveals that that one had the wrong adapter."""
+    peer = Peer(default_checkpoint)
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.behaviour = "merged"
+        await engine.embed(batch(1, "clustering"))
+        with pytest.raises(UnavailableError):
+            await engine.embed(batch(1, "retrieval"))
+        assert (ended(metrics, "wrong", peer), serving(metrics)) == (1, 0)
+
+
+def test_vectors_that_are_not_finite_are_not_equal() -> None:
+    """Two texts with the same infinite values do not count as a repetition."""
+    vectors = np.array([[np.inf, 1], [np.inf, 1], [1, 2]], np.float32)
+    adapters = ["retrieval"] * 3
+    assert DistinctVectors().repeats(batch(3).ids, adapters, vectors) == []
+    vectors[:2, 0] = 3
+    assert DistinctVectors().repeats(batch(3).ids, adapters, vectors) == adapters[:2]
+
+
+@pytest.mark.anyio
+async def test_a_failed_check_of_an_answer_counts_once(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Two checks that fail with an error are two errors, which do not drop the server."""
+    peer = Peer(default_checkpoint, behaviour="nan text")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.probe_statuses = [500] * (MAX_ERRORS - 1)
+        assert not np.isfinite((await engine.embed(poison())).vectors).all()
+        assert ended(metrics, "error", peer) == retried(metrics) == MAX_ERRORS - 1
+        assert ended(metrics, "abandoned", peer) == MAX_ERRORS - 1
+        assert serving(metrics) == 1
+
+
+@pytest.mark.anyio
+async def test_a_busy_server_is_checked_later(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """An answer whose check meets a full queue waits for the check, and the call is not busy."""
+    peer = Peer(default_checkpoint, behaviour="nan text")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.probe_statuses = [429, 429]
+        assert not np.isfinite((await engine.embed(poison())).vectors).all()
+        assert (ended(metrics, "busy", peer), retried(metrics), len(peer.calls)) == (2, 0, 1)
+        assert serving(metrics) == 1
+
+
+@pytest.mark.anyio
+async def test_the_check_of_an_answer_has_the_time_of_its_call(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The check does not get more time than the request has left."""
+    peer = Peer(default_checkpoint, protocol="taskvec", behaviour="nan text")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, _):
+        received = len(peer.deadlines)
+        asked = TokenBatch(poison().ids, "retrieval", deadline=time.monotonic() + 3)
+        with pytest.raises(TaskvecError):
+            await engine.embed(asked)
+        call, check = peer.deadlines[received:]
+        assert 0 < check <= call <= 3000
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_is_being_checked_when_another_is_wrong(
+    default_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """It is not used, although its own check succeeds."""
+    peer = Peer(default_checkpoint, behaviour="nan text")
+    async with listening(peer), pool(default_checkpoint, tmp_path, peer) as (engine, metrics):
+        peer.probes_released.clear()
+        posts = peer.posts
+        checked = asyncio.create_task(engine.embed(poison()))
+        await until(lambda: peer.posts == posts + 2)
+        peer.behaviour = "wrong count"
+        with pytest.raises(UnavailableError):
+            await engine.embed(batch(1))
+        peer.behaviour = "honest"
+        peer.probes_released.set()
+        with suppress(UnavailableError):  # unless the server passed its checks before the retry
+            assert np.isfinite((await checked).vectors).all()
+        assert ended(metrics, "abandoned", peer) == 1
 
 
 @pytest.mark.anyio

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from taskvec.engines.base import CallOutcome, TokenIds
 from taskvec.engines.remote.client import ServerCallError
 from taskvec.engines.remote.protocols import Vectors
+from taskvec.errors import TaskvecError
 
 MAX_CALLS = 2
 """Maximum concurrent calls: one that the engine computes, and one that waits for it."""
@@ -31,7 +32,11 @@ Send = Callable[[Sequence[TokenIds], Sequence[str | None], float], Awaitable[Vec
 
 @dataclass(eq=False, slots=True)
 class _Pending:
-    """The texts of one caller."""
+    """The texts of one caller.
+
+    Attributes:
+        alone: its call is shared with no other caller.
+    """
 
     texts: Sequence[TokenIds]
     adapter: str | None
@@ -39,6 +44,7 @@ class _Pending:
     future: asyncio.Future[Vectors]
     context: Context
     call: _Call | None = None
+    alone: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -84,6 +90,7 @@ class CallBatcher:
 
         Raises:
             ServerCallError: the shared call failed, or the timeout expired.
+            TaskvecError: one of these texts cannot be embedded.
         """
         future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
         pending = _Pending(texts, adapter, timeout_seconds, future, copy_context())
@@ -125,6 +132,8 @@ class CallBatcher:
         taken: list[_Pending] = []
         texts = 0
         while self._waiting and texts < MAX_TEXTS:
+            if taken and (taken[0].alone or self._waiting[0].alone):
+                break
             pending = self._waiting.popleft()
             if not pending.future.done():
                 taken.append(pending)
@@ -139,9 +148,7 @@ class CallBatcher:
                 texts, adapters, max(pending.timeout_seconds for pending in call.pending)
             )
         except Exception as error:  # noqa: BLE001 - callers must get every error
-            for pending in call.pending:
-                if not pending.future.done():
-                    pending.future.set_exception(_copy(error))
+            self._fail(call, error)
         else:
             start = 0
             for pending in call.pending:
@@ -152,6 +159,17 @@ class CallBatcher:
         finally:
             self._calls.discard(call)
             self._start_calls()
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        if isinstance(error, TaskvecError) and len(call.pending) > 1:
+            # Only the caller whose text cannot be embedded is to fail: each gets a call of its own.
+            for pending in call.pending:
+                pending.alone = True
+            self._waiting.extendleft(reversed(call.pending))
+            return
+        for pending in call.pending:
+            if not pending.future.done():
+                pending.future.set_exception(_copy(error))
 
 
 def _copy(error: Exception) -> Exception:

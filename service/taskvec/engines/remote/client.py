@@ -12,6 +12,7 @@ import aiohttp
 
 from taskvec.concurrency import ResponsiveTimeout
 from taskvec.engines.base import CallOutcome, do_nothing
+from taskvec.engines.wire import read_text_error
 from taskvec.open_files import FILE_RETRY_SECONDS, out_of_files
 from taskvec.telemetry.tracing import current_span
 
@@ -120,6 +121,7 @@ class ServerClient:
             ServerCallError: the connection failed, the status is not 200, or the response was not
                 complete in time. ABANDONED: this process had no connection or file left in time,
                 which says nothing about the server.
+            TaskvecError: the server cannot embed one of the texts; the error names it.
         """
         span = current_span.get()
         if span is None:
@@ -174,7 +176,6 @@ class ServerClient:
                     return await _read(response.content, max_bytes)
                 error_body = await _read(response.content, _MAX_ERROR_BYTES)
                 text = self._without_key(error_body.decode(errors="replace"))
-                text = text[:_MAX_ERROR_CHARACTERS]
         except TimeoutError:
             raise ServerCallError(
                 CallOutcome.TIMEOUT, f"no answer within {timeout_seconds:.3g} seconds"
@@ -185,11 +186,15 @@ class ServerClient:
             raise ServerCallError(
                 CallOutcome.UNREACHABLE, f"{type(error).__name__}: {error}"
             ) from None
+        if response.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            text_error = read_text_error(text)
+            if text_error is not None:
+                raise text_error
         busy = response.status == HTTPStatus.TOO_MANY_REQUESTS
         hint = " (see TASKVEC_ENGINE_API_KEY)" if response.status in _KEY_REQUIRED else ""
         raise ServerCallError(
             CallOutcome.BUSY if busy else CallOutcome.ERROR,
-            f"status {response.status}{hint}: {text}",
+            f"status {response.status}{hint}: {text[:_MAX_ERROR_CHARACTERS]}",
             _retry_after_seconds(response.headers.get("retry-after", "")),
         )
 

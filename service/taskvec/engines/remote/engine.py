@@ -245,7 +245,11 @@ class RemoteEngine:
         ids = batch.ids[part]
         tokens = sum(map(len, ids))
         with self._in_flight.queued(len(ids), tokens):
-            return await self._send(batch, ids, tokens)
+            try:
+                return await self._send(batch, ids, tokens)
+            except TaskvecError as error:
+                self._finished += error.text is not None  # a server has answered
+                raise error.renumbered(range(part.start, part.stop)) from None
 
     async def _send(self, batch: TokenBatch, ids: Sequence[TokenIds], tokens: int) -> Vectors:
         tried: list[PoolServer] = []

@@ -22,7 +22,12 @@ from taskvec.checkpoint.golden import GoldenVectors
 from taskvec.concurrency import CancelScope, keep_running
 from taskvec.engines.base import CallOutcome, QueueObserver, TokenIds
 from taskvec.engines.remote.batcher import CallBatcher
-from taskvec.engines.remote.client import OPENS_CIRCUIT, ServerCallError, ServerClient
+from taskvec.engines.remote.client import (
+    OPENS_CIRCUIT,
+    HttpRequest,
+    ServerCallError,
+    ServerClient,
+)
 from taskvec.engines.remote.protocols import (
     MAX_LISTING_BYTES,
     DistinctVectors,
@@ -32,6 +37,7 @@ from taskvec.engines.remote.protocols import (
     find_unusable,
     read_vectors,
 )
+from taskvec.errors import TaskvecError
 from taskvec.priority import Priority
 
 log = structlog.get_logger(__name__)
@@ -98,14 +104,16 @@ class _Call:
     """A call in progress.
 
     Attributes:
-        scope: ends it.
         started: ``time.monotonic()`` of its start.
         trusted: whether its answer is used.
+        probing: whether it is a check of the server.
+        scope: ends the wait for its answer; None when there is none.
     """
 
-    scope: CancelScope
     started: float
+    probing: bool
     trusted: bool = True
+    scope: CancelScope | None = None
 
 
 class PoolServer:
@@ -241,6 +249,7 @@ class PoolServer:
 
         Raises:
             ServerCallError: the call failed. The circuit may have been opened.
+            TaskvecError: the server cannot embed one of the texts, and has passed a check since.
         """
         self.tokens += tokens
         try:
@@ -306,38 +315,15 @@ class PoolServer:
     ) -> Vectors:
         if self._protocol is None:
             raise ServerCallError(CallOutcome.UNREACHABLE, self.reason)
-        started = time.monotonic()
+        call = _Call(time.monotonic(), probing=texts is self._golden.probes)
         outcome = CallOutcome.ABANDONED
-        dimension = self._card.dimension
-        probing = texts is self._golden.probes
-        call = _Call(CancelScope(self._frozen), started)
-
-        def require(*, serving: bool) -> None:
-            if not probing and not (call.trusted and (self.serving or not serving)):
-                raise ServerCallError(CallOutcome.ABANDONED, f"it was dropped: {self.reason}")
-
+        self._calls[call] = None
         try:
-            with call.scope:
-                self._calls[call] = None
-                try:
-                    content = await self._client.post(
-                        self._protocol.request(texts, adapters, timeout_seconds, priority),
-                        len(texts) * dimension * 4,
-                        timeout_seconds,
-                        partial(require, serving=True),
-                    )
-                finally:
-                    del self._calls[call]
-            require(serving=False)
-            vectors = read_vectors(content, len(texts), dimension)
-            unusable = find_unusable(vectors)
-            if unusable is not None:
-                row, reason = unusable
-                await self._check_suspicious(texts, adapters[row], reason)
-            elif self._distinct.repeats(texts, adapters, vectors):
-                reason = "it sent equal vectors for different texts"
-                await self._check_suspicious(texts, adapters[0], reason)
-            outcome = CallOutcome.OK
+            request = self._protocol.request(texts, adapters, timeout_seconds, priority)
+            answer = await self._receive(call, request, len(texts), timeout_seconds)
+            await self._check_answer(call, texts, adapters, answer, call.started + timeout_seconds)
+            refused = isinstance(answer, TaskvecError)
+            outcome = CallOutcome.TEXT_ERROR if refused else CallOutcome.OK
         except ServerCallError as error:
             outcome = error.outcome
             if outcome is CallOutcome.TIMEOUT and timeout_seconds < self._call_seconds:
@@ -347,11 +333,43 @@ class PoolServer:
                 self._record_failure(error)
             raise
         finally:
+            del self._calls[call]
             if self._observer is not None:
-                self._observer.call_ended(self.name, outcome, time.monotonic() - started)
+                self._observer.call_ended(self.name, outcome, time.monotonic() - call.started)
         self._errors = 0
         self._answered_at = time.monotonic()
-        return vectors
+        if isinstance(answer, TaskvecError):
+            raise answer
+        return answer
+
+    async def _receive(
+        self, call: _Call, request: HttpRequest, texts: int, timeout_seconds: float
+    ) -> Vectors | TaskvecError:
+        """Return the vectors, or the error with which the server refuses one of the texts."""
+        dimension = self._card.dimension
+        before = partial(self._require_trust, call, serving=True)
+        scope = call.scope = CancelScope(self._frozen)
+        try:
+            with scope:
+                try:
+                    content = await self._client.post(
+                        request, texts * dimension * 4, timeout_seconds, before
+                    )
+                finally:
+                    call.scope = None
+        except TaskvecError as error:
+            if error.text is None or error.text >= texts:
+                raise ServerCallError(
+                    CallOutcome.ERROR, f"it refused a text that it was not sent: {error.message}"
+                ) from None
+            self._require_trust(call, serving=False)
+            return error
+        self._require_trust(call, serving=False)
+        return read_vectors(content, texts, dimension)
+
+    def _require_trust(self, call: _Call, *, serving: bool) -> None:
+        if not call.probing and not (call.trusted and (self.serving or not serving)):
+            raise ServerCallError(CallOutcome.ABANDONED, f"it was dropped: {self.reason}")
 
     def _record_failure(self, error: ServerCallError) -> None:
         busy = error.outcome is CallOutcome.BUSY
@@ -394,33 +412,79 @@ class PoolServer:
                 CallOutcome.WRONG, f"its /v1/models has an unexpected form ({error})"
             ) from None
         for adapter in self._golden.adapters:
-            await self._probe(adapter)
+            await self._probe(adapter, self._call_seconds)
         self._answered_at = self._probed_at = time.monotonic()
         self.proven_at = started
 
-    async def _check_suspicious(
-        self, texts: Sequence[TokenIds], adapter: str | None, reason: str
+    def _find_suspects(
+        self,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        answer: Vectors | TaskvecError,
+    ) -> tuple[str, Sequence[str | None]]:
+        """Return why an answer is probably wrong, empty if it is not, and the adapters to check.
+
+        Every adapter of the call is one of them: a server may have used one for another.
+        """
+        if isinstance(answer, TaskvecError):
+            return answer.message, adapters
+        reason = find_unusable(answer)
+        repeated = self._distinct.repeats(texts, adapters, answer)
+        if reason is None and repeated:
+            reason = "it sent equal vectors for different texts"
+        if reason is None and texts is self._golden.probes:
+            reason = self._golden.mismatch(adapters[0], answer)
+        return reason or "", [*adapters, *repeated]
+
+    async def _check_answer(
+        self,
+        call: _Call,
+        texts: Sequence[TokenIds],
+        adapters: Sequence[str | None],
+        answer: Vectors | TaskvecError,
+        deadline: float,
     ) -> None:
-        """Decide about a server that sent vectors which are probably wrong.
+        """Check an answer, and the server if the answer is probably wrong.
 
         A client may have sent tokens whose rows in the checkpoint are equal, or not finite: the
         golden vectors decide.
 
-        Args:
-            texts: the texts of the call.
-            adapter: that of a suspicious vector.
-            reason: why it is suspicious.
+        Raises:
+            ServerCallError: WRONG if the call is itself a check; ABANDONED if the server failed its
+                check, which is recorded as such, or could not be checked before the deadline.
         """
-        if texts is self._golden.probes:
+        reason, suspects = self._find_suspects(texts, adapters, answer)
+        if not reason:
+            return
+        if call.probing:
             raise ServerCallError(CallOutcome.WRONG, reason)
-        await self._probe(adapter)
+        for adapter in dict.fromkeys(suspects):
+            try:
+                await self._probe_until(adapter, deadline)
+            except ServerCallError as error:
+                raise ServerCallError(
+                    CallOutcome.ABANDONED, f"{reason}; then its check: {error.message}"
+                ) from None
+        self._require_trust(call, serving=False)  # another call may have found the server wrong
 
-    async def _probe(self, adapter: str | None) -> None:
+    async def _probe_until(self, adapter: str | None, deadline: float) -> None:
+        """Probe the server, again after each 429 until the deadline."""
+        while True:
+            left = max(0.001, deadline - time.monotonic())
+            try:
+                await self._probe(adapter, min(self._call_seconds, left))
+            except ServerCallError as error:
+                retry_delay = max(MIN_RETRY_SECONDS, error.retry_after)
+                expires = time.monotonic() + retry_delay >= deadline
+                if error.outcome is not CallOutcome.BUSY or expires:
+                    raise
+            else:
+                return
+            await asyncio.sleep(retry_delay)
+
+    async def _probe(self, adapter: str | None, timeout_seconds: float) -> None:
         probes = self._golden.probes
-        vectors = await self._send(probes, [adapter] * len(probes), self._call_seconds)
-        mismatch = self._golden.mismatch(adapter, vectors)
-        if mismatch is not None:
-            raise ServerCallError(CallOutcome.WRONG, mismatch)
+        await self._send(probes, [adapter] * len(probes), timeout_seconds)
 
     def _frozen(self) -> ServerCallError:
         return ServerCallError(
@@ -446,8 +510,9 @@ class PoolServer:
             if self.serving and self._answered_at < started:
                 self._set_state(ServerState.OPEN, self._frozen().message)
                 self._opened.set()
-                for call in list(self._calls):
-                    call.scope.cancel()
+                for scope in [call.scope for call in self._calls]:
+                    if scope is not None:
+                        scope.cancel()
 
     async def _watch(self) -> None:
         """Probe the server after silence and at intervals, until the circuit opens."""
@@ -473,7 +538,7 @@ class PoolServer:
             self._probed_at = time.monotonic()
             try:
                 for adapter in self._golden.adapters:
-                    await self._probe(adapter)
+                    await self._probe(adapter, self._call_seconds)
             except ServerCallError as error:
                 # Busy, or no connection or file was left here: the server need not be at fault.
                 harmless = error.outcome in {CallOutcome.BUSY, CallOutcome.ABANDONED}

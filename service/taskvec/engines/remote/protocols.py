@@ -186,8 +186,8 @@ def read_vectors(content: bytes, texts: int, dimension: int) -> Vectors:
     return np.frombuffer(content, dtype="<f4").reshape(texts, dimension)
 
 
-def find_unusable(vectors: Vectors) -> tuple[int, str] | None:
-    """Return the row of a vector without a usable length, and what it is; None if there is none.
+def find_unusable(vectors: Vectors) -> str | None:
+    """Return why a vector has no usable length; None if all have one.
 
     A text can have such a vector by the checkpoint, so this alone does not prove a server wrong.
 
@@ -196,12 +196,10 @@ def find_unusable(vectors: Vectors) -> tuple[int, str] | None:
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
-    usable = np.isfinite(squares)
-    if not usable.all():
-        row = int(np.argmin(usable))
-        return row, "it sent values that are not finite, or too large to normalise"
+    if not np.isfinite(squares).all():
+        return "it sent values that are not finite, or too large to normalise"
     if not squares.all():
-        return int(np.argmin(squares)), "it sent a vector of zeros"
+        return "it sent a vector of zeros"
     return None
 
 
@@ -219,8 +217,12 @@ class DistinctVectors:
 
     def repeats(
         self, texts: Sequence[TokenIds], adapters: Sequence[str | None], vectors: Vectors
-    ) -> bool:
-        """Return whether texts of a call with different ids or adapters have equal vectors."""
+    ) -> list[str | None]:
+        """Return the adapters of two texts with different ids or adapters, and equal vectors.
+
+        The list is empty if there are no such texts. One of the two may be the remembered one.
+        Vectors with values that are not finite do not count as equal.
+        """
         seen: dict[float, tuple[TokenIds, str | None, NDArray[np.float32]]] = {}
         if self._last is not None:
             seen[float(self._last[2][0])] = self._last
@@ -228,8 +230,8 @@ class DistinctVectors:
             ids, adapter, vector = answer
             other = seen.setdefault(float(vector[0]), answer)
             same_text = other[1] == adapter and np.array_equal(other[0], ids)
-            if not same_text and np.array_equal(other[2], vector):
+            if not same_text and np.array_equal(other[2], vector) and np.isfinite(vector).all():
                 self._last = None
-                return True
+                return [other[1], adapter]
         self._last = (texts[-1], adapters[-1], vectors[-1].copy())
-        return False
+        return []

@@ -55,14 +55,14 @@ test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all test
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(ARGS)
 
 # Tests that time calls are left out: measuring makes calls slower.
-MEASURED = $(ONE_THREAD) $(VENV)/bin/python -m coverage run -m pytest --quick
+MEASURED = $(ONE_THREAD) $(VENV)/bin/python -m coverage run -m pytest --quick $(TESTED)
 UNTIMED = -k "not interpreter_lock_for_long"
 
 .PHONY: coverage
 coverage: $(VENV)/dev.stamp ## Run `make test`, print the branch coverage of each package, and fail if the total is below the floor
 	$(VENV)/bin/python -m coverage erase
-	$(MEASURED) --libraries without $(PARALLEL) $(TESTED) $(UNTIMED) $(ARGS)
-	$(MEASURED) --libraries with $(PARALLEL) $(TESTED) $(UNTIMED) $(ARGS)
+	$(MEASURED) --libraries without $(PARALLEL) $(UNTIMED) $(ARGS)
+	$(MEASURED) --libraries with $(PARALLEL) $(UNTIMED) $(ARGS)
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python tests/coverage_by_package.py
 	$(VENV)/bin/python -m coverage report --format total

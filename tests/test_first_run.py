@@ -294,8 +294,11 @@ def test_a_stopped_installation_begins_again(
     """What it leaves is not taken for complete, even if nothing could be tidied up."""
     never = {"PIP_NO_INDEX": None, "PIP_INDEX_URL": hanging_index}
     command, environment = checkout.command("serve", **never, PIP_TIMEOUT="100")
+    # Processes in the background of a script ignore SIGINT, and so do their children.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    heed += "; os.execvp(sys.argv[1], sys.argv[1:])"
     with subprocess.Popen(
-        command,
+        [sys.executable, "-c", heed, *command],
         cwd=checkout.folder,
         env=environment,
         stdout=subprocess.DEVNULL,

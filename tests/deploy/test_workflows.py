@@ -117,7 +117,7 @@ def test_the_wheel_that_is_kept_is_tested() -> None:
         assert _uses(job, "actions/download-artifact")
         variables = [part.get("env", {}).get("WHEEL") for part in (job, *job["steps"])]
         assert "${{ needs.build.outputs.wheel }}" in variables
-    assert "--no-skips --wheel" in (repository() / ".ci" / "run").read_text()
+    assert '--no-skips \\\n\t\t\t\t"--wheel=$WHEEL"' in (repository() / ".ci" / "run").read_text()
     suites = re.findall(r"-m pytest (.*)", MAKEFILE)
     assert suites
     for command in suites:

@@ -20,12 +20,14 @@ TRITON = ROOT / ".cache" / "triton"
 
 
 @pytest.mark.skipif(not TRITON.exists(), reason="needs Triton: make .cache/triton/stamp")
-def test_the_kernels_equal_plain_torch() -> None:
+def test_the_kernels_equal_plain_torch(pytestconfig: pytest.Config) -> None:
     """Each kernel gives what the same operation in plain torch gives."""
     cases = Path(__file__).with_name("gpu_kernel_cases.py")
+    wheel = pytestconfig.getoption("--wheel")
+    options = ["-q", "-p", "no:cacheprovider", *([f"--wheel={wheel}"] if wheel else [])]
     paths = [str(TRITON), *filter(None, [os.environ.get("PYTHONPATH")])]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", *options, str(cases)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
         cwd=ROOT,
         capture_output=True,

@@ -255,12 +255,12 @@ def test_the_checkout_is_read_only(checkout: Checkout) -> None:
 
 @pytest.mark.parametrize("name", ["precious", "pyvenv.cfg"])
 def test_other_folders_are_not_replaced(checkout: Checkout, name: str) -> None:
-    """A folder that is no virtual environment stays as it is, and so does one without pip."""
+    """A folder that is not a virtual environment stays as it is, and so does one without pip."""
     precious = checkout.folder / "data" / name
     precious.parent.mkdir()
     precious.touch()
     sentence = checkout.refuses("serve", "VENV=data")
-    assert "data exists, and is no virtual environment" in sentence
+    assert "data exists and is not a virtual environment" in sentence
     assert sentence.endswith("remove it, or name another folder: make serve VENV=.venv2")
     assert precious.exists()
 

@@ -222,19 +222,11 @@ def test_the_disk_is_full(checkout: Checkout, megabytes: int, package: str) -> N
     checkout.require(f"{package}==1.0")
     disk = checkout.folder / "disk"
     disk.mkdir()
-    mount = f"mount -t tmpfs -o size={megabytes}m none disk && "
-    before = (program("unshare"), "--mount", "sh", "-c")
-    left = "; code=$?; ls -A disk; exit $code"
-    command, environment = checkout.command("serve", "VENV=disk/.venv")
-    done = subprocess.run(
-        [*before, mount + shlex.join(command) + left],
-        cwd=checkout.folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
+    script = (
+        f'mount -t tmpfs -o size={megabytes}m none disk && "$@"; code=$?; ls -A disk; exit $code'
     )
+    before = (program("unshare"), "--mount", "sh", "-c", script, "sh")
+    done = checkout.make("serve", "VENV=disk/.venv", before=before)
     sentence, last = done.stderr.splitlines()
     assert "There is no space left on the disk" in sentence
     assert sentence.endswith("free some, then: make serve")

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import ssl
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,13 +15,18 @@ from typing import NamedTuple
 import httpx
 import pytest
 import trustme
+import uvicorn
 from cryptography.x509 import load_pem_x509_certificate
+from fastapi import FastAPI
 
 from conftest import wait_until
 from processes import EXACT, started, total
 from sockets import Served, answer, head, hung_up, served, wait_for, whole
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.server.protocol import TLS_CLOSE_SECONDS
+from taskvec.server.run import server_options
+from taskvec.server.shutdown import GracefulServer
+from taskvec.settings import Settings
 
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n"
 FILES = """
@@ -136,6 +142,31 @@ def test_a_renewed_certificate_is_used(tmp_path: Path, options: list[str]) -> No
         errors = server.process.communicate(timeout=60)[1].decode()
     assert "certificate_not_reloaded" in errors
     assert "key.pem" in errors
+
+
+def test_a_certificate_renewed_during_the_start_is_used(tmp_path: Path) -> None:
+    """Uvicorn reads the files before it loads the application, which takes a while."""
+    authority = trustme.CA()
+    issue(tmp_path, authority)
+    renewed: list[int] = []
+
+    def load() -> FastAPI:
+        renewed.append(issue(tmp_path, authority))
+        return FastAPI()
+
+    options = server_options(
+        Settings(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", drain_timeout=5)
+    )
+    server = GracefulServer(uvicorn.Config(load, factory=True, port=0, **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        wait_for(lambda: serial(port) == renewed[0])
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.mark.parametrize("hello", [b"", b"\x16\x03\x01\x02\x00\x01"], ids=["silent", "slow"])

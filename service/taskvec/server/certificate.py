@@ -45,7 +45,7 @@ class WatchedCertificate:
     """Gives new connections the certificate that is on disk; if it is invalid, the previous one."""
 
     def __init__(self, config: uvicorn.Config, replace: Callable[[ssl.SSLContext], None]) -> None:
-        """Note the state of the files, which the server has read.
+        """Note the state of the files, which the server reads after that.
 
         Args:
             config: names the files, and has the other options of TLS.

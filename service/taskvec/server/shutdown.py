@@ -75,14 +75,15 @@ class GracefulServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received: set[int] = set()
         self._draining: asyncio.Task[None] | None = None
-        self._certificate: WatchedCertificate | None = None
+        # Before uvicorn reads the files: between that and its start it loads the application.
+        self._certificate = (
+            WatchedCertificate(config, self._replace_tls) if config.ssl_certfile else None
+        )
         self._watching: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Start listening; from now on signals drain the service."""
         gc.freeze()  # imported modules live as long as the process: no collection need visit them
-        if self.config.ssl_certfile:
-            self._certificate = WatchedCertificate(self.config, self._replace_tls)
         try:
             await super().startup(sockets)
         except OSError as error:  # another process has bound the address and listened meanwhile

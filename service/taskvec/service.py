@@ -175,6 +175,7 @@ class Service:
             if not health.ready:
                 await asyncio.sleep(FIRST_MEASURE_PAUSE)
                 continue
+            await self.admission.wait_for_quiet()
             try:
                 tokens, seconds = await measure_speed(self.engine)
                 break

@@ -286,7 +286,7 @@ class Settings(BaseSettings):
             ge=0,
             description="Maximum memory in bytes of all requests of one process: bodies, texts, "
             "token ids, vectors and unread responses; further requests get status 429. 0 means a "
-            "sixth of the container's memory limit or of the machine's memory, from 128 to 512 MB.",
+            "sixth of the container's memory limit or of the machine's memory, from 128 to 256 MB.",
         ),
     ] = 0
     max_queue_tokens: Annotated[

@@ -243,6 +243,21 @@ def test_little_work_does_not_make_the_engine_look_slow(clock: Clock) -> None:
     assert admission.rate == pytest.approx(10_000)
 
 
+def test_before_the_engine_is_measured_traffic_sets_no_rate(clock: Clock) -> None:
+    """A budget derived from single short texts would refuse the first bulk requests."""
+    admission = Admission(seconds=10, clock=clock)
+    work(admission, clock, tokens=10, seconds=0.005)
+    assert not admission.rate
+    assert admission.budget == UNMEASURED_BUDGET
+
+
+def test_a_fixed_budget_learns_the_rate_from_traffic(clock: Clock) -> None:
+    """The engine is not measured then, and Retry-After needs a rate."""
+    admission = Admission(100_000, clock=clock)
+    work(admission, clock, tokens=50_000, seconds=5)
+    assert admission.rate == pytest.approx(10_000)
+
+
 @pytest.mark.parametrize("rate", [2_000, 40_000])
 def test_much_work_shows_what_the_engine_does_now(clock: Clock, rate: int) -> None:
     """An engine that has become slower or faster is known for it after some minutes of load."""

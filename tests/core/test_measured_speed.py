@@ -1,9 +1,11 @@
-"""An engine's speed, as measured at its start."""
+"""An engine's speed, as measured after its start."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
+from itertools import count
 
 import httpx
 import pytest
@@ -13,9 +15,13 @@ from fakes import FakeEngine
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.admission import (
     MAX_PROBE_TEXTS,
+    MAX_QUIET_WAIT,
+    MIN_BUDGET,
     PROBE_LENGTH,
     PROBE_SECONDS,
+    QUIET_SECONDS,
     UNMEASURED_BUDGET,
+    Admission,
     measure_speed,
 )
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
@@ -48,6 +54,45 @@ async def test_a_fast_engine_is_asked_for_much(default_checkpoint: Checkpoint) -
         assert all(ids.min() >= 0 and ids.max() < engine.model.vocabulary for ids in batch.ids)
 
 
+async def quiet_after(admission: Admission) -> float:
+    started = time.monotonic()
+    await admission.wait_for_quiet()
+    return time.monotonic() - started
+
+
+@pytest.mark.anyio
+async def test_the_measurement_waits_until_no_request_came_for_a_while() -> None:
+    """Steady short requests put it off, those that are being embedded and those just answered."""
+    admission = Admission()
+    waiting = asyncio.create_task(quiet_after(admission))
+    for _ in range(10):
+        with admission.admit(10, Priority.INTERACTIVE):
+            await asyncio.sleep(0.5 * QUIET_SECONDS)
+    assert not waiting.done()
+    ended = time.monotonic()
+    await waiting
+    assert time.monotonic() - ended >= 0.9 * QUIET_SECONDS
+    assert await quiet_after(Admission()) >= 0.9 * QUIET_SECONDS
+
+
+@pytest.mark.anyio
+async def test_the_measurement_does_not_wait_when_much_is_queued() -> None:
+    """The derived budget matters then, and the requests wait for others anyway."""
+    admission = Admission()
+    with admission.admit(MIN_BUDGET + 1, Priority.BULK):
+        assert await quiet_after(admission) < QUIET_SECONDS
+
+
+@pytest.mark.anyio
+async def test_steady_requests_do_not_prevent_the_measurement() -> None:
+    """It is made after a limited time."""
+    tenths = count()
+    admission = Admission(clock=lambda: next(tenths) / 10)
+    with admission.admit(10, Priority.INTERACTIVE):
+        await admission.wait_for_quiet()
+    assert MAX_QUIET_WAIT < next(tenths) / 10 < 2 * MAX_QUIET_WAIT
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(("seconds", "statuses"), [(1, [200, 429]), (200, [200, 200])])
 async def test_the_service_derives_its_budget(
@@ -63,7 +108,7 @@ async def test_the_service_derives_its_budget(
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        await asyncio.sleep(2 * PROBE_SECONDS)
+        await asyncio.sleep(QUIET_SECONDS + 3 * PROBE_SECONDS)
         body = {"input": ["a"] * 20_000}
         answers = await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in "ab"))
     assert sorted(answer.status_code for answer in answers) == statuses

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -46,8 +47,17 @@ PROBE_LENGTH = 64
 """Tokens of each text that measures the engine's speed."""
 
 MIN_PROBE_TEXTS, MAX_PROBE_TEXTS = 8, 1024
-PROBE_SECONDS = 0.25
+PROBE_SECONDS = 0.1
 """A batch that takes this long measures the speed; shorter ones measure the cost of a call."""
+
+QUIET_SECONDS = 0.25
+"""Time without a request, after which the engine's speed is measured."""
+
+MAX_QUIET_WAIT = 10.0
+"""Longest time to wait for that."""
+
+QUIET_POLL_INTERVAL = 0.02
+"""Seconds between two checks for requests."""
 
 CROWDED = 2
 """Duration of a batch's forward passes over their processor time, above which other processes want
@@ -122,6 +132,19 @@ class Admission:
     def rate(self) -> float:
         """Tokens per second that the engine embeds under load; 0 if not yet known."""
         return self._answered / self._busy if self._busy else 0.0
+
+    async def wait_for_quiet(self) -> None:
+        """Return after a while without requests, so that the measured batches delay none.
+
+        Returns sooner when the queue matters: it holds more than the smallest budget. Steady
+        traffic of short requests delays it at most by ``MAX_QUIET_WAIT``.
+        """
+        now = quiet_since = self._clock()
+        limit = now + MAX_QUIET_WAIT
+        while self.tokens <= MIN_BUDGET and now < limit and now - quiet_since < QUIET_SECONDS:
+            await asyncio.sleep(QUIET_POLL_INTERVAL)
+            now = self._clock()
+            quiet_since = now if self.tokens else max(quiet_since, self._measured_at)
 
     def set_rate(self, tokens: int, seconds: float) -> None:
         """Set the rate from a measurement: tokens embedded, and the seconds they took."""
@@ -227,7 +250,9 @@ class Admission:
         """
         now = self._clock()
         elapsed, self._measured_at = now - self._measured_at, now
-        if self.tokens >= BUSY_SECONDS * self.rate:
+        # Before the engine is measured, any work would do, and little work shows too low a rate.
+        measured = self.rate or not self.derived
+        if measured and self.tokens >= BUSY_SECONDS * self.rate:
             self._interval_tokens += answered
             self._interval_seconds += elapsed
         if interval <= self._interval:

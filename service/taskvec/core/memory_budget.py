@@ -16,7 +16,7 @@ LIMIT_SHARE = 6
 """The default budget is the memory limit divided by this: a server with the default model takes
 about 450 MB without requests, and 1,200 MB are to suffice."""
 
-MIN_BUDGET, MAX_BUDGET = 128 << 20, 512 << 20
+MIN_BUDGET, MAX_BUDGET = 128 << 20, 256 << 20
 """Bounds of the default budget in bytes."""
 
 RETRY_SECONDS = 1.0

@@ -64,6 +64,23 @@ class TaskvecError(Exception):
             retry_after=self.retry_after,
         )
 
+    def reworded(self, field: str, truncation: str) -> TaskvecError:
+        """Return the error in the words of another API than OpenAI's.
+
+        Args:
+            field: that API's name of ``input``.
+            truncation: what a client sends instead of ``truncate: true``.
+        """
+        if self.param is None or self.text is None:
+            return self
+        param = f"{field}[{self.text}]"
+        return type(self)(
+            self.message.replace(self.param, param).replace("truncate: true", truncation),
+            code=self.code,
+            param=param,
+            retry_after=self.retry_after,
+        )
+
 
 class InvalidRequestError(TaskvecError):
     """The request is invalid; a retry cannot help."""
@@ -230,6 +247,7 @@ CODES: tuple[str, ...] = (
     "unknown_task",
     "unsupported_charset",
     "unsupported_content_encoding",
+    "unsupported_field",
     "unsupported_transfer_encoding",
     "untokenizable_input",
     "vector_not_finite",

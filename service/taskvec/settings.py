@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from taskvec.auth.keys import read_pairs
 from taskvec.checkpoint.open import DEFAULT_MODEL
+from taskvec.dialects import DialectName
 from taskvec.engines.remote.discovery import check_url
 from taskvec.home import home_folder
 
@@ -489,6 +490,15 @@ class Settings(BaseSettings):
     metrics_without_key: Annotated[
         bool, Field(description="Serve /metrics without an API key even if there are API keys.")
     ] = True
+    dialects: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            min_length=1,
+            description="Embedding APIs to serve, separated by commas; the routes of the others "
+            "are a 404. /v1/embeddings is openai.",
+        ),
+    ] = tuple(DialectName)
     cors_origins: Annotated[
         tuple[str, ...],
         NoDecode,
@@ -536,7 +546,12 @@ class Settings(BaseSettings):
     ] = False
 
     @field_validator(
-        "model_aliases", "engine_url", "cors_origins", "forwarded_allow_ips", mode="before"
+        "model_aliases",
+        "engine_url",
+        "dialects",
+        "cors_origins",
+        "forwarded_allow_ips",
+        mode="before",
     )
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
@@ -574,6 +589,14 @@ class Settings(BaseSettings):
     def _check_keys(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not read_pairs(value.get_secret_value()):
             raise ValueError("must have at least one name=secret pair")
+        return value
+
+    @field_validator("dialects")
+    @classmethod
+    def _check_dialects(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in tuple(DialectName):
+                raise ValueError(f"{name!r} must be one of {', '.join(DialectName)}")
         return value
 
     @field_validator("cors_origins")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,11 @@ from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 
 EXAMPLES = 500
 """Most generated requests an operation, beside those that cover each keyword of its schema."""
+
+BETWEEN_DIALECT_FIELDS = re.compile(
+    "name one|multiple of 8|more than the|nothing that the tokenizer turns"
+)
+"""The same in the messages of dialects, whose errors have no code."""
 
 BETWEEN_FIELDS = {
     "conflicting_fields",
@@ -65,7 +71,12 @@ def test_every_answer_is_as_described(case: schemathesis.Case, service: Served) 
     """No 500, no other status, type or form than the document has; what it forbids is refused."""
     answer = case.call_and_validate(base_url=f"http://127.0.0.1:{service.port}")
     if answer.status_code == 400 and case.meta.generation.mode.is_positive:
-        assert answer.json()["code"] in BETWEEN_FIELDS or holds_float(case.body)
+        body = answer.json()
+        if "code" in body:
+            known = body["code"] in BETWEEN_FIELDS
+        else:
+            known = bool(BETWEEN_DIALECT_FIELDS.search(answer.text))
+        assert known or holds_float(case.body), answer.text
 
 
 def holds_float(value: Any) -> bool:

@@ -32,6 +32,7 @@ SERIES = {
     "taskvec_request_seconds": "histogram",
     "taskvec_key_requests": "counter",
     "taskvec_key_tokens": "counter",
+    "taskvec_dialect_requests": "counter",
     "taskvec_limits_unchecked": "counter",
     "taskvec_requests_in_flight": "gauge",
     "taskvec_queue_texts": "gauge",
@@ -248,6 +249,7 @@ async def test_one_request_counts_once(
     expected = {
         ("taskvec_requests_total", status, task): 1,
         ("taskvec_key_requests_total", "none", status): 1,
+        ("taskvec_dialect_requests_total", "openai", status): 1,
     }
     if status == "200":
         expected["taskvec_answers_total", "float", "numbers"] = 1

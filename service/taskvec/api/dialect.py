@@ -21,6 +21,7 @@ from taskvec.concurrency import LargeWork
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import OutputFormat
+from taskvec.errors import TaskvecError
 
 
 class Dialect(Protocol):
@@ -76,7 +77,10 @@ def embedding_handler(
                 context.input_bytes = job.input_bytes
             vectors = answer_bytes(len(job.inputs), embedder.model.dimension, output)
             context.memory.resize(context.input_bytes + vectors)
-        result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
+        try:
+            result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
+        except TaskvecError as error:
+            raise error.reworded(job.field, job.truncation) from None
         context.tokens = result.tokens
         return await respond(
             result,

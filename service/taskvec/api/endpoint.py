@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter, client_name
 from taskvec.api.context import RequestContext, context_of
 from taskvec.api.errors import (
+    ERROR_SCHEMA,
     ErrorRenderer,
     error_response,
     error_responses,
@@ -27,6 +28,7 @@ from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
 from taskvec.core.memory_budget import MemoryBudget
 from taskvec.core.memory_pressure import MemoryPressure
+from taskvec.dialects import DialectName
 from taskvec.errors import TaskvecError
 from taskvec.metrics.registry import Metrics
 from taskvec.service import Service
@@ -52,7 +54,9 @@ class Route:
         embeds: submits work to the engine: it is refused under overload and while draining, counts
             against the key's limits, and is traced.
         counted: requests appear in the request metrics.
+        dialect: API that the requests are counted under; None if the route is of no dialect.
         render_error: form of error bodies.
+        error_schema: JSON schema of that form.
         summary: one line of the OpenAPI document.
         tags: group in the OpenAPI document.
         responses: OpenAPI responses by status, beyond 401.
@@ -67,7 +71,9 @@ class Route:
     public: bool = False
     embeds: bool = False
     counted: bool = False
+    dialect: DialectName | None = None
     render_error: ErrorRenderer = error_response
+    error_schema: Mapping[str, Any] = field(default_factory=lambda: ERROR_SCHEMA)
     summary: str = ""
     tags: tuple[str, ...] = ()
     responses: Mapping[int | str, dict[str, Any]] = field(default_factory=dict)
@@ -123,7 +129,7 @@ class Endpoints:
         """Wrap a route's handler and describe the route."""
         responses, openapi = dict(route.responses), dict(route.openapi)
         if self.auth is not None and not route.public:
-            responses |= error_responses(401)
+            responses |= error_responses(401, schema=route.error_schema)
             openapi["security"] = self.auth.security
         mounted = RawRoute(
             route.path,
@@ -160,6 +166,7 @@ class Endpoint:
         self._handler = route.handler
         self._methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
         self._render_error = route.render_error
+        self._dialect = route.dialect
         self._embeds = route.embeds
         self._auth = None if route.public else shared.auth
         self._limiter = shared.limiter
@@ -189,7 +196,7 @@ class Endpoint:
                 context.memory.release()
             seconds = context.finish()
             if self._metrics is not None:
-                _count(self._metrics, context, seconds)
+                _count(self._metrics, context, seconds, self._dialect)
             if span is not None:
                 span.end(
                     context.status, context.code, context.stages.finished, _span_attributes(context)
@@ -241,7 +248,9 @@ class Endpoint:
         return span
 
 
-def _count(metrics: Metrics, context: RequestContext, seconds: float) -> None:
+def _count(
+    metrics: Metrics, context: RequestContext, seconds: float, dialect: DialectName | None
+) -> None:
     metrics.request_ended(
         context.task,
         context.status,
@@ -252,6 +261,7 @@ def _count(metrics: Metrics, context: RequestContext, seconds: float) -> None:
         output=context.output,
         code=context.code,
         key=context.key.name if context.key is not None else None,
+        dialect=dialect,
     )
 
 

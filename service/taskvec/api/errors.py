@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import orjson
@@ -58,15 +58,17 @@ ERROR_SCHEMA: dict[str, Any] = {
 }
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI responses of these error statuses."""
+def error_responses(
+    *statuses: int, schema: Mapping[str, Any] = ERROR_SCHEMA
+) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI responses of these error statuses, whose bodies have this schema."""
     described = {kind.status: (kind.__doc__ or "").partition("\n")[0] for kind in ALL_ERRORS}
     described[429] = "Too many requests: the queue is full, or a limit of the API key is reached."
     described[500] = "A bug in the server; the message gives no internals."
     return {
         status: {
             "description": described[status],
-            "content": {"application/json": {"schema": ERROR_SCHEMA}},
+            "content": {"application/json": {"schema": schema}},
         }
         for status in statuses
     }
@@ -91,6 +93,11 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
         "code": error.code,
         "request_id": request_id,
     }
+    return error_with_body(error, body)
+
+
+def error_with_body(error: TaskvecError, body: Mapping[str, Any]) -> Response:
+    """Return an error's response with a body in the form of another API."""
     return Response(
         orjson.dumps(body),
         error.status,

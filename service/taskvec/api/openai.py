@@ -21,6 +21,7 @@ from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType, single_type_format
 from taskvec.core.tasks import ALIASES, INPUT_TYPES, ServedNames, Task
+from taskvec.dialects import DialectName
 from taskvec.engines.base import TokenIds
 from taskvec.errors import InvalidRequestError
 from taskvec.service import Service
@@ -53,6 +54,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
             handler=embedding_handler(dialect, service.embedder, limits, service.large_work),
             embeds=True,
             counted=True,
+            dialect=DialectName.OPENAI,
             summary="Embed texts for a task",
             tags=("embeddings",),
             responses={

@@ -101,6 +101,30 @@ def openai_response(
     return Response(b"".join(parts), media_type="application/json")
 
 
+def write_rows(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
+    """Append the rows of a matrix as a JSON list of lists.
+
+    In pieces: orjson holds the interpreter lock while it writes.
+    """
+    vectors = np.ascontiguousarray(vectors)
+    rows_per_call = max(1, DUMP_VALUES // vectors.shape[1])
+    start = b"["
+    for first in range(0, len(vectors), rows_per_call):
+        rows = vectors[first : first + rows_per_call]
+        parts += (start, orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+        start = b","
+    parts.append(b"]")
+
+
+def write_rows_base64(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
+    """Append the rows of a matrix as a JSON list of strings: little-endian, in base64."""
+    start = b'["'
+    for row in _little_endian(vectors):
+        parts += (start, pybase64.b64encode(row))
+        start = b'","'
+    parts.append(b'"]')
+
+
 def _write_base64(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
     """Append the entries of a JSON list; nothing in them needs an escape, so orjson is not asked.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from taskvec.api import engine_embed, health, models, openai, openapi
+from taskvec.api import cohere, engine_embed, health, models, openai, openapi
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
 from taskvec.api.request import RequestLimits
@@ -20,7 +20,7 @@ VALUES_OF_TEXT = 4
 
 
 def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[Route]:
-    """Return every route.
+    """Return every route, but for those of dialects that are not served.
 
     Args:
         service: what is served.
@@ -28,13 +28,16 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         auth: None if the service has no API keys.
     """
     limits = _request_limits(service)
-    return [
+    routes = [
         *openai.routes(service, limits),
+        *cohere.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),
         *openapi.routes(app, auth),
     ]
+    served = service.settings.dialects
+    return [route for route in routes if route.dialect is None or route.dialect in served]
 
 
 def _request_limits(service: Service) -> RequestLimits:

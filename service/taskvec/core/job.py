@@ -31,6 +31,8 @@ class EmbedJob:
         priority: priority class requested; large jobs are bulk regardless (``Admission``).
         tenant: name of the API key, None without one. Cached vectors belong to one tenant.
         indices: index in the request of each input, for errors; None if the job has all inputs.
+        field: the client's name for ``inputs``, for errors.
+        truncation: what the client sends to have texts truncated, for errors.
     """
 
     inputs: Sequence[str] | Sequence[TokenIds]
@@ -40,6 +42,8 @@ class EmbedJob:
     priority: Priority = Priority.INTERACTIVE
     tenant: str | None = None
     indices: Sequence[int] | None = None
+    field: str = "input"
+    truncation: str = "truncate: true"
 
     @property
     def input_bytes(self) -> int:

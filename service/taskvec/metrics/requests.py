@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from taskvec.auth.keys import NO_KEY
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType
+from taskvec.dialects import DialectName
 from taskvec.errors import CODES
 from taskvec.metrics.engine import DURATION_BUCKETS
 from taskvec.telemetry.stages import STAGES, Stage
@@ -98,6 +99,12 @@ class RequestMetrics:
             ("code",),
             registry=registry,
         )
+        by_dialect = Counter(
+            "taskvec_dialect_requests",
+            "How many embedding requests ended, by API dialect and HTTP status?",
+            ("dialect", "status"),
+            registry=registry,
+        )
         self._key_requests = Counter(
             "taskvec_key_requests",
             "How many embedding requests ended, by API key and HTTP status?",
@@ -131,6 +138,9 @@ class RequestMetrics:
         for output, encoding in product(OutputType, Encoding):
             if output is not OutputType.FLOAT16 or encoding is Encoding.RAW:
                 self._by_output(output.value, encoding.value)
+        self._by_dialect = cache(by_dialect.labels)
+        for dialect, status in product(DialectName, STATUSES):
+            self._by_dialect(dialect, status)
         self._by_code = {code: rejected.labels(code) for code in (*CODES, OTHER_CODE)}
         self.keys_changed([])
 
@@ -170,6 +180,7 @@ class RequestMetrics:
         output: OutputFormat | None = None,
         code: str | None = None,
         key: str | None = None,
+        dialect: DialectName | None = None,
     ) -> None:
         """Count one embedding request that was answered, rejected or abandoned.
 
@@ -183,6 +194,7 @@ class RequestMetrics:
             output: format of the vectors; counted only if there is no error.
             code: error code of the answer; None for a success.
             key: name of the API key; None if the request had none.
+            dialect: API of its route; None if it is of no dialect.
         """
         self._in_flight.dec()
         name = task or NO_TASK
@@ -202,3 +214,5 @@ class RequestMetrics:
         key_requests, key_tokens = self._by_key(key or NO_KEY, label)
         key_requests.inc()
         key_tokens.inc(tokens)
+        if dialect is not None:
+            self._by_dialect(dialect, label).inc()

@@ -1,0 +1,161 @@
+"""From the JSON of a dialect that takes texts only to a job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from taskvec.api import fields
+from taskvec.api.request import RequestLimits, request_priority, request_timeout
+from taskvec.auth.keys import Key
+from taskvec.core.job import EmbedJob
+from taskvec.core.tasks import Task
+from taskvec.errors import InvalidRequestError
+
+TASK_IN_MODEL = dict.fromkeys(
+    ("task", "task_type", "input_type", "prompt_name", "instruction"),
+    "name the task after the model, as in model:task",
+)
+"""Fields of other APIs that name a task, for a dialect that has none of its own: ignored, they
+would give vectors of another task than the client expects."""
+
+
+def json_object(value: Any, field: str = "The body") -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        InvalidRequestError: something else.
+    """
+    if isinstance(value, dict):
+        return value
+    raise InvalidRequestError(f"{field} must be a JSON object, got {fields.type_name(value)}.")
+
+
+def list_of(value: Any, field: str, most: int) -> list[Any]:
+    """Return a list that is neither empty nor too long.
+
+    Raises:
+        InvalidRequestError: no list, an empty one, or one of more than ``most`` items.
+    """
+    if not isinstance(value, list):
+        raise InvalidRequestError(
+            f"{field} must be a list, got {fields.type_name(value)}.",
+            code="invalid_input",
+            param=field,
+        )
+    if not value:
+        raise InvalidRequestError(
+            f"{field} is an empty list: send at least one text.", code="empty_input", param=field
+        )
+    if len(value) > most:
+        raise InvalidRequestError(
+            f"{field} has {len(value)} items: at most {most} fit in one request.",
+            code="too_many_inputs",
+            param=field,
+        )
+    return value
+
+
+def text(value: Any, field: str) -> str:
+    """Return a string that is not empty.
+
+    Raises:
+        InvalidRequestError: something else.
+    """
+    if not isinstance(value, str):
+        raise InvalidRequestError(
+            f"{field} must be a string, got {fields.type_name(value)}.",
+            code="invalid_input",
+            param=field,
+        )
+    if not value:
+        raise InvalidRequestError(
+            f"{field} is an empty string: there is nothing to embed.",
+            code="empty_input",
+            param=field,
+        )
+    return value
+
+
+def texts(value: Any, field: str, most: int) -> list[str]:
+    """Return a list of strings, neither of which is empty; see ``list_of`` and ``text``."""
+    return [
+        item if type(item) is str and item else text(item, f"{field}[{i}]")
+        for i, item in enumerate(list_of(value, field, most))
+    ]
+
+
+def missing(field: str, remedy: str) -> InvalidRequestError:
+    """Return the error of a request without its texts."""
+    return InvalidRequestError(
+        f"The field {field} is missing: {remedy}.", code="missing_input", param=field
+    )
+
+
+def choice(value: Any, field: str, allowed: Iterable[str], *, code: str) -> str:
+    """Return a string that is one of some values.
+
+    Raises:
+        InvalidRequestError: something else.
+    """
+    name = fields.string(value, field, code=code)
+    if name is None or name not in allowed:
+        got = "null" if name is None else repr(name[:80])
+        raise InvalidRequestError(
+            f"{field} must be one of {', '.join(allowed)}, got {got}.", code=code, param=field
+        )
+    return name
+
+
+def refuse_unserved(body: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Refuse fields that would change vectors and are not served; null and false are accepted.
+
+    Args:
+        body: JSON object.
+        reasons: by field, what a client should know or do.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    for field, reason in reasons.items():
+        value = body.get(field)
+        if value is not None and value is not False:
+            raise InvalidRequestError(
+                f"{field} is not served: {reason}.", code="unsupported_field", param=field
+            )
+
+
+def text_job(
+    inputs: Sequence[str],
+    task: Task,
+    headers: Mapping[str, str],
+    key: Key | None,
+    limits: RequestLimits,
+    *,
+    truncate: bool,
+    field: str,
+    truncation: str,
+) -> EmbedJob:
+    """Return the job of one request.
+
+    Args:
+        inputs: texts.
+        task: of all of them.
+        headers: of the request; may set its time and its priority.
+        key: API key of the request.
+        limits: limits of a request.
+        truncate: truncate texts that are too long; if False, refuse them.
+        field: the client's name of the texts, for errors.
+        truncation: what the client sends to have texts truncated, for errors.
+    """
+    return EmbedJob(
+        inputs=inputs,
+        task=task,
+        truncate=truncate,
+        deadline=time.monotonic() + request_timeout(headers, limits.seconds),
+        priority=request_priority(headers, key),
+        tenant=key.name if key is not None else None,
+        field=field,
+        truncation=truncation,
+    )

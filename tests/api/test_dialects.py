@@ -1,0 +1,292 @@
+"""What holds for every API dialect: keys, limits, errors in its own form, metrics, a switch."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from conftest import examples, fake_service
+from dialects import OPENAI, OTHERS, ROUTES, DialectRoute
+from fakes import FakeEngine
+from keyfiles import entry
+from processes import total
+from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.dialects import DialectName
+from taskvec.engines.base import EngineResult, TokenBatch
+from taskvec.errors import CODES
+
+EACH = pytest.mark.parametrize("route", OTHERS, ids=lambda route: route.path)
+
+
+class RaisingEngine(FakeEngine):
+    """Has a bug."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        raise RuntimeError(len(batch.ids))
+
+
+def refused(route: DialectRoute, answer: httpx.Response, status: int, *parts: str) -> str:
+    """Check a refusal's status, form and message."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    message = route.message(answer.json())
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+def test_every_dialect_is_tested() -> None:
+    """The table of the tests has each dialect."""
+    assert {route.dialect for route in ROUTES} == set(DialectName)
+
+
+@pytest.mark.anyio
+@EACH
+async def test_vectors_are_those_of_openais_route(
+    default_checkpoint: Checkpoint, route: DialectRoute
+) -> None:
+    """Each route gives the vectors that /v1/embeddings gives for the same task, in order."""
+    texts = ["one", "two", "ünï \U0001f600"]
+    async with fake_service(default_checkpoint) as (client, engine):
+        answer = await client.post(route.path, json=route.request(texts))
+        assert answer.status_code == 200, answer.text
+        adapter = engine.batches[-1].adapter
+        ids = engine.batches[-1].ids
+        tasks = (await client.get("/v1/models")).json()["data"][0]["tasks"]
+        for task in tasks:
+            expected = await client.post(OPENAI.path, json={"input": texts, "task": task})
+            same = all(map(np.array_equal, ids, engine.batches[-1].ids))
+            if adapter == engine.batches[-1].adapter and same:
+                break
+        else:
+            pytest.fail("no task has these ids")
+    np.testing.assert_array_equal(
+        route.vectors(answer.json()), OPENAI.vectors(expected.json()), strict=True
+    )
+
+
+@pytest.mark.anyio
+@EACH
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'"a"', b"\xff", b"[" * 9000])
+async def test_what_is_no_json_object(
+    default_checkpoint: Checkpoint, route: DialectRoute, content: bytes
+) -> None:
+    """Bytes that are not a JSON object are a 400 in the dialect's form."""
+    async with fake_service(default_checkpoint) as (client, _):
+        refused(route, await client.post(route.path, content=content), 400, "JSON")
+
+
+@pytest.mark.anyio
+@EACH
+async def test_bad_texts(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """Texts that are missing, empty, of another type or too many are a 400 that names them."""
+    async with fake_service(default_checkpoint) as (client, engine):
+
+        async def post(texts: Any) -> httpx.Response:
+            return await client.post(route.path, json=route.request(texts))
+
+        refused(route, await post(["a"] * 2049), 400, "2049", "2048")
+        refused(route, await post(["a", ""]), 400, f"{route.field}[1]", "empty")
+        refused(route, await post(["a", " "]), 400, f"{route.field}[1]", "token")
+        refused(route, await post(["a", 1]), 400, f"{route.field}[1]", "a number")
+        refused(route, await post(["a", None]), 400, f"{route.field}[1]", "null")
+        refused(route, await post(["a", ["b"]]), 400, f"{route.field}[1]", "a list")
+        assert not engine.batches
+
+
+@pytest.mark.anyio
+@EACH
+async def test_a_long_text_is_refused_in_the_dialects_words(
+    default_checkpoint: Checkpoint, route: DialectRoute
+) -> None:
+    """A text that is too long is a 400 with the client's name of it, where it is not cut."""
+    async with fake_service(default_checkpoint) as (client, engine):
+        body = route.request(["a", "word " * 5000])
+        message = refused(
+            route, await client.post(route.path, json=body), 400, f"{route.field}[1] has more than"
+        )
+        assert "truncate: true" not in message or route.dialect in ("ollama", "tei", "azure")
+        assert not engine.batches
+
+
+@pytest.mark.anyio
+@EACH
+async def test_an_unknown_model(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """A model that is not served is a 404 that names the served one."""
+    async with fake_service(default_checkpoint, model_aliases="other") as (client, _):
+        for model in ("other", "other:clustering", "gpt", "other:"):
+            if "{model}" in route.path:
+                pytest.skip("the model is in the path")
+            body = {**route.request(["a"]), "model": model, "input_type": None}
+            if route.path == "/v2/embed":
+                body["input_type"] = "clustering"
+            answer = await client.post(route.path, json=body)
+            if model == "gpt":
+                refused(route, answer, 404, "gpt", "taskvec-mini")
+            elif model == "other:":
+                refused(route, answer, 400, "no task")
+            else:
+                assert answer.status_code == 200
+
+
+@pytest.mark.anyio
+@EACH
+async def test_each_spelling_of_a_key(
+    default_checkpoint: Checkpoint, tmp_path: Path, route: DialectRoute
+) -> None:
+    """Every header that carries a key works; a missing and a wrong key are 401 in the form."""
+    file = tmp_path / "keys.toml"
+    file.write_text(entry("web", "s3cret"))
+    body = route.request(["a"])
+    async with fake_service(default_checkpoint, keys_file=file) as (client, engine):
+        refused(route, await client.post(route.path, json=body), 401, "API key")
+        for scheme in ("Bearer", "bearer"):
+            good = {"authorization": f"{scheme} s3cret"}
+            assert (await client.post(route.path, json=body, headers=good)).status_code == 200
+            wrong = {"authorization": f"{scheme} other"}
+            answer = await client.post(route.path, json=body, headers=wrong)
+            refused(route, answer, 401, "Unknown API key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for header in ("api-key", "x-api-key"):
+            answer = await client.post(route.path, json=body, headers={header: "s3cret"})
+            assert answer.status_code == 200
+            answer = await client.post(route.path, json=body, headers={header: "other"})
+            refused(route, answer, 401, "Unknown API key")
+        assert len(engine.batches) == 4
+
+
+@pytest.mark.anyio
+@EACH
+async def test_limits_before_the_body(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """A large body, another media type, a wrong method and a bad header have the form as well."""
+    async with fake_service(default_checkpoint, max_body_bytes=1000) as (client, _):
+        large = route.request(["a" * 2000])
+        refused(route, await client.post(route.path, json=large), 413, "1000 bytes")
+        plain = {"content-type": "text/plain"}
+        answer = await client.post(route.path, content=b"{}", headers=plain)
+        refused(route, answer, 415, "text/plain")
+        answer = await client.delete(route.path)
+        refused(route, answer, 405, "POST")
+        for header in ({"x-request-timeout-ms": "0"}, {"x-priority": "urgent"}):
+            answer = await client.post(route.path, json=route.request(["a"]), headers=header)
+            refused(route, answer, 400, next(iter(header)))
+
+
+@pytest.mark.anyio
+@EACH
+async def test_a_bug_and_a_full_queue(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """A 500 shows no internals; a 429 says when to retry; both in the dialect's form."""
+    async with fake_service(default_checkpoint, RaisingEngine(default_checkpoint.card)) as service:
+        answer = await service[0].post(route.path, json=route.request(["a"]))
+        assert "RuntimeError" not in refused(route, answer, 500, "Internal error")
+    async with fake_service(
+        default_checkpoint, FakeEngine(default_checkpoint.card, delay=1.0), max_queue_tokens=10
+    ) as (client, engine):
+        import asyncio  # noqa: PLC0415
+
+        held = asyncio.create_task(client.post(route.path, json=route.request(["a b c d e f g h"])))
+        while not engine.batches:
+            await asyncio.sleep(0.01)
+        answer = await client.post(route.path, json=route.request(["a b c d e f g h"]))
+        refused(route, answer, 429)
+        assert int(answer.headers["retry-after"]) >= 1
+        assert (await held).status_code == 200
+
+
+@pytest.mark.anyio
+@EACH
+async def test_requests_are_counted_by_dialect(
+    default_checkpoint: Checkpoint, route: DialectRoute
+) -> None:
+    """Answers and refusals are counted under the dialect; its series exist before."""
+    async with fake_service(default_checkpoint) as (client, _):
+        series = "taskvec_dialect_requests_total"
+        page = (await client.get("/metrics")).text
+        assert total(page, series, f'dialect="{route.dialect}",status="200"') == 0
+        await client.post(route.path, json=route.request(["a"]))
+        await client.post(route.path, json={})
+        page = (await client.get("/metrics")).text
+        assert total(page, series, f'dialect="{route.dialect}",status="200"') == 1
+        assert total(page, series, f'dialect="{route.dialect}",status="400"') == 1
+        assert total(page, series) == 2
+        assert total(page, "taskvec_rejected_total", 'code="other"') == 0
+
+
+@pytest.mark.anyio
+@EACH
+async def test_a_dialect_can_be_off(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """Without its name in TASKVEC_DIALECTS, its routes are a 404 and not in the document."""
+    others = ",".join(name for name in DialectName if name != route.dialect)
+    async with fake_service(default_checkpoint, dialects=others) as (client, _):
+        answer = await client.post(route.path, json=route.request(["a"]))
+        assert answer.status_code == 404
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        assert route.path not in paths
+        for other in OTHERS:
+            if other.dialect != route.dialect:
+                answer = await client.post(other.path, json=other.request(["a"]))
+                assert answer.status_code == 200
+
+
+FIELDS = [
+    *("texts", "inputs", "input", "images", "model", "input_type", "embedding_types", "truncate"),
+    *("output_dimension", "max_tokens", "priority", "options", "dimensions", "keep_alive"),
+    *("prompt", "normalize", "prompt_name", "truncation_direction", "encoding_format", "content"),
+    *("requests", "taskType", "title", "outputDimensionality", "task", "embedding_type", "user"),
+    *("parameters", "", "\ud800", "unknown"),
+]
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 1.0, 1.5, 1e308, 2**31, 2**64, 10**400, 8, 64),
+    *("", " ", "\0", "a" * 5000, "\ud800", "float", "END", "START", "image", "query", "\u202e"),
+    *([], [[]], {}, {"text": None}, ["a", 1], [1], [None], ["float", "int8"], ["base64"], [0] * 99),
+    *([{"content": [{"type": "text", "text": "a"}]}], [{"content": []}], [{"content": None}]),
+    *({"parts": [{"text": "a"}]}, {"parts": []}, {"parts": [{}]}, {"parts": None}),
+]
+
+
+@pytest.mark.anyio
+@EACH
+async def test_odd_bodies(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
+    """Thousands of bodies that nobody would send on purpose: described answers, never a 500."""
+    chance = random.Random(20_260_101)
+    async with fake_service(default_checkpoint, max_texts=50) as (client, _):
+        document = (await client.get("/openapi.json")).json()
+        path = next(p for p in document["paths"] if matches(p, route.path))
+        described = document["paths"][path]["post"]["responses"]
+        seen: set[int] = set()
+        for number in range(examples(3000)):
+            body = route.request(["a", "b"][: chance.randint(1, 2)])
+            for _ in range(chance.randint(1, 3)):
+                body[chance.choice([*FIELDS, *body])] = chance.choice(ODD)
+            content = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            if number % 5 == 0:
+                at = chance.randrange(len(content))
+                content = content[:at] + chance.randbytes(2) + content[at + chance.randint(0, 4) :]
+            answer = await client.post(route.path, content=content)
+            seen.add(answer.status_code)
+            assert str(answer.status_code) in described, (content, answer.text)
+            assert answer.status_code < 500, (content, answer.text)
+            if answer.status_code != 200:
+                assert len(route.message(answer.json())) < 1000
+        assert {200, 400} <= seen
+        good = await client.post(route.path, json=route.request(["a"]))
+        assert good.status_code == 200
+
+
+def matches(described: str, path: str) -> bool:
+    """Whether a path of the document, which may have parameters, is that of a route."""
+    pattern, parts = described.split("/"), path.split("/")
+    return len(pattern) == len(parts) and all(
+        a == b or a.startswith("{") for a, b in zip(pattern, parts, strict=True)
+    )
+
+
+def test_every_code_is_listed() -> None:
+    """The code of fields that a dialect does not serve has a series of its own."""
+    assert "unsupported_field" in CODES

@@ -1,0 +1,70 @@
+"""The embedding routes of each API dialect: a request, its vectors, and the form of its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Message = Callable[[dict[str, Any]], str]
+
+
+class DialectRoute(NamedTuple):
+    """One route that embeds.
+
+    Attributes:
+        dialect: value of ``TASKVEC_DIALECTS`` and of the metrics' label.
+        path: of the route.
+        request: makes the body for texts.
+        vectors: the float vectors of a response.
+        message: checks the form of an error, and returns its message.
+        field: the route's name of the texts in errors.
+    """
+
+    dialect: str
+    path: str
+    request: Callable[[list[str]], dict[str, Any]]
+    vectors: Callable[[Any], list[list[float]]]
+    message: Message
+    field: str
+
+
+def openai_message(body: dict[str, Any]) -> str:
+    assert set(body) == {"error", "detail", "code", "request_id"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return str(body["detail"])
+
+
+def cohere_message(body: dict[str, Any]) -> str:
+    assert set(body) == {"id", "message"}
+    return str(body["message"])
+
+
+OPENAI = DialectRoute(
+    "openai",
+    "/v1/embeddings",
+    lambda texts: {"input": texts},
+    lambda body: [entry["embedding"] for entry in body["data"]],
+    openai_message,
+    "input",
+)
+
+OTHERS = [
+    DialectRoute(
+        "cohere",
+        "/v2/embed",
+        lambda texts: {"texts": texts, "input_type": "search_query", "truncate": "NONE"},
+        lambda body: body["embeddings"]["float"],
+        cohere_message,
+        "texts",
+    ),
+    DialectRoute(
+        "cohere",
+        "/v1/embed",
+        lambda texts: {"texts": texts, "truncate": "NONE"},
+        lambda body: body["embeddings"],
+        cohere_message,
+        "texts",
+    ),
+]
+
+ROUTES = [OPENAI, *OTHERS]

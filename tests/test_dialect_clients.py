@@ -1,0 +1,123 @@
+"""Real clients of other embedding APIs against a real server: vectors as those of /v1/embeddings.
+
+The clients are the newest packages, unchanged.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cohere
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike
+
+from conftest import running_server
+from keyfiles import entry
+
+BF16_DIFFERENCE = 1e-3
+"""Documented maximum difference per component between batches."""
+
+MODEL = "taskvec-mini"
+TEXTS = ["how do plants make food", "the bank raised its rates"]
+
+
+def expected(server_url: str, **fields: Any) -> list[list[float]]:
+    """The vectors of /v1/embeddings."""
+    answer = httpx.post(f"{server_url}/v1/embeddings", json={"input": TEXTS, **fields})
+    return [entry["embedding"] for entry in answer.json()["data"]]
+
+
+def assert_same(vectors: ArrayLike, truth: ArrayLike) -> None:
+    """Vectors of two requests with the same texts are the same within bfloat16."""
+    np.testing.assert_allclose(np.asarray(vectors), np.asarray(truth), atol=BF16_DIFFERENCE)
+
+
+@pytest.fixture(scope="module")
+def keyed_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with an API key, ``s3cret``."""
+    file: Path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(entry("web", "s3cret"))
+    with running_server("--keys-file", str(file)) as url:
+        yield url
+
+
+def test_cohere_gets_every_type(server_url: str) -> None:
+    """Cohere's ClientV2 gets six types in one answer, each as /v1/embeddings gives it."""
+    with cohere.ClientV2("none", base_url=server_url) as client:
+        answer = client.embed(
+            model=MODEL,
+            texts=TEXTS,
+            input_type="search_document",
+            embedding_types=["float", "int8", "uint8", "binary", "ubinary", "base64"],
+            output_dimension=64,
+        )
+    truth = expected(server_url, task="retrieval.passage", dimensions=64)
+    found = answer.embeddings
+    assert_same(found.float_ or [], truth)
+    packed = [np.frombuffer(base64.b64decode(row), "<f4") for row in found.base64 or []]
+    assert_same(packed, truth)
+    assert np.shape(found.int8) == np.shape(found.uint8) == (2, 64)
+    assert np.subtract(found.uint8 or [], found.int8 or []).tolist() == [[128] * 64] * 2
+    assert np.subtract(found.ubinary or [], found.binary or []).tolist() == [[128] * 8] * 2
+    assert (np.unpackbits(np.uint8(found.ubinary), axis=1) == (np.array(truth) > 0)).mean() > 0.98
+    assert answer.meta is not None
+    assert answer.meta.billed_units is not None
+    assert (answer.meta.billed_units.input_tokens or 0) > 4
+
+
+def test_cohere_sends_content(server_url: str) -> None:
+    """Cohere's ClientV2 with ``inputs`` gets the vectors of the same texts."""
+    inputs: Any = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
+    with cohere.ClientV2("none", base_url=server_url) as client:
+        answer = client.embed(model=MODEL, inputs=inputs, input_type="clustering")
+    assert_same(answer.embeddings.float_ or [], expected(server_url, task="clustering"))
+
+
+@pytest.mark.anyio
+async def test_cohere_asynchronously(server_url: str) -> None:
+    """Cohere's AsyncClientV2 gets the same vectors."""
+    async with cohere.AsyncClientV2("none", base_url=server_url) as client:
+        answer = await client.embed(
+            model=MODEL, texts=TEXTS, input_type="search_query", embedding_types=["float"]
+        )
+    assert_same(answer.embeddings.float_ or [], expected(server_url, task="retrieval.query"))
+
+
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning")  # cohere's own
+def test_coheres_first_version(server_url: str) -> None:
+    """Cohere's Client gets both shapes of the first version, and merges its own batches of 96."""
+    texts = [f"{TEXTS[i % 2]}" for i in range(200)]
+    with cohere.Client("none", base_url=server_url) as client:
+        plain: Any = client.embed(texts=texts)
+        typed: Any = client.embed(
+            texts=TEXTS, input_type="classification", embedding_types=["float", "ubinary"]
+        )
+    assert_same(plain.embeddings, expected(server_url) * 100)
+    assert plain.meta.billed_units.input_tokens > 200
+    assert_same(typed.embeddings.float_, expected(server_url, task="classification"))
+    assert np.shape(typed.embeddings.ubinary) == (2, 32)
+
+
+def test_cohere_reads_our_errors(server_url: str, keyed_url: str) -> None:
+    """Cohere raises the exception of each status, with our message in its body."""
+    options: Any = {"max_retries": 0}
+    with cohere.ClientV2("none", base_url=server_url) as client:
+        with pytest.raises(cohere.BadRequestError) as bad:
+            client.embed(model=MODEL, texts=["a", ""], input_type="clustering")
+        assert "texts[1]" in bad.value.body["message"]
+        with pytest.raises(cohere.NotFoundError, match="taskvec-mini"):
+            client.embed(model="embed-v4.0", texts=["a"], input_type="clustering")
+        with pytest.raises(cohere.BadRequestError, match="images is not served"):
+            client.embed(model=MODEL, images=["data:image/png;base64,AA=="], input_type="image")
+    with (
+        cohere.ClientV2("wrong", base_url=keyed_url) as client,
+        pytest.raises(cohere.UnauthorizedError, match="Unknown API key"),
+    ):
+        client.embed(model=MODEL, texts=["a"], input_type="clustering", request_options=options)
+    with cohere.ClientV2("s3cret", base_url=keyed_url) as client:
+        client.embed(model=MODEL, texts=["a"], input_type="clustering")

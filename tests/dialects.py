@@ -39,6 +39,12 @@ def cohere_message(body: dict[str, Any]) -> str:
     return str(body["message"])
 
 
+def ollama_message(body: dict[str, Any]) -> str:
+    assert set(body) == {"error"}
+    assert isinstance(body["error"], str)
+    return body["error"]
+
+
 OPENAI = DialectRoute(
     "openai",
     "/v1/embeddings",
@@ -64,6 +70,14 @@ OTHERS = [
         lambda body: body["embeddings"],
         cohere_message,
         "texts",
+    ),
+    DialectRoute(
+        "ollama",
+        "/api/embed",
+        lambda texts: {"model": "taskvec-mini", "input": texts, "truncate": False},
+        lambda body: body["embeddings"],
+        ollama_message,
+        "input",
     ),
 ]
 

@@ -13,6 +13,7 @@ from typing import Any
 import cohere
 import httpx
 import numpy as np
+import ollama
 import pytest
 from numpy.typing import ArrayLike
 
@@ -121,3 +122,52 @@ def test_cohere_reads_our_errors(server_url: str, keyed_url: str) -> None:
         client.embed(model=MODEL, texts=["a"], input_type="clustering", request_options=options)
     with cohere.ClientV2("s3cret", base_url=keyed_url) as client:
         client.embed(model=MODEL, texts=["a"], input_type="clustering")
+
+
+def test_ollama_gets_vectors(server_url: str) -> None:
+    """The ollama package gets the vectors of a task, by either route."""
+    with ollama.Client(server_url) as client:
+        answer = client.embed(f"{MODEL}:clustering", TEXTS, dimensions=64, truncate=False)
+        one = client.embed(MODEL, TEXTS[0], options={"temperature": 0.0}, keep_alive="5m")
+        old = client.embeddings(f"{MODEL}:latest", TEXTS[0])
+    assert_same(answer.embeddings, expected(server_url, task="clustering", dimensions=64))
+    assert (answer.prompt_eval_count or 0) > 4
+    assert_same(one.embeddings, expected(server_url)[:1])
+    assert_same(old.embedding, expected(server_url)[0])
+
+
+@pytest.mark.anyio
+async def test_ollama_asynchronously(server_url: str) -> None:
+    """The asynchronous client gets the same vectors."""
+    async with ollama.AsyncClient(server_url) as client:
+        answer = await client.embed(f"{MODEL}:retrieval.query", TEXTS)
+    assert_same(answer.embeddings, expected(server_url, task="retrieval.query"))
+
+
+def test_ollama_lists_and_shows_models(server_url: str) -> None:
+    """The ollama package lists the model, and shows what it can do."""
+    with ollama.Client(server_url) as client:
+        names = [model.model for model in client.list().models]
+        shown = client.show(MODEL)
+    assert names[0] == f"{MODEL}:latest"
+    assert shown.capabilities == ["embedding"]
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["general.architecture"] == "qwen3"
+
+
+def test_ollama_reads_our_errors(server_url: str, keyed_url: str) -> None:
+    """The ollama package raises our status with our message, and sends a key."""
+    with ollama.Client(server_url) as client:
+        with pytest.raises(ollama.ResponseError, match=r"input\[1\]") as bad:
+            client.embed(MODEL, ["a", ""])
+        assert bad.value.status_code == 400
+        with pytest.raises(ollama.ResponseError, match="There is no model 'llama3'") as missing:
+            client.embed("llama3", "a")
+        assert missing.value.status_code == 404
+    with (
+        ollama.Client(keyed_url, headers={"Authorization": "Bearer wrong"}) as client,
+        pytest.raises(ollama.ResponseError, match="Unknown API key"),
+    ):
+        client.embed(MODEL, "a")
+    with ollama.Client(keyed_url, headers={"Authorization": "Bearer s3cret"}) as client:
+        assert len(client.embed(MODEL, "a").embeddings) == 1

@@ -10,3 +10,4 @@ class DialectName(enum.StrEnum):
 
     OPENAI = "openai"
     COHERE = "cohere"
+    OLLAMA = "ollama"

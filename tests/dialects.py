@@ -45,6 +45,12 @@ def ollama_message(body: dict[str, Any]) -> str:
     return body["error"]
 
 
+def tei_message(body: dict[str, Any]) -> str:
+    assert set(body) == {"error", "error_type"}
+    assert body["error_type"] in ("Validation", "Empty", "Overloaded", "Unhealthy", "Backend")
+    return str(body["error"])
+
+
 OPENAI = DialectRoute(
     "openai",
     "/v1/embeddings",
@@ -78,6 +84,12 @@ OTHERS = [
         lambda body: body["embeddings"],
         ollama_message,
         "input",
+    ),
+    *(
+        DialectRoute(
+            "tei", path, lambda texts: {"inputs": texts}, lambda body: body, tei_message, "inputs"
+        )
+        for path in ("/embed", "/")
     ),
 ]
 

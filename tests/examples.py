@@ -69,10 +69,13 @@ class Reader:
         """Run a command or program, which must succeed, and return its standard output."""
         if ":8080" in text:
             self.server()
+        environment = self._environment
+        if "InferenceClient" in text:  # offline, it would not call the server either
+            environment = environment | {"HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [*runner, self._here(text)],
             cwd=self.folder,
-            env=self._environment,
+            env=environment,
             capture_output=True,
             text=True,
             check=False,

@@ -12,9 +12,11 @@ from typing import Any
 
 import cohere
 import httpx
+import huggingface_hub
 import numpy as np
 import ollama
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import ArrayLike
 
 from conftest import running_server
@@ -171,3 +173,51 @@ def test_ollama_reads_our_errors(server_url: str, keyed_url: str) -> None:
         client.embed(MODEL, "a")
     with ollama.Client(keyed_url, headers={"Authorization": "Bearer s3cret"}) as client:
         assert len(client.embed(MODEL, "a").embeddings) == 1
+
+
+@pytest.mark.parametrize("path", ["", "/embed"])
+def test_hugging_face_gets_vectors(server_url: str, path: str) -> None:
+    """InferenceClient posts to the URL as it is, and gets float32 arrays."""
+    client = huggingface_hub.InferenceClient(f"{server_url}{path}")
+    assert_same(client.feature_extraction(TEXTS[0]), expected(server_url)[:1])
+    several: Any = TEXTS
+    vectors = client.feature_extraction(
+        several,
+        normalize=True,
+        prompt_name="query",
+        truncate=True,
+        truncation_direction="right",
+        dimensions=64,
+        encoding_format="float",
+    )
+    assert vectors.dtype == np.float32
+    assert_same(vectors, expected(server_url, task="retrieval.query", dimensions=64))
+
+
+@pytest.mark.anyio
+async def test_hugging_face_asynchronously(server_url: str) -> None:
+    """AsyncInferenceClient gets the same vectors."""
+    async with huggingface_hub.AsyncInferenceClient(server_url) as client:
+        vectors = await client.feature_extraction(TEXTS[1], prompt_name="clustering")
+    assert_same(vectors, expected(server_url, task="clustering")[1:])
+
+
+def test_hugging_face_compares(server_url: str) -> None:
+    """InferenceClient.sentence_similarity gets cosines from /similarity."""
+    client = huggingface_hub.InferenceClient(f"{server_url}/similarity")
+    cosines = client.sentence_similarity(TEXTS[0], other_sentences=TEXTS)
+    vectors = np.array(expected(server_url))
+    assert_same(cosines, [1.0, vectors[0] @ vectors[1]])
+
+
+def test_hugging_face_reads_our_errors(server_url: str, keyed_url: str) -> None:
+    """InferenceClient raises our status with our message, and sends a key."""
+    client = huggingface_hub.InferenceClient(server_url)
+    with pytest.raises(HfHubHTTPError, match="no task 'poem'") as bad:
+        client.feature_extraction("a", prompt_name="poem")
+    assert bad.value.response.status_code == 400
+    wrong = huggingface_hub.InferenceClient(keyed_url, token="wrong")  # noqa: S106 - a test's
+    with pytest.raises(HfHubHTTPError, match="Unknown API key"):
+        wrong.feature_extraction("a")
+    right = huggingface_hub.InferenceClient(keyed_url, token="s3cret")  # noqa: S106 - a test's
+    assert right.feature_extraction("a").shape == (1, 256)

@@ -11,3 +11,4 @@ class DialectName(enum.StrEnum):
     OPENAI = "openai"
     COHERE = "cohere"
     OLLAMA = "ollama"
+    TEI = "tei"

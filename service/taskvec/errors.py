@@ -224,6 +224,7 @@ CODES: tuple[str, ...] = (
     "invalid_input_type",
     "invalid_json",
     "invalid_model",
+    "invalid_normalize",
     "invalid_normalized",
     "invalid_priority",
     "invalid_task",

@@ -275,6 +275,8 @@ async def test_odd_bodies(default_checkpoint: Checkpoint, route: DialectRoute) -
             if answer.status_code != 200:
                 assert len(route.message(answer.json())) < 1000
         assert {200, 400} <= seen
+        page = (await client.get("/metrics")).text
+        assert total(page, "taskvec_rejected_total", 'code="other"') == 0
         good = await client.post(route.path, json=route.request(["a"]))
         assert good.status_code == 200
 

@@ -23,7 +23,7 @@ FIELDS = {
 
 
 OUR_ERROR_FIELDS = {"error", "detail", "code", "request_id"}
-ERROR_FIELDS = {"cohere": {"id", "message"}, "ollama": {"error"}}
+ERROR_FIELDS = {"cohere": {"id", "message"}, "ollama": {"error"}, "tei": {"error", "error_type"}}
 """Required fields of an error, by the tag of a route."""
 
 

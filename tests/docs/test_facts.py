@@ -20,6 +20,7 @@ FIELDS = (
     "body",
     "model",
     "input_type",
+    "normalize",
     "normalized",
     "task",
     "task_type",

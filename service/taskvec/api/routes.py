@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from taskvec.api import cohere, engine_embed, health, models, ollama, openai, openapi
+from taskvec.api import cohere, engine_embed, health, models, ollama, openai, openapi, tei
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
 from taskvec.api.request import RequestLimits
@@ -32,6 +32,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *openai.routes(service, limits),
         *cohere.routes(service, limits),
         *ollama.routes(service, limits),
+        *tei.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),

@@ -61,6 +61,9 @@ OPENAI = DialectRoute(
 )
 
 OTHERS = [
+    OPENAI._replace(path="/embeddings"),
+    OPENAI._replace(dialect="azure", path="/openai/deployments/taskvec-mini/embeddings"),
+    OPENAI._replace(dialect="azure", path="/v1/deployments/taskvec-mini/embeddings"),
     DialectRoute(
         "cohere",
         "/v2/embed",

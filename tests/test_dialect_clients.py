@@ -15,6 +15,7 @@ import httpx
 import huggingface_hub
 import numpy as np
 import ollama
+import openai
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import ArrayLike
@@ -221,3 +222,30 @@ def test_hugging_face_reads_our_errors(server_url: str, keyed_url: str) -> None:
         wrong.feature_extraction("a")
     right = huggingface_hub.InferenceClient(keyed_url, token="s3cret")  # noqa: S106 - a test's
     assert right.feature_extraction("a").shape == (1, 256)
+
+
+def test_azure_openai_gets_vectors(server_url: str, keyed_url: str) -> None:
+    """AzureOpenAI gets the vectors of a deployment by endpoint and by base URL, with its key."""
+    deployment = f"{MODEL}:clustering"
+    options: Any = {"api_version": "2024-10-21", "max_retries": 0}
+    truth = expected(server_url, task="clustering")
+    for where in ({"azure_endpoint": server_url}, {"base_url": f"{server_url}/v1"}):
+        with openai.AzureOpenAI(api_key="none", **where, **options) as client:
+            answer = client.embeddings.create(model=deployment, input=TEXTS)
+            assert_same([entry.embedding for entry in answer.data], truth)
+            with pytest.raises(openai.NotFoundError, match="There is no model"):
+                client.embeddings.create(model="gpt", input="a")
+    with (
+        openai.AzureOpenAI(api_key="wrong", azure_endpoint=keyed_url, **options) as client,
+        pytest.raises(openai.AuthenticationError, match="Unknown API key"),
+    ):
+        client.embeddings.create(model=MODEL, input="a")
+    with openai.AzureOpenAI(api_key="s3cret", azure_endpoint=keyed_url, **options) as client:
+        assert len(client.embeddings.create(model=MODEL, input="a").data) == 1
+
+
+def test_openai_without_version(server_url: str) -> None:
+    """A client whose base URL lacks /v1 gets the same vectors."""
+    with openai.OpenAI(base_url=server_url, api_key="none") as client:
+        answer = client.embeddings.create(model=MODEL, input=TEXTS)
+    assert_same([entry.embedding for entry in answer.data], expected(server_url))

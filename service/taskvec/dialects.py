@@ -9,6 +9,7 @@ class DialectName(enum.StrEnum):
     """One embedding API; a metric label, and a value of a setting."""
 
     OPENAI = "openai"
+    AZURE = "azure"
     COHERE = "cohere"
     OLLAMA = "ollama"
     TEI = "tei"

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from taskvec.api import cohere, engine_embed, health, models, ollama, openai, openapi, tei
+from taskvec.api import (
+    cohere,
+    engine_embed,
+    health,
+    models,
+    ollama,
+    openai,
+    openai_paths,
+    openapi,
+    tei,
+)
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
 from taskvec.api.request import RequestLimits
@@ -30,6 +40,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
     limits = _request_limits(service)
     routes = [
         *openai.routes(service, limits),
+        *openai_paths.routes(service, limits),
         *cohere.routes(service, limits),
         *ollama.routes(service, limits),
         *tei.routes(service, limits),

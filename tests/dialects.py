@@ -51,6 +51,13 @@ def tei_message(body: dict[str, Any]) -> str:
     return str(body["error"])
 
 
+def gemini_message(body: dict[str, Any]) -> str:
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"code", "message", "status"}
+    assert body["error"]["status"].isupper()
+    return str(body["error"]["message"])
+
+
 OPENAI = DialectRoute(
     "openai",
     "/v1/embeddings",
@@ -93,6 +100,17 @@ OTHERS = [
             "tei", path, lambda texts: {"inputs": texts}, lambda body: body, tei_message, "inputs"
         )
         for path in ("/embed", "/")
+    ),
+    *(
+        DialectRoute(
+            "gemini",
+            f"{prefix}/models/taskvec-mini:batchEmbedContents",
+            lambda texts: {"requests": [{"content": {"parts": [{"text": t}]}} for t in texts]},
+            lambda body: [entry["values"] for entry in body["embeddings"]],
+            gemini_message,
+            "requests",
+        )
+        for prefix in ("/v1beta", "/v1", "")
     ),
 ]
 

@@ -17,6 +17,9 @@ import numpy as np
 import ollama
 import openai
 import pytest
+from google import genai
+from google.genai import errors as genai_errors
+from google.genai import types as genai_types
 from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import ArrayLike
 
@@ -249,3 +252,59 @@ def test_openai_without_version(server_url: str) -> None:
     with openai.OpenAI(base_url=server_url, api_key="none") as client:
         answer = client.embeddings.create(model=MODEL, input=TEXTS)
     assert_same([entry.embedding for entry in answer.data], expected(server_url))
+
+
+def google_client(url: str, key: str = "none", version: str | None = None) -> genai.Client:
+    """A client of google-genai for our server."""
+    options = genai_types.HttpOptions(base_url=url, api_version=version)
+    return genai.Client(api_key=key, http_options=options)
+
+
+@pytest.mark.parametrize("version", [None, "v1beta"])
+def test_google_gets_vectors(server_url: str, version: str | None) -> None:
+    """google-genai gets the vectors of a task type, by its own version of the API and v1beta."""
+    config = genai_types.EmbedContentConfig(task_type="RETRIEVAL_QUERY", output_dimensionality=64)
+    contents: Any = TEXTS
+    with google_client(server_url, version=version) as client:
+        answer = client.models.embed_content(model=MODEL, contents=contents, config=config)
+        one = client.models.embed_content(model=f"models/{MODEL}", contents=TEXTS[0])
+    found = [entry.values or [] for entry in answer.embeddings or []]
+    assert_same(found, expected(server_url, task="retrieval.query", dimensions=64))
+    assert_same([entry.values or [] for entry in one.embeddings or []], expected(server_url)[:1])
+
+
+@pytest.mark.filterwarnings("ignore:Inheritance class AiohttpClientSession:DeprecationWarning")
+@pytest.mark.anyio
+async def test_google_asynchronously(server_url: str) -> None:
+    """The asynchronous client of google-genai gets the same vectors."""
+    contents: Any = TEXTS
+    async with google_client(server_url).aio as client:
+        answer = await client.models.embed_content(
+            model=MODEL,
+            contents=contents,
+            config=genai_types.EmbedContentConfig(task_type="CLUSTERING"),
+        )
+    found = [entry.values or [] for entry in answer.embeddings or []]
+    assert_same(found, expected(server_url, task="clustering"))
+
+
+def test_google_reads_our_errors(server_url: str, keyed_url: str) -> None:
+    """google-genai raises our status with our message, and sends its key in its own header."""
+    with google_client(server_url) as client:
+        with pytest.raises(genai_errors.ClientError, match="INVALID_ARGUMENT") as bad:
+            client.models.embed_content(
+                model=MODEL,
+                contents="a",
+                config=genai_types.EmbedContentConfig(output_dimensionality=1000),
+            )
+        assert bad.value.code == 400
+        assert "outputDimensionality must be between" in (bad.value.message or "")
+        with pytest.raises(genai_errors.ClientError, match="NOT_FOUND"):
+            client.models.embed_content(model="gemini-embedding-001", contents="a")
+    with (
+        google_client(keyed_url, "wrong") as client,
+        pytest.raises(genai_errors.ClientError, match="UNAUTHENTICATED"),
+    ):
+        client.models.embed_content(model=MODEL, contents="a")
+    with google_client(keyed_url, "s3cret") as client:
+        client.models.embed_content(model=MODEL, contents="a")

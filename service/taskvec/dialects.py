@@ -11,5 +11,6 @@ class DialectName(enum.StrEnum):
     OPENAI = "openai"
     AZURE = "azure"
     COHERE = "cohere"
+    GEMINI = "gemini"
     OLLAMA = "ollama"
     TEI = "tei"

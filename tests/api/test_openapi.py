@@ -23,7 +23,12 @@ FIELDS = {
 
 
 OUR_ERROR_FIELDS = {"error", "detail", "code", "request_id"}
-ERROR_FIELDS = {"cohere": {"id", "message"}, "ollama": {"error"}, "tei": {"error", "error_type"}}
+ERROR_FIELDS = {
+    "cohere": {"id", "message"},
+    "ollama": {"error"},
+    "tei": {"error", "error_type"},
+    "gemini": {"error"},
+}
 """Required fields of an error, by the tag of a route."""
 
 

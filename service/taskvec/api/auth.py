@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import lru_cache, partial
 from ipaddress import IPv4Address, ip_address
 from typing import Any, TypeVar, get_args
+from urllib.parse import parse_qs
 
 from starlette.types import Scope
 
@@ -18,7 +19,7 @@ from taskvec.errors import AuthenticationError, RateLimitError
 T = TypeVar("T")
 R = TypeVar("R")
 
-KEY_HEADERS = (b"api-key", b"x-api-key")
+KEY_HEADERS = (b"api-key", b"x-api-key", b"x-goog-api-key")
 """Headers that carry a key, besides Authorization: Bearer."""
 
 RATE_LIMIT_HEADERS = {
@@ -47,7 +48,7 @@ class ApiKeyAuth:
             "type": "apiKey",
             "in": "header",
             "name": "api-key",
-            "description": "The API key; the header x-api-key works as well.",
+            "description": "The API key; the headers x-api-key and x-goog-api-key work as well.",
         },
     }
     """OpenAPI security schemes."""
@@ -55,13 +56,19 @@ class ApiKeyAuth:
     def __init__(self, keys: WatchedKeys) -> None:
         self._keys = keys
 
-    def authenticate(self, scope: Scope) -> Key:
+    def authenticate(self, scope: Scope, *, in_query: bool = False) -> Key:
         """Return the API key of a request.
+
+        Args:
+            scope: ASGI scope of the request.
+            in_query: look for a key in the URL as well, under ``key``, where no header has one.
 
         Raises:
             AuthenticationError: no key, or an unknown one.
         """
         secret = _secret(scope["headers"])
+        if secret is None and in_query:
+            secret = next(iter(parse_qs(scope["query_string"]).get(b"key", ())), None)
         if secret is None:
             raise AuthenticationError(
                 "This server requires an API key: send it as Authorization: Bearer KEY, or in the "

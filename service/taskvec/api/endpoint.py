@@ -55,6 +55,7 @@ class Route:
             against the key's limits, and is traced.
         counted: requests appear in the request metrics.
         dialect: API that the requests are counted under; None if the route is of no dialect.
+        key_in_query: the parameter ``key`` of the URL may carry the API key.
         render_error: form of error bodies.
         error_schema: JSON schema of that form.
         summary: one line of the OpenAPI document.
@@ -72,6 +73,7 @@ class Route:
     embeds: bool = False
     counted: bool = False
     dialect: DialectName | None = None
+    key_in_query: bool = False
     render_error: ErrorRenderer = error_response
     error_schema: Mapping[str, Any] = field(default_factory=lambda: ERROR_SCHEMA)
     summary: str = ""
@@ -167,6 +169,7 @@ class Endpoint:
         self._methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
         self._render_error = route.render_error
         self._dialect = route.dialect
+        self._key_in_query = route.key_in_query
         self._embeds = route.embeds
         self._auth = None if route.public else shared.auth
         self._limiter = shared.limiter
@@ -225,7 +228,7 @@ class Endpoint:
     async def _handle(self, request: Request, context: RequestContext) -> Response:
         """Call the handler, if key, load and limits allow it."""
         if self._auth is not None:
-            context.key = self._auth.authenticate(request.scope)
+            context.key = self._auth.authenticate(request.scope, in_query=self._key_in_query)
         if self._pressure is not None and not self._embeds:
             self._pressure.require_any()
         if not self._embeds:

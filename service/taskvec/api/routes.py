@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from taskvec.api import (
     cohere,
     engine_embed,
+    gemini,
     health,
     models,
     ollama,
@@ -42,6 +43,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *openai.routes(service, limits),
         *openai_paths.routes(service, limits),
         *cohere.routes(service, limits),
+        *gemini.routes(service, limits),  # before models: a path begins with that of a model
         *ollama.routes(service, limits),
         *tei.routes(service, limits),
         *engine_embed.routes(service, limits),

@@ -21,7 +21,7 @@ EXAMPLES = 500
 """Most generated requests an operation, beside those that cover each keyword of its schema."""
 
 BETWEEN_DIALECT_FIELDS = re.compile(
-    "name one|multiple of 8|more than the|nothing that the tokenizer turns"
+    "name one|differs from|disagree|multiple of 8|more than the|nothing that the tokenizer turns"
 )
 """The same in the messages of dialects, whose errors have no code."""
 

@@ -82,10 +82,11 @@ async def test_the_path_may_name_the_task(service: tuple[httpx.AsyncClient, Fake
     answer = await client.post(path, json=other)
     assert answer.status_code == 400
     assert "name one" in gemini_message(answer.json())
-    unknown = await client.post(MANY.format("gemini-embedding-001"), json={"requests": []})
-    assert unknown.status_code == 404
-    assert unknown.json()["error"]["status"] == "NOT_FOUND"
-    assert unknown.json()["error"]["code"] == 404
+    for name in ("gemini-embedding-001", "a%0Ab", "a/b", "models/x"):
+        unknown = await client.post(MANY.format(name), json={"requests": []})
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["status"] == "NOT_FOUND"
+        assert unknown.json()["error"]["code"] == 404
 
 
 @pytest.mark.anyio

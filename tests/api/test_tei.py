@@ -110,6 +110,7 @@ async def test_similarity(service: tuple[httpx.AsyncClient, FakeEngine]) -> None
         ({"inputs": {"source_sentence": "a", "sentences": ["b", 1]}}, "inputs.sentences[1]"),
         ({"inputs": {"source_sentence": "a", "sentences": ["b"] * 2048}}, "2048 items"),
         ({"inputs": PAIR, "parameters": {"normalize": False}}, "normalize: false"),
+        ({"inputs": PAIR, "parameters": {"normalize": {}}}, "normalize must be true or false"),
         ({"inputs": PAIR, "parameters": {"dimensions": 8}}, "dimensions is not served"),
         ({"inputs": PAIR, "parameters": []}, "parameters must be a JSON object"),
     ):

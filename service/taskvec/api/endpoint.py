@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -145,6 +146,8 @@ class Endpoints:
             response_model=None,
             response_class=Response,
         )
+        # A name in a path may be any text, line breaks too: the route refuses it in its own form.
+        mounted.path_regex = re.compile(mounted.path_regex.pattern, re.DOTALL)
         mounted.app = Endpoint(route, self)
         return mounted
 

@@ -280,7 +280,7 @@ def _handler(service: Service, limits: RequestLimits, *, batch: bool) -> Handler
 
 
 def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> dict[str, Any]:
-    """Return the OpenAPI requestBody, as precise as the parser above, but for its aliases."""
+    """Return the OpenAPI requestBody, as precise as the parser above."""
     embedder = service.embedder
     unserved = {"enum": [None, False]}
     part = {
@@ -293,22 +293,22 @@ def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> 
     }
     parts = {"type": "array", "items": part, "minItems": 1, "maxItems": 1}
     served = [name for name, task in TASK_TYPES.items() if task in embedder.tasks.names]
+    task_type = {"enum": [*served, UNSPECIFIED, None]}
+    dimensions = {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": embedder.model.dimension,
+    }
+    flag = {"type": ["boolean", "null"]}
     request: dict[str, Any] = {
         "type": "object",
         "required": ["content"],
         "properties": {
             "content": {"type": "object", "required": ["parts"], "properties": {"parts": parts}},
-            "taskType": {"enum": [*served, UNSPECIFIED, None]},
-            "task_type": {"type": "null"},
-            "outputDimensionality": {
-                "type": ["integer", "null"],
-                "minimum": 1,
-                "maximum": embedder.model.dimension,
-            },
-            "output_dimensionality": {"type": "null"},
-            "autoTruncate": {"type": ["boolean", "null"]},
-            "auto_truncate": {"type": "null"},
-            "model": {"type": "null", "description": "If it is there, the model of the path."},
+            **dict.fromkeys(TYPE_FIELDS, task_type),
+            **dict.fromkeys(DIMENSION_FIELDS, dimensions),
+            **dict.fromkeys(TRUNCATE_FIELDS, flag),
+            "model": {"type": ["string", "null"], "description": "The model of the path."},
             **dict.fromkeys(UNSERVED, unserved),
         },
     }

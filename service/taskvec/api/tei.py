@@ -188,7 +188,8 @@ class TeiSimilarity(TeiDialect):
         text_job.refuse_unserved(
             options, dict.fromkeys(("dimensions", "encoding_format"), "cosines have neither")
         )
-        if options.get("normalize") is False:
+        normalize = options.get("normalize")
+        if normalize is not None and not fields.boolean(normalize, "normalize"):
             raise InvalidRequestError(
                 "normalize: false is not served: the answer has cosines.",
                 code="invalid_normalized",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 _INPUT = re.compile(r"input\[(\d{1,9})\]")
+_INPUTS = re.compile(r"input\[(\d{1,9})\] to input\[(\d{1,9})\]")
 
 
 class TaskvecError(Exception):
@@ -48,6 +49,20 @@ class TaskvecError(Exception):
         match = _INPUT.fullmatch(self.param or "")
         return None if match is None else int(match[1])
 
+    def _range_renumbered(self, indices: Sequence[int]) -> TaskvecError:
+        """Do what ``renumbered`` does, if ``param`` names the first and the last of some texts."""
+        found = _INPUTS.fullmatch(self.param or "")
+        if found is None:
+            return self
+        first, last = (indices[int(number)] for number in found.groups())
+        param = f"input[{first}] to input[{last}]"
+        return type(self)(
+            self.message.replace(found[0], param),
+            code=self.code,
+            param=param,
+            retry_after=self.retry_after,
+        )
+
     def renumbered(self, indices: Sequence[int]) -> TaskvecError:
         """Return the error with the index that the text has in another request.
 
@@ -55,10 +70,27 @@ class TaskvecError(Exception):
             indices: the index in that request of each text.
         """
         if self.param is None or self.text is None:
-            return self
+            return self._range_renumbered(indices)
         param = f"input[{indices[self.text]}]"
         return type(self)(
             self.message.replace(self.param, param),
+            code=self.code,
+            param=param,
+            retry_after=self.retry_after,
+        )
+
+    def reworded(self, field: str, truncation: str) -> TaskvecError:
+        """Return the error in the words of another API than OpenAI's.
+
+        Args:
+            field: that API's name of ``input``.
+            truncation: what a client sends instead of ``truncate: true``.
+        """
+        if self.param is None or self.text is None:
+            return self
+        param = f"{field}[{self.text}]"
+        return type(self)(
+            self.message.replace(self.param, param).replace("truncate: true", truncation),
             code=self.code,
             param=param,
             retry_after=self.retry_after,
@@ -207,6 +239,7 @@ CODES: tuple[str, ...] = (
     "invalid_input_type",
     "invalid_json",
     "invalid_model",
+    "invalid_normalize",
     "invalid_normalized",
     "invalid_priority",
     "invalid_task",
@@ -230,6 +263,7 @@ CODES: tuple[str, ...] = (
     "unknown_task",
     "unsupported_charset",
     "unsupported_content_encoding",
+    "unsupported_field",
     "unsupported_transfer_encoding",
     "untokenizable_input",
     "vector_not_finite",

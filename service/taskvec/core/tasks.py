@@ -13,6 +13,9 @@ PREFERRED_DEFAULT = "text-matching"
 BARE_TASK = "embedding"
 """Task of a checkpoint without adapters."""
 
+MIXED_TASKS = "mixed"
+"""What metrics and logs call the task of a request whose texts have several."""
+
 ALIASES = {"retrieval": "retrieval.passage", "separation": "clustering"}
 
 INPUT_TYPES = {
@@ -105,31 +108,34 @@ class TaskTable:
         """
         task = self._tasks.get(self._aliases.get(name, name))
         if task is None:
+            where = "" if param == "task" else f" for {param}"
             raise InvalidRequestError(
-                f"There is no task {name[:80]!r}: this model has {', '.join(self._tasks)}.",
+                f"There is no task {name[:80]!r}{where}: this model has {', '.join(self._tasks)}.",
                 code="unknown_task",
                 param=param,
             )
         return task
 
-    def choose(self, named: Mapping[str, str | None]) -> Task:
+    def choose(self, named: Mapping[str, str | None], where: str = "") -> Task:
         """Return the one task that all fields of a request name, or the default.
 
         Args:
             named: task name by field, None if absent; ``input_type`` holds an input type instead.
+            where: path of the object that has the fields, with a dot at its end, for errors.
 
         Raises:
             InvalidRequestError: a name is unknown, or two fields name different tasks.
         """
         chosen: Task | None = None
         first = ""
-        for field, name in named.items():
+        for key, name in named.items():
             if name is None:
                 continue
-            if field == "input_type":
+            field = f"{where}{key}"
+            if key == "input_type":
                 if name not in INPUT_TYPES:
                     raise InvalidRequestError(
-                        f"input_type must be one of {', '.join(INPUT_TYPES)}, got {name[:80]!r}.",
+                        f"{field} must be one of {', '.join(INPUT_TYPES)}, got {name[:80]!r}.",
                         code="unknown_task",
                         param=field,
                     )

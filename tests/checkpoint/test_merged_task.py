@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer
 from conftest import DEFAULT_VOCABULARY, fake_service
 from fakes import FakeEngine, hashed_vector
 from oracle import PLAIN, Oracle
+from processes import EXACT, embed, served
 from synthetic import ADAPTERS, TINY_NANO, TINY_SMALL, write_checkpoint
 from taskvec import Embedder
 from taskvec.checkpoint.checkpoint import Checkpoint, read_checkpoint
@@ -358,6 +360,28 @@ def test_commands_refuse_an_impossible_task_name(template: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
         assert "TASKVEC_TASK_NAME" in done.stderr
+
+
+@pytest.mark.full("several processes of running servers")
+@pytest.mark.parametrize("mode", ["engine process", "gateways", "remote"])
+def test_every_way_to_serve_has_the_task(template: Path, tmp_path: Path, mode: str) -> None:
+    """One gateway, several, and a gateway before an engine server give the library's vectors."""
+    folder = linked(template, tmp_path / "tiny-clustering")
+    model = ("--model", str(folder), "--task-name", "retrieval", *EXACT)
+    with Embedder(str(folder), task_name="retrieval", dtype="float32") as embedder:
+        truth = {task: embedder.embed(TEXTS, task) for task in SIDES}
+    with ExitStack() as servers:
+        if mode == "remote":
+            engine = servers.enter_context(served(*model, "--token-input", "accept"))
+            cache = ("--cache-dir", str(tmp_path / "cache"))
+            model = (*model, "--engine", "remote", "--engine-url", engine.url, *cache)
+        elif mode == "gateways":
+            model = (*model, "--workers", "2")
+        server = servers.enter_context(served(*model))
+        for side, task in (("search_query", "query"), ("search_document", "passage")):
+            answer = embed(server.url, {"input": TEXTS, "input_type": side}).json()
+            rows = np.array([row["embedding"] for row in answer["data"]])
+            assert difference(rows, truth[f"retrieval.{task}"]) <= FP32_DIFFERENCE
 
 
 def run(*arguments: str, stdin: str = "") -> str:

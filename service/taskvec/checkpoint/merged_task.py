@@ -107,7 +107,7 @@ def find_merged_task(
     elif not query and not document:
         return None  # sentence-transformers writes empty prompts for a model that needs none
     else:
-        found = {task: name for name in names if (task := _suffix(name)) is not None}
+        found = {suffix: name for name in names if (suffix := _suffix(name)) is not None}
         if len(found) > 1:
             raise CheckpointError(
                 f"The names {' and '.join(map(repr, found.values()))} of this checkpoint name "

@@ -31,8 +31,8 @@ os.setresgid({UNKNOWN_USER}, {UNKNOWN_USER}, {UNKNOWN_USER})
 os.setresuid({UNKNOWN_USER}, {UNKNOWN_USER}, {UNKNOWN_USER})
 bit = 1 << CAP_DAC_READ_SEARCH
 version_3 = struct.pack("Ii", 0x20080522, 0)
-check(libc.capset(version_3, struct.pack("6I", bit, bit, bit, 0, 0, 0)))
-check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH, 0, 0))
+if libc.capset(version_3, struct.pack("6I", bit, bit, bit, 0, 0, 0)) == 0:
+    check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_DAC_READ_SEARCH, 0, 0))
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
@@ -49,6 +49,6 @@ def as_unknown_user(*command: str) -> list[str]:
     """Return a command that root runs as a user without an entry in /etc/passwd.
 
     The user may read every file, because the Python installation may be in root's home directory,
-    and has no other rights.
+    unless root itself has not that right, as in some containers.
     """
     return [sys.executable, "-c", _BECOME, *command]

@@ -33,7 +33,7 @@ def write_result(name: str, figures: dict[str, Any], *, show: bool = True) -> Pa
     """Write results/NAME.json, and print it if ``show``."""
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_without_folder, sys.argv)]),
         "machine": machine(),
         **figures,
     }
@@ -44,6 +44,11 @@ def write_result(name: str, figures: dict[str, Any], *, show: bool = True) -> Pa
     if show:
         print(text)
     return file
+
+
+def _without_folder(argument: str) -> str:
+    """Return an argument of the command; of an absolute path, which says nothing, only the name."""
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def machine() -> dict[str, Any]:

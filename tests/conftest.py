@@ -52,7 +52,7 @@ LIBRARIES = {"transformers", "peft", "sklearn"}
 
 IMPORTS_LIBRARIES = re.compile(
     r"^(from|import) (oracle|peft|transformers|tinytraining|taskvec_train|taskvec\.evaluation"
-    r"|taskvec\.cli\.evaluate)\b",
+    r"|taskvec\.cli\.evaluate)\b|^ +from sentence_transformers import",
     re.MULTILINE,
 )
 """Imports of a test file that load transformers, peft or scikit-learn: 250 MB."""
@@ -235,6 +235,9 @@ def freed_memory(request: pytest.FixtureRequest) -> Iterator[None]:
             function.cache_clear()
     gc.collect()
     trim_malloc()
+    if request.config.getoption("--libraries") == "without":
+        imported = LIBRARIES & sys.modules.keys()
+        assert not imported, f"{imported} imported: see IMPORTS_LIBRARIES in tests/conftest.py"
 
 
 @pytest.fixture

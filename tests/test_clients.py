@@ -8,6 +8,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,9 +17,14 @@ import pytest
 from numpy.typing import NDArray
 
 from conftest import running_server
+from processes import total
 from programs import program
 from taskvec import Embedder
+from taskvec.api.openai import TYPE_FIELDS
+from taskvec.core.output_format import OutputType, quantise
 
+TEXT = "some text"
+KINDS = ["float", "int8", "uint8", "binary", "ubinary"]
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
 BF16_DIFFERENCE = 1e-3
 """Documented maximum difference per component between batches."""
@@ -53,6 +59,112 @@ def test_openai_gets_floats_as_numbers(server_url: str) -> None:
         packed = client.embeddings.create(model="taskvec-mini", input="a text")
     difference = np.subtract(numbers.data[0].embedding, packed.data[0].embedding)
     assert np.abs(difference).max() <= BF16_DIFFERENCE
+
+
+def as_openai_node(embedding: str | list[int]) -> list[float]:
+    """Decode as openai-node 6 does unless its user names an encoding: any value as base64."""
+    if isinstance(embedding, str):
+        data = base64.b64decode(embedding)
+    else:
+        data = np.array(embedding).astype(np.uint8).tobytes()  # of a list, each item is a byte
+    return np.frombuffer(data, "<f4", count=len(data) // 4).tolist()
+
+
+def as_voyage(embedding: str | list[float], kind: str | None) -> list[float]:
+    """Decode as voyageai 0.5 does: base64 as the bytes of its own ``output_dtype``."""
+    if not isinstance(embedding, str):
+        return embedding
+    dtypes = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}
+    return np.frombuffer(base64.b64decode(embedding), dtypes.get(str(kind), "<f4")).tolist()
+
+
+@pytest.fixture(scope="module")
+def by_type(library: Embedder) -> dict[str, NDArray[np.generic]]:
+    """The vector of a text in each output type."""
+    vector = library.embed(TEXT)
+    return {kind.value: quantise(vector, kind)[0] for kind in OutputType}
+
+
+def check_type(
+    found: object, kind: str, by_type: dict[str, NDArray[np.generic]], what: object
+) -> None:
+    """The values of a type are there: all of them, and next to those of the library."""
+    values, truth = np.array(found, np.float64), by_type[kind].astype(np.float64)
+    assert values.shape == truth.shape, what
+    if kind in {"binary", "ubinary"}:  # a value near zero may have either sign
+        offset = 128 if kind == "binary" else 0
+        bits = np.unpackbits((values + offset).astype(np.uint8))
+        assert np.mean(bits != np.unpackbits((truth + offset).astype(np.uint8))) < 0.02, what
+    else:
+        assert np.abs(values - truth).max() <= (BF16_DIFFERENCE if kind == "float" else 1), what
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("field", TYPE_FIELDS)
+def test_every_type_through_openais_sdks(
+    server_url: str, by_type: dict[str, NDArray[np.generic]], field: str, kind: str
+) -> None:
+    """Each spelling of each type gives an OpenAI SDK its values, with base64 and without."""
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
+        for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": None}):
+            answer: Any = client.embeddings.create(
+                model="taskvec-mini", input=TEXT, extra_body={field: kind, **encoding}
+            )
+            check_type(answer.data[0].embedding, kind, by_type, encoding)
+    body = {"model": "taskvec-mini", "input": TEXT, "encoding_format": "base64", field: kind}
+    answer = httpx.post(
+        f"{server_url}/v1/embeddings", json=body, headers={"X-Stainless-Lang": "js"}
+    )
+    check_type(as_openai_node(answer.json()["data"][0]["embedding"]), kind, by_type, "node")
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_every_type_through_voyages_client(
+    server_url: str, by_type: dict[str, NDArray[np.generic]], kind: str | None
+) -> None:
+    """Voyage's client sends all its fields, null or not, asks for base64, and decodes each type."""
+    body = {"input": [TEXT], "model": "taskvec-mini", "input_type": None, "truncation": True}
+    body |= {"output_dtype": kind, "output_dimension": None, "encoding_format": "base64"}
+    answer = httpx.post(f"{server_url}/v1/embeddings", json=body)
+    found = as_voyage(answer.json()["data"][0]["embedding"], kind)
+    check_type(found, kind or "float", by_type, kind)
+
+
+def test_several_types_through_openai_python(
+    server_url: str, by_type: dict[str, NDArray[np.generic]]
+) -> None:
+    """openai-python passes on an object with a vector of each type."""
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as client:
+        answer: Any = client.embeddings.create(
+            model="taskvec-mini", input=TEXT, extra_body={"embedding_type": KINDS}
+        )
+    found = answer.data[0].embedding
+    assert found.keys() == set(KINDS)
+    for kind in KINDS:
+        check_type(found[kind], kind, by_type, kind)
+
+
+def test_several_tasks_in_one_request_are_one_forward_pass(
+    server_url: str, library: Embedder
+) -> None:
+    """Items with tasks of their own get the library's vectors, and share forward passes."""
+
+    def forward_passes() -> float:
+        page = httpx.get(f"{server_url}/metrics").text
+        return total(page, "taskvec_batch_texts_count")
+
+    texts = [f"text {n}" for n in range(20)]
+    items = [{"text": text, "task": TASKS[n % 5]} for n, text in enumerate(texts)]
+    before = forward_passes()
+    for _ in range(10):
+        answer = httpx.post(f"{server_url}/v1/embeddings", json={"input": items}, timeout=60)
+        assert answer.status_code == 200, answer.text
+    passes = forward_passes() - before
+    vectors = np.array([entry["embedding"] for entry in answer.json()["data"]])
+    for start, task in enumerate(TASKS):
+        truth = library.embed(texts[start::5], task=task)
+        assert np.abs(vectors[start::5] - truth).max() <= BF16_DIFFERENCE
+    assert passes < 20, "one pass for each of five tasks would be 50"
 
 
 def test_openai_reads_our_errors(server_url: str) -> None:

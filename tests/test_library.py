@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +15,21 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import taskvec
 from taskvec import Embedder
+from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.checkpoint.open import DEFAULT_MODEL
-from taskvec.errors import CheckpointError, InvalidRequestError, UnavailableError
+from taskvec.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    TaskvecError,
+    UnavailableError,
+)
 
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
 TEXTS = [
@@ -144,6 +154,28 @@ def test_an_invalid_text_is_refused(embedder: Embedder, texts: Any, named: str) 
     """An empty text, or a value of another type, is rejected with its index."""
     with pytest.raises(InvalidRequestError, match=named):
         embedder.embed(texts)
+
+
+def test_a_text_without_a_finite_vector_is_named(
+    tmp_path: Path, default_checkpoint: Checkpoint
+) -> None:
+    """One damaged row of the embedding table fails its own text with its index, and no other."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(default_checkpoint.folder, folder)
+    texts = [f"text number {n}" for n in range(32)]
+    encode = Tokenizer.from_file(str(default_checkpoint.tokenizer)).encode
+    others = {id_ for text in texts for id_ in encode(f"Document: {text}").ids}
+    (only, *_) = set(encode("Document: zebra").ids) - others
+    weights = load_file(folder / "model.safetensors")
+    (name,) = (key for key in weights if key.endswith("embed_tokens.weight"))
+    weights[name][only] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    with Embedder(str(folder)) as embedder:
+        assert np.isfinite(embedder.embed(texts)).all()
+        with pytest.raises(TaskvecError, match=r"input\[17\]") as refused:
+            embedder.embed([*texts[:17], "zebra", *texts[18:]])
+        assert (refused.value.code, refused.value.param) == ("vector_not_finite", "input[17]")
+        assert np.isfinite(embedder.embed(texts)).all()
 
 
 def test_a_long_text_is_refused_or_cut(embedder: Embedder) -> None:

@@ -25,6 +25,7 @@ FIELDS = list(Settings.model_fields)
 FROM_ENVIRONMENT = [
     ("model", "/models/mine", "/models/mine"),
     ("revision", "v2", "v2"),
+    ("task_name", "clustering", "clustering"),
     ("served_model_name", "ours", "ours"),
     ("model_aliases", "a, b,,c ,", ("a", "b", "c")),
     ("host", "0.0.0.0", "0.0.0.0"),  # noqa: S104 - a value to read, nothing listens

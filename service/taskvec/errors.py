@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 _INPUT = re.compile(r"input\[(\d{1,9})\]")
+_INPUTS = re.compile(r"input\[(\d{1,9})\] to input\[(\d{1,9})\]")
 
 
 class TaskvecError(Exception):
@@ -48,6 +49,20 @@ class TaskvecError(Exception):
         match = _INPUT.fullmatch(self.param or "")
         return None if match is None else int(match[1])
 
+    def _range_renumbered(self, indices: Sequence[int]) -> TaskvecError:
+        """Do what ``renumbered`` does, if ``param`` names the first and the last of some texts."""
+        found = _INPUTS.fullmatch(self.param or "")
+        if found is None:
+            return self
+        first, last = (indices[int(number)] for number in found.groups())
+        param = f"input[{first}] to input[{last}]"
+        return type(self)(
+            self.message.replace(found[0], param),
+            code=self.code,
+            param=param,
+            retry_after=self.retry_after,
+        )
+
     def renumbered(self, indices: Sequence[int]) -> TaskvecError:
         """Return the error with the index that the text has in another request.
 
@@ -55,7 +70,7 @@ class TaskvecError(Exception):
             indices: the index in that request of each text.
         """
         if self.param is None or self.text is None:
-            return self
+            return self._range_renumbered(indices)
         param = f"input[{indices[self.text]}]"
         return type(self)(
             self.message.replace(self.param, param),

@@ -106,6 +106,7 @@ class Embedder:
         model: str = DEFAULT_MODEL,
         *,
         revision: str | None = None,
+        task_name: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         adapter_mode: str = "auto",
@@ -116,6 +117,8 @@ class Embedder:
         Args:
             model: checkpoint folder, hub id, or the built-in ``taskvec-mini``.
             revision: hub branch, tag or commit; None for the default branch.
+            task_name: task of a model without adapters, such as ``clustering``; None to derive it
+                from the model's name and prompts.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
             adapter_mode: ``auto``, ``merged`` or ``low-rank``.
@@ -129,7 +132,7 @@ class Embedder:
                 wrapper_class=structlog.make_filtering_bound_logger("warning"),
                 logger_factory=structlog.PrintLoggerFactory(sys.stderr),
             )
-        checkpoint = open_checkpoint(model, revision)
+        checkpoint = open_checkpoint(model, revision, task_name)
         options = PackedOptions(
             device=device, dtype=dtype, adapter_mode=adapter_mode, threads=threads
         )
@@ -182,7 +185,7 @@ class Embedder:
         Args:
             texts: one text or several; an empty text is an error.
             task: one of ``tasks``, an alias, or a ``Task`` with a prompt and an adapter; None for
-                ``text-matching``.
+                ``text-matching``, or the model's own default.
             dimensions: number of leading values to keep; None for all.
             normalized: scale each vector to length 1.
             truncate: True truncates texts that are too long, False rejects them.

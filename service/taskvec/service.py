@@ -222,8 +222,17 @@ def build_service(
     from taskvec.auth.rate_limit import RateLimiter  # noqa: PLC0415
     from taskvec.metrics.registry import Metrics  # noqa: PLC0415
 
-    checkpoint = checkpoint or open_checkpoint(settings.model, settings.revision)
+    checkpoint = checkpoint or open_checkpoint(
+        settings.model, settings.revision, settings.task_name
+    )
     tasks = task_table(checkpoint)
+    if checkpoint.merged_task is not None and checkpoint.merged_task.assumed:
+        log.warning(
+            "task_assumed",
+            tasks=tasks.names,
+            reason=f"{checkpoint.card.name} does not say which task its weights are for",
+            remedy="set --task-name",
+        )
     metrics = metrics or Metrics(tasks.names)
     names = ServedNames(settings.served_model_name or checkpoint.card.name, settings.model_aliases)
     metrics.describe(
@@ -293,7 +302,13 @@ def process_memory(engine: Engine) -> MemoryUse | None:
 def task_table(checkpoint: Checkpoint) -> TaskTable:
     """Return the tasks that a checkpoint offers."""
     own = {adapter.name: adapter.prompts for adapter in checkpoint.adapters}
-    return TaskTable(checkpoint.card.adapters, checkpoint.prompts, checkpoint.default_prompt, own)
+    return TaskTable(
+        checkpoint.card.adapters,
+        checkpoint.prompts,
+        checkpoint.default_prompt,
+        own,
+        checkpoint.merged_task,
+    )
 
 
 def build_tokenizer(

@@ -18,6 +18,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from taskvec.auth.keys import read_pairs
+from taskvec.checkpoint.merged_task import TASK_NAME
 from taskvec.checkpoint.open import DEFAULT_MODEL
 from taskvec.dialects import DialectName
 from taskvec.engines.remote.discovery import check_url
@@ -102,6 +103,16 @@ class Settings(BaseSettings):
         Field(
             description="Hub branch, tag or commit of the model; if not set, the hub's default "
             "branch."
+        ),
+    ] = None
+    task_name: Annotated[
+        str | None,
+        Field(
+            pattern=f"^{TASK_NAME}$",
+            description="Task of a model without adapters, if one adapter is merged into its "
+            "weights: retrieval, text-matching, clustering, classification, or another name; "
+            "embedding for one task without the prompts of a task. If not set, the end of the "
+            "model's name, or else retrieval if the model has prompts for queries and documents.",
         ),
     ] = None
     served_model_name: Annotated[

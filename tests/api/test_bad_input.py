@@ -13,11 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import DEFAULT_VOCABULARY, examples, fake_service
+from taskvec.api.openai import DIMENSION_FIELDS, INPUT_FIELDS, TRUNCATE_FIELDS
 from taskvec.api.request import request_timeout
+from taskvec.api.unsupported import SERVED_VALUES, UNSUPPORTED
 from taskvec.checkpoint.checkpoint import Checkpoint
 
 PATH = "/v1/embeddings"
 MANY = "[" * 20_000
+TASKS = ["clustering", "retrieval.query", "retrieval.passage"]
 FLOAT16 = {"embedding_type": "float16"}
 
 
@@ -103,7 +106,29 @@ async def test_a_body_that_is_no_object(client: httpx.AsyncClient, content: str)
         (1.5, "invalid_input", "input"),
         (True, "invalid_input", "input"),
         ({}, "invalid_input", "input"),
-        ({"image": "x"}, "invalid_input", "input"),
+        ({"image": "x"}, "unsupported_field", "input.image"),
+        (["a", {"url": "http://x/y.png"}], "unsupported_field", "input[1].url"),
+        ([{"bytes": "aGk="}], "unsupported_field", "input[0].bytes"),
+        ([{"type": "image_url", "image_url": {}}], "unsupported_field", "input[0].image_url"),
+        ([{"text": "a", "image": "x"}], "unsupported_field", "input[0].image"),
+        (["a", {"text": "b", "prompt": "c"}], "unsupported_field", "input[1].prompt"),
+        ([{"text": "a", "dimensions": 8}], "unsupported_field", "input[0].dimensions"),
+        ({"text": "a", "embedding_type": "int8"}, "unsupported_field", "input.embedding_type"),
+        (["a", {"text": "b", "task": "poetry"}], "unknown_task", "input[1].task"),
+        ({"text": "b", "task": "poetry"}, "unknown_task", "input.task"),
+        ([{"text": "b", "task_type": "poetry"}], "unknown_task", "input[0].task_type"),
+        ([{"text": "b", "input_type": "passage"}], "unknown_task", "input[0].input_type"),
+        ([{"text": "b", "task": 5}], "invalid_task", "input[0].task"),
+        (
+            ["a", {"text": "b", "input_type": ["query"]}],
+            "invalid_input_type",
+            "input[1].input_type",
+        ),
+        (
+            [{"text": "b", "task": "clustering", "input_type": "query"}],
+            "conflicting_fields",
+            "input[0].input_type",
+        ),
         ({"text": None}, "invalid_input", "input.text"),
         ({"text": ["a"]}, "invalid_input", "input.text"),
         ([None], "invalid_input", "input[0]"),
@@ -116,7 +141,8 @@ async def test_a_body_that_is_no_object(client: httpx.AsyncClient, content: str)
         ([["hi", 1]], "invalid_input", "input[0]"),
         ([[]], "invalid_input", "input[0]"),
         ([[None]], "invalid_input", "input[0]"),
-        (["a"] * 7 + [{"image": "x"}], "invalid_input", "input[7]"),
+        (["a"] * 7 + [{"image": "x"}], "unsupported_field", "input[7].image"),
+        (["a"] * 7 + [{"title": "x"}], "invalid_input", "input[7]"),
         (["a"] * 2049, "too_many_inputs", "input"),
         ("word " * 3000, "input_too_long", "input[0]"),
         (["a", "word " * 3000], "input_too_long", "input[1]"),
@@ -194,7 +220,7 @@ async def test_wrong_token_ids_where_they_are_accepted(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("field", ["dimensions", "output_dimension"])
+@pytest.mark.parametrize("field", DIMENSION_FIELDS)
 @pytest.mark.parametrize("value", [0, -1, 257, 2**63, 10**30, True, 1.5, "64", [64], {}])
 async def test_wrong_dimensions(client: httpx.AsyncClient, field: str, value: object) -> None:
     """Dimensions that are no whole number from 1 to the model's width are a 400."""
@@ -251,13 +277,17 @@ async def test_packed_types_need_multiples_of_eight(
         ({"embedding_type": "int4"}, "invalid_embedding_type", "embedding_type"),
         ({"embedding_type": 8}, "invalid_embedding_type", "embedding_type"),
         ({"embedding_type": []}, "invalid_embedding_type", "embedding_type"),
-        ({"embedding_types": ["float", "int8"]}, "invalid_embedding_type", "embedding_types"),
+        ({"embedding_types": ["float", "int4"]}, "invalid_embedding_type", "embedding_types"),
+        ({"embedding_type": ["float", None]}, "invalid_embedding_type", "embedding_type"),
+        ({"output_dtype": ["int8", "float16"]}, "invalid_embedding_type", "output_dtype"),
         ({"encoding_type": [None]}, "invalid_embedding_type", "encoding_type"),
         ({"output_dtype": "float32"}, "invalid_embedding_type", "output_dtype"),
         (FLOAT16, "invalid_embedding_type", "embedding_type"),
         ({"output_dtype": "float16"}, "invalid_embedding_type", "output_dtype"),
         ({"normalized": "false"}, "invalid_normalized", "normalized"),
         ({"normalized": 0}, "invalid_normalized", "normalized"),
+        ({"normalize": "no"}, "invalid_normalize", "normalize"),
+        ({"output_dimensionality": "64"}, "invalid_dimensions", "output_dimensionality"),
         ({"truncate": 1}, "invalid_truncate", "truncate"),
         ({"truncation": "END"}, "invalid_truncation", "truncation"),
     ],
@@ -280,6 +310,12 @@ async def test_a_wrong_field(
         ({"task": "clustering", "model": "taskvec-mini:classification"}, ["task", "model"]),
         ({"model": "taskvec-mini:retrieval.query", "input_type": "document"}, ["model", "input_t"]),
         ({"dimensions": 8, "output_dimension": 16}, ["dimensions", "output_dimension"]),
+        ({"dimensions": 8, "output_dimensionality": 16}, ["dimensions", "output_dimensionality"]),
+        ({"normalized": True, "normalize": False}, ["normalized", "normalize"]),
+        ({"texts": ["y"]}, ["input", "texts"]),
+        ({"content": ["x", "x"]}, ["input", "content"]),
+        ({"texts": {"text": "x", "task": "clustering"}}, ["input", "texts"]),
+        ({"embedding_type": ["int8", "float"], "output_dtype": "int8"}, ["embedding_type"]),
         ({"truncate": True, "truncation": False}, ["truncate", "truncation"]),
         ({"embedding_type": "int8", "output_dtype": "uint8"}, ["embedding_type", "output_dtype"]),
         ({"embedding_types": ["int8"], "encoding_type": "float"}, ["embedding_types", "encoding"]),
@@ -293,6 +329,76 @@ async def test_fields_that_disagree(
     assert (answer.status_code, answer.json()["code"]) == (400, "conflicting_fields")
     assert all(name in answer.json()["detail"] for name in named)
     assert answer.json()["error"]["param"] in fields
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+async def test_a_field_that_is_not_served(client: httpx.AsyncClient, field: str) -> None:
+    """A field that would change vectors is refused with what to do instead, unless it is unused."""
+    unused = SERVED_VALUES.get(field, (None, False))
+    for value in unused:
+        answer = await client.post(PATH, json={"input": "a", field: value})
+        assert answer.status_code == 200, (value, answer.text)
+        item = {"text": "a", field: value}
+        assert (await client.post(PATH, json={"input": [item]})).status_code == 200
+    for value in ("x", ["x"], {"x": 1}, 0, 1, 1.5, True not in unused):
+        answer = await client.post(PATH, json={"input": "a", field: value})
+        body = refused(answer, "unsupported_field", field)
+        assert body["detail"] == f"{field} is not served: {UNSUPPORTED[field]}."
+        answer = await client.post(PATH, json={"input": ["a", {"text": "b", field: value}]})
+        assert refused(answer, "unsupported_field", f"input[1].{field}")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("field", INPUT_FIELDS)
+async def test_the_name_of_the_input_is_the_clients(client: httpx.AsyncClient, field: str) -> None:
+    """Errors of a text name the field that the client sent, also those of the tokenizer."""
+    for value, code, param in [
+        ([], "empty_input", field),
+        (5, "invalid_input", field),
+        ([1, 2], "token_input_rejected", field),
+        (["a"] * 2049, "too_many_inputs", field),
+        (["a", ""], "empty_input", f"{field}[1]"),
+        (["a", " "], "empty_input", f"{field}[1]"),
+        (["a", {"text": "word " * 3000}], "input_too_long", f"{field}[1]"),
+        (["a", {"text": "b", "task": "poetry"}], "unknown_task", f"{field}[1].task"),
+    ]:
+        body = refused(await client.post(PATH, json={field: value}), code, param)
+        assert code == "token_input_rejected" or param in body["detail"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("field", TRUNCATE_FIELDS)
+async def test_the_name_of_the_truncation_is_the_clients(
+    client: httpx.AsyncClient, field: str
+) -> None:
+    """A text that is too long is refused with the client's own word for truncation."""
+    answer = await client.post(PATH, json={"input": "word " * 3000, field: False})
+    assert f"send {field}: true" in refused(answer, "input_too_long", "input[0]")["detail"]
+
+
+@pytest.mark.anyio
+async def test_an_error_among_several_tasks_has_the_index_of_the_request(
+    client: httpx.AsyncClient,
+) -> None:
+    """Texts are tokenised task by task, and errors still count the items of the request."""
+    items = [{"text": f"text {n}", "task": TASKS[n % 3]} for n in range(9)]
+    for n in (0, 4, 8):
+        for wrong, code in (("word " * 3000, "input_too_long"), ("\u200b", "empty_input")):
+            sent = [*items[:n], {**items[n], "text": wrong}, *items[n + 1 :]]
+            body = refused(await client.post(PATH, json={"input": sent}), code, f"input[{n}]")
+            assert f"input[{n}]" in body["detail"]
+
+
+@pytest.mark.anyio
+async def test_bytes_hold_one_type(client: httpx.AsyncClient) -> None:
+    """Several types are refused where the answer is a bare matrix."""
+    body = {"input": "a", "embedding_type": ["float", "int8"]}
+    answer = await client.post(PATH, json=body, headers={"accept": "application/octet-stream"})
+    assert (
+        "one request for each"
+        in refused(answer, "invalid_embedding_type", "embedding_type")["detail"]
+    )
 
 
 @pytest.mark.anyio
@@ -346,7 +452,7 @@ async def test_a_wrong_content_type(client: httpx.AsyncClient, kind: str) -> Non
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embedding", "/v2/nothing", "/a%FFb%00", "//"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/embedding", "/v2/nothing", "/a%FFb%00"])
 async def test_an_unknown_route(client: httpx.AsyncClient, path: str) -> None:
     """A path that nothing answers is a 404 in the same form."""
     body = refused(await client.post(path, json={}), "not_found", status=404)
@@ -385,12 +491,14 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(st.characters(), max_size=20)  # lone surrogates included
-    | st.sampled_from(["clustering", "query", "taskvec-mini", "int8", "base64", "float16"]),
+    | st.sampled_from(["clustering", "query", "taskvec-mini", "int8", "base64", "float16"])
+    | st.sampled_from(["clustering", "query"]).map(lambda task: {"text": "a", "task": task}),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
 FIELDS = """input model task task_type input_type dimensions output_dimension encoding_format
-    embedding_type embedding_types encoding_type output_dtype normalized truncate truncation user"""
+    embedding_type embedding_types encoding_type output_dtype normalized truncate truncation user
+    texts content output_dimensionality normalize prompt"""
 BODIES = st.dictionaries(st.sampled_from(FIELDS.split()), JSON, max_size=5)
 
 

@@ -56,6 +56,25 @@ def cached(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.anyio
+async def test_texts_of_several_tasks_are_found_again(
+    default_checkpoint: Checkpoint, cached: dict[str, Any]
+) -> None:
+    """Of a request with several tasks, each text is cached under its own task."""
+    items = [{"text": "a", "task": task} for task in ("clustering", "retrieval.query")] + ["a"]
+    more = [items[1], {"text": "b", "task": "clustering"}, *items]
+    async with fake_service(default_checkpoint) as (plain, _):
+        truth = (await plain.post(PATH, json={"input": more})).json()
+    async with fake_service(default_checkpoint, **cached) as (client, engine):
+        await embed(client, {"input": items})
+        await embed(client, {"input": "a", "task": "retrieval.query"})
+        assert len(engine.batches) == 3
+        answer = await embed(client, {"input": more})
+        assert (answer["data"], answer["usage"]) == (truth["data"], truth["usage"])
+        assert [len(batch.ids) for batch in engine.batches[3:]] == [1]
+        assert engine.batches[3].adapter == "clustering"
+
+
+@pytest.mark.anyio
 async def test_a_text_that_comes_again_is_not_embedded(
     default_checkpoint: Checkpoint, cached: dict[str, Any]
 ) -> None:

@@ -27,6 +27,7 @@ BETWEEN_DIALECT_FIELDS = re.compile(
 
 BETWEEN_FIELDS = {
     "conflicting_fields",
+    "missing_input",
     "invalid_dimensions",
     "invalid_embedding_type",
     "input_too_long",
@@ -34,7 +35,7 @@ BETWEEN_FIELDS = {
 }
 """What a schema of single fields cannot say: spellings and tasks that disagree, dimensions that are
 no multiple of 8 for the binary types, float16 in JSON, texts of too many tokens
-or, like a space, of none."""
+or, like a space, of none, and null in each of the input's names."""
 
 SETTINGS: dict[str, Any] = {"token_input": "accept", "max_texts": 50}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -14,7 +14,10 @@ from tokenizers import Tokenizer
 
 from conftest import fake_service
 from fakes import FakeEngine, hashed_vector
+from taskvec.api.openai import INPUT_FIELDS, TYPE_FIELDS
+from taskvec.api.unsupported import UNSUPPORTED
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.priority import Priority
 
 PATH = "/v1/embeddings"
 TASKS = {
@@ -156,20 +159,21 @@ async def test_each_way_to_name_a_task(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("field", ["dimensions", "output_dimension"])
-@pytest.mark.parametrize("size", [1, 8, 100, 256])
+@pytest.mark.parametrize("field", ["dimensions", "output_dimension", "output_dimensionality"])
+@pytest.mark.parametrize("size", [1, 8, 64.0, 100, 256])
 async def test_dimensions_cut_before_the_length_is_taken(
-    service: Service, raw: Vector, field: str, size: int
+    service: Service, raw: Vector, field: str, size: float
 ) -> None:
-    """The first values are kept, and scaled to length 1 after that."""
+    """The first values are kept, and scaled to length 1 after that; 64.0 is a whole number."""
     vector = await one(service[0], **{field: size})
-    assert np.allclose(vector, unit(raw("some text")[:size]), atol=1e-6)
+    assert np.allclose(vector, unit(raw("some text")[: int(size)]), atol=1e-6)
 
 
 @pytest.mark.anyio
-async def test_normalized_false_leaves_lengths(service: Service, raw: Vector) -> None:
+@pytest.mark.parametrize("field", ["normalized", "normalize"])
+async def test_normalized_false_leaves_lengths(service: Service, raw: Vector, field: str) -> None:
     """The engine's own values come back, cut but not scaled."""
-    vector = await one(service[0], normalized=False, dimensions=10)
+    vector = await one(service[0], dimensions=10, **{field: False})
     assert np.allclose(vector, raw("some text")[:10], atol=1e-6)
     assert abs(np.linalg.norm(vector) - 1) > 0.01
 
@@ -179,14 +183,15 @@ async def test_null_is_silence(service: Service, raw: Vector) -> None:
     """Null in every optional field gives what leaving them out gives."""
     fields = "model task task_type input_type dimensions output_dimension encoding_format"
     fields += " embedding_type embedding_types encoding_type output_dtype normalized truncate"
-    nulls = dict.fromkeys([*fields.split(), "truncation", "user"])
+    fields += " texts content output_dimensionality normalize"
+    nulls = dict.fromkeys([*fields.split(), "truncation", "user", *UNSUPPORTED])
     assert np.allclose(await one(service[0], **nulls), unit(raw("some text")), atol=1e-6)
 
 
 @pytest.mark.anyio
 async def test_unknown_fields_are_ignored(service: Service, raw: Vector) -> None:
     """``user`` and fields nobody knows, of any type, change nothing."""
-    vector = await one(service[0], user={"id": 5}, late_chunking=True, priority=[None])
+    vector = await one(service[0], user={"id": 5}, late_chunks=True, priority=[None])
     assert np.allclose(vector, unit(raw("some text")), atol=1e-6)
 
 
@@ -258,9 +263,7 @@ async def test_base64_is_little_endian_float32(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    "field", ["embedding_type", "embedding_types", "encoding_type", "output_dtype"]
-)
+@pytest.mark.parametrize("field", TYPE_FIELDS)
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("kind", ["float", "int8", "uint8", "binary", "ubinary"])
 async def test_each_spelling_of_each_output_type(
@@ -276,15 +279,171 @@ async def test_each_spelling_of_each_output_type(
         assert all(type(value) is int for value in vector)
 
 
+def is_bytes(spellings: Sequence[str], headers: dict[str, str]) -> bool:
+    """Only Voyage's own spelling, from another client than an OpenAI SDK, gives packed bytes."""
+    return list(spellings) == ["output_dtype"] and not headers
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["int8", "uint8", "binary", "ubinary"])
-async def test_base64_of_a_quantised_type(service: Service, raw: Vector, kind: str) -> None:
-    """Jina's spelling gives integers whatever the encoding; Voyage's gives the packed bytes."""
+@pytest.mark.parametrize("headers", [{}, {"X-Stainless-Lang": "js"}], ids=["other", "openai"])
+@pytest.mark.parametrize(
+    "spellings", [*([field] for field in TYPE_FIELDS), ["output_dtype", "embedding_type"]]
+)
+async def test_base64_of_a_quantised_type(
+    service: Service, raw: Vector, kind: str, headers: dict[str, str], spellings: list[str]
+) -> None:
+    """It is float32 of the integers, as OpenAI's SDKs read it; for Voyage's client the bytes."""
     expected = quantised(raw("some text"), kind).tolist()
-    assert await one(service[0], embedding_type=kind, encoding_format="base64") == expected
-    packed = await one(service[0], output_dtype=kind, encoding_format="base64")
-    dtype = np.uint8 if kind.startswith("u") else np.int8
-    assert np.frombuffer(base64.b64decode(packed, validate=True), dtype).tolist() == expected
+    body = {"input": "some text", "encoding_format": "base64", **dict.fromkeys(spellings, kind)}
+    answer = await service[0].post(PATH, json=body, headers=headers)
+    packed = base64.b64decode(answer.json()["data"][0]["embedding"], validate=True)
+    own = np.dtype(np.uint8 if kind.startswith("u") else np.int8)
+    dtype = own if is_bytes(spellings, headers) else np.dtype("<f4")
+    assert np.frombuffer(packed, dtype).tolist() == expected
+    for encoding in (None, "float"):
+        numbers = await service[0].post(
+            PATH, json={**body, "encoding_format": encoding}, headers=headers
+        )
+        assert numbers.json()["data"][0]["embedding"] == expected
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+@pytest.mark.parametrize("field", TYPE_FIELDS)
+@pytest.mark.parametrize("texts", [1, 400])
+async def test_several_types_in_one_request(
+    service: Service, raw: Vector, encoding: str | None, field: str, texts: int
+) -> None:
+    """Each embedding is an object with a vector of each type, and the engine is asked once."""
+    client, engine = service
+    names = ["ubinary", "float", "int8", "base64", "binary", "uint8", "int8"]
+    given = [f"text {n}" for n in range(texts)]
+    body = {"input": given, "dimensions": 40, field: names, "encoding_format": encoding}
+    answer = await client.post(PATH, json=body)
+    assert answer.status_code == 200, answer.text
+    assert len(engine.batches) == 1
+    assert set(answer.json()) == {"object", "model", "data", "usage"}
+    data = answer.json()["data"]
+    assert [entry["index"] for entry in data] == list(range(texts))
+    for entry, text in zip(data, given, strict=True):
+        cut, found = raw(text)[:40], entry["embedding"]
+        assert found.keys() == set(names)
+        assert np.allclose(found["float"], unit(cut), atol=1e-6)
+        assert np.array_equal(
+            np.frombuffer(base64.b64decode(found["base64"]), "<f4"),
+            np.array(found["float"], np.float32),
+        )
+        for kind in ("int8", "uint8", "binary", "ubinary"):
+            assert found[kind] == quantised(cut, kind).tolist()
+
+
+@pytest.mark.anyio
+async def test_several_types_are_counted(service: Service) -> None:
+    """The metric of answers counts each type with the encoding that it has in the answer."""
+    client, _ = service
+    await one(client, embedding_type=["base64", "int8"])
+    page = (await client.get("/metrics")).text
+    assert 'taskvec_answers_total{output="float",transport="base64"} 1.0' in page
+    assert 'taskvec_answers_total{output="int8",transport="numbers"} 1.0' in page
+    assert 'taskvec_answers_total{output="float",transport="numbers"} 0.0' in page
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("field", INPUT_FIELDS)
+async def test_each_name_of_the_input(service: Service, raw: Vector, field: str) -> None:
+    """``texts`` and ``content`` are other names of ``input``; equal values may come twice."""
+    client, _ = service
+    for extra in ({}, {"input": ["a", "b"]}, {"texts": ["a", {"text": "b"}]}):
+        answer = await client.post(PATH, json={**extra, field: ["a", "b"]})
+        assert answer.status_code == 200, answer.text
+        vectors = [entry["embedding"] for entry in answer.json()["data"]]
+        assert np.allclose(vectors, [unit(raw("a")), unit(raw("b"))], atol=1e-6)
+
+
+@pytest.mark.anyio
+async def test_equal_token_ids_may_come_twice(default_checkpoint: Checkpoint) -> None:
+    """Token ids under two names are compared as well."""
+    async with fake_service(default_checkpoint, token_input="accept") as (client, _):  # noqa: S106 - a setting
+        same = {"input": [[5, 6], [7]], "texts": [[5.0, 6], [7]]}
+        assert (await client.post(PATH, json=same)).status_code == 200
+        for other in ([[5, 6], [8]], [[5, 6]], ["a", "b"], [5, 6]):
+            answer = await client.post(PATH, json={**same, "texts": other})
+            assert (answer.status_code, answer.json()["code"]) == (400, "conflicting_fields")
+
+
+ITEMS: list[Any] = [
+    {"text": "a", "task": "retrieval.query"},
+    {"text": "a", "task": "retrieval.passage"},
+    "a",
+    {"text": "b", "task_type": "separation", "task": None},
+    {"text": "a", "input_type": "search_query"},
+    {"text": "c"},
+    {"text": "b", "input_type": "classification", "image": None},
+    {"text": "d", "task": "text-matching", "id": 7},
+]
+ITEM_TASKS = [
+    *("retrieval.query", "retrieval.passage", None, "clustering", "retrieval.query", None),
+    *("classification", "text-matching"),
+]
+"""Task of each item; None is that of the request."""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("task", [None, "clustering"])
+async def test_items_with_tasks_of_their_own(
+    service: Service, raw: Vector, task: str | None
+) -> None:
+    """One request with several tasks gives what one request for each item gives."""
+    client, engine = service
+    answer = await client.post(PATH, json={"input": ITEMS, "task": task})
+    assert answer.status_code == 200, answer.text
+    batches = len(engine.batches)
+    data, tokens = answer.json()["data"], 0
+    assert [entry["index"] for entry in data] == list(range(len(ITEMS)))
+    for item, own, entry in zip(ITEMS, ITEM_TASKS, data, strict=True):
+        text = item if isinstance(item, str) else item["text"]
+        named = own or task or "text-matching"
+        alone = (await client.post(PATH, json={"input": text, "task": named})).json()
+        assert entry["embedding"] == alone["data"][0]["embedding"]
+        assert np.allclose(entry["embedding"], unit(raw(text, named)), atol=1e-6)
+        tokens += alone["usage"]["prompt_tokens"]
+    assert answer.json()["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    assert tokens == sum(len(sent) for batch in engine.batches[:batches] for sent in batch.ids)
+    assert [stage.partition(";")[0] for stage in answer.headers["server-timing"].split(", ")] == [
+        *("tokenize", "queue", "engine", "encode"),
+    ]
+    page = (await client.get("/metrics")).text
+    assert 'taskvec_requests_total{status="200",task="mixed"} 1.0' in page
+    assert f'taskvec_texts_total{{status="200",task="mixed"}} {len(ITEMS)}.0' in page
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", [{"text": "a", "task": "clustering"}, ["a", {"text": "b"}]])
+async def test_items_of_one_task_are_one_batch(service: Service, given: Any) -> None:
+    """If all items have one task, the request counts as one of that task."""
+    client, engine = service
+    answer = await client.post(PATH, json={"input": given, "task": "clustering"})
+    assert answer.status_code == 200
+    assert len(engine.batches) == 1
+    page = (await client.get("/metrics")).text
+    assert 'taskvec_requests_total{status="200",task="clustering"} 1.0' in page
+
+
+@pytest.mark.anyio
+async def test_several_tasks_share_one_class(default_checkpoint: Checkpoint) -> None:
+    """Texts that together do not fit into a forward pass are bulk work, whatever their tasks."""
+    engine = FakeEngine(default_checkpoint.card)
+    engine.batch_tokens = 100
+    items = [{"text": "word " * 40, "task": task} for task in TASKS]
+    async with fake_service(default_checkpoint, engine) as (client, _):
+        assert (await client.post(PATH, json={"input": items[:2]})).status_code == 200
+        small = [batch.priority for batch in engine.batches]
+        engine.batches.clear()
+        assert (await client.post(PATH, json={"input": items})).status_code == 200
+        large = [batch.priority for batch in engine.batches]
+    assert small == [Priority.INTERACTIVE] * 2
+    assert large == [Priority.BULK] * 5
 
 
 @pytest.mark.anyio

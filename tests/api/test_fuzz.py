@@ -29,6 +29,7 @@ VALID: list[dict[str, Any]] = [
     {"input": "b", "model": "taskvec-mini:classification", "encoding_format": "base64"},
     {"input": ["x"] * 9, "input_type": "query", "truncate": True, "output_dtype": ["int8"]},
     {"input": [[1, 2, 3], [4]], "task_type": "retrieval.query", "user": {"id": [1, None]}},
+    {"texts": ["a", {"text": "b", "task": "retrieval.query"}], "embedding_type": ["float", "int8"]},
     {"input": 'ünï \U0001f600 \\ " \n', "truncation": False, "output_dimension": 8},
 ]
 ODD: list[Any] = [
@@ -36,11 +37,14 @@ ODD: list[Any] = [
     *("", " ", "\0", "a" * 5000, "\ud800", "nul\x00l", "float", "query", "-1", "\u202e\u0301" * 50),
     *([], [[]], [[[]]], {}, {"text": None}, {"text": ["a"]}, {"": {}}, ["a", 1], [1, "a"], [None]),
     *([0] * 3000, ["a"] * 60, [{"text": "a"}] * 3, {"text": {"text": "a"}}, [[1], [2.0]]),
+    *(["float", "int8", "base64"], ["int8"] * 9, {"text": "a", "task": "clustering"}),
+    [{"text": "a", "input_type": "query"}, "b", {"text": "c", "task": ["poetry"]}],
 ]
 FIELDS = [
     *("input", "model", "task", "task_type", "input_type", "dimensions", "output_dimension"),
     *("encoding_format", "embedding_type", "embedding_types", "encoding_type", "output_dtype"),
     *("normalized", "truncate", "truncation", "user", "", "Input", "\ud800", "unknown"),
+    *("texts", "content", "output_dimensionality", "normalize", "late_chunking", "prompt"),
 ]
 HEADERS: list[dict[str, str]] = [
     *({"content-type": kind} for kind in ("text/plain", "", ";", "application/x-ndjson")),

@@ -10,11 +10,13 @@ import pytest
 
 from conftest import fake_service
 from fakes import FakeEngine
-from taskvec.api.openai import TYPE_FIELDS
+from taskvec.api.openai import INPUT_FIELDS, TYPE_FIELDS
+from taskvec.api.unsupported import UNSUPPORTED
 from taskvec.checkpoint.checkpoint import Checkpoint
 
 PATH = "/v1/embeddings"
 FIELDS = {
+    *("texts", "content", "output_dimensionality", "normalize", *UNSUPPORTED),
     *("model", "input", "task", "task_type", "input_type", "dimensions", "output_dimension"),
     *("encoding_format", "embedding_type", "embedding_types", "encoding_type", "output_dtype"),
     *("normalized", "truncate", "truncation", "user"),
@@ -108,11 +110,11 @@ async def test_every_field_is_described(default_checkpoint: Checkpoint) -> None:
     assert set(described["properties"]) == FIELDS
     assert set(TYPE_FIELDS) <= FIELDS
     assert all(field.get("description") for field in described["properties"].values())
-    assert described["required"] == ["input"]
+    assert described["anyOf"] == [{"required": [field]} for field in INPUT_FIELDS]
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("field", sorted(FIELDS - {"input", "user"}))
+@pytest.mark.parametrize("field", sorted(FIELDS - {*INPUT_FIELDS, "user"}))
 async def test_every_described_value_is_accepted(
     default_checkpoint: Checkpoint, field: str
 ) -> None:
@@ -122,14 +124,14 @@ async def test_every_described_value_is_accepted(
     assert None in values
     async with fake_service(default_checkpoint) as (client, _):
         for value in values:
-            half = value in ("float16", ["float16"])
+            half = value == "float16" or (isinstance(value, list) and value[0] == "float16")
             headers = {"accept": "application/octet-stream"} if half else {}
             answer = await client.post(PATH, json={"input": "a", field: value}, headers=headers)
             assert answer.status_code == 200, (value, answer.text)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("field", sorted(FIELDS - {"input", "user"}))
+@pytest.mark.parametrize("field", sorted(FIELDS - {*INPUT_FIELDS, "user"}))
 async def test_other_values_are_refused(default_checkpoint: Checkpoint, field: str) -> None:
     """A value outside a field's schema is refused: the schema is not narrower than it says."""
     async with fake_service(default_checkpoint) as (client, _):
@@ -140,13 +142,14 @@ async def test_other_values_are_refused(default_checkpoint: Checkpoint, field: s
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("token_input", ["reject", "accept"])
+@pytest.mark.parametrize("field", INPUT_FIELDS)
 async def test_every_described_input_is_accepted(
-    default_checkpoint: Checkpoint, token_input: str
+    default_checkpoint: Checkpoint, token_input: str, field: str
 ) -> None:
     """Input's schema has each form up to its bounds, token ids only where they are accepted."""
     settings: dict[str, Any] = {"token_input": token_input, "max_texts": 5}
-    described = schema(await document(default_checkpoint, **settings))["properties"]["input"]
-    values = list(examples(described))
+    described = schema(await document(default_checkpoint, **settings))["properties"][field]
+    values = [value for value in examples(described) if value is not None]
     forms = [value[0] if isinstance(value, list) else value for value in values]
     accepts = token_input == "accept"  # noqa: S105 - a setting
     assert any(type(form) is int for form in forms) == accepts
@@ -155,9 +158,9 @@ async def test_every_described_input_is_accepted(
     assert max(len(value) for value in values if isinstance(value, list)) == 5
     async with fake_service(default_checkpoint, **settings) as (client, _):
         for value in values:
-            answer = await client.post(PATH, json={"input": value})
+            answer = await client.post(PATH, json={field: value})
             assert answer.status_code == 200, (value, answer.text)
-        refused = await client.post(PATH, json={"input": ["a"] * 6})
+        refused = await client.post(PATH, json={field: ["a"] * 6})
         assert refused.json()["code"] == "too_many_inputs"
 
 

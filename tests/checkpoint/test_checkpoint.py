@@ -212,9 +212,9 @@ def test_a_plain_backbone_has_one_task(tmp_path: Path, shape: Shape) -> None:
 
 
 def test_a_plain_backbone_uses_its_default_prompt(tmp_path: Path) -> None:
-    """Without adapters, the default prompt of sentence-transformers is used."""
+    """Without adapters and a query prompt, sentence-transformers' default prompt is used."""
     write_checkpoint(tmp_path, QWEN, jina=False, adapters=())
-    prompts = {"prompts": {"query": "Q: ", "passage": "P: "}, "default_prompt_name": "passage"}
+    prompts = {"prompts": {"topic": "T: ", "passage": "P: "}, "default_prompt_name": "passage"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     (task,) = task_table(read(tmp_path))
     assert task.prompt == "P: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from qwen import qwen_tokenizer_file
 from taskvec.checkpoint.checkpoint import Checkpoint
+from tokenizing import forget_tokenizers
 
 END = ("<|endoftext|>", 151_643)
 
@@ -26,16 +28,22 @@ def file(
     default_checkpoint: Checkpoint,
     qwen_tokenizer: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+) -> Iterator[Path]:
     """The default model's (which appends [SEP]), Qwen3's, and Qwen3's with a last token."""
     if request.param == "wordpiece":
-        return default_checkpoint.tokenizer
-    if request.param == "qwen":
-        return qwen_tokenizer
-    tokenizer = Tokenizer.from_file(str(qwen_tokenizer))
+        yield default_checkpoint.tokenizer
+    elif request.param == "qwen":
+        yield qwen_tokenizer
+    else:
+        yield with_end(qwen_tokenizer, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    forget_tokenizers()
+
+
+def with_end(file: Path, copy: Path) -> Path:
+    """Write a tokenizer that appends a token to each text, and return the file."""
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.post_processor = TemplateProcessing(
         single=f"$A {END[0]}", pair=f"$A {END[0]} $B {END[0]}", special_tokens=[END]
     )
-    copy = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(copy))
     return copy

@@ -84,6 +84,93 @@ async def test_a_job_becomes_vectors(service: Service) -> None:
     assert np.array_equal(answer.vectors, raw)
 
 
+def mixed(service: Service, inputs: Sequence[Any], tasks: Sequence[str], **fields: Any) -> EmbedJob:
+    """A job whose inputs have tasks of their own."""
+    return service.job(inputs, tasks=[service.tasks.get(task) for task in tasks], **fields)
+
+
+SEVERAL = ["clustering", "retrieval.query", "clustering", "retrieval.passage", "retrieval.query"]
+
+
+@pytest.mark.anyio
+async def test_a_job_of_several_tasks_becomes_vectors_in_order(service: Service) -> None:
+    """Each text gets the prompt and the adapter of its task, in one batch for each task."""
+    texts = ["a", "a", "b", "a", "c"]
+    job = mixed(service, texts, SEVERAL)
+    answer = await service.embedder.embed(job)
+    assert job.task_name == "mixed"
+    assert [batch.adapter for batch in service.engine.batches] == [
+        *("clustering", "retrieval", "retrieval")
+    ]
+    ids = [service.ids(text, task) for text, task in zip(texts, SEVERAL, strict=True)]
+    assert answer.tokens == sum(map(len, ids))
+    width = service.embedder.model.dimension
+    for sent, task, vector in zip(ids, SEVERAL, answer.vectors, strict=True):
+        adapter = service.tasks.get(task).adapter
+        assert np.array_equal(vector, hashed_vector(sent, adapter, width))
+
+
+@pytest.mark.anyio
+async def test_batches_of_several_tasks_are_submitted_together(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """All batches of a job are in the engine before the first is answered, and charged once."""
+    service = await started(default_checkpoint, FakeEngine(default_checkpoint.card, delay=0.2))
+    charged: list[int] = []
+
+    async def charge(tokens: int) -> None:
+        charged.append(tokens)
+
+    running = asyncio.create_task(
+        service.embedder.embed(mixed(service, ["a"] * 5, SEVERAL), JobContext(charge=charge))
+    )
+    while not service.engine.batches:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert len(service.engine.batches) == 3
+    assert service.engine.finished == 0
+    answer = await running
+    assert charged == [answer.tokens]
+
+
+class RefusingEngine(FakeEngine):
+    """Refuses the last text of each batch of an adapter."""
+
+    async def embed(self, batch: TokenBatch) -> EngineResult:
+        result = await super().embed(batch)
+        if batch.adapter == "clustering":
+            where = f"input[{len(batch.ids) - 1}]"
+            raise InvalidRequestError(f"{where} does not fit.", param=where)
+        return result
+
+
+@pytest.mark.anyio
+async def test_errors_of_several_tasks_have_the_index_of_the_request(
+    default_checkpoint: Checkpoint,
+) -> None:
+    """The tokenizer's and the engine's errors name the text's place in the whole job."""
+    service = await started(default_checkpoint, RefusingEngine(default_checkpoint.card))
+    with pytest.raises(InvalidRequestError, match=r"^input\[2\] does not fit") as refused:
+        await service.embedder.embed(mixed(service, ["a"] * 5, SEVERAL))
+    assert refused.value.param == "input[2]"
+    texts = ["a", "a", "a", "a", TOO_LONG]
+    with pytest.raises(InvalidRequestError, match=r"^input\[4\] has more") as refused:
+        await service.embedder.embed(mixed(service, texts, SEVERAL))
+    assert refused.value.param == "input[4]"
+
+
+def test_the_range_of_an_error_is_renumbered() -> None:
+    """An error of several texts names the first and the last of them in the request."""
+    error = InvalidRequestError("input[0] to input[2] break it.", param="input[0] to input[2]")
+    moved = error.renumbered([3, 5, 8])
+    assert (moved.message, moved.param) == (
+        "input[3] to input[8] break it.",
+        "input[3] to input[8]",
+    )
+    other = InvalidRequestError("dimensions must be whole.", param="dimensions")
+    assert other.renumbered([3]) is other
+
+
 @pytest.mark.anyio
 async def test_the_stages_are_those_of_the_engine(default_checkpoint: Checkpoint) -> None:
     """Seconds of queue and engine are what the engine says, the others are measured here."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from holds import longest_hold
-from qwen import VOCABULARY
-from taskvec.core.tokenizer import INLINE_COST, TEXT_COST, TextTokenizer
+from taskvec.core.tokenizer import INLINE_COST, TEXT_COST
 from taskvec.errors import InvalidRequestError
+from tokenizing import ours
 
 MAX_HOLD = 0.010
 """Seconds for which a call may keep other threads from running."""
@@ -52,11 +51,6 @@ KINDS = {
     "special tokens": "<|endoftext|>[SEP]",
     "mixed scripts": "aй漢\u0e01\u0939한 ",
 }
-
-
-@cache
-def ours(file: Path, max_tokens: int) -> TextTokenizer:
-    return TextTokenizer(file, max_tokens=max_tokens, vocabulary=VOCABULARY, threads=1)
 
 
 def best_of(rounds: int, enough: float, measure: Callable[[], float]) -> float:

@@ -16,18 +16,17 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from conftest import examples
-from qwen import VOCABULARY
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.tokenizer import (
     GUARD,
     MAX_SLICE,
     MAX_TOKEN_WIDTH,
     MIN_SLICE,
-    TextTokenizer,
     Tokenization,
     _settled_until,
 )
 from taskvec.errors import InvalidRequestError
+from tokenizing import ours, theirs
 
 LIMIT = 64
 """A small limit, so that texts of a few thousand characters are cut in a window."""
@@ -111,19 +110,6 @@ def long_texts(draw: st.DrawFn) -> str:
     while len(text) < length:
         text += order.choice(pieces)
     return text
-
-
-@cache
-def ours(file: Path, max_tokens: int) -> TextTokenizer:
-    return TextTokenizer(file, max_tokens=max_tokens, vocabulary=VOCABULARY, threads=1)
-
-
-@cache
-def theirs(file: Path, max_tokens: int | None = None) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(file))
-    if max_tokens is not None:
-        tokenizer.enable_truncation(max_tokens)
-    return tokenizer
 
 
 def cut(file: Path, text: str, limit: int) -> list[int] | InvalidRequestError:

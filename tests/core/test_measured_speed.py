@@ -101,7 +101,13 @@ async def test_the_service_derives_its_budget(
     """A queue of as many seconds as the setting says, at the speed that the engine showed."""
     engine = FakeEngine(default_checkpoint.card, delay=1.1 * PROBE_SECONDS)
     app = fake_application(
-        default_checkpoint, engine, [], max_queue_tokens=0, queue_seconds=seconds, max_texts=40_000
+        default_checkpoint,
+        engine,
+        [],
+        max_queue_tokens=0,
+        queue_seconds=seconds,
+        max_texts=40_000,
+        memory_budget=1 << 30,
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (

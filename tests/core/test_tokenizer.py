@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from conftest import examples
 from qwen import VOCABULARY
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.errors import CheckpointError, InvalidRequestError
+from tokenizing import ours, theirs
 
 GOLDEN = [
     ("Query: ", "hello", [2859, 25, 23811]),
@@ -37,23 +36,9 @@ GOLDEN = [
 """What jina-embeddings-v5-text-small is fed; its tokenizer.json is Qwen3's."""
 
 
-@cache
-def ours(file: Path, max_tokens: int) -> TextTokenizer:
-    return TextTokenizer(file, max_tokens=max_tokens, vocabulary=VOCABULARY, threads=2)
-
-
-@cache
-def theirs(file: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(file))
-
-
 def whole(file: Path, text: str, max_tokens: int | None = None) -> list[int]:
     """What tokenizers gives when it reads all of the text, then cuts."""
-    tokenizer = theirs(file)
-    tokenizer.no_truncation()
-    if max_tokens is not None:
-        tokenizer.enable_truncation(max_tokens)
-    ids: list[int] = tokenizer.encode(text).ids
+    ids: list[int] = theirs(file, max_tokens).encode(text).ids
     return ids
 
 
@@ -150,7 +135,7 @@ def test_text_that_adds_nothing_to_the_prompt_is_refused(
 async def test_concurrent_calls_get_their_own_ids(file: Path) -> None:
     """Many requests at once, in and out of the threads, each get the ids of their own texts."""
     rows = [[f"text {n} of {m}" * (1 + n % 97) for m in range(3)] for n in range(200)]
-    tokenizer = ours(file, 64)
+    tokenizer = ours(file, 64, threads=2)
     results = await asyncio.gather(
         *(tokenizer.encode(texts, prompt="Query: ", truncate=True) for texts in rows)
     )

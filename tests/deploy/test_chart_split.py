@@ -18,6 +18,7 @@ from charts import (
     of_kind,
     only,
     pods,
+    refusal,
     render,
     settings,
 )
@@ -107,6 +108,16 @@ def test_a_server_whose_model_cannot_be_read_does_not_start(tmp_path: Path) -> N
     command = [*vllm["command"], *vllm["args"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (3, "")
+
+
+def test_the_task_of_a_merged_model_is_passed_on() -> None:
+    """Gateway and servers get the task; one with a quote, which a shell would read, is refused."""
+    values = {"mode": "split", "config": {"TASKVEC_TASK_NAME": "clustering"}}
+    manifests = render(values)
+    assert settings(manifests)["TASKVEC_TASK_NAME"] == "clustering"
+    (vllm,) = engine(manifests)["spec"]["containers"]
+    assert " --task-name 'clustering' " in vllm["args"][0]
+    assert "TASK_NAME" in refusal(values | {"config": {"TASKVEC_TASK_NAME": "a'; b"}})
 
 
 @pytest.mark.parametrize("name", SPLIT)

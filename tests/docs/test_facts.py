@@ -9,6 +9,7 @@ import pytest
 
 from conftest import repository
 from pages import PAGES, blocks
+from taskvec.api.unsupported import SERVED_VALUES, UNSUPPORTED, UNSUPPORTED_IN_ITEMS
 from taskvec.errors import CODES
 from taskvec.settings import Settings, environment_variable
 
@@ -75,6 +76,17 @@ def test_the_page_lists_every_error_code() -> None:
     """docs/behaviour.md lists each error code that a client can see."""
     shown = set(re.findall(r"`(\w+)`", PAGES["docs/behaviour.md"].read_text()))
     assert set(CODES) - {f"invalid_{field}" for field in FIELDS} - {"client_closed"} <= shown
+
+
+def test_the_page_lists_every_field_that_is_refused() -> None:
+    """docs/behaviour.md lists the fields that are not served, and no others."""
+    page = PAGES["docs/behaviour.md"].read_text()
+    section = page.partition("### Fields that are not served")[2].partition("\n## ")[0]
+    rows = section[section.index("| field") : section.index("An item cannot")]
+    listed = set(re.findall(r"`(\w+)`", rows))
+    served = {"task", "input_type", "input", "dimensions", "truncate"}
+    values = {value for allowed in SERVED_VALUES.values() for value in allowed}
+    assert listed - served - values == {*UNSUPPORTED, *UNSUPPORTED_IN_ITEMS}
 
 
 def test_every_setting_that_is_named_exists() -> None:

@@ -49,7 +49,7 @@ def test_tasks_give_the_vectors_of_the_library() -> None:
 @pytest.mark.parametrize(
     ("adapters", "tasks"),
     [
-        ((), ["embedding"]),
+        ((), ["retrieval.query", "retrieval.passage"]),
         (("legal-search",), ["legal-search", "base"]),
         (("retrieval", "base"), ["retrieval.query", "retrieval.passage", "base"]),
     ],

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import report
 from page import page
-from report import compared, table
+from report import compared, table, write_result
 
 
 def result() -> dict[str, Any]:
@@ -49,6 +55,16 @@ def result() -> dict[str, Any]:
         "notes": [],
         "broken": ["bulk at 1.20 of the capacity: no request succeeded."],
     }
+
+
+def test_a_result_names_no_folder_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of a result can be read elsewhere."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["loadtest/x.py", "--before", "/home/me/other", "../too"])
+    result = json.loads(write_result("x", {}, show=False).read_bytes())
+    assert result["command"] == "python loadtest/x.py --before other ../too"
 
 
 def test_the_page_has_no_external_resources() -> None:

@@ -135,10 +135,11 @@ def test_every_code_is_listed() -> None:
     sources = "".join(file.read_text() for file in folder.rglob("*.py"))
     raised = set(re.findall(r'\bcode="(\w+)"', sources))
     calls = re.findall(r'fields\.string\([^,]+, "(\w+)"\)', sources)
-    flags = re.findall(r"fields\.agreed\(body, \(([^)]*)\), fields\.boolean\)", sources)
-    fields = calls + re.findall(r"\w+", " ".join(flags))
+    flags = re.findall(r"fields\.agreed(?:_as)?\(body, (\w+), fields\.boolean\)", sources)
+    spellings = [re.findall(rf"^{name} = \(([^)]*)\)", sources, re.MULTILINE) for name in flags]
+    fields = calls + re.findall(r"\w+", " ".join(found for (found,) in spellings))
     assert len(raised) > 15
-    assert {"task", "truncation", "normalized"} <= set(fields)
+    assert {"task", "truncation", "truncate", "normalized", "normalize"} <= set(fields)
     assert raised | {f"invalid_{field}" for field in fields} <= set(CODES)
     assert len(set(CODES)) == len(CODES)
 

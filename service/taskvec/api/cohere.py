@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -71,25 +70,6 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
     return error_with_body(error, body)
 
 
-@dataclass(frozen=True, slots=True)
-class CohereFormat(OutputFormat):
-    """Output format of one answer.
-
-    Attributes:
-        names: embedding types in the answer, in the client's order; empty for the plain list of
-            float vectors of the first version.
-    """
-
-    names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Compute the size; base64 comes in addition to the number types."""
-        OutputFormat.__post_init__(self)
-        if "base64" in self.names:
-            more = OutputType.FLOAT.bytes_for(self.dimensions)
-            object.__setattr__(self, "bytes", self.bytes + more)
-
-
 class CohereV2:
     """Requests and responses of the second version."""
 
@@ -129,7 +109,6 @@ class CohereV2:
 
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """See ``Dialect.render``."""
-        output = cast("CohereFormat", output)
         kind = "embeddings_by_type" if output.names else "embeddings_floats"
         parts = [
             b'{"id":"%b","response_type":"%b","embeddings":'
@@ -216,7 +195,7 @@ class CohereV2:
                     param="max_tokens",
                 )
 
-    def _format(self, body: Mapping[str, Any]) -> CohereFormat:
+    def _format(self, body: Mapping[str, Any]) -> OutputFormat:
         dimensions = self.embedder.model.dimension
         if body.get("output_dimension") is not None:
             dimensions = fields.integer(
@@ -226,7 +205,7 @@ class CohereV2:
         kinds = dict.fromkeys(
             OutputType.FLOAT if name == "base64" else OutputType(name) for name in names
         )
-        return CohereFormat(
+        return OutputFormat(
             dimensions,
             tuple(kinds) or (OutputType.FLOAT,),
             encoding=Encoding.BASE64 if names == ("base64",) else Encoding.NUMBERS,

@@ -70,12 +70,14 @@ def embedding_handler(
             lambda body: dialect.read(body, headers, context.key),
             large_work=large_work,
         )
-        context.task, context.texts, context.output = job.task.name, len(job.inputs), output
+        context.task, context.texts, context.output = job.task_name, len(job.inputs), output
         output.check(embedder.model.dimension)
         if context.memory is not None:
             if context.memory.bytes:  # the texts of an uncounted body are not counted either
                 context.input_bytes = job.input_bytes
             vectors = answer_bytes(len(job.inputs), embedder.model.dimension, output)
+            if job.tasks is not None:  # the vectors of each task are copied into one array
+                vectors += 4 * len(job.inputs) * embedder.model.dimension
             context.memory.resize(context.input_bytes + vectors)
         try:
             result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from taskvec.concurrency import LargeWork
 from taskvec.core.job import Embeddings, JobContext
-from taskvec.core.output_format import Encoding, OutputFormat, OutputType
+from taskvec.core.output_format import BASE64_NAME, Encoding, OutputFormat, OutputType
 
 OCTET_STREAM = "application/octet-stream"
 
@@ -123,6 +123,45 @@ def write_rows_base64(vectors: NDArray[np.generic], parts: list[bytes]) -> None:
         parts += (start, pybase64.b64encode(row))
         start = b'","'
     parts.append(b'"]')
+
+
+def types_response(
+    vectors: VectorsByType, tokens: int, output: OutputFormat, model: str
+) -> Response:
+    """Return OpenAI's list of embeddings, each an object with a vector of each type.
+
+    Args:
+        vectors: [texts, columns] of each type.
+        tokens: tokens embedded.
+        output: its names are the keys.
+        model: name in the answer.
+    """
+    columns = {
+        name: _little_endian(vectors[kind])
+        for name, (kind, _) in zip(output.names, output.answers, strict=True)
+    }
+    rows_per_call = max(1, DUMP_VALUES // sum(matrix.shape[1] for matrix in columns.values()))
+    parts = [b'{"object":"list","model":%b,"data":[' % orjson.dumps(model)]
+    rows = len(next(iter(columns.values())))
+    for start in range(0, rows, rows_per_call):
+        entries = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": {
+                    name: pybase64.b64encode_as_string(matrix[i])
+                    if name == BASE64_NAME
+                    else matrix[i]
+                    for name, matrix in columns.items()
+                },
+            }
+            for i in range(start, min(start + rows_per_call, rows))
+        ]
+        if start:
+            parts.append(b",")
+        parts.append(orjson.dumps(entries, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+    parts.append(b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens))
+    return Response(b"".join(parts), media_type="application/json")
 
 
 def _write_base64(vectors: NDArray[np.generic], parts: list[bytes]) -> None:

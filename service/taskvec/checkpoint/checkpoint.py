@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from taskvec.checkpoint.adapters import Adapter, read_adapters
 from taskvec.checkpoint.backbone import Backbone, ModelCard, matryoshka_dimensions, read_backbone
@@ -18,6 +19,8 @@ from taskvec.checkpoint.files import (
     tensor_shapes,
     weight_files,
 )
+from taskvec.checkpoint.merged_task import MergedTask, find_merged_task, repository_names
+from taskvec.checkpoint.omni import is_omni_name, omni_error, states_omni
 from taskvec.checkpoint.pooling import check_pooling
 from taskvec.errors import CheckpointError
 
@@ -33,6 +36,8 @@ class Checkpoint:
         adapters: the LoRA adapters; empty for a plain backbone.
         prompts: prompt name -> prefix, for example ``{"query": "Query: "}``.
         default_prompt: name of the prompt for tasks without their own; None for no prefix.
+        merged_task: the task whose adapter is merged into the weights; None with adapters, and for
+            a backbone without a task.
         tokenizer: path of tokenizer.json.
         card: the description of the model that clients and engines use.
     """
@@ -43,11 +48,14 @@ class Checkpoint:
     adapters: tuple[Adapter, ...]
     prompts: Mapping[str, str]
     default_prompt: str | None
+    merged_task: MergedTask | None
     tokenizer: Path
     card: ModelCard
 
 
-def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    folder: Path, name: str, revision: str | None = None, task_name: str | None = None
+) -> Checkpoint:
     """Read and check a checkpoint folder in the jina-embeddings-v5 layout, or a plain backbone.
 
     Code from the folder is never run, and pickles are never loaded.
@@ -56,6 +64,8 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
         folder: contains config.json, safetensors, tokenizer.json, and optionally ``adapters/``.
         name: model name in the API.
         revision: commit on the Hugging Face Hub that the folder was downloaded from.
+        task_name: task of a checkpoint without adapters; None to derive it from its name and its
+            prompts, see ``find_merged_task``.
 
     Raises:
         CheckpointError: a file is missing or damaged or may not be read, or the files ask for
@@ -64,9 +74,9 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
     config_file = folder / "config.json"
     config = read_json(config_file)
     shapes, weights = _weights(folder)
-    backbone = read_backbone(config, frozenset(shapes), str(config_file))
+    names = repository_names(folder, name)
+    backbone = _backbone(folder, config, shapes, names)
     pooled_tokens = check_pooling(folder, config.get("model_type"))
-    _check_tensors(shapes, backbone, folder)
     task_names = config.get("task_names") or []
     if not isinstance(task_names, list):
         raise CheckpointError(f"{config_file}: task_names must be a list.")
@@ -77,6 +87,17 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
     prompts, default_prompt = _prompts(
         folder, required=any(not adapter.prompts for adapter in adapters)
     )
+    merged_task = None
+    if not adapters:
+        merged_task = find_merged_task(
+            names, prompts, default_prompt, task_name, str(folder / PROMPTS_FILE)
+        )
+    elif task_name is not None:
+        raise CheckpointError(
+            f"--task-name {task_name[:80]} names the task of a checkpoint without adapters, but "
+            f"{name} has the adapters {', '.join(adapter.name for adapter in adapters)}: leave it "
+            "out."
+        )
     tokenizer = folder / "tokenizer.json"
     require_file(tokenizer)
     return Checkpoint(
@@ -86,6 +107,7 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
         adapters=adapters,
         prompts=prompts,
         default_prompt=default_prompt,
+        merged_task=merged_task,
         tokenizer=tokenizer,
         card=ModelCard(
             name=name,
@@ -99,6 +121,26 @@ def read_checkpoint(folder: Path, name: str, revision: str | None = None) -> Che
             parameters=backbone.parameters,
         ),
     )
+
+
+def _backbone(
+    folder: Path,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Sequence[str],
+) -> Backbone:
+    """Return the backbone that config.json describes, if the weights are exactly its tensors."""
+    stated = states_omni(config)
+    if stated is not None:
+        raise omni_error(names, f"config.json in {folder} has {stated}")
+    try:
+        backbone = read_backbone(config, frozenset(shapes), str(folder / "config.json"))
+        _check_tensors(shapes, backbone, folder)
+    except CheckpointError as error:
+        if not is_omni_name(names):
+            raise
+        raise omni_error(names, str(error)) from None
+    return backbone
 
 
 def _weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Path, str]]]:

@@ -32,7 +32,9 @@ _DOWNLOADED_FILES = (
 )
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, revision: str | None = None, task_name: str | None = None
+) -> Checkpoint:
     """Find a checkpoint, download it if necessary, and read it.
 
     Args:
@@ -40,6 +42,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             ``jinaai/jina-embeddings-v5-text-small``. An existing folder takes precedence over a
             hub id.
         revision: hub branch, tag or commit; ignored for folders.
+        task_name: task of a checkpoint without adapters; see ``read_checkpoint``.
 
     Raises:
         CheckpointError: the model was not found or may not be read, the hub cannot be reached, or
@@ -47,17 +50,18 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         StartError: the hub's cache has no place; see ``taskvec.home``.
     """
     if model == DEFAULT_MODEL:
-        return read_checkpoint(Path(__file__).parents[1] / "default_model", DEFAULT_MODEL)
+        built_in = Path(__file__).parents[1] / "default_model"
+        return read_checkpoint(built_in, DEFAULT_MODEL, task_name=task_name)
     folder = _folder(model)
     if folder is not None:
-        return read_checkpoint(folder, folder.resolve().name)
+        return read_checkpoint(folder, folder.resolve().name, task_name=task_name)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{model!r} is neither an existing folder nor a hub id of the form owner/name: pass a "
             f"checkpoint folder, a hub id, or the built-in {DEFAULT_MODEL!r}."
         )
     snapshot = _download(model, revision)
-    return read_checkpoint(snapshot, model, revision=snapshot.name)
+    return read_checkpoint(snapshot, model, snapshot.name, task_name)
 
 
 def _folder(model: str) -> Path | None:

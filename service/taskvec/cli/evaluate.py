@@ -39,6 +39,7 @@ class ModelSource:
         revision: see ``taskvec.library.Embedder``.
         device: see ``taskvec.library.Embedder``.
         dtype: see ``taskvec.library.Embedder``.
+        task_name: see ``taskvec.library.Embedder``.
     """
 
     model: str
@@ -46,6 +47,7 @@ class ModelSource:
     revision: str | None
     device: str
     dtype: str
+    task_name: str | None = None
 
     @contextmanager
     def open(self) -> Iterator[Model]:
@@ -62,7 +64,11 @@ class ModelSource:
         from taskvec.library import Embedder  # noqa: PLC0415
 
         with Embedder(
-            self.model, revision=self.revision, device=self.device, dtype=self.dtype
+            self.model,
+            revision=self.revision,
+            task_name=self.task_name,
+            device=self.device,
+            dtype=self.dtype,
         ) as embedder:
             yield LoadedModel(embedder)
 

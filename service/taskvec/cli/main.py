@@ -50,6 +50,13 @@ RevisionOption = Annotated[
     str | None,
     typer.Option(help="Hub branch, tag or commit; if not set, the hub's default branch."),
 ]
+TaskNameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Task of a model without adapters, such as clustering; if not set, by its name and "
+        "its prompts."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the arithmetic.")]
 ModeOption = Annotated[
@@ -69,6 +76,15 @@ UrlOption = Annotated[
         "one, is read from TASKVEC_EVAL_KEY."
     ),
 ]
+
+
+def check_options(device: str, task_name: str | None) -> None:
+    """Reject values that no setting may have.
+
+    Raises:
+        ValidationError: an option is invalid.
+    """
+    Settings(device=device, task_name=task_name)
 
 
 def main() -> None:
@@ -146,9 +162,10 @@ app.command("serve")(_serve)
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0917 - typer calls it by name
     model: ModelArgument = DEFAULT_MODEL,
     revision: RevisionOption = None,
+    task_name: TaskNameOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
     adapter_mode: ModeOption = AdapterMode.AUTO,
@@ -160,8 +177,8 @@ def check(
     """
     with exit_on_error():
         configure_logs("warning")
-        Settings(device=device)  # rejects an invalid device before anything is printed
-        checkpoint = open_checkpoint(model, revision)
+        check_options(device, task_name)  # before anything is printed
+        checkpoint = open_checkpoint(model, revision, task_name)
         card = checkpoint.card
         from taskvec.service import task_table  # noqa: PLC0415 - tasks only where a card is printed
 
@@ -178,21 +195,30 @@ def check(
         }
         for label, value in rows.items():
             typer.echo(f"{label:<13} {value}")
+        merged = checkpoint.merged_task
+        if merged is not None:
+            typer.echo(f"{'merged task':<13} {merged.name}: stated by {merged.source}")
         for task in task_table(checkpoint):
             adapter = task.adapter or "none"
             typer.echo(f"{'task':<13} {task.name}: adapter {adapter}, prompt {task.prompt!r}")
         from taskvec.library import Embedder  # noqa: PLC0415 - loads torch
 
         with Embedder(
-            model, revision=revision, device=device, dtype=dtype, adapter_mode=adapter_mode
+            model,
+            revision=revision,
+            task_name=task_name,
+            device=device,
+            dtype=dtype,
+            adapter_mode=adapter_mode,
         ) as embedder:
-            for name in embedder.tasks:
+            names = embedder.tasks
+            for name in names:
                 embedder.embed("A text.", task=name)
         adapters = len(card.adapters)
         typer.echo(
             f"{'self-test':<13} passed: {adapters} adapters, each gives different vectors"
             if adapters
-            else f"{'self-test':<13} passed: no adapters, one task"
+            else f"{'self-test':<13} passed: no adapters, tasks {', '.join(names)}"
         )
 
 
@@ -214,6 +240,7 @@ def embed(  # noqa: PLR0917 - typer calls it by name
         bool, typer.Option(help="Truncate lines that are too long, instead of failing.")
     ] = False,
     revision: RevisionOption = None,
+    task_name: TaskNameOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
@@ -224,11 +251,13 @@ def embed(  # noqa: PLR0917 - typer calls it by name
     """
     with exit_on_error():
         configure_logs("warning")
-        Settings(device=device)  # rejects an invalid device before a line is read
+        check_options(device, task_name)  # before a line is read
         from taskvec.cli.embed import embed_lines  # noqa: PLC0415 - loads torch
         from taskvec.library import Embedder  # noqa: PLC0415
 
-        with Embedder(model, revision=revision, device=device, dtype=dtype) as embedder:
+        with Embedder(
+            model, revision=revision, task_name=task_name, device=device, dtype=dtype
+        ) as embedder:
             embed_lines(
                 embedder,
                 sys.stdin.buffer,
@@ -273,6 +302,7 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of k-means.")] = 0,
     revision: RevisionOption = None,
+    task_name: TaskNameOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
@@ -285,7 +315,7 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
     """
     with exit_on_error(), name_missing_extra():
         configure_logs("warning")
-        Settings(device=device)
+        check_options(device, task_name)
         from taskvec.cli.evaluate import (  # noqa: PLC0415 - loads scikit-learn
             EvalOptions,
             ModelSource,
@@ -303,7 +333,7 @@ def evaluate(  # noqa: PLR0917 - typer calls it by name
                 plot=plot,
                 seed=seed,
             ),
-            ModelSource(model, url, revision, device, dtype),
+            ModelSource(model, url, revision, device, dtype, task_name),
         )
 
 
@@ -331,6 +361,7 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
         typer.Option(help="Folder for results; tasks with a result there are not run again."),
     ] = Path("mteb-results"),
     revision: RevisionOption = None,
+    task_name: TaskNameOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
@@ -340,13 +371,13 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
     """
     with exit_on_error(), name_missing_extra():
         configure_logs("warning")
-        Settings(device=device)
+        check_options(device, task_name)
         if not tasks and benchmark is None:
             exit_with("Nothing to run: set --tasks or --benchmark.", EXIT_USAGE)
         from taskvec.cli.evaluate import ModelSource  # noqa: PLC0415
         from taskvec.evaluation.benchmark import run_named  # noqa: PLC0415 - loads mteb
 
-        with ModelSource(model, url, revision, device, dtype).open() as opened:
+        with ModelSource(model, url, revision, device, dtype, task_name).open() as opened:
             run_named(
                 opened,
                 tasks=tasks or [],
@@ -362,6 +393,7 @@ def evaluate_mteb(  # noqa: PLR0917 - typer calls it by name
 def engine_args(  # noqa: PLR0917 - typer calls it by name
     model: ModelArgument = DEFAULT_MODEL,
     revision: RevisionOption = None,
+    task_name: TaskNameOption = None,
     device: Annotated[str, typer.Option(help="Device of the vLLM server: cuda or cpu.")] = "cuda",
     dtype: DtypeOption = Dtype.AUTO,
     cache_dir: Annotated[
@@ -378,12 +410,13 @@ def engine_args(  # noqa: PLR0917 - typer calls it by name
     """
     with exit_on_error():
         configure_logs("warning")
+        check_options("auto", task_name)
         if device not in ("cuda", "cpu"):
             exit_with(f"--device must be cuda or cpu, got {device}", EXIT_USAGE)
         from taskvec.checkpoint.vllm_copy import make_vllm_copy  # noqa: PLC0415
         from taskvec.engines.vllm.arguments import VllmOptions, server_command  # noqa: PLC0415
 
-        checkpoint = open_checkpoint(model, revision)
+        checkpoint = open_checkpoint(model, revision, task_name)
         folder = make_vllm_copy(checkpoint, (cache_dir or Settings().cache).absolute())
         options = VllmOptions(dtype=dtype, max_tokens=max_tokens)
         typer.echo(shlex.join(server_command(checkpoint, folder, options, gpu=device == "cuda")))

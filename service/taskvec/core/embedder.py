@@ -85,17 +85,30 @@ class AsyncEmbedder:
             UnavailableError: the engine cannot embed now.
             TaskvecError: the token charge was refused.
         """
-        (result,) = await self.embed_all([job], context)
-        return result
+        if job.tasks is None:
+            (result,) = await self.embed_all([job], context)
+            return result
+        jobs = job.by_task()
+        results = await self.embed_all(jobs, context, one_class=True)
+        vectors = np.empty((len(job.inputs), self.model.dimension), dtype=np.float32)
+        for part, result in zip(jobs, results, strict=True):
+            vectors[part.indices] = result.vectors
+        return Embeddings(vectors, sum(result.tokens for result in results))
 
     async def embed_all(
-        self, jobs: Sequence[EmbedJob], context: JobContext | None = None
+        self,
+        jobs: Sequence[EmbedJob],
+        context: JobContext | None = None,
+        *,
+        one_class: bool = False,
     ) -> list[Embeddings]:
         """Embed the jobs of one request: admitted together, under the earliest deadline.
 
         Args:
             jobs: at least one; all of the same priority.
             context: see ``embed``.
+            one_class: the engine schedules all jobs in the class of their tokens together; False if
+                each job has its own.
 
         Raises:
             TaskvecError: as ``embed``; if one job fails, all fail.
@@ -105,9 +118,11 @@ class AsyncEmbedder:
         deadlines = [job.deadline for job in jobs if job.deadline is not None]
         seconds = min(deadlines) - time.monotonic() if deadlines else None
         with CancelScope(_deadline_exceeded, seconds):
-            return await self._embed(jobs, context or JobContext())
+            return await self._embed(jobs, context or JobContext(), one_class=one_class)
 
-    async def _embed(self, jobs: Sequence[EmbedJob], context: JobContext) -> list[Embeddings]:
+    async def _embed(
+        self, jobs: Sequence[EmbedJob], context: JobContext, *, one_class: bool
+    ) -> list[Embeddings]:
         context.stages.start("tokenize")
         ids = [await self._token_ids(job) for job in jobs]
         context.stages.end()
@@ -116,9 +131,12 @@ class AsyncEmbedder:
             context.memory.resize(context.memory.bytes + more)
         indices = [job.indices or range(len(job.inputs)) for job in jobs]
         if self._cache is None:
-            rows = [result.vectors for result in await self._run(ids, jobs, indices, context)]
+            results = await self._run(ids, jobs, indices, context, one_class=one_class)
+            rows = [result.vectors for result in results]
         else:
-            rows = await self._embed_missing(self._cache, ids, jobs, indices, context)
+            rows = await self._embed_missing(
+                self._cache, ids, jobs, indices, context, one_class=one_class
+            )
         return [
             Embeddings(vectors=vectors, tokens=_count_tokens(texts))
             for vectors, texts in zip(rows, ids, strict=True)
@@ -131,6 +149,8 @@ class AsyncEmbedder:
         jobs: Sequence[EmbedJob],
         indices: Sequence[Sequence[int]],
         context: JobContext,
+        *,
+        one_class: bool,
     ) -> list[NDArray[np.float32]]:
         """Return the vectors of each job; only texts that are not cached are embedded."""
         context.stages.start("cache")
@@ -146,6 +166,7 @@ class AsyncEmbedder:
                 [jobs[i] for i in incomplete],
                 [[indices[i][text] for text in lookups[i].missing] for i in incomplete],
                 context,
+                one_class=one_class,
             )
             for i, result in zip(incomplete, results, strict=True):
                 lookups[i].vectors[lookups[i].missing] = result.vectors
@@ -158,6 +179,8 @@ class AsyncEmbedder:
         jobs: Sequence[EmbedJob],
         indices: Sequence[Sequence[int]],
         context: JobContext,
+        *,
+        one_class: bool,
     ) -> list[EngineResult]:
         """Admit each job's texts and embed them; one engine result per job.
 
@@ -166,6 +189,7 @@ class AsyncEmbedder:
             jobs: the jobs.
             indices: the index in the request of each of these texts.
             context: see ``embed``.
+            one_class: see ``embed_all``.
         """
         stages = context.stages
         tokens = sum(map(_count_tokens, ids))
@@ -175,7 +199,11 @@ class AsyncEmbedder:
                 texts,
                 job.task.adapter,
                 job.deadline,
-                batch_priority(_count_tokens(texts), priority, self._engine.batch_tokens),
+                batch_priority(
+                    tokens if one_class else _count_tokens(texts),
+                    priority,
+                    self._engine.batch_tokens,
+                ),
                 stages.engine_entered,
             )
             for texts, job in zip(ids, jobs, strict=True)
@@ -207,12 +235,17 @@ class AsyncEmbedder:
             return cast("Sequence[TokenIds]", job.inputs)
         texts = cast("Sequence[str]", job.inputs)
         tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
-        return await self._tokenizer.encode(
-            texts,
-            prompt=job.task.prompt,
-            truncate=job.truncate,
-            priority=self._admission.priority_of(tokens, job.priority),
-        )
+        try:
+            return await self._tokenizer.encode(
+                texts,
+                prompt=job.task.prompt,
+                truncate=job.truncate,
+                priority=self._admission.priority_of(tokens, job.priority),
+            )
+        except TaskvecError as error:
+            if job.indices is None:
+                raise
+            raise error.renumbered(job.indices) from None
 
 
 MAX_NAMED_TEXTS = 100

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taskvec.core.memory_budget import MemoryHold
-from taskvec.core.tasks import Task
+from taskvec.core.tasks import MIXED_TASKS, Task
 from taskvec.engines.base import TokenIds
 from taskvec.priority import Priority
 from taskvec.telemetry.stages import Stages
@@ -25,7 +26,8 @@ class EmbedJob:
 
     Attributes:
         inputs: non-empty strings, or int32 token-id arrays [length], which are embedded as given.
-        task: adapter and prompt.
+        task: adapter and prompt of the inputs; the default if ``tasks`` is given.
+        tasks: task of each input, if they have several; None if all have ``task``.
         truncate: truncate texts that exceed the model's limit; if False, refuse them.
         deadline: ``time.monotonic()`` after which the answer is no longer needed; None if never.
         priority: priority class requested; large jobs are bulk regardless (``Admission``).
@@ -37,6 +39,7 @@ class EmbedJob:
 
     inputs: Sequence[str] | Sequence[TokenIds]
     task: Task
+    tasks: Sequence[Task] | None = None
     truncate: bool = False
     deadline: float | None = None
     priority: Priority = Priority.INTERACTIVE
@@ -51,6 +54,24 @@ class EmbedJob:
         if isinstance(self.inputs[0], str):
             return sum(map(sys.getsizeof, self.inputs)) + sum(map(len, self.inputs))
         return sum(map(sys.getsizeof, self.inputs))
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task for metrics and logs."""
+        return self.task.name if self.tasks is None else MIXED_TASKS
+
+    def by_task(self) -> list[EmbedJob]:
+        """Return one job for each task, with the indices of its inputs; the job itself if one."""
+        if self.tasks is None:
+            return [self]
+        indices: dict[Task, list[int]] = {}
+        for i, task in enumerate(self.tasks):
+            indices.setdefault(task, []).append(i)
+        inputs: Sequence[Any] = self.inputs
+        return [
+            replace(self, inputs=[inputs[i] for i in chosen], task=task, tasks=None, indices=chosen)
+            for task, chosen in indices.items()
+        ]
 
 
 @dataclass(slots=True, kw_only=True)

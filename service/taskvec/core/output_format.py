@@ -36,7 +36,15 @@ class OutputType(enum.Enum):
             return 4 * dimensions
         if self is OutputType.FLOAT16:
             return 2 * dimensions
+        return self.values_for(dimensions)
+
+    def values_for(self, dimensions: int) -> int:
+        """Return the number of values in one vector."""
         return dimensions // 8 if self.packed else dimensions
+
+
+BASE64_NAME = "base64"
+"""What clients call FLOAT in base64 where they name output types."""
 
 
 class Encoding(enum.Enum):
@@ -57,6 +65,10 @@ class OutputFormat:
         normalized: scale each vector to L2 norm 1 after truncation, before quantisation.
         encoding: encoding in the response body.
         dimensions_field: the client's name for ``dimensions``, for errors.
+        as_float32: with BASE64, the values of any type are encoded as little-endian float32, which
+            clients decode that know no other type.
+        names: the client's names of several types, for an answer with an object for each text;
+            ``base64`` is FLOAT in base64 beside the other types. Empty for an answer of one type.
         bytes: size of one text's vectors, of all types together.
     """
 
@@ -65,12 +77,30 @@ class OutputFormat:
     normalized: bool = True
     encoding: Encoding = Encoding.NUMBERS
     dimensions_field: str = "dimensions"
+    as_float32: bool = False
+    names: tuple[str, ...] = ()
     bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Compute the size, which is needed several times."""
         size = sum(kind.bytes_for(self.dimensions) for kind in self.types)
+        if self.as_float32:
+            size = sum(4 * kind.values_for(self.dimensions) for kind in self.types)
+        elif BASE64_NAME in self.names and OutputType.FLOAT.value in self.names:
+            size += 4 * self.dimensions  # the same vector twice
         object.__setattr__(self, "bytes", size)
+
+    @property
+    def answers(self) -> list[tuple[OutputType, Encoding]]:
+        """Number type and encoding of each vector of a text."""
+        if not self.names:
+            return [(kind, self.encoding) for kind in self.types]
+        return [
+            (OutputType.FLOAT, Encoding.BASE64)
+            if name == BASE64_NAME
+            else (OutputType(name), self.encoding)
+            for name in self.names
+        ]
 
     def check(self, hidden_size: int) -> None:
         """Refuse dimensions that the model or an output type cannot give.
@@ -123,9 +153,11 @@ def single_type_format(
     normalized: bool,
     encoding: Encoding,
     dimensions_field: str = "dimensions",
+    *,
+    as_float32: bool = False,
 ) -> OutputFormat:
     """Return a format of one type; most requests have the same, and making one takes longer."""
-    return OutputFormat(dimensions, (kind,), normalized, encoding, dimensions_field)
+    return OutputFormat(dimensions, (kind,), normalized, encoding, dimensions_field, as_float32)
 
 
 def quantise(vectors: NDArray[np.float32], output: OutputType) -> NDArray[np.generic]:

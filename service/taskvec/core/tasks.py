@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from taskvec.checkpoint.merged_task import BARE_TASK, MergedTask
 from taskvec.errors import InvalidRequestError, NotFoundError
 
 PREFERRED_DEFAULT = "text-matching"
 """Default task of the hosted Jina API."""
 
-BARE_TASK = "embedding"
-"""Task of a checkpoint without adapters."""
+MIXED_TASKS = "mixed"
+"""What metrics and logs call the task of a request whose texts have several."""
 
 ALIASES = {"retrieval": "retrieval.passage", "separation": "clustering"}
 
@@ -54,19 +55,21 @@ class TaskTable:
         prompts: Mapping[str, str],
         default_prompt: str | None,
         own_prompts: Mapping[str, Mapping[str, str]] | None = None,
+        merged_task: MergedTask | None = None,
     ) -> None:
         """Derive the tasks from the adapters.
 
         The retrieval adapter, and any adapter with its own query prompt, gives two tasks, query and
         passage, and its bare name is an alias of the latter. Every other adapter gives one task,
-        with the document prompt. A checkpoint without adapters gives one task, with its default
-        prompt.
+        with the document prompt. A checkpoint without adapters gives the tasks of the adapter that
+        is merged into its weights, or one task with its default prompt.
 
         Args:
             adapters: adapter names.
             prompts: prompts of the checkpoint, by name.
             default_prompt: name of one of them.
             own_prompts: prompts of an adapter, which replace the checkpoint's.
+            merged_task: task of a checkpoint without adapters; None if it has none.
         """
         tasks, self._aliases = [], dict(ALIASES)
         for adapter in adapters:
@@ -79,11 +82,21 @@ class TaskTable:
                 self._aliases[adapter] = f"{adapter}.passage"
             else:
                 tasks.append(Task(adapter, adapter, document))
-        if not tasks:
+        first = 0
+        if merged_task is not None and merged_task.query is not None:
+            name = merged_task.name
+            tasks.append(Task(f"{name}.query", None, merged_task.query))
+            tasks.append(Task(f"{name}.passage", None, merged_task.document))
+            self._aliases[name] = f"{name}.passage"
+            first = 0 if merged_task.query_by_default else 1
+        elif merged_task is not None:
+            tasks.append(Task(merged_task.name, None, merged_task.document))
+            self._aliases.pop(merged_task.name, None)
+        elif not tasks:
             prompt = prompts.get(default_prompt, "") if default_prompt else ""
             tasks.append(Task(BARE_TASK, None, prompt))
         self._tasks = {task.name: task for task in tasks}
-        self.default = self._tasks.get(PREFERRED_DEFAULT, tasks[0])
+        self.default = self._tasks.get(PREFERRED_DEFAULT, tasks[first])
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
@@ -105,31 +118,34 @@ class TaskTable:
         """
         task = self._tasks.get(self._aliases.get(name, name))
         if task is None:
+            where = "" if param == "task" else f" for {param}"
             raise InvalidRequestError(
-                f"There is no task {name[:80]!r}: this model has {', '.join(self._tasks)}.",
+                f"There is no task {name[:80]!r}{where}: this model has {', '.join(self._tasks)}.",
                 code="unknown_task",
                 param=param,
             )
         return task
 
-    def choose(self, named: Mapping[str, str | None]) -> Task:
+    def choose(self, named: Mapping[str, str | None], where: str = "") -> Task:
         """Return the one task that all fields of a request name, or the default.
 
         Args:
             named: task name by field, None if absent; ``input_type`` holds an input type instead.
+            where: path of the object that has the fields, with a dot at its end, for errors.
 
         Raises:
             InvalidRequestError: a name is unknown, or two fields name different tasks.
         """
         chosen: Task | None = None
         first = ""
-        for field, name in named.items():
+        for key, name in named.items():
             if name is None:
                 continue
-            if field == "input_type":
+            field = f"{where}{key}"
+            if key == "input_type":
                 if name not in INPUT_TYPES:
                     raise InvalidRequestError(
-                        f"input_type must be one of {', '.join(INPUT_TYPES)}, got {name[:80]!r}.",
+                        f"{field} must be one of {', '.join(INPUT_TYPES)}, got {name[:80]!r}.",
                         code="unknown_task",
                         param=field,
                     )

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from taskvec.auth.keys import NO_KEY
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType
+from taskvec.core.tasks import MIXED_TASKS
 from taskvec.dialects import DialectName
 from taskvec.errors import CODES
 from taskvec.metrics.engine import DURATION_BUCKETS
@@ -54,7 +55,7 @@ class RequestMetrics:
             registry: where they are declared.
             tasks: names of the served tasks; label values.
         """
-        tasks = (*tasks, NO_TASK)
+        tasks = (*tasks, MIXED_TASKS, NO_TASK)
         self._requests = Counter(
             "taskvec_requests",
             "How many embedding requests ended, by task and HTTP status (499: client left)?",
@@ -185,7 +186,7 @@ class RequestMetrics:
         """Count one embedding request that was answered, rejected or abandoned.
 
         Args:
-            task: its task; None if it failed before its task was known.
+            task: its task, or MIXED_TASKS; None if it failed before its task was known.
             status: HTTP status of the answer; 499 if the client disconnected.
             texts: number of its texts.
             tokens: number of tokens that were embedded.
@@ -209,8 +210,8 @@ class RequestMetrics:
         if code is not None:
             self._by_code.get(code, self._by_code[OTHER_CODE]).inc()
         elif output is not None:
-            for kind in output.types:
-                self._by_output(kind.value, output.encoding.value).inc()
+            for kind, encoding in output.answers:
+                self._by_output(kind.value, encoding.value).inc()
         key_requests, key_tokens = self._by_key(key or NO_KEY, label)
         key_requests.inc()
         key_tokens.inc(tokens)

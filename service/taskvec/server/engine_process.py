@@ -111,7 +111,7 @@ async def _serve(settings: Settings, options: argparse.Namespace) -> int:
         observer, on_look = as_observer(events), do_nothing
     launcher = socket.socket(fileno=options.launcher)
     try:
-        checkpoint = open_checkpoint(settings.model, settings.revision)
+        checkpoint = open_checkpoint(settings.model, settings.revision, settings.task_name)
         files = file_versions(checkpoint)
         engine = build_engine(settings, checkpoint, observer)
     except Exception as error:  # noqa: BLE001 - the launcher must know, whatever it is

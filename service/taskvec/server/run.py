@@ -47,7 +47,7 @@ def serve(settings: Settings, request_log: RequestLog) -> None:
         if settings.in_process or settings.engine is not EngineKind.PACKED:
             _run(settings, request_log, sockets)
             return
-        checkpoint = open_checkpoint(settings.model, settings.revision)
+        checkpoint = open_checkpoint(settings.model, settings.revision, settings.task_name)
         files = file_versions(checkpoint)
         launcher = engine_launcher(settings, checkpoint)
         launcher.launch()  # it loads while this process imports

@@ -320,7 +320,7 @@ def _serve_engine_and_gateways(
             failures.append(error)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    checkpoint = open_checkpoint(settings.model, settings.revision)
+    checkpoint = open_checkpoint(settings.model, settings.revision, settings.task_name)
     files = file_versions(checkpoint)
     path = _socket_path(folder)
     with socket(AF_UNIX) as listening:
@@ -447,7 +447,7 @@ def gateway_app() -> FastAPI:
 
     path = os.environ.get(ENGINE_SOCKET)
     try:
-        checkpoint = open_checkpoint(settings.model, settings.revision)
+        checkpoint = open_checkpoint(settings.model, settings.revision, settings.task_name)
         engine = None
         if path is not None:
             engine = ProcessEngine(

@@ -175,6 +175,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "taskvec.engineArgs" -}}
 taskvec engine-args '{{ .Values.model.name }}' --cache-dir /cache/taskvec
 {{- with .Values.model.revision }} --revision '{{ . }}'{{ end }}
+{{- with .Values.config.TASKVEC_TASK_NAME }} --task-name '{{ . }}'{{ end }}
 {{- if eq .Values.mode "split" }} --device {{ .Values.engine.device }}
 {{- with .Values.config.TASKVEC_DTYPE }} --dtype {{ . }}{{ end }}
 {{- with .Values.config.TASKVEC_MAX_TOKENS }} --max-tokens {{ int64 . }}{{ end }}

@@ -247,7 +247,16 @@ FIELDS = [
     *("texts", "inputs", "input", "images", "model", "input_type", "embedding_types", "truncate"),
     *("output_dimension", "max_tokens", "priority", "options", "dimensions", "keep_alive"),
     *("prompt", "normalize", "prompt_name", "truncation_direction", "encoding_format", "content"),
-    *("requests", "taskType", "title", "outputDimensionality", "task", "embedding_type", "user"),
+    *(
+        "requests",
+        "taskType",
+        "title",
+        "autoTruncate",
+        "outputDimensionality",
+        "task",
+        "embedding_type",
+        "user",
+    ),
     *("parameters", "", "\ud800", "unknown"),
 ]
 ODD: list[Any] = [

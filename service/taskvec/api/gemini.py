@@ -42,7 +42,7 @@ UNSPECIFIED = "TASK_TYPE_UNSPECIFIED"
 
 TYPE_FIELDS = ("taskType", "task_type")
 DIMENSION_FIELDS = ("outputDimensionality", "output_dimensionality")
-TRUNCATE_FIELDS = ("autoTruncate", "auto_truncate")
+AUTO_TRUNCATE = ("autoTruncate", "auto_truncate")
 """Each field in the two spellings that the API reads."""
 
 UNSERVED = {
@@ -137,7 +137,7 @@ class GeminiDialect:
         else:
             requests, places = [body], [""]
         texts = [self._text(request, at) for request, at in zip(requests, places, strict=True)]
-        truncate = _same(requests, places, TRUNCATE_FIELDS, fields.boolean)
+        truncate = _same(requests, places, AUTO_TRUNCATE, _auto_truncate)
         job = text_job.text_job(
             texts,
             self._task(suffix, _same(requests, places, TYPE_FIELDS, _task_type)),
@@ -212,6 +212,16 @@ def _same(
 def _task_type(value: Any, field: str) -> str:
     allowed = (*TASK_TYPES, UNSPECIFIED)
     return text_job.choice(value, field, allowed, code="unknown_task")
+
+
+def _auto_truncate(value: Any, field: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise InvalidRequestError(
+        f"{field} must be true or false, got {fields.type_name(value)}.",
+        code="invalid_truncate",
+        param=field,
+    )
 
 
 def _dimensions(value: Any, field: str) -> int:
@@ -307,7 +317,7 @@ def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> 
             "content": {"type": "object", "required": ["parts"], "properties": {"parts": parts}},
             **dict.fromkeys(TYPE_FIELDS, task_type),
             **dict.fromkeys(DIMENSION_FIELDS, dimensions),
-            **dict.fromkeys(TRUNCATE_FIELDS, flag),
+            **dict.fromkeys(AUTO_TRUNCATE, flag),
             "model": {"type": ["string", "null"], "description": "The model of the path."},
             **dict.fromkeys(UNSERVED, unserved),
         },

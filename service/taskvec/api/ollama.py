@@ -163,7 +163,7 @@ def required_model(body: Mapping[str, Any], *spellings: str) -> str:
     Raises:
         InvalidRequestError: no name, or no string.
     """
-    name = fields.agreed(body, spellings, lambda value, field: fields.string(value, field) or "")
+    name = fields.agreed(body, spellings, _model_name)
     if not name:
         raise InvalidRequestError(
             "The field model is missing: send the name of the served model.",
@@ -171,6 +171,10 @@ def required_model(body: Mapping[str, Any], *spellings: str) -> str:
             param="model",
         )
     return name
+
+
+def _model_name(value: Any, field: str) -> str:
+    return fields.string(value, field, code="invalid_model") or ""
 
 
 def check_options(value: Any, max_tokens: int) -> None:

@@ -142,7 +142,7 @@ async def test_a_body_that_is_no_object(client: httpx.AsyncClient, content: str)
         ([[]], "invalid_input", "input[0]"),
         ([[None]], "invalid_input", "input[0]"),
         (["a"] * 7 + [{"image": "x"}], "unsupported_field", "input[7].image"),
-        (["a"] * 7 + [{"title": "x"}], "invalid_input", "input[7]"),
+        (["a"] * 7 + [{"name": "x"}], "invalid_input", "input[7]"),
         (["a"] * 2049, "too_many_inputs", "input"),
         ("word " * 3000, "input_too_long", "input[0]"),
         (["a", "word " * 3000], "input_too_long", "input[1]"),

@@ -81,6 +81,8 @@ async def test_every_route_asks_for_a_key(
             answer = await asked({"authorization": wrong})
             assert answer.status_code == 401
         check_refused(await asked({"api-key": "wrong"}), "invalid_api_key")
+        empty = await asked({"authorization": "Bearer ", "api-key": "s3cret"})
+        assert empty.status_code == (415 if path == WIRE_PATH else 200)
         both = {"api-key": "s3cret", "authorization": "Bearer x"}
         check_refused(await asked(both), "invalid_api_key")
         for header in ("Authorization: Bearer s3cret", "api-key: s3cret", "x-api-key: s3cret"):

@@ -122,13 +122,14 @@ async def test_similarity(service: tuple[httpx.AsyncClient, FakeEngine]) -> None
 @pytest.mark.anyio
 async def test_info(default_checkpoint: Checkpoint) -> None:
     """/info describes the model, and needs a key if there are any."""
-    async with fake_service(default_checkpoint, api_keys="web=s3cret") as (client, _):
+    async with fake_service(default_checkpoint, api_keys="web=s3cret") as (client, engine):
         refused = await client.get("/info")
         assert refused.status_code == 401
         assert "API key" in tei_message(refused.json())
         body = (await client.get("/info", headers={"authorization": "Bearer s3cret"})).json()
     assert body["model_id"] == "taskvec-mini"
     assert body["max_input_length"] == body["max_client_batch_size"] == 2048
+    assert body.get("max_batch_tokens", 0) == engine.batch_tokens
     assert "embedding" in body["model_type"]
 
 

@@ -68,7 +68,7 @@ class ApiKeyAuth:
         """
         secret = _secret(scope["headers"])
         if secret is None and in_query:
-            secret = next(iter(parse_qs(scope["query_string"]).get(b"key", ())), None)
+            secret = _secret_in_query(scope["query_string"])
         if secret is None:
             raise AuthenticationError(
                 "This server requires an API key: send it as Authorization: Bearer KEY, or in the "
@@ -166,12 +166,20 @@ def _network(address: str) -> str:
     return str(parsed.ipv4_mapped or parsed.exploded[:19])
 
 
+def _secret_in_query(query: bytes) -> bytes | None:
+    """Return the key in a URL; parsed as text, for Python parses only ASCII from bytes."""
+    values = parse_qs(query.decode("latin-1"), encoding="latin-1").get("key")
+    return values[0].encode("latin-1") if values else None
+
+
 def _secret(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """Return the key that a request carries; a bearer token takes precedence."""
+    """Return the key that a request carries; a bearer token, if not empty, takes precedence."""
     secret = None
     for name, value in headers:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return value[7:].strip()
+            token = value[7:].strip()
+            if token:  # Open WebUI sends an empty one where it has no key
+                return token
         if name in KEY_HEADERS and secret is None:
             secret = value
     return secret

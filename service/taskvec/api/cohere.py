@@ -45,7 +45,7 @@ UNSERVED = {
 }
 """Fields that would change vectors, and what to use instead."""
 
-START_REFUSED = "truncate: END, or shorten it yourself, as truncate: START is not served"
+START_REFUSED = "truncate: END (truncate: START is not served)"
 
 MAX_PRIORITY = 999
 

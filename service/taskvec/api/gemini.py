@@ -140,13 +140,16 @@ class GeminiDialect:
         truncate = _same(requests, places, AUTO_TRUNCATE, _auto_truncate)
         job = text_job.text_job(
             texts,
-            self._task(suffix, _same(requests, places, TYPE_FIELDS, _task_type)),
+            [
+                self._task(suffix, fields.agreed(request, TYPE_FIELDS, _task_type))
+                for request in requests
+            ],
             headers,
             key,
             self._limits,
             truncate=bool(truncate),
             field=field,
-            truncation="autoTruncate: true",
+            truncation="autoTruncate: true, if your client can",
         )
         dimensions = _same(requests, places, DIMENSION_FIELDS, _dimensions)
         output = OutputFormat(

@@ -28,10 +28,7 @@ EMBED, ROOT, SIMILARITY, INFO = "/embed", "/", "/similarity", "/info"
 
 DIRECTIONS = ("right", "left")
 
-LEFT_REFUSED = (
-    "truncate: true with truncation_direction: right, or shorten it yourself, as "
-    "truncation_direction: left is not served"
-)
+LEFT_REFUSED = "truncation_direction: right (truncation_direction: left is not served)"
 
 TASK_BY_PROMPT = {
     field: "name the task by prompt_name"
@@ -251,18 +248,18 @@ def _info_route(service: Service, limits: RequestLimits) -> Route:
     body = {
         "model_id": service.names.primary,
         "model_sha": card.revision,
-        "model_dtype": service.settings.dtype.value,
         "model_type": {"embedding": {"pooling": "last_token"}},
         "max_input_length": service.embedder.max_tokens,
         "max_client_batch_size": limits.texts,
         "max_concurrent_requests": service.settings.max_queue_requests,
-        "max_batch_tokens": service.engine.batch_tokens,
         "auto_truncate": False,
         "version": __version__,
     }
 
     async def info(_: Request) -> Response:
-        return Response(orjson.dumps(body), media_type="application/json")
+        batch_tokens = service.engine.batch_tokens  # 0 until the engine is ready
+        known = {"max_batch_tokens": batch_tokens} if batch_tokens else {}
+        return Response(orjson.dumps(body | known), media_type="application/json")
 
     return Route(
         path=INFO,

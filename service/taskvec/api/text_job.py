@@ -128,7 +128,7 @@ def refuse_unserved(body: Mapping[str, Any], reasons: Mapping[str, str]) -> None
 
 def text_job(
     inputs: Sequence[str],
-    task: Task,
+    task: Task | Sequence[Task],
     headers: Mapping[str, str],
     key: Key | None,
     limits: RequestLimits,
@@ -141,7 +141,7 @@ def text_job(
 
     Args:
         inputs: texts.
-        task: of all of them.
+        task: of all of them, or of each.
         headers: of the request; may set its time and its priority.
         key: API key of the request.
         limits: limits of a request.
@@ -149,9 +149,11 @@ def text_job(
         field: the client's name of the texts, for errors.
         truncation: what the client sends to have texts truncated, for errors.
     """
+    tasks = [task] if isinstance(task, Task) else task
     return EmbedJob(
         inputs=inputs,
-        task=task,
+        task=tasks[0],
+        tasks=tasks if len(set(tasks)) > 1 else None,
         truncate=truncate,
         deadline=time.monotonic() + request_timeout(headers, limits.seconds),
         priority=request_priority(headers, key),

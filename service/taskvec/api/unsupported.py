@@ -51,6 +51,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "input_audio": _TEXT_ONLY,
     "pdf": _TEXT_ONLY,
     "modality": _TEXT_ONLY,
+    "title": "write the title before the text",
     "messages": "send the texts in input",
     "inputs": "send the texts in input",
     "pooling": "the checkpoint decides how tokens become a vector",

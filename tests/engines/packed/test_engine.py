@@ -121,6 +121,20 @@ async def test_a_small_request_overtakes_a_big_one(checkpoint: Checkpoint) -> No
 
 
 @pytest.mark.anyio
+async def test_the_queue_is_reported_empty_when_its_only_request_is_cancelled(
+    checkpoint: Checkpoint,
+) -> None:
+    """No further request is needed for it."""
+    options = replace(FP32, max_batch_tokens=512)
+    async with recording(checkpoint, options) as (engine, recorder):
+        big = await big_request_under_way(engine, recorder)
+        big.cancel()
+        async with asyncio.timeout(20):
+            while recorder.queued != (0, 0):
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.anyio
 async def test_cancelled_texts_leave_the_queue(checkpoint: Checkpoint) -> None:
     """The queued texts of a cancelled request are dropped."""
     options = replace(FP32, max_batch_tokens=512)

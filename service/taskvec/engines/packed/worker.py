@@ -143,6 +143,8 @@ class WaitingRequests:
         for request, texts in expired:
             self.report_dropped(DropReason.EXPIRED, texts, request)
             request.answer(DeadlineExceededError("The request's deadline passed in the queue."))
+        if cancelled or expired:
+            self.report()  # here: nothing may be left to take, and the lane waits
         return bool(cancelled or expired)
 
     def fail(self, failed: Iterable[Request], error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Answers before a body is read: clients that are still sending get them, and gain nothing by it."""
+"""Answers before a body is read arrive, and a client gains nothing by sending on."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def limited(
     """Serve; if the key may send one request a minute, send that one."""
     with served(checkpoint, **settings) as service:
         if "key_requests_per_minute" in settings:
-            avoid_the_end_of_a_minute(20)
+            avoid_the_end_of_a_minute(10)
             url = f"http{'s' if verify else ''}://127.0.0.1:{service.port}{PATH}"
             headers = dict([KEY.split(": ")])
             context: Any = verify or True

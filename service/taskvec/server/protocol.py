@@ -153,7 +153,8 @@ class ConnectionSlots:
     def evict_idle(self) -> bool:
         """Close a lingering connection, the longest idle one, or the oldest of many TLS handshakes.
 
-        A lingering connection has its answer. In a slow-request attack, the longest idle connections are the attacker's: a client that
+        A lingering connection has its answer.
+        In a slow-request attack, the longest idle connections are the attacker's: a client that
         sends complete requests has only just become idle. A handshake takes milliseconds: where
         they hold a large share of the slots, the oldest ones are an attacker's as well.
 

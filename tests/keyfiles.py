@@ -21,13 +21,13 @@ def entry(name: str, secret: str, **limits: object) -> str:
     return "\n".join(lines) + "\n"
 
 
-def avoid_the_end_of_a_minute() -> None:
-    """Wait for the next minute of the clock if this one ends within 5 seconds.
+def avoid_the_end_of_a_minute(seconds: float = 5) -> None:
+    """Wait for the next minute of the clock if this one ends within so many seconds.
 
     Limits in memory count by minutes of the clock, so a test that crosses one sees other counts.
     """
     left = 60 - time.time() % 60
-    if left < 5:
+    if left < seconds:
         time.sleep(left)
 
 

@@ -22,7 +22,11 @@ class Connection:
 def slots(connections: int) -> ConnectionSlots:
     return ConnectionSlots(
         ConnectionLimits(
-            header_seconds=1, header_bytes=1, answer_seconds=1, connections=connections
+            header_seconds=1,
+            header_bytes=1,
+            answer_seconds=1,
+            connections=connections,
+            discarded_bytes=1,
         )
     )
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import httptools
 import structlog
@@ -30,6 +30,7 @@ from taskvec.errors import (
     TaskvecError,
     UnavailableError,
 )
+from taskvec.server.lingering import MAX_LINGERING, LingeringClose
 
 PROBE_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})
 """Routes answered even above the connection limit, so that a full server does not look dead."""
@@ -54,6 +55,11 @@ between them is still accepted."""
 
 MAX_UNCOUNTED_BYTES = 16_384
 """What a client has not read of a response counts against the memory budget beyond this."""
+
+MAX_KEPT_REST = 65_536
+"""If more than this of a request's body has not arrived when it is answered, its connection is
+closed; a shorter rest is read and the connection kept. A client that sees ``Connection: close`` may
+stop sending."""
 
 TRANSFER_CODING = b"transfer-encoding"
 
@@ -81,12 +87,14 @@ class ConnectionLimits(NamedTuple):
         header_bytes: maximum size of a request's headers, and of a body's trailers.
         answer_seconds: time in which a client must read a response.
         connections: maximum number of connections.
+        discarded_bytes: maximum number of bytes that are discarded after a refused request.
     """
 
     header_seconds: float
     header_bytes: int
     answer_seconds: float
     connections: int
+    discarded_bytes: int
 
 
 class Closable(Protocol):
@@ -104,7 +112,7 @@ class ConnectionSlots:
     """Connection slots of one process, and its idle connections, longest idle first.
 
     A connection is idle until its first request is complete, and between requests. During its TLS
-    handshake it is listed apart.
+    handshake it is listed apart, as it is while it lingers: it was answered and is to be closed.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -112,6 +120,7 @@ class ConnectionSlots:
         self.limits = limits
         self._idle: dict[Closable, None] = {}
         self._handshakes: dict[Closable, None] = {}
+        self._lingering: dict[Closable, None] = {}
         self._warned_at = -WARN_INTERVAL
 
     def mark_handshake(self, connection: Closable) -> None:
@@ -123,14 +132,28 @@ class ConnectionSlots:
         self.mark_busy(connection)
         self._idle[connection] = None
 
+    def mark_lingering(self, connection: Closable) -> None:
+        """Append a connection to the lingering ones; beyond their limit, close the oldest."""
+        self.mark_busy(connection)
+        self._lingering[connection] = None
+        if len(self._lingering) > MAX_LINGERING:
+            next(iter(self._lingering)).close()
+
+    @property
+    def lingering(self) -> int:
+        """Number of lingering connections."""
+        return len(self._lingering)
+
     def mark_busy(self, connection: Closable) -> None:
         """Remove a connection that has a request in progress, or is closed."""
         self._idle.pop(connection, None)
         self._handshakes.pop(connection, None)
+        self._lingering.pop(connection, None)
 
     def evict_idle(self) -> bool:
-        """Close the connection that has been idle longest, or the oldest of many TLS handshakes.
+        """Close a lingering connection, the longest idle one, or the oldest of many TLS handshakes.
 
+        A lingering connection has its answer.
         In a slow-request attack, the longest idle connections are the attacker's: a client that
         sends complete requests has only just become idle. A handshake takes milliseconds: where
         they hold a large share of the slots, the oldest ones are an attacker's as well.
@@ -144,7 +167,7 @@ class ConnectionSlots:
             log.warning("too_many_connections", limit=self.limits.connections)
         many = len(self._handshakes) > self.limits.connections * MAX_HANDSHAKE_SHARE
         order = (self._handshakes, self._idle) if many else (self._idle, self._handshakes)
-        for connections in order:
+        for connections in (self._lingering, *order):
             for connection in connections:
                 if connection.flushed:
                     connection.close()
@@ -174,6 +197,21 @@ class Timer:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
+
+
+class ResponseTransport:
+    """Transport that uvicorn writes a response to; closing it may be delayed."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        """Wrap a transport.
+
+        Args:
+            transport: of the connection.
+            close: called by uvicorn after the last response.
+        """
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = close
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -206,6 +244,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._unread: MemoryHold | None = None
         self._socket_transport: asyncio.Transport | None = None
+        self._response_transport: ResponseTransport | None = None
+        self._lingering: LingeringClose | None = None
+        self._kept_if_read = False
+        self._stopping = False
 
     @property
     def answer_seconds(self) -> float:
@@ -235,6 +277,7 @@ class HttpProtocol(HttpToolsProtocol):
         # Over TLS, the transport above encrypts and passes on whatever is written.
         self._socket_transport = self._socket_transport or transport
         self._socket_transport.set_write_buffer_limits(high=MAX_UNCOUNTED_BYTES, low=0)
+        self._response_transport = ResponseTransport(transport, self._close_after_response)
         self._slots.mark_idle(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -246,6 +289,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._header_timer.stop()
         self._answer_timer.stop()
         self._close_timer.stop()
+        self._stop_lingering()
         self._release_unread()
 
     @property
@@ -254,20 +298,24 @@ class HttpProtocol(HttpToolsProtocol):
         return not self._unsent_bytes()
 
     def close(self) -> None:
-        """Close an idle connection and free its slot at once."""
+        """Close an idle or lingering connection and free its slot at once."""
         self.connections.discard(self)
         self._slots.mark_busy(self)
+        self._stop_lingering()
         self.transport.abort()
 
     def shutdown(self) -> None:
-        """Shut down; a connection whose first request is still arriving gets a moment longer."""
-        if self.cycle is None:
+        """Shut down; while a first request, or the rest of a refused one, arrives, a bit later."""
+        self._stopping = True
+        if self.cycle is None or self._lingering is not None:
             self.loop.call_later(FIRST_REQUEST_SECONDS, self._shutdown)
         else:
             self._shutdown()
 
     def data_received(self, data: bytes) -> None:
         """Parse data; refuse malformed HTTP, and what is beyond its limit. Then parse no more."""
+        if self._lingering is not None:
+            self._lingering.discard(len(data), self._slots.lingering)
         if self._refused:
             return
         self._unparsed_bytes += len(data)
@@ -282,6 +330,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(headers_too_large(self._limits.header_bytes))
         if self._reading_request and self.cycle is not None and self.cycle.response_complete:
             self._header_timer.start()
+        elif self._reading_request and not self._reading_headers and not self._refused:
+            self._close_unless_read()
 
     def on_message_begin(self) -> None:
         """Start reading a request; the time of an idle connection ends only here."""
@@ -320,6 +370,7 @@ class HttpProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop_parsing(too_many_pipelined())
         super().on_headers_complete()
+        self.cycle.transport = cast("asyncio.Transport", self._response_transport)
 
     def on_body(self, body: bytes) -> None:
         """Hand a piece of the body to the application."""
@@ -336,6 +387,9 @@ class HttpProtocol(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._reading_request = False
+        if self._kept_if_read:
+            self.cycle.keep_alive = not self.cycle.response_started
+            self._kept_if_read = False
         if self.cycle.response_complete:
             self._header_timer.stop()
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -346,6 +400,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Mark the connection as idle, or wait for the client to read its last response."""
+        if self._lingering is not None:
+            self.server_state.total_requests += 1
+            return
         super().on_response_complete()
         if self.transport.is_closing():
             self._time_close()
@@ -376,9 +433,66 @@ class HttpProtocol(HttpToolsProtocol):
         self._abort()
 
     def _shutdown(self) -> None:
+        if self._lingering is not None:
+            self._end_lingering()
+            return
+        self._kept_if_read = False
         super().shutdown()
         if self.transport.is_closing():
             self._time_close()
+
+    def _close_unless_read(self) -> None:
+        """Close the connection after the response if it starts before the rest of the body arrives.
+
+        The body of a client that waits for ``100 Continue`` may never come.
+        """
+        cycle = self.cycle
+        unanswered = cycle.keep_alive and not cycle.response_started
+        if unanswered and (cycle.waiting_for_100_continue or self._has_long_rest()):
+            cycle.keep_alive, self._kept_if_read = False, True
+
+    def _has_long_rest(self) -> bool:
+        """Return whether more of the body is to come than is read to keep a connection."""
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        return not lengths or int(lengths[0]) - self._body_bytes > MAX_KEPT_REST
+
+    def _close_after_response(self) -> None:
+        """Close after the last response; linger if the client may still be sending."""
+        if self._lingering is not None:
+            return
+        unread = self._reading_request or self._refused or self.flow.read_paused
+        if unread and self._running is not None and self._running.response_complete:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Half-close, and discard what the client still sends: the answer would be lost else."""
+        if self.transport.is_closing():
+            return
+        self._refused = True
+        self._header_timer.stop()
+        self._unset_keepalive_if_required()
+        if self.cycle is not None:
+            self.cycle.body = bytearray()
+        if self.transport.can_write_eof():  # not over TLS
+            self.transport.write_eof()
+        self._lingering = LingeringClose(
+            self.loop, self.flow, self._limits.discarded_bytes, self._end_lingering
+        )
+        self._slots.mark_lingering(self)
+        if self._stopping:
+            self.loop.call_later(FIRST_REQUEST_SECONDS, self._shutdown)
+
+    def _end_lingering(self) -> None:
+        """Close; what the client has not read of earlier responses has the answer timeout."""
+        self._stop_lingering()
+        self.transport.close()
+        self._time_close()
+
+    def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.stop()
 
     def _time_close(self) -> None:
         """Limit the time for a client to read what is left, or else to answer the end of TLS."""
@@ -477,12 +591,12 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.write(closing_bytes(error))
         if invalid is not None:
             self._disconnect(invalid)  # what the application still sends is not to be written
-        self.transport.close()
-        self._time_close()
+        self._linger()
 
     @staticmethod
     def _disconnect(cycle: RequestResponseCycle) -> None:
         cycle.disconnected = True
+        cycle.waiting_for_100_continue = False
         cycle.message_event.set()
 
     def _abort(self) -> None:

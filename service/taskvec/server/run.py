@@ -21,6 +21,7 @@ from taskvec.malloc import SERVING, tune_malloc
 from taskvec.open_files import divide_open_files
 from taskvec.server.certificate import check_certificate
 from taskvec.server.engine_process import engine_launcher
+from taskvec.server.lingering import BYTES_BEYOND_BODY
 from taskvec.server.listen import bind, trusted_proxies
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
 from taskvec.server.shutdown import GracefulServer, on_hangup
@@ -144,6 +145,7 @@ def server_options(settings: Settings) -> dict[str, Any]:
         connections=divide_open_files(
             settings.max_connections, remote=settings.engine is EngineKind.REMOTE
         ).clients,
+        discarded_bytes=settings.max_body_bytes + BYTES_BEYOND_BODY,
     )
     return {
         "ssl_certfile": settings.tls_cert,

@@ -48,6 +48,16 @@ PROGRAMS = {
         ),
         0,
     ),
+    "much work in a daemon thread": (  # which has reached the engine, and takes a minute
+        (
+            "import threading, time\n"
+            "texts = ['word ' * 1900] * 4000\n"
+            "threading.Thread(target=e.embed, args=(texts,), daemon=True).start()\n"
+            "while not e._engine._waiting.queue.texts:\n    time.sleep(0.01)\n"
+            "time.sleep(0.5)"
+        ),
+        0,
+    ),
     "multiprocessing": (
         (
             "import multiprocessing\nfork = multiprocessing.get_context('fork')\n"

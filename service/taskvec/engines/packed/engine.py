@@ -171,13 +171,17 @@ class PackedEngine:
             self._health = EngineHealth(EngineState.DEAD, "stopped")
 
     def stop_at_exit(self, seconds: float) -> None:
-        """Let the threads end after the batches that they compute, and wait for them for a while.
+        """Drop what waits, let the threads end after their batches, and wait for a while.
 
         Unlike ``stop``, it needs no event loop and no thread pool: they end before the interpreter.
         """
         limit = time.monotonic() + seconds
         with self._waiting.lock:
+            self._health = EngineHealth(EngineState.STOPPING, "the program ends")
             self._waiting.stopping = True
+            # The interpreter aborts the process if a thread still computes when it ends.
+            for request in self._waiting.queue.clear(Priority):
+                request.withdrawn = True
             self._notify()
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -23,6 +23,9 @@ from conftest import free_port, wait_until
 TASKS = ["retrieval.query", "retrieval.passage", "text-matching", "clustering", "classification"]
 TEXTS = ["one", "two words", "and a text that is rather longer than the others " * 3]
 EXACT = ("--dtype", "float32", "--log-level", "error")
+NOT_MEASURED = ("--max-queue-tokens", "1000000")
+"""With a fixed limit the engine's speed is not measured: all its work is that of the test."""
+
 MODULE = ("-m", "taskvec")
 
 

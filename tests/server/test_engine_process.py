@@ -22,6 +22,7 @@ from conftest import free_port
 from processes import (
     EXACT,
     MODULE,
+    NOT_MEASURED,
     TASKS,
     TEXTS,
     Load,
@@ -47,14 +48,14 @@ RAW = "application/octet-stream"
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
     """A server with its engine in a process of its own, as is the default."""
-    with served(*EXACT) as server:
+    with served(*NOT_MEASURED, *EXACT) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def in_process() -> Iterator[Served]:
     """A server of one process."""
-    with served("--in-process", *EXACT) as server:
+    with served("--in-process", *NOT_MEASURED, *EXACT) as server:
         yield server
 
 

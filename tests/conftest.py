@@ -93,7 +93,9 @@ def pytest_configure(config: pytest.Config) -> None:
         max_examples=int(share * ALL_EXAMPLES),
     )
     hypothesis_settings.load_profile("taskvec")
-    config.addinivalue_line("markers", "sheds_by_lag: a late event loop refuses requests")
+    config.addinivalue_line(
+        "markers", "sheds_by_lag: an event loop that stays late refuses requests"
+    )
     config.addinivalue_line("markers", "full(reason): `make test` leaves it to `make test-all`")
     wheel = config.getoption("--wheel")
     if wheel is not None:
@@ -253,9 +255,9 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_shedding_by_lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not refuse requests while the event loop is late: here it runs the clients as well."""
+    """Do not refuse requests while the event loop stays late: here it runs the clients as well."""
     if request.node.get_closest_marker("sheds_by_lag") is None:
-        monkeypatch.setattr("taskvec.api.load_shedding.MAX_LAG", math.inf)
+        monkeypatch.setattr("taskvec.api.load_shedding.MAX_STANDING_DELAY", math.inf)
 
 
 def examples(number: int) -> int:

@@ -10,7 +10,12 @@ from typing import NamedTuple
 import structlog
 
 OTHER_FILES = 128
-"""Open files besides connections of clients and to engine servers: weights, pipes, Redis."""
+"""Open files besides connections of clients and to engine servers: weights, pipes, Redis, and
+``MIN_CONNECTING`` connections that are being accepted."""
+
+MIN_CONNECTING, MAX_CONNECTING = 64, 256
+"""Number of connections that may be accepted and not yet set up, where few and where many files may
+be open. Connections that are evicted for them give their files back only then."""
 
 MAX_ENGINE_CONNECTIONS = 512
 """Maximum connections of one process to engine servers."""
@@ -35,10 +40,12 @@ class FileShares(NamedTuple):
     Attributes:
         clients: connections of clients.
         engines: connections to engine servers.
+        connecting: connections of clients, in addition, that are accepted and not yet set up.
     """
 
     clients: int
     engines: int
+    connecting: int
 
 
 def divide_open_files(connections: int, *, remote: bool) -> FileShares:
@@ -52,12 +59,16 @@ def divide_open_files(connections: int, *, remote: bool) -> FileShares:
         remote: whether the process calls engine servers.
     """
     engines = MAX_ENGINE_CONNECTIONS if remote else 0
-    allowed = _raise_soft_limit(connections + engines + OTHER_FILES)
+    more_connecting = MAX_CONNECTING - MIN_CONNECTING
+    allowed = _raise_soft_limit(connections + engines + OTHER_FILES + more_connecting)
     available = max(1, allowed - OTHER_FILES)
-    if available >= connections + engines:
-        return FileShares(connections, engines)
+    spare = available - connections - engines
+    if spare >= 0:
+        connecting = MIN_CONNECTING + min(spare, more_connecting)
+        return FileShares(connections, engines, connecting)
     engines = min(engines, max(MIN_ENGINE_CONNECTIONS, available // 4))
-    return FileShares(max(1, min(connections, available - engines)), engines)
+    clients = max(1, min(connections, available - engines))
+    return FileShares(clients, engines, MIN_CONNECTING)
 
 
 def out_of_files(error: BaseException | None) -> bool:

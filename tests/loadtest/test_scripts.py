@@ -20,6 +20,7 @@ pytestmark = pytest.mark.full("the load tests, each in a short form")
 FOLDER = repository() / "loadtest"
 
 SHORT = {
+    "burst --rounds 1 --busy 0": "burst",
     "crowded --rounds 1 --busy 0 --ways passive --seconds 0.1": "crowded",
     "engine --shape mini --rounds 1 --mixed-texts 16": "engine-mini",
     "engine_process --rounds 1 --requests 5 --seconds 0.5": "engine-process",
@@ -28,6 +29,7 @@ SHORT = {
     "latency --starts 1 --requests 5": "latency",
     "load --seconds 1 --scenarios mixed --levels 0.5 --name load": "load",
     "overload --seconds 2 --rounds 1": "overload",
+    "overload --texts 1 --times 1.2 --seconds 2 --rounds 1 --name single": "single",
     "own_time --rounds 1": "own-time",
     "parity": "parity",
     "remote --rounds 1 --seconds 1": "remote",

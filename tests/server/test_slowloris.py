@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from processes import EXACT, Served, served, wait_for
-from taskvec.server.event_loop import MAX_CONNECTING
+from taskvec.open_files import MAX_CONNECTING
 
 pytestmark = pytest.mark.full("failures, restarts and several processes of running servers")
 

@@ -18,13 +18,15 @@ from taskvec.errors import InvalidRequestError, QueueFullError
 from taskvec.priority import Priority
 from taskvec.telemetry.event_loop_lag import EventLoopLag
 
-MAX_LAG = 0.15
-"""Seconds of event-loop lag above which requests are refused. Requests that a slow iteration has
-not read yet are then refused cheaply, so it ends soon and admitted requests continue."""
+MAX_STANDING_DELAY = 1.0
+"""Seconds of standing delay above which requests are refused. A burst makes an iteration late, and
+is answered; while more requests arrive than can be read, iteration after iteration is late.
+Requests that a late iteration has not read yet are then refused cheaply, so it ends soon and
+admitted requests continue."""
 
 
 class LoadShedder:
-    """Refuses embedding requests when queue or memory is full, or the event loop is late."""
+    """Refuses embedding requests when queue or memory is full, or the event loop stays late."""
 
     def __init__(
         self,
@@ -47,20 +49,20 @@ class LoadShedder:
             key: its API key; decides the priority class of a request that names none.
 
         Raises:
-            QueueFullError: the queue of its class is full, memory is short, or the event loop is
-                late.
+            QueueFullError: the queue of its class is full, memory is short, or the event loop
+                stays late.
             UnavailableError: under overload, the service is draining or the engine cannot embed;
                 otherwise ``ServiceHealth.work`` refuses these.
         """
-        lag = self._lag.seconds
+        delay = self._lag.standing_delay
         pressure = self._pressure.level
-        if self._admission.accepting and lag <= MAX_LAG and not pressure:
+        if self._admission.accepting and delay <= MAX_STANDING_DELAY and not pressure:
             return
         self._health.require_open()
-        if lag > MAX_LAG:
+        if delay > MAX_STANDING_DELAY:
             raise QueueFullError(
-                f"This process receives more requests than it can read and is {lag:.1f} seconds "
-                "behind: send the request again later.",
+                "This process has been receiving more requests than it can read for "
+                f"{delay:.1f} seconds: send the request again later.",
                 retry_after=1.0,
             )
         headers = header_dict(scope)

@@ -14,12 +14,10 @@ from typing import Any, Protocol, cast
 import uvloop
 from uvloop.loop import SSLProtocol  # type: ignore[attr-defined] # not in its stubs
 
+from taskvec.open_files import MIN_CONNECTING
+
 SECONDS_PER_CONNECTION = 0.00025
 """One more connection is accepted for each such interval of the last loop iteration."""
-
-MAX_CONNECTING = 64
-"""Maximum number of connections that are accepted and not yet set up. Connections that are evicted
-for them give their files back only then, so that many files must be free beyond the limit."""
 
 RETRY_SECONDS = 1.0
 """Pause in accepting after the process ran out of file descriptors."""
@@ -61,7 +59,12 @@ class BatchAcceptLoop(uvloop.Loop):
 
     With TLS, the factory must make protocols that are ``HandshakeObserver``: a connection in its
     handshake takes a file and must be counted and timed like any other.
+
+    Attributes:
+        max_connecting: maximum number of connections that are accepted and not yet set up.
     """
+
+    max_connecting = MIN_CONNECTING
 
     async def create_server(  # type: ignore[override]
         self,
@@ -79,6 +82,13 @@ class BatchAcceptLoop(uvloop.Loop):
         tls = _TlsFactory(self, ssl, cast("Callable[[], HandshakeObserver]", protocol_factory))
         server = await super().create_server(tls, *address, **options)
         return BatchAcceptServer(self, server, tls)
+
+
+def accept_loop(max_connecting: int) -> BatchAcceptLoop:
+    """Return a new loop with this maximum number of connections that are being accepted."""
+    loop = BatchAcceptLoop()
+    loop.max_connecting = max_connecting
+    return loop
 
 
 class _TlsHandshake(asyncio.Protocol):
@@ -167,7 +177,7 @@ class BatchAcceptServer(asyncio.AbstractServer):
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: BatchAcceptLoop,
         server: Any,
         protocol_factory: ProtocolFactory,
     ) -> None:
@@ -195,7 +205,7 @@ class BatchAcceptServer(asyncio.AbstractServer):
         for listening in self._called_at:
             self._loop.remove_reader(listening)
             with suppress(OSError):
-                self._take(listening, MAX_CONNECTING)
+                self._take(listening, MIN_CONNECTING)
             listening.close()
         self._called_at.clear()
         self._server.close()
@@ -242,7 +252,7 @@ class BatchAcceptServer(asyncio.AbstractServer):
         Raises:
             OSError: the process has no file left for another one.
         """
-        for _ in range(min(connections, MAX_CONNECTING - len(self._connecting))):
+        for _ in range(min(connections, self._loop.max_connecting - len(self._connecting))):
             try:
                 connection, _address = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):

@@ -21,6 +21,7 @@ from taskvec.malloc import SERVING, tune_malloc
 from taskvec.open_files import divide_open_files
 from taskvec.server.certificate import check_certificate
 from taskvec.server.engine_process import engine_launcher
+from taskvec.server.event_loop import accept_loop
 from taskvec.server.lingering import BYTES_BEYOND_BODY
 from taskvec.server.listen import bind, trusted_proxies
 from taskvec.server.protocol import ConnectionLimits, ConnectionSlots, HttpProtocol
@@ -138,20 +139,19 @@ def server_options(settings: Settings) -> dict[str, Any]:
     Also raises the limit of open files and shortens the interpreter's switch interval.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
+    files = divide_open_files(settings.max_connections, remote=settings.engine is EngineKind.REMOTE)
     limits = ConnectionLimits(
         header_seconds=settings.header_timeout,
         header_bytes=settings.max_header_bytes,
         answer_seconds=settings.answer_timeout,
-        connections=divide_open_files(
-            settings.max_connections, remote=settings.engine is EngineKind.REMOTE
-        ).clients,
+        connections=files.clients,
         discarded_bytes=settings.max_body_bytes + BYTES_BEYOND_BODY,
     )
     return {
         "ssl_certfile": settings.tls_cert,
         "ssl_keyfile": settings.tls_key,
         "http": partial(HttpProtocol, ConnectionSlots(limits)),
-        "loop": "taskvec.server.event_loop:BatchAcceptLoop",
+        "loop": partial(accept_loop, files.connecting),
         "ws": "none",
         "log_config": None,
         "access_log": False,

@@ -14,6 +14,9 @@ lag that it causes. Each takes three microseconds."""
 INTERVALS_PER_REPORT = 25
 """Measurements per report; the largest one is reported."""
 
+LATE = 0.15
+"""Seconds of lag above which a measurement counts as late."""
+
 
 class EventLoopLag:
     """Timer callback that measures how late the event loop runs.
@@ -30,6 +33,7 @@ class EventLoopLag:
         """
         self._report = report
         self._due = math.inf
+        self._late_since: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._longest = 0.0
         self._measured = 0
@@ -38,6 +42,18 @@ class EventLoopLag:
     def seconds(self) -> float:
         """Seconds by which the next measurement is overdue; 0 if it is not due yet."""
         return max(0.0, time.monotonic() - self._due)
+
+    @property
+    def standing_delay(self) -> float:
+        """Seconds for which every measurement has been late; 0 if the next one is not late yet.
+
+        The least delay over a time shows a queue that does not empty, as in CoDel (RFC 8289); a
+        single late measurement shows a burst.
+        """
+        now = time.monotonic()
+        if now - self._due <= LATE:
+            return 0.0
+        return now - (self._due if self._late_since is None else self._late_since)
 
     def start(self) -> None:
         """Measure in the running loop until ``stop``."""
@@ -51,7 +67,12 @@ class EventLoopLag:
         self._due = math.inf
 
     def _measure(self) -> None:
-        self._longest = max(self._longest, self.seconds)
+        lag = self.seconds
+        self._longest = max(self._longest, lag)
+        if lag <= LATE:
+            self._late_since = None
+        elif self._late_since is None:
+            self._late_since = self._due
         self.start()  # first: an error of the report must not end the measurement
         self._measured += 1
         if self._measured == INTERVALS_PER_REPORT:

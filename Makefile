@@ -69,7 +69,7 @@ coverage: $(VENV)/dev.stamp ## Run `make test`, print the branch coverage of eac
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest -q $(TESTED) tests/api tests/core tests/auth tests/telemetry tests/metrics \
+	$(GATEWAY_VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) tests/api tests/core tests/auth tests/telemetry tests/metrics \
 		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/process tests/engines/test_wire.py \
 		tests/checkpoint/test_golden.py
 

@@ -14,6 +14,7 @@ from taskvec.api import (
     openai,
     openai_paths,
     openapi,
+    rerank,
     tei,
 )
 from taskvec.api.auth import ApiKeyAuth
@@ -46,6 +47,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *gemini.routes(service, limits),  # before models: a path begins with that of a model
         *ollama.routes(service, limits),
         *tei.routes(service, limits),
+        *rerank.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),

@@ -163,7 +163,7 @@ def test_each_text_may_have_its_task(embedder: Embedder) -> None:
 def test_wrong_tasks_name_their_position(
     embedder: Embedder, tasks: list[Any], message: str
 ) -> None:
-    """A wrong task, or another number of tasks than of texts, is refused; the message says where."""
+    """A wrong task, or another number of them than of texts, is refused by its position."""
     with pytest.raises(InvalidRequestError, match=message):
         embedder.embed(["a", "b"], tasks)
 

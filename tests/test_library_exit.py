@@ -139,8 +139,8 @@ ASYNC_PROGRAMS = {
     ),
     "forked child that fails": (
         (
-            "import os, sys\npid = os.fork()\nif pid == 0:\n    try:\n        asyncio.run(shape())\n"
-            "    except RuntimeError:\n        sys.exit(7)\n"
+            "import os, sys\npid = os.fork()\nif pid == 0:\n    try:\n"
+            "        asyncio.run(shape())\n    except RuntimeError:\n        sys.exit(7)\n"
             "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
         ),
         7,

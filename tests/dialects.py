@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from taskvec.api.tei import ERROR_TYPES
+
 Message = Callable[[dict[str, Any]], str]
 
 
@@ -53,7 +55,7 @@ def ollama_message(body: dict[str, Any]) -> str:
 
 def tei_message(body: dict[str, Any]) -> str:
     assert set(body) == {"error", "error_type"}
-    assert body["error_type"] in ("Validation", "Empty", "Overloaded", "Unhealthy", "Backend")
+    assert body["error_type"] in ERROR_TYPES
     return str(body["error"])
 
 

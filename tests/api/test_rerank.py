@@ -127,6 +127,7 @@ async def test_the_answer_of_text_embeddings_inference(
         (entry["index"], entry["score"]) for entry in plain
     ]
     assert all(entry["text"] == DOCUMENTS[entry["index"]] for entry in told)
+    assert await post(client, TEI, query=QUERY, texts=DOCUMENTS, top_n=2) == plain[:2]
     answer = await client.post(TEI, json={"query": QUERY, "texts": DOCUMENTS})
     assert int(answer.headers["x-compute-tokens"]) > 10
 

@@ -52,8 +52,8 @@ class Route:
         handler: answers requests.
         method: HTTP method; HEAD is answered as GET, without the body.
         public: needs no API key.
-        embeds: submits work to the engine: it is refused under overload and while draining, counts
-            against the key's limits, and is traced.
+        embeds: submits work to the engine, or only to the tokenizer: it is refused under overload
+            and while draining, counts against the key's limits, and is traced.
         counted: requests appear in the request metrics.
         dialect: API that the requests are counted under; None if the route is of no dialect.
         key_in_query: the parameter ``key`` of the URL may carry the API key.

@@ -326,7 +326,7 @@ class TeiRerank(_Dialect):
                 if output.documents is None
                 else {"index": i, "text": output.documents[i], "score": float(scores[i])}
             )
-            for i in ranking(scores, None).tolist()
+            for i in ranking(scores, output.top).tolist()
         ]
         return tei.json_response(b"[%b]" % b",".join(pieces), tokens)
 
@@ -346,9 +346,6 @@ class TeiRerank(_Dialect):
         )
         names = text_job.two_fields(text_job.alone("query"), listed("texts"))
         return [query], texts, names, texts if returned else None
-
-    def _top(self, body: Mapping[str, Any]) -> int | None:  # noqa: ARG002 - has none
-        return None
 
     def _truncation(self, body: Mapping[str, Any]) -> tuple[bool, str]:
         return tei.truncation(body)
@@ -491,6 +488,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
         **{key: {**at_least, "description": "At least what fits."} for key in MAX_TOKENS},
         **{key: {"enum": [None, False], "description": "Not served."} for key in UNSERVED},
     }
+    top = {"type": ["integer", "null"], "minimum": 1, "description": "Of these at most."}
     cut = {**flag, "description": "Whether texts that are too long are cut, or else refused."}
     if path == TEI:
         texts = {"type": "array", "items": text, "minItems": 1, "maxItems": most}
@@ -499,6 +497,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
             "texts": {**texts, "description": "What to rank."},
             "raw_scores": {**flag, "description": "Without effect: scores are cosines."},
             "return_text": flag,
+            "top_n": top,
             "truncate": cut,
             "truncation_direction": {"enum": [*tei.DIRECTIONS, "Right", "Left", None]},
         }

@@ -16,6 +16,7 @@ from taskvec.api import (
     openapi,
     rerank,
     tei,
+    tokenize,
 )
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
@@ -48,6 +49,7 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *ollama.routes(service, limits),
         *tei.routes(service, limits),
         *rerank.routes(service, limits),
+        *tokenize.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),

@@ -97,8 +97,8 @@ class TeiDialect:
     ) -> tuple[EmbedJob, OutputFormat]:
         """See ``Dialect.read``."""
         body = text_job.json_object(body)
-        inputs, text_name = self._inputs(body)
-        options = self._options(body)
+        inputs, text_name = self.inputs(body)
+        options = self.options(body)
         text_job.refuse_unserved(options, TASK_BY_PROMPT)
         truncate, advice = truncation(options)
         job = text_job.text_job(
@@ -119,14 +119,14 @@ class TeiDialect:
         write_rows(vectors[OutputType.FLOAT], parts)
         return json_response(b"".join(parts), tokens)
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+    def inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
         """Return the texts, and their names for errors."""
         value = body.get("inputs")
         if value is None:
             raise text_job.missing("inputs", "send a string or a list of strings")
         return text_job.text_or_texts(value, "inputs", self.limits.texts)
 
-    def _options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the object that has the options: here the body itself."""
         parameters = body.get("parameters")
         if parameters is not None and parameters != {}:
@@ -138,11 +138,15 @@ class TeiDialect:
         return body
 
     def _task(self, options: Mapping[str, Any]) -> Task:
+        return self.embedder.tasks.choose(self.named_tasks(options))
+
+    def named_tasks(self, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """Return the tasks that options name, by field."""
         prompt = fields.string(options.get("prompt_name"), "prompt_name", code="unknown_task")
         if prompt is not None:
             prompt = INPUT_TYPES.get(prompt, prompt)
         suffix = self.names.task_suffix(fields.string(options.get("model"), "model"))
-        return self.embedder.tasks.choose({"model": suffix, "prompt_name": prompt})
+        return {"model": suffix, "prompt_name": prompt}
 
     def _format(self, options: Mapping[str, Any]) -> OutputFormat:
         dimensions, normalize = options.get("dimensions"), options.get("normalize")
@@ -170,7 +174,7 @@ class TeiSimilarity(TeiDialect):
         rows = vectors[OutputType.FLOAT]
         return json_response(orjson.dumps((rows[1:] @ rows[0]).tolist()), tokens)
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+    def inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
         """Return the texts, the source first, and their names for errors."""
         if body.get("inputs") is None:
             raise text_job.missing("inputs", "send an object with source_sentence and sentences")
@@ -183,7 +187,7 @@ class TeiSimilarity(TeiDialect):
             text_job.alone("inputs.source_sentence"), listed("inputs.sentences")
         )
 
-    def _options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the object that has the options."""
         parameters = body.get("parameters")
         return {} if parameters is None else text_job.json_object(parameters, "parameters")
@@ -280,27 +284,34 @@ def _info_route(service: Service, limits: RequestLimits) -> Route:
     )
 
 
-def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
-    """Return the OpenAPI requestBody, as precise as the parser above."""
-    embedder, names = dialect.embedder, dialect.names
-    tasks = embedder.tasks.names
-    text = {"type": "string", "minLength": 1}
-    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": dialect.limits.texts}
-    flag = {"type": ["boolean", "null"]}
+def task_options(dialect: TeiDialect) -> dict[str, Any]:
+    """Return the JSON schemas of the fields that name a task, and of those that cannot."""
+    names, tasks = dialect.names, dialect.embedder.tasks.names
     prompts = [*tasks, *(name for name, task in INPUT_TYPES.items() if task in tasks)]
     models = [*names.all, *(f"{name}:{task}" for name in names.all for task in tasks)]
-    options: dict[str, Any] = {
-        "truncate": {**flag, "description": "True cuts texts that are too long."},
-        "truncation_direction": {
-            "enum": [*DIRECTIONS, "Right", "Left", None],
-            "description": "left refuses texts that are too long.",
-        },
+    return {
         "prompt_name": {
             "enum": list(dict.fromkeys([*prompts, None])),
             "description": "Names the task: query, document, or a task's own name.",
         },
         "model": {"enum": [*models, None], "description": "A served name, or name:task."},
         **{key: {"enum": [None, False]} for key in TASK_BY_PROMPT},
+    }
+
+
+def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
+    """Return the OpenAPI requestBody, as precise as the parser above."""
+    embedder = dialect.embedder
+    text = {"type": "string", "minLength": 1}
+    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": dialect.limits.texts}
+    flag = {"type": ["boolean", "null"]}
+    options: dict[str, Any] = {
+        "truncate": {**flag, "description": "True cuts texts that are too long."},
+        "truncation_direction": {
+            "enum": [*DIRECTIONS, "Right", "Left", None],
+            "description": "left refuses texts that are too long.",
+        },
+        **task_options(dialect),
     }
     if similarity:
         sentences = {**texts, "maxItems": max(1, dialect.limits.texts - 1)}

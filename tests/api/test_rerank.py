@@ -288,7 +288,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (SCORE, {"text_2": []}, "text_2 is an empty list"),
     (SCORE, {"text_2": ["a", 1]}, "text_2[1] must be a string"),
     (SCORE, {"text_1": {"content": []}}, "text_1 must be a string, got an object"),
-    (SCORE, {"queries": "a"}, "text_1 and text_2, queries and documents are two ways"),
+    (SCORE, {"queries": "a"}, "text_1 and text_2 are a way to send texts, queries belongs to"),
+    (SCORE, {"items": {}}, "items belongs to another: send one"),
     (SCORE, {"text_2": ["a"] * 2049}, "text_2 has 2049 items: at most 2048"),
 ]
 
@@ -303,7 +304,7 @@ async def test_bad_input(
     documents = {"query": "q", "documents": ["a"]}
     good: dict[str, dict[str, Any]] = {
         TEI: {"query": "q", "texts": ["a"], "documents": ["a"]},
-        SCORE: {"text_1": "q", "text_2": ["a"], "documents": ["a"]},
+        SCORE: {"text_1": "q", "text_2": ["a"]},
     }
     answer = await client.post(path, json={**good.get(path, documents), **fields})
     assert answer.status_code == (404 if "no model" in part else 400), answer.text

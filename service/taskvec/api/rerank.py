@@ -221,7 +221,7 @@ class RerankV1(_Dialect):
         listing = _present(body, "documents", "a list of strings")
         given = text_job.list_of(listing, "documents", self.limits.texts)
         documents = [_document(item, f"documents[{i}]") for i, item in enumerate(given)]
-        if body.get("rank_fields") not in (None, False, ["text"]):
+        if body.get("rank_fields") not in (None, ["text"]):
             raise InvalidRequestError(
                 'rank_fields must be ["text"]: write other fields of a document into its text.',
                 code="unsupported_field",
@@ -285,14 +285,15 @@ class Score(_Dialect):
                 "text_1" if body.get("text_1") is None else "text_2",
                 f"send {', or '.join(' and '.join(pair) for pair in PAIRS)}",
             )
-        if len(sent) > 1:
-            raise InvalidRequestError(
-                f"{' and '.join(sent[0])}, {' and '.join(sent[1])} are two ways to send texts: "
-                "send one of them.",
-                code="conflicting_fields",
-                param=sent[1][1],
-            )
         (left, right), most = sent[0], self.limits.texts
+        others = (field for pair in PAIRS for field in pair if field not in sent[0])
+        more = next((field for field in others if body.get(field) is not None), None)
+        if more is not None:
+            raise InvalidRequestError(
+                f"{left} and {right} are a way to send texts, {more} belongs to another: send one.",
+                code="conflicting_fields",
+                param=more,
+            )
         queries, query_name = text_job.text_or_texts(body[left], left, most)
         documents, document_name = text_job.text_or_texts(body[right], right, most)
         if len(queries) not in (1, len(documents)):
@@ -532,7 +533,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
                 "description": "Of these at most.",
             },
             "return_documents": flag,
-            "rank_fields": {"enum": [["text"], False, None]},
+            "rank_fields": {"enum": [["text"], None]},
         }
         if path == V2:
             properties["truncate"] = {"enum": [*cohere.TRUNCATE, None]}

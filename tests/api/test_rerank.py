@@ -326,7 +326,7 @@ async def test_as_many_documents_as_texts(service: tuple[httpx.AsyncClient, Fake
 async def test_documents_in_answers_are_counted(default_checkpoint: Checkpoint) -> None:
     """Returned documents count against the memory budget while the answer is made."""
     documents = ["word " * 40_000] * 10
-    engine = FakeEngine(default_checkpoint.card, delay=0.3)
+    engine = FakeEngine(default_checkpoint.card, delay=1.0)
     async with fake_service(default_checkpoint, engine) as (client, _):
         held: list[float] = []
         for wanted in (False, True):
@@ -334,6 +334,7 @@ async def test_documents_in_answers_are_counted(default_checkpoint: Checkpoint) 
             asked = asyncio.create_task(client.post(V1, json=body))
             while sum(len(batch.ids) == len(documents) for batch in engine.batches) <= len(held):
                 await asyncio.sleep(0.01)
+            await asyncio.sleep(0.4)  # the gauge is set ten times a second
             page = (await client.get("/metrics")).text
             held.append(total(page, "taskvec_memory_held_bytes"))
             assert (await asked).status_code == 200

@@ -25,6 +25,7 @@ from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Route
 from taskvec.api.errors import ERROR_SCHEMA as OUR_ERROR_SCHEMA
 from taskvec.api.errors import ErrorRenderer, error_body, error_responses, error_with_body
+from taskvec.api.openai import TRUNCATE_FIELDS
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType
 from taskvec.auth.keys import Key
@@ -50,8 +51,6 @@ DOCUMENTS_PER_SEARCH = 100
 
 PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 """Spellings of the two sides of /v1/score, all of them vLLM's."""
-
-TRUNCATE = ("truncate", "truncation")
 
 MAX_TOKENS = ("max_tokens_per_doc", "max_tokens_per_query")
 
@@ -198,7 +197,7 @@ class _Dialect:
 
     def _truncation(self, body: Mapping[str, Any]) -> tuple[bool, str]:
         """Return whether long texts are cut, and what a client sends to have them cut."""
-        truncate, field = fields.agreed_as(body, TRUNCATE, fields.boolean)
+        truncate, field = fields.agreed_as(body, TRUNCATE_FIELDS, fields.boolean)
         return truncate is None or truncate, f"{field}: true"
 
 
@@ -310,7 +309,7 @@ class Score(_Dialect):
         return None
 
     def _truncation(self, body: Mapping[str, Any]) -> tuple[bool, str]:
-        truncate, field = fields.agreed_as(body, TRUNCATE, fields.boolean)
+        truncate, field = fields.agreed_as(body, TRUNCATE_FIELDS, fields.boolean)
         return bool(truncate), f"{field}: true"
 
 
@@ -506,7 +505,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
         example: dict[str, Any] = {"query": "reset a password", "texts": ["Click on Forgot."]}
     elif path in SCORE:
         side = {"anyOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": most}]}
-        properties |= dict.fromkeys(TRUNCATE, cut)
+        properties |= dict.fromkeys(TRUNCATE_FIELDS, cut)
         pairs = [
             {
                 "required": list(pair),
@@ -543,7 +542,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
                 "maximum": cohere.MAX_PRIORITY,
             }
         else:
-            properties |= dict.fromkeys(TRUNCATE, cut)
+            properties |= dict.fromkeys(TRUNCATE_FIELDS, cut)
         schema = {"required": ["query", "documents"]}
         example = {
             "query": "reset a password",

@@ -22,6 +22,9 @@ from taskvec.dialects import DialectName
 from taskvec.engines.base import EngineResult, TokenBatch
 from taskvec.errors import CODES
 
+LONG = "word " * 5000
+SOURCE, OTHERS_1 = "inputs.source_sentence", "inputs.sentences[1]"
+
 EACH = pytest.mark.parametrize("route", [*OTHERS, *RANKED], ids=lambda route: route.path)
 
 
@@ -120,6 +123,39 @@ async def test_a_long_text_is_refused_in_the_dialects_words(
             "rerank",
         )
         assert not engine.batches
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/embed", {"inputs": LONG}, "inputs"),
+        ("/embed", {"inputs": [LONG]}, "inputs[0]"),
+        ("/similarity", {"inputs": {"source_sentence": LONG, "sentences": ["a"]}}, SOURCE),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["a", LONG]}}, OTHERS_1),
+        ("/api/embed", {"model": "taskvec-mini", "input": LONG, "truncate": False}, "input"),
+        (
+            "/api/embeddings",
+            {"model": "taskvec-mini", "prompt": LONG, "truncate": False},
+            "prompt",
+        ),
+        (
+            "/v1beta/models/taskvec-mini:embedContent",
+            {"content": {"parts": [{"text": LONG}]}},
+            "content",
+        ),
+    ],
+)
+async def test_a_text_is_named_as_it_was_sent(
+    default_checkpoint: Checkpoint, path: str, body: dict[str, Any], name: str
+) -> None:
+    """An error names the text by its field, with an index only where the client sent a list."""
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert message.startswith(f"{name} has more than the 2048 tokens"), message
 
 
 @pytest.mark.anyio

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from taskvec.api.tei import ERROR_TYPES
+
 Message = Callable[[dict[str, Any]], str]
 
 
@@ -15,7 +17,7 @@ class DialectRoute(NamedTuple):
         dialect: value of ``TASKVEC_DIALECTS`` and of the metrics' label.
         path: of the route.
         request: makes the body for texts.
-        vectors: the float vectors of a response.
+        vectors: the float vectors of a response, or a list with the score of each document.
         message: checks the form of an error, and returns its message.
         field: the route's name of the texts in errors.
     """
@@ -39,6 +41,12 @@ def cohere_message(body: dict[str, Any]) -> str:
     return str(body["message"])
 
 
+def rerank_message(body: dict[str, Any]) -> str:
+    assert body["id"] == body["request_id"]
+    assert body["message"] == body["detail"]
+    return openai_message({key: body[key] for key in body if key not in ("id", "message")})
+
+
 def ollama_message(body: dict[str, Any]) -> str:
     assert set(body) == {"error"}
     assert isinstance(body["error"], str)
@@ -47,7 +55,7 @@ def ollama_message(body: dict[str, Any]) -> str:
 
 def tei_message(body: dict[str, Any]) -> str:
     assert set(body) == {"error", "error_type"}
-    assert body["error_type"] in ("Validation", "Empty", "Overloaded", "Unhealthy", "Backend")
+    assert body["error_type"] in ERROR_TYPES
     return str(body["error"])
 
 
@@ -114,4 +122,43 @@ OTHERS = [
     ),
 ]
 
-ROUTES = [OPENAI, *OTHERS]
+RANKED = [
+    DialectRoute(
+        "rerank",
+        "/v1/rerank",
+        lambda texts: {"query": "q", "documents": texts, "truncate": False},
+        lambda body: [[entry["relevance_score"]] for entry in body["results"]],
+        rerank_message,
+        "documents",
+    ),
+    DialectRoute(
+        "cohere",
+        "/v2/rerank",
+        lambda texts: {"query": "q", "documents": texts, "truncate": "NONE"},
+        lambda body: [[entry["relevance_score"]] for entry in body["results"]],
+        cohere_message,
+        "documents",
+    ),
+    DialectRoute(
+        "tei",
+        "/rerank",
+        lambda texts: {"query": "q", "texts": texts},
+        lambda body: [[entry["score"]] for entry in body],
+        tei_message,
+        "texts",
+    ),
+    *(
+        DialectRoute(
+            "rerank",
+            path,
+            lambda texts: {"text_1": "q", "text_2": texts},
+            lambda body: [[entry["score"]] for entry in body["data"]],
+            rerank_message,
+            "text_2",
+        )
+        for path in ("/v1/score", "/score")
+    ),
+]
+"""Routes that embed a query and documents, and answer scores."""
+
+ROUTES = [OPENAI, *OTHERS, *RANKED]

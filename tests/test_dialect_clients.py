@@ -35,7 +35,7 @@ TEXTS = ["how do plants make food", "the bank raised its rates"]
 
 def expected(server_url: str, **fields: Any) -> list[list[float]]:
     """The vectors of /v1/embeddings."""
-    answer = httpx.post(f"{server_url}/v1/embeddings", json={"input": TEXTS, **fields})
+    answer = httpx.post(f"{server_url}/v1/embeddings", json={"input": TEXTS} | fields)
     return [entry["embedding"] for entry in answer.json()["data"]]
 
 
@@ -128,6 +128,112 @@ def test_cohere_reads_our_errors(server_url: str, keyed_url: str) -> None:
         client.embed(model=MODEL, texts=["a"], input_type="clustering", request_options=options)
     with cohere.ClientV2("s3cret", base_url=keyed_url) as client:
         client.embed(model=MODEL, texts=["a"], input_type="clustering")
+
+
+QUERY = "what do leaves do"
+
+
+def ranked(server_url: str) -> list[tuple[int, float]]:
+    """Index and cosine of each of TEXTS with QUERY by /v1/embeddings, best first."""
+    (query, *_) = expected(server_url, input=[QUERY], task="retrieval.query")
+    passages = np.array(expected(server_url, task="retrieval.passage"))
+    return sorted(enumerate((passages @ np.array(query)).tolist()), key=lambda pair: -pair[1])
+
+
+def assert_ranked(results: list[Any], server_url: str) -> None:
+    """The results have the order and the cosines of the vectors."""
+    truth = ranked(server_url)
+    assert [result.index for result in results] == [index for index, _ in truth]
+    scores = [result.relevance_score for result in results]
+    assert_same(scores, [score for _, score in truth])
+
+
+def test_cohere_ranks(server_url: str) -> None:
+    """Cohere's ClientV2 ranks documents by cosine, and reads what its answer has."""
+    with cohere.ClientV2("none", base_url=server_url) as client:
+        answer = client.rerank(model=MODEL, query=QUERY, documents=TEXTS)
+        best = client.rerank(
+            model=MODEL, query=QUERY, documents=TEXTS, top_n=1, max_tokens_per_doc=4096, priority=1
+        )
+    assert_ranked(answer.results, server_url)
+    assert [result.index for result in best.results] == [ranked(server_url)[0][0]]
+    assert answer.id
+    assert answer.meta is not None
+    assert answer.meta.billed_units is not None
+    assert answer.meta.billed_units.search_units == 1
+    assert "not the score of a cross-encoder" in (answer.meta.warnings or [""])[0]
+
+
+@pytest.mark.anyio
+async def test_cohere_ranks_asynchronously(server_url: str) -> None:
+    """Cohere's AsyncClientV2 and AsyncClient rank as well."""
+    async with cohere.AsyncClientV2("none", base_url=server_url) as client:
+        answer = await client.rerank(model=MODEL, query=QUERY, documents=TEXTS)
+    assert_ranked(answer.results, server_url)
+    async with cohere.AsyncClient("none", base_url=server_url) as first:
+        old = await first.rerank(query=QUERY, documents=TEXTS)
+    assert_ranked(old.results, server_url)
+
+
+def test_coheres_first_version_ranks(server_url: str) -> None:
+    """Cohere's Client sends texts and objects, and gets the documents if it asks for them."""
+    documents: Any = [TEXTS[0], {"text": TEXTS[1], "title": "money"}]
+    with cohere.Client("none", base_url=server_url) as client:
+        answer = client.rerank(
+            model=MODEL,
+            query=QUERY,
+            documents=documents,
+            rank_fields=["text"],
+            return_documents=True,
+        )
+        plain = client.rerank(query=QUERY, documents=TEXTS, return_documents=False, top_n=2)
+    assert_ranked(answer.results, server_url)
+    assert [result.document and result.document.text for result in answer.results] == [
+        TEXTS[result.index] for result in answer.results
+    ]
+    assert [result.document for result in plain.results] == [None, None]
+
+
+def test_cohere_reads_our_errors_when_it_ranks(server_url: str, keyed_url: str) -> None:
+    """Cohere raises the exception of each status, with our message, for both versions."""
+    options: Any = {"max_retries": 0}
+    for kind in (cohere.ClientV2, cohere.Client):
+        with kind("none", base_url=server_url) as client:
+            with pytest.raises(cohere.BadRequestError) as bad:
+                client.rerank(model=MODEL, query="q", documents=["a", ""])
+            assert "documents[1]" in bad.value.body["message"]
+            with pytest.raises(cohere.BadRequestError, match="top_n must be at least 1"):
+                client.rerank(model=MODEL, query="q", documents=["a"], top_n=0)
+            with pytest.raises(cohere.NotFoundError, match="taskvec-mini"):
+                client.rerank(model="rerank-v3.5", query="q", documents=["a"])
+        with (
+            kind("wrong", base_url=keyed_url) as client,
+            pytest.raises(cohere.UnauthorizedError, match="Unknown API key"),
+        ):
+            client.rerank(model=MODEL, query="q", documents=["a"], request_options=options)
+        with kind("s3cret", base_url=keyed_url) as client:
+            assert len(client.rerank(model=MODEL, query="q", documents=["a"]).results) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/rerank", {"top_n": 2, "return_documents": True}),  # jina_ai/
+        ("/v2/rerank", {"return_documents": True, "max_tokens_per_doc": 4096}),  # cohere/
+        ("/v1/rerank", {"return_documents": True, "max_tokens_per_doc": None}),  # infinity/
+    ],
+)
+def test_what_litellm_sends(server_url: str, path: str, more: dict[str, Any]) -> None:
+    """Requests recorded from LiteLLM 1.110, which is too large to install here, are answered."""
+    body = {"model": MODEL, "query": QUERY, "documents": TEXTS, **more}
+    headers = {"authorization": "Bearer none", "accept": "application/json"}
+    answer = httpx.post(f"{server_url}{path}", json=body, headers=headers).json()
+    assert [entry["index"] for entry in answer["results"]] == [i for i, _ in ranked(server_url)]
+    assert [entry["document"]["text"] for entry in answer["results"]] == [
+        TEXTS[entry["index"]] for entry in answer["results"]
+    ]
+    if path == "/v1/rerank":
+        assert answer["usage"]["total_tokens"] > 5
 
 
 def test_ollama_gets_vectors(server_url: str) -> None:

@@ -138,6 +138,43 @@ def test_a_task_may_be_a_prompt_and_an_adapter(embedder: Embedder) -> None:
     assert (bare * queries).sum(axis=1).max() < 0.999
 
 
+def test_each_text_may_have_its_task(embedder: Embedder) -> None:
+    """A sequence of tasks gives each text the vector that it has alone; their order is kept."""
+    own = replace(embedder.task("clustering"), prompt="Mine: ")
+    tasks = ["retrieval.query", None, own, "separation"]
+    vectors = embedder.embed(TEXTS, tasks, 64)
+    alone = [embedder.embed(text, task, 64) for text, task in zip(TEXTS, tasks, strict=True)]
+    assert difference(vectors, np.concatenate(alone)) <= 2 * BF16_DIFFERENCE
+    same = embedder.embed(TEXTS, tuple(["clustering"] * len(TEXTS)))
+    assert difference(same, embedder.embed(TEXTS, "clustering")) <= BF16_DIFFERENCE
+    assert embedder.embed("a", ["clustering"]).shape == (1, 256)
+    assert embedder.embed([], []).shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["clustering"], "task has 1 entries and texts 2"),
+        ([], "task has 0 entries and texts 2"),
+        (["clustering", "poetry"], r"'poetry' for task\[1\]: this model has"),
+        (["clustering", 3], r"task\[1\] must be a task's name or a Task, got int"),
+    ],
+)
+def test_wrong_tasks_name_their_position(
+    embedder: Embedder, tasks: list[Any], message: str
+) -> None:
+    """A wrong task, or another number of them than of texts, is refused by its position."""
+    with pytest.raises(InvalidRequestError, match=message):
+        embedder.embed(["a", "b"], tasks)
+
+
+def test_errors_name_the_text_among_several_tasks(embedder: Embedder) -> None:
+    """A text that is too long is named by its index in the call, whatever tasks are around it."""
+    tasks = ["clustering", "retrieval.query", "clustering", "retrieval.query"]
+    with pytest.raises(InvalidRequestError, match=r"input\[3\]"):
+        embedder.embed(["a", "b", "c", "word " * 5000], tasks)
+
+
 @pytest.mark.parametrize("texts", ["a", []], ids=["one", "none"])
 @pytest.mark.parametrize("dimensions", [0, -1, 257])
 def test_impossible_dimensions_are_refused(embedder: Embedder, texts: Any, dimensions: int) -> None:

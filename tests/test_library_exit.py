@@ -77,6 +77,134 @@ PROGRAMS = {
 }
 
 
+START_ASYNC = (
+    "import asyncio\nfrom taskvec import AsyncEmbedder\n"
+    "e = AsyncEmbedder('taskvec-mini')\n"
+    "async def shape():\n    return (await e.embed(['x'])).shape\n"
+    "print(asyncio.run(shape()), flush=True)\n"
+)
+ASYNC_PROGRAMS = {
+    "script": ("", 0),
+    "exception": ("raise SystemExit(5)", 5),
+    "another loop": ("assert asyncio.run(shape()) == (1, 256)", 0),
+    "a loop that is never closed": (
+        "loop = asyncio.new_event_loop()\nloop.run_until_complete(shape())",
+        0,
+    ),
+    "a loop that is closed before the vectors come": (
+        (
+            "async def start():\n    loop.call_later(0.3, loop.stop)\n"
+            "    global task\n    task = asyncio.ensure_future(e.embed(['word ' * 500] * 200))\n"
+            "loop = asyncio.new_event_loop()\nloop.create_task(start())\nloop.run_forever()\n"
+            "task.cancel()\nloop.run_until_complete(asyncio.wait([task]))\nloop.close()"
+        ),
+        0,
+    ),
+    "cancelled by the end of the loop": (
+        (
+            "async def main():\n    asyncio.create_task(e.embed(['word ' * 1900] * 4000))\n"
+            "    await asyncio.sleep(1)\nasyncio.run(main())"
+        ),
+        0,
+    ),
+    "loading": (
+        (
+            "async def main():\n    f = AsyncEmbedder('taskvec-mini')\n"
+            "    asyncio.create_task(f.load())\n    await asyncio.sleep(0.02)\n"
+            "asyncio.run(main())"
+        ),
+        0,
+    ),
+    "starting": (
+        (
+            "async def main():\n    f = AsyncEmbedder('taskvec-mini')\n"
+            "    asyncio.create_task(f.load())\n    while threading.active_count() < 6:\n"
+            "        await asyncio.sleep(0.001)\n"
+            "import threading\nasyncio.run(main())"
+        ),
+        0,
+    ),
+    "collected": (
+        (
+            "import gc, threading, time\ndel e\ngc.collect()\n"
+            "until = time.monotonic() + 20\n"
+            "while threading.active_count() > 1 and time.monotonic() < until:\n"
+            "    time.sleep(0.01)\nassert threading.active_count() == 1"
+        ),
+        0,
+    ),
+    "forked child": (
+        "import os, sys\npid = os.fork()\nif pid:\n    sys.exit(os.waitpid(pid, 0)[1])",
+        0,
+    ),
+    "forked child that fails": (
+        (
+            "import os, sys\npid = os.fork()\nif pid == 0:\n    try:\n"
+            "        asyncio.run(shape())\n    except RuntimeError:\n        sys.exit(7)\n"
+            "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+        ),
+        7,
+    ),
+}
+
+KERNEL = """
+import ast, asyncio, sys
+async def run(cells):
+    names = {}
+    for cell in cells:
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        answer = eval(compile(cell, "cell", "exec", flags), names)
+        if answer is not None:
+            await answer
+asyncio.run(run(sys.argv[1:]))
+"""
+"""Runs cells in one event loop, in which they may await, as the kernel of a notebook does."""
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [
+            "from taskvec import Embedder",
+            "e = Embedder('taskvec-mini')",
+            "print(e.embed(['x']).shape)",
+        ],
+        [
+            "from taskvec import AsyncEmbedder",
+            "e = AsyncEmbedder('taskvec-mini')",
+            "print((await e.embed(['x'])).shape)",
+            "t = asyncio.ensure_future(e.embed(['word ' * 1900] * 4000))",
+            "await asyncio.sleep(0.5)",
+        ],
+    ],
+    ids=["blocking", "asynchronous"],
+)
+def test_a_notebook_ends_without_close(cells: list[str]) -> None:
+    """Cells of a notebook that never closes its embedder work, and its kernel ends in silence."""
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL, "import asyncio", *cells],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 256)\n", "")
+
+
+@pytest.mark.parametrize("kind", ASYNC_PROGRAMS)
+def test_an_asynchronous_program_ends_without_close(kind: str) -> None:
+    """A program with the asynchronous twin ends with its own exit code, and says nothing."""
+    more, code = ASYNC_PROGRAMS[kind]
+    done = subprocess.run(
+        [sys.executable, "-c", START_ASYNC + more],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "(1, 256)\n", "")
+
+
 @pytest.mark.parametrize("kind", PROGRAMS)
 def test_a_program_ends_without_close(kind: str) -> None:
     """The program ends with its own exit code and nothing on standard error."""

@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskvec.library import Embedder
+    from taskvec.library import AsyncEmbedder, Embedder
 
 __version__ = "0.1.0"
-__all__ = ["Embedder", "__version__"]
+__all__ = ["AsyncEmbedder", "Embedder", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Embedder`` on first use: importing a submodule must not import the engine."""
-    if name == "Embedder":
-        return importlib.import_module("taskvec.library").Embedder
+    """Import a class on first use: importing a submodule must not import the engine."""
+    if name in ("AsyncEmbedder", "Embedder"):
+        return getattr(importlib.import_module("taskvec.library"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,3 +14,4 @@ class DialectName(enum.StrEnum):
     GEMINI = "gemini"
     OLLAMA = "ollama"
     TEI = "tei"
+    RERANK = "rerank"

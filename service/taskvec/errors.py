@@ -6,7 +6,7 @@ A request error is raised wherever it is detected, and rendered by ``taskvec.api
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 _INPUT = re.compile(r"input\[(\d{1,9})\]")
@@ -79,16 +79,19 @@ class TaskvecError(Exception):
             retry_after=self.retry_after,
         )
 
-    def reworded(self, field: str, truncation: str) -> TaskvecError:
+    def reworded(self, text_name: Callable[[int], str], truncation: str) -> TaskvecError:
         """Return the error in the words of another API than OpenAI's.
 
         Args:
-            field: that API's name of ``input``.
+            text_name: returns that API's name of the text at an index.
             truncation: what a client sends instead of ``truncate: true``.
         """
-        if self.param is None or self.text is None:
+        if self.param is None:
             return self
-        param = f"{field}[{self.text}]"
+        texts = _INPUT.fullmatch(self.param) or _INPUTS.fullmatch(self.param)
+        if texts is None:
+            return self
+        param = " to ".join(text_name(int(index)) for index in texts.groups())
         return type(self)(
             self.message.replace(self.param, param).replace("truncate: true", truncation),
             code=self.code,

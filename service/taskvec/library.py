@@ -1,4 +1,4 @@
-"""The Python API: ``from taskvec import Embedder``."""
+"""The Python API: ``from taskvec import Embedder``, or ``AsyncEmbedder``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -18,9 +21,9 @@ from numpy.typing import NDArray
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.checkpoint.open import DEFAULT_MODEL, open_checkpoint
 from taskvec.core.admission import NO_LIMIT, Admission
-from taskvec.core.embedder import AsyncEmbedder
+from taskvec.core.embedder import AsyncEmbedder as JobEmbedder
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import Embeddings, EmbedJob
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import Task
 from taskvec.core.tokenizer import TextTokenizer
@@ -39,6 +42,9 @@ class _LoopThread:
 
     def __init__(self) -> None:
         self._process = os.getpid()
+        maker = threading.current_thread()
+        # Not the thread itself: it has the Embedder, which would then never be collected.
+        self.maker_idle = maker.idle if isinstance(maker, _Loader) else None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
         self._thread.start()
@@ -53,6 +59,19 @@ class _LoopThread:
         Raises:
             RuntimeError: the process was forked after the loop was started, or it is closed.
         """
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine in the loop; cancelling the future cancels it.
+
+        Raises:
+            RuntimeError: see ``call``.
+        """
         if self.is_forked or self._loop.is_closed():
             coroutine.close()
             raise RuntimeError(
@@ -60,12 +79,7 @@ class _LoopThread:
                 if self.is_forked
                 else "The Embedder is closed."
             )
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     @property
     def is_forked(self) -> bool:
@@ -81,12 +95,70 @@ class _LoopThread:
             self._thread.join(EXIT_SECONDS)
 
 
+class _Loader(threading.Thread):
+    """Runs a function in a daemon thread, for a caller that must not block.
+
+    Attributes:
+        future: result of the function.
+        idle: set when the thread runs no code that the end of the interpreter must not interrupt.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="embedder-loader", daemon=True)
+        self._function = function
+        self.future: Future[Any] = Future()
+        self.idle = threading.Event()
+        threading._register_atexit(_wait_until, self.idle, os.getpid())  # type: ignore[attr-defined] # noqa: SLF001
+        self.future.set_running_or_notify_cancel()  # a caller that is cancelled ends it for nobody
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.future.set_result(self._function())
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            self.future.set_exception(error)
+        finally:
+            self.idle.set()
+
+
+def _wait_until(idle: threading.Event, process: int) -> None:
+    if os.getpid() == process:  # a child has none of the threads
+        idle.wait(EXIT_SECONDS)
+
+
+async def _result(future: Future[T]) -> T:
+    """Await a future of another thread; cancelling the call cancels it.
+
+    ``asyncio.wrap_future`` would log an error if this event loop is closed before the future ends.
+    """
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def wake(_: Future[T]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(ended.set)
+
+    future.add_done_callback(wake)
+    try:
+        await ended.wait()
+    except BaseException:
+        future.cancel()
+        raise
+    return future.result()
+
+
 def _stop_at_exit(thread: _LoopThread, engine: PackedEngine, tokenizer: TextTokenizer) -> None:
     """Stop what an Embedder has started that nobody closed, without waiting long."""
     if not thread.is_forked:  # a child has none of the threads
         engine.stop_at_exit(EXIT_SECONDS)
         tokenizer.close()
         thread.stop()
+        if thread.maker_idle is not None:  # it waits for the thread, and computes nothing
+            thread.maker_idle.set()
+
+
+AnyTask = str | Task | None
+"""What names a task."""
 
 
 class Embedder:
@@ -138,7 +210,7 @@ class Embedder:
         )
         engine = PackedEngine(checkpoint, options)
         tokenizer = build_tokenizer(checkpoint, max_tokens=0, threads=1, max_waiting=NO_LIMIT)
-        self._embedder = AsyncEmbedder(
+        self._embedder = JobEmbedder(
             engine,
             tokenizer,
             task_table(checkpoint),
@@ -174,7 +246,7 @@ class Embedder:
     def embed(
         self,
         texts: str | Sequence[str],
-        task: str | Task | None = None,
+        task: AnyTask | Sequence[AnyTask] = None,
         dimensions: int | None = None,
         *,
         normalized: bool = True,
@@ -185,7 +257,8 @@ class Embedder:
         Args:
             texts: one text or several; an empty text is an error.
             task: one of ``tasks``, an alias, or a ``Task`` with a prompt and an adapter; None for
-                ``text-matching``, or the model's own default.
+                ``text-matching``, or the model's own default. A sequence has the task of each text;
+                texts of all tasks are embedded together.
             dimensions: number of leading values to keep; None for all.
             normalized: scale each vector to length 1.
             truncate: True truncates texts that are too long, False rejects them.
@@ -196,8 +269,24 @@ class Embedder:
         Raises:
             InvalidRequestError: unknown task, invalid dimensions, an empty or too long text.
         """
+        job, output = self._job(texts, task, dimensions, normalized, truncate)
+        if job is None:
+            return np.empty((0, output.dimensions), dtype=np.float32)
+        result = self._thread.call(self._embedder.embed(job))
+        return _rows(result, output)
+
+    def _job(
+        self,
+        texts: str | Sequence[str],
+        task: AnyTask | Sequence[AnyTask],
+        dimensions: int | None,
+        normalized: bool,
+        truncate: bool,
+    ) -> tuple[EmbedJob | None, OutputFormat]:
+        """Return what ``embed`` asks for; None if there are no texts."""
         items = [texts] if isinstance(texts, str) else list(texts)
-        chosen = task if isinstance(task, Task) else self.task(task)
+        several = not (task is None or isinstance(task, str | Task))
+        tasks = self._tasks(task, len(items)) if several else [self._task(task, "task")]
         for i, text in enumerate(items):
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError(
@@ -207,10 +296,45 @@ class Embedder:
         output = OutputFormat(width, normalized=normalized)
         output.check(self.model.dimension)
         if not items:
-            return np.empty((0, width), dtype=np.float32)
-        job = EmbedJob(inputs=items, task=chosen, truncate=truncate)
-        result = self._thread.call(self._embedder.embed(job))
-        return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])
+            return None, output
+        job = EmbedJob(
+            inputs=items,
+            task=tasks[0],
+            tasks=tasks if len(set(tasks)) > 1 else None,
+            truncate=truncate,
+        )
+        return job, output
+
+    def _tasks(self, task: Any, texts: int) -> list[Task]:
+        """Return the task of each text."""
+        tasks = [self._task(one, f"task[{i}]") for i, one in enumerate(task)]
+        if len(tasks) != texts:
+            raise InvalidRequestError(
+                f"task has {len(tasks)} entries and texts {texts}: send one task, or one for each "
+                "text.",
+                code="invalid_input",
+                param="task",
+            )
+        return tasks
+
+    def _task(self, task: Any, where: str) -> Task:
+        if isinstance(task, Task):
+            return task
+        if task is not None and not isinstance(task, str):
+            raise InvalidRequestError(
+                f"{where} must be a task's name or a Task, got {type(task).__name__}.",
+                code="unknown_task",
+                param=where,
+            )
+        return self._embedder.tasks.choose({where: task})
+
+    def _submit(self, job: EmbedJob, output: OutputFormat) -> Future[NDArray[np.float32]]:
+        """Start to embed; the rows are made in the thread as well."""
+
+        async def rows() -> NDArray[np.float32]:
+            return _rows(await self._embedder.embed(job), output)
+
+        return self._thread.submit(rows())
 
     def close(self) -> None:
         """Finish running calls, then free the model."""
@@ -229,3 +353,149 @@ class Embedder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _rows(result: Embeddings, output: OutputFormat) -> NDArray[np.float32]:
+    return cast("NDArray[np.float32]", output.apply(result.vectors)[OutputType.FLOAT])
+
+
+class AsyncEmbedder:
+    """The asynchronous twin of ``Embedder``: the same calls, awaited, and the same vectors.
+
+    Example:
+        >>> async def main():
+        ...     async with AsyncEmbedder() as embedder:
+        ...         return await embedder.embed(["a text"], task="clustering", dimensions=128)
+        >>> asyncio.run(main()).shape
+        (1, 128)
+
+    The event loop is not blocked while the model loads or embeds: both happen in other threads.
+    Texts of concurrent calls share batches. Cancelling a call drops those of its texts that wait.
+    It may be used in several event loops and threads.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        task_name: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        adapter_mode: str = "auto",
+        threads: int = 0,
+    ) -> None:
+        """Remember what to load: ``async with``, ``load`` or the first call loads it.
+
+        Args:
+            model: see ``Embedder``, as the others.
+            revision: see there.
+            task_name: see there.
+            device: see there.
+            dtype: see there.
+            adapter_mode: see there.
+            threads: see there.
+        """
+        self._make = partial(
+            Embedder,
+            model,
+            revision=revision,
+            task_name=task_name,
+            device=device,
+            dtype=dtype,
+            adapter_mode=adapter_mode,
+            threads=threads,
+        )
+        self._lock = threading.Lock()
+        self._loading: Future[Embedder] | None = None
+        self._process = os.getpid()
+        self._closed = False
+
+    async def load(self) -> Self:
+        """Load the model, if that has not been done; calls that come meanwhile wait for it.
+
+        Raises:
+            CheckpointError: the model cannot be served; the message names the remedy.
+            RuntimeError: it is closed, or the process was forked after it began to load.
+        """
+        await self._loaded()
+        return self
+
+    @property
+    def model(self) -> ModelCard:
+        """The loaded model's card."""
+        return self._ready.model
+
+    @property
+    def tasks(self) -> list[str]:
+        """Valid names for ``task=``."""
+        return self._ready.tasks
+
+    def task(self, name: str | None = None) -> Task:
+        """Return the adapter and the prompt of a task; see ``Embedder.task``."""
+        return self._ready.task(name)
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        task: AnyTask | Sequence[AnyTask] = None,
+        dimensions: int | None = None,
+        *,
+        normalized: bool = True,
+        truncate: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed texts; see ``Embedder.embed``."""
+        items = [texts] if isinstance(texts, str) else list(texts)
+        embedder = await self._loaded()
+        job, output = embedder._job(items, task, dimensions, normalized, truncate)  # noqa: SLF001
+        if job is None:
+            return np.empty((0, output.dimensions), dtype=np.float32)
+        return await _result(embedder._submit(job, output))  # noqa: SLF001
+
+    async def close(self) -> None:
+        """Finish running calls, then free the model."""
+        with self._lock:
+            self._closed = True
+            loading = self._loading
+        if loading is None or os.getpid() != self._process:
+            return
+        with suppress(Exception):  # whoever loaded it has the error
+            embedder = await _result(loading)
+            await _result(_Loader(embedder.close).future)
+
+    async def _loaded(self) -> Embedder:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("The AsyncEmbedder is closed.")
+            if self._loading is None or _has_failed(self._loading):
+                self._process = os.getpid()
+                self._loading = _Loader(self._make).future
+            loading = self._loading
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "The AsyncEmbedder was loaded before this process was forked: make one in each "
+                "process."
+            )
+        return await _result(loading)
+
+    @property
+    def _ready(self) -> Embedder:
+        loading = self._loading
+        if loading is None or not loading.done():
+            raise RuntimeError("The model is not loaded: use async with, or await load().")
+        return loading.result()
+
+    async def __aenter__(self) -> Self:
+        return await self.load()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _has_failed(loading: Future[Embedder]) -> bool:
+    return loading.done() and loading.exception() is not None

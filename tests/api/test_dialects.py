@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import examples, fake_service
-from dialects import OPENAI, OTHERS, ROUTES, DialectRoute
+from dialects import OPENAI, OTHERS, RANKED, ROUTES, DialectRoute
 from fakes import FakeEngine
 from keyfiles import entry
 from processes import total
@@ -22,7 +22,10 @@ from taskvec.dialects import DialectName
 from taskvec.engines.base import EngineResult, TokenBatch
 from taskvec.errors import CODES
 
-EACH = pytest.mark.parametrize("route", OTHERS, ids=lambda route: route.path)
+LONG = "word " * 5000
+SOURCE, OTHERS_1 = "inputs.source_sentence", "inputs.sentences[1]"
+
+EACH = pytest.mark.parametrize("route", [*OTHERS, *RANKED], ids=lambda route: route.path)
 
 
 class RaisingEngine(FakeEngine):
@@ -48,7 +51,7 @@ def test_every_dialect_is_tested() -> None:
 
 
 @pytest.mark.anyio
-@EACH
+@pytest.mark.parametrize("route", OTHERS, ids=lambda route: route.path)
 async def test_vectors_are_those_of_openais_route(
     default_checkpoint: Checkpoint, route: DialectRoute
 ) -> None:
@@ -117,8 +120,42 @@ async def test_a_long_text_is_refused_in_the_dialects_words(
             "azure",
             "ollama",
             "tei",
+            "rerank",
         )
         assert not engine.batches
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/embed", {"inputs": LONG}, "inputs"),
+        ("/embed", {"inputs": [LONG]}, "inputs[0]"),
+        ("/similarity", {"inputs": {"source_sentence": LONG, "sentences": ["a"]}}, SOURCE),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["a", LONG]}}, OTHERS_1),
+        ("/api/embed", {"model": "taskvec-mini", "input": LONG, "truncate": False}, "input"),
+        (
+            "/api/embeddings",
+            {"model": "taskvec-mini", "prompt": LONG, "truncate": False},
+            "prompt",
+        ),
+        (
+            "/v1beta/models/taskvec-mini:embedContent",
+            {"content": {"parts": [{"text": LONG}]}},
+            "content",
+        ),
+    ],
+)
+async def test_a_text_is_named_as_it_was_sent(
+    default_checkpoint: Checkpoint, path: str, body: dict[str, Any], name: str
+) -> None:
+    """An error names the text by its field, with an index only where the client sent a list."""
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert message.startswith(f"{name} has more than the 2048 tokens"), message
 
 
 @pytest.mark.anyio
@@ -126,7 +163,8 @@ async def test_a_long_text_is_refused_in_the_dialects_words(
 async def test_an_unknown_model(default_checkpoint: Checkpoint, route: DialectRoute) -> None:
     """A model that is not served is a 404 that names the served one."""
     async with fake_service(default_checkpoint, model_aliases="other") as (client, _):
-        for model in ("other", "other:clustering", "gpt", "other:"):
+        task = "retrieval" if route in RANKED else "clustering"
+        for model in ("other", f"other:{task}", "gpt", "other:"):
             path = route.path.replace("taskvec-mini", model)
             body = {**route.request(["a"]), "model": model, "input_type": None}
             if route.path == "/v2/embed":
@@ -135,7 +173,7 @@ async def test_an_unknown_model(default_checkpoint: Checkpoint, route: DialectRo
             if model == "gpt":
                 refused(route, answer, 404, "gpt", "taskvec-mini")
             elif model == "other:":
-                refused(route, answer, 400, "no task")
+                refused(route, answer, 400, "task ''")
             else:
                 assert answer.status_code == 200
 
@@ -166,7 +204,8 @@ async def test_each_spelling_of_a_key(
         for secret, status in (("s3cret", 200), ("other", 401)):
             answer = await client.post(f"{route.path}?key={secret}", json=body)
             assert answer.status_code == (status if route.dialect == "gemini" else 401)
-        assert len(engine.batches) == (6 if route.dialect == "gemini" else 5)
+        answered = 6 if route.dialect == "gemini" else 5
+        assert len(engine.batches) == answered * (2 if route in RANKED else 1)
 
 
 @pytest.mark.anyio
@@ -258,6 +297,8 @@ FIELDS = [
         "user",
     ),
     *("parameters", "", "\ud800", "unknown"),
+    *("query", "documents", "top_n", "return_documents", "rank_fields", "max_tokens_per_doc"),
+    *("text_1", "text_2", "queries", "raw_scores", "return_text"),
 ]
 ODD: list[Any] = [
     *(None, True, False, 0, -1, 1.0, 1.5, 1e308, 2**31, 2**64, 10**400, 8, 64),

@@ -208,3 +208,16 @@ async def test_bad_batches(
     assert answer.status_code == 400
     assert part in gemini_message(answer.json())
     assert not engine.batches
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("method", ["embedContent", "batchEmbedContents"])
+async def test_head_is_answered_as_get(default_checkpoint: Checkpoint, method: str) -> None:
+    """A path of this API below /v1/models is one of a model for GET, and so for HEAD."""
+    async with fake_service(default_checkpoint) as (client, _):
+        path = f"/v1/models/taskvec-mini:{method}"
+        got, headed = await client.get(path), await client.head(path)
+        assert (got.status_code, headed.status_code) == (404, 404)
+        assert (await client.head("/v1/models/taskvec-mini:clustering")).status_code == 200
+        assert (await client.head("/v1beta/models/taskvec-mini:embedContent")).status_code == 405
+        assert (await client.head("/v1/embeddings")).status_code == 405

@@ -30,6 +30,7 @@ ERROR_FIELDS = {
     "ollama": {"error"},
     "tei": {"error", "error_type"},
     "gemini": {"error"},
+    "rerank": {*OUR_ERROR_FIELDS, "id", "message"},
 }
 """Required fields of an error, by the tag of a route."""
 

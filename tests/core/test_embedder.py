@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from fakes import FakeEngine, hashed_vector
+from taskvec.api import text_job
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.admission import Admission
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.health import ServiceHealth
-from taskvec.core.job import EmbedJob, JobContext
+from taskvec.core.job import EmbedJob, JobContext, listed
 from taskvec.engines.base import EngineResult, TokenBatch, TokenIds
 from taskvec.errors import (
     DeadlineExceededError,
@@ -169,6 +170,22 @@ def test_the_range_of_an_error_is_renumbered() -> None:
     )
     other = InvalidRequestError("dimensions must be whole.", param="dimensions")
     assert other.renumbered([3]) is other
+
+
+def test_errors_are_reworded_for_a_client() -> None:
+    """A text, and a range of texts, get the client's names; other fields keep theirs."""
+    names = text_job.two_fields(text_job.alone("query"), listed("documents"))
+    for param, name in (
+        ("input[0]", "query"),
+        ("input[3]", "documents[2]"),
+        ("input[0] to input[2]", "query to documents[1]"),
+        ("model", "model"),
+    ):
+        error = InvalidRequestError(f"{param} is wrong: send truncate: true.", param=param)
+        reworded = error.reworded(names, "truncate: END")
+        assert reworded.param == name
+        advice = "truncate: true" if param == "model" else "truncate: END"
+        assert reworded.message == f"{name} is wrong: send {advice}."
 
 
 @pytest.mark.anyio

@@ -180,3 +180,20 @@ def test_fields_agree_or_are_refused(
     assert refused.value.code == "conflicting_fields"
     assert sum(name in refused.value.message for name in meant) >= 2
     assert refused.value.param in [field for field, name in named.items() if name is not None][1:]
+
+
+def test_sides_are_a_query_and_a_passage() -> None:
+    """Both tasks of an adapter are found by their common name; retrieval is the default."""
+    own = {"support": {"query": "Q: ", "document": "D: "}}
+    prompts = {"query": "Query: ", "document": "Document: "}
+    table = TaskTable(["support", "clustering", "retrieval"], prompts, None, own)
+    assert table.both == ["support", "retrieval"]
+    assert [task.name for task in table.sides(None)] == ["retrieval.query", "retrieval.passage"]
+    assert [task.prompt for task in table.sides("support")] == ["Q: ", "D: "]
+    with pytest.raises(InvalidRequestError, match="send model:support, model:retrieval"):
+        table.sides("clustering")
+    alone = TaskTable(["support"], prompts, None, own)
+    assert alone.sides(None)[0].name == "support.query"
+    for name in (None, "clustering"):
+        with pytest.raises(InvalidRequestError, match="so it does not rank: it has clustering"):
+            TaskTable(["clustering"], prompts, None).sides(name)

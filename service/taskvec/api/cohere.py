@@ -17,7 +17,7 @@ from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType, write_rows, write_rows_base64
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, TextName, listed
 from taskvec.core.output_format import Encoding, OutputFormat, OutputType
 from taskvec.core.tasks import INPUT_TYPES, ServedNames, Task
 from taskvec.dialects import DialectName
@@ -70,6 +70,35 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
     return error_with_body(error, body)
 
 
+def truncation(body: Mapping[str, Any]) -> str:
+    """Return the value of ``truncate``; one of ``TRUNCATE``."""
+    if body.get("truncate") is None:
+        return "END"
+    return text_job.choice(body["truncate"], "truncate", TRUNCATE, code="invalid_truncate")
+
+
+def truncation_advice(truncate: str) -> str:
+    """Return what a client sends to have texts truncated, for errors."""
+    return START_REFUSED if truncate == "START" else "truncate: END"
+
+
+def check_priority(body: Mapping[str, Any]) -> None:
+    """Check ``priority``, which has no effect.
+
+    Raises:
+        InvalidRequestError: not a number in its range.
+    """
+    if body.get("priority") is None:
+        return
+    priority = fields.integer(body["priority"], "priority")
+    if not 0 <= priority <= MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be between 0 and {MAX_PRIORITY}, got {priority}.",
+            code="invalid_priority",
+            param="priority",
+        )
+
+
 class CohereV2:
     """Requests and responses of the second version."""
 
@@ -92,9 +121,9 @@ class CohereV2:
         """See ``Dialect.read``."""
         body = text_job.json_object(body)
         text_job.refuse_unserved(body, UNSERVED)
-        truncate = self._truncate(body)
+        truncate = truncation(body)
         self._check_ignored(body)
-        inputs, field = self._inputs(body)
+        inputs, text_name = self._inputs(body)
         job = text_job.text_job(
             inputs,
             self._task(body),
@@ -102,8 +131,8 @@ class CohereV2:
             key,
             self._limits,
             truncate=truncate == "END",
-            field=field,
-            truncation=START_REFUSED if truncate == "START" else "truncate: END",
+            text_name=text_name,
+            truncation=truncation_advice(truncate),
         )
         return job, self._format(body)
 
@@ -154,8 +183,8 @@ class CohereV2:
 
     _needs_input_type = True
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-        """Return the texts, and the field that has them."""
+    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+        """Return the texts, and their names for errors."""
         texts, inputs = body.get("texts"), body.get("inputs")
         if texts is not None and inputs is not None:
             raise InvalidRequestError(
@@ -165,35 +194,17 @@ class CohereV2:
             )
         if inputs is not None:
             items = text_job.list_of(inputs, "inputs", self._limits.texts)
-            return [_content(item, f"inputs[{i}]") for i, item in enumerate(items)], "inputs"
+            return [_content(item, f"inputs[{i}]") for i, item in enumerate(items)], listed(
+                "inputs"
+            )
         if texts is None:
             raise text_job.missing("texts", "send a list of strings")
-        return text_job.texts(texts, "texts", self._limits.texts), "texts"
-
-    def _truncate(self, body: Mapping[str, Any]) -> str:
-        if body.get("truncate") is None:
-            return "END"
-        return text_job.choice(body["truncate"], "truncate", TRUNCATE, code="invalid_truncate")
+        return text_job.texts(texts, "texts", self._limits.texts), listed("texts")
 
     def _check_ignored(self, body: Mapping[str, Any]) -> None:
         """Refuse values that would change an answer, of fields that change none here."""
-        if body.get("priority") is not None:
-            priority = fields.integer(body["priority"], "priority")
-            if not 0 <= priority <= MAX_PRIORITY:
-                raise InvalidRequestError(
-                    f"priority must be between 0 and {MAX_PRIORITY}, got {priority}.",
-                    code="invalid_priority",
-                    param="priority",
-                )
-        if body.get("max_tokens") is not None:
-            most = fields.integer(body["max_tokens"], "max_tokens", code="unsupported_field")
-            if most < self.embedder.max_tokens:
-                raise InvalidRequestError(
-                    f"max_tokens below the {self.embedder.max_tokens} tokens that fit is not "
-                    "served: shorten the texts yourself.",
-                    code="unsupported_field",
-                    param="max_tokens",
-                )
+        check_priority(body)
+        text_job.check_max_tokens(body, "max_tokens", self.embedder.max_tokens)
 
     def _format(self, body: Mapping[str, Any]) -> OutputFormat:
         dimensions = self.embedder.model.dimension

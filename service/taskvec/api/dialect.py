@@ -82,7 +82,7 @@ def embedding_handler(
         try:
             result = await cancel_on_disconnect(request.receive, embedder.embed(job, context))
         except TaskvecError as error:
-            raise error.reworded(job.field, job.truncation) from None
+            raise error.reworded(job.text_name, job.truncation) from None
         context.tokens = result.tokens
         return await respond(
             result,

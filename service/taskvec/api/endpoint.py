@@ -11,6 +11,7 @@ from typing import Any, Self
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from taskvec.api.auth import ApiKeyAuth, KeyRateLimiter, client_name
@@ -52,8 +53,8 @@ class Route:
         handler: answers requests.
         method: HTTP method; HEAD is answered as GET, without the body.
         public: needs no API key.
-        embeds: submits work to the engine: it is refused under overload and while draining, counts
-            against the key's limits, and is traced.
+        embeds: submits work to the engine, or only to the tokenizer: it is refused under overload
+            and while draining, counts against the key's limits, and is traced.
         counted: requests appear in the request metrics.
         dialect: API that the requests are counted under; None if the route is of no dialect.
         key_in_query: the parameter ``key`` of the URL may carry the API key.
@@ -158,6 +159,12 @@ class RawRoute(APIRoute):
     FastAPI's dependency injection, and the context managers around it, would cost a tenth of the
     gateway's time for one text.
     """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match HEAD as GET: its path may also be that of a route with another method."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        return super().matches(scope)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand over requests of every method, so that a wrong one is counted as well."""

@@ -81,8 +81,13 @@ def shortened(text: str, characters: int) -> str:
 
 def error_response(error: TaskvecError, request_id: str) -> Response:
     """Render an error as a response; a message that repeats a long input is cut."""
+    return error_with_body(error, error_body(error, request_id))
+
+
+def error_body(error: TaskvecError, request_id: str) -> dict[str, Any]:
+    """Return the body of an error; see ``ERROR_SCHEMA``."""
     message = shortened(error.message, MAX_MESSAGE)
-    body = {
+    return {
         "error": {
             "message": message,
             "type": error.type,
@@ -93,7 +98,6 @@ def error_response(error: TaskvecError, request_id: str) -> Response:
         "code": error.code,
         "request_id": request_id,
     }
-    return error_with_body(error, body)
 
 
 def error_with_body(error: TaskvecError, body: Mapping[str, Any]) -> Response:

@@ -96,7 +96,7 @@ def integer(value: Any, field: str, *, code: str | None = None) -> int:
     )
 
 
-def boolean(value: Any, field: str) -> bool:
+def boolean(value: Any, field: str, *, code: str | None = None) -> bool:
     """Return true or false.
 
     Raises:
@@ -106,7 +106,7 @@ def boolean(value: Any, field: str) -> bool:
         return value
     raise InvalidRequestError(
         f"{field} must be true or false, got {type_name(value)}.",
-        code=f"invalid_{field}",
+        code=code or f"invalid_{field}",
         param=field,
     )
 

@@ -16,7 +16,7 @@ from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, sh
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import DUMP_VALUES, VectorsByType
 from taskvec.auth.keys import Key
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, listed
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import Task
 from taskvec.dialects import DialectName
@@ -124,7 +124,6 @@ class GeminiDialect:
         """See ``Dialect.read``."""
         body = text_job.json_object(body)
         suffix = self._names.task_suffix(self._model)
-        field = "requests" if self._batch else "content"
         if self._batch:
             if body.get("requests") is None:
                 raise text_job.missing("requests", "send a list of objects with content")
@@ -148,7 +147,7 @@ class GeminiDialect:
             key,
             self._limits,
             truncate=bool(truncate),
-            field=field,
+            text_name=listed("requests") if self._batch else text_job.alone("content"),
             truncation="autoTruncate: true, if your client can",
         )
         dimensions = _same(requests, places, DIMENSION_FIELDS, _dimensions)

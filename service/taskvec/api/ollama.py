@@ -23,7 +23,7 @@ from taskvec.api.request import RequestLimits, header_dict, read_json
 from taskvec.api.response import VectorsByType, write_rows
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, TextName
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import ServedNames, Task
 from taskvec.dialects import DialectName
@@ -86,7 +86,7 @@ class OllamaDialect:
         name, task = self._model(body)
         check_options(body.get("options"), self.embedder.max_tokens)
         truncate = body.get("truncate")
-        inputs, field = self._inputs(body)
+        inputs, text_name = self._inputs(body)
         job = text_job.text_job(
             inputs,
             task,
@@ -94,7 +94,7 @@ class OllamaDialect:
             key,
             self._limits,
             truncate=truncate is None or fields.boolean(truncate, "truncate"),
-            field=field,
+            text_name=text_name,
             truncation="truncate: true",
         )
         dimensions = body.get("dimensions")
@@ -119,14 +119,12 @@ class OllamaDialect:
         name = required_model(body, "model")
         return name, self.embedder.tasks.choose({"model": task_of(self.names, name)})
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-        """Return the texts, and the field that has them."""
+    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+        """Return the texts, and their names for errors."""
         value = body.get("input")
         if value is None:
             raise text_job.missing("input", "send a string or a list of strings")
-        if isinstance(value, list):
-            return text_job.texts(value, "input", self._limits.texts), "input"
-        return [text_job.text(value, "input")], "input"
+        return text_job.text_or_texts(value, "input", self._limits.texts)
 
 
 class OllamaPrompt(OllamaDialect):
@@ -139,11 +137,11 @@ class OllamaPrompt(OllamaDialect):
         row = b"".join(parts[1:])[1:-1]
         return Response(b'{"embedding":%b}' % row, media_type="application/json")
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-        """Return the text, and the field that has it."""
+    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+        """Return the text, and its name for errors."""
         if body.get("prompt") is None:
             raise text_job.missing("prompt", "send a string")
-        return [text_job.text(body["prompt"], "prompt")], "prompt"
+        return [text_job.text(body["prompt"], "prompt")], text_job.alone("prompt")
 
 
 def task_of(names: ServedNames, model: str) -> str | None:

@@ -25,7 +25,7 @@ from taskvec.api.unsupported import (
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.embedder import AsyncEmbedder
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, listed
 from taskvec.core.output_format import (
     BASE64_NAME,
     Encoding,
@@ -160,7 +160,7 @@ class OpenAIDialect:
             deadline=time.monotonic() + request_timeout(headers, self._limits.seconds),
             priority=request_priority(headers, key),
             tenant=key.name if key is not None else None,
-            field=field,
+            text_name=listed(field),
             truncation=f"{truncate_field}: true",
         )
         return job, self._output(body, headers)

@@ -42,7 +42,7 @@ def answer_bytes(texts: int, dimension: int, output: OutputFormat) -> int:
         output: the form in which they are returned.
     """
     written = output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
-    return texts * (4 * dimension + written)
+    return texts * (4 * dimension + written) + output.echo_bytes
 
 
 async def respond(
@@ -64,6 +64,7 @@ async def respond(
     context.stages.start("encode")
     rows = len(result.vectors)
     cost = rows * output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
+    cost += output.echo_bytes
     if rows * output.dimensions <= POSTPROCESS_INLINE_VALUES and cost <= ENCODE_INLINE_BYTES:
         return render(output.apply(result.vectors), result.tokens)
     return await large_work.run(cost, lambda: render(output.apply(result.vectors), result.tokens))

@@ -14,7 +14,9 @@ from taskvec.api import (
     openai,
     openai_paths,
     openapi,
+    rerank,
     tei,
+    tokenize,
 )
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
@@ -46,6 +48,8 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *gemini.routes(service, limits),  # before models: a path begins with that of a model
         *ollama.routes(service, limits),
         *tei.routes(service, limits),
+        *rerank.routes(service, limits),
+        *tokenize.routes(service, limits),
         *engine_embed.routes(service, limits),
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),

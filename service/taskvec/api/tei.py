@@ -17,7 +17,7 @@ from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, sh
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType, write_rows
 from taskvec.auth.keys import Key
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, TextName, listed
 from taskvec.core.output_format import OutputFormat, OutputType
 from taskvec.core.tasks import INPUT_TYPES, Task
 from taskvec.dialects import DialectName
@@ -60,6 +60,24 @@ def error_type(error: TaskvecError) -> str:
     return by_code.get(error.code) or by_status.get(error.status, "Validation")
 
 
+def truncation(options: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return whether long texts are cut, and what a client sends to have them cut."""
+    truncate, value = options.get("truncate"), options.get("truncation_direction")
+    left = value is not None and _direction(value) == "left"
+    cut = truncate is not None and fields.boolean(truncate, "truncate")
+    return cut and not left, LEFT_REFUSED if left else "truncate: true"
+
+
+def _direction(value: Any) -> str:
+    direction = fields.string(value, "truncation_direction", code="invalid_truncation")
+    return text_job.choice(
+        direction and direction.lower(),
+        "truncation_direction",
+        DIRECTIONS,
+        code="invalid_truncation",
+    )
+
+
 class TeiDialect:
     """Requests and responses of /embed and /: a bare list of vectors."""
 
@@ -79,21 +97,19 @@ class TeiDialect:
     ) -> tuple[EmbedJob, OutputFormat]:
         """See ``Dialect.read``."""
         body = text_job.json_object(body)
-        inputs, field = self._inputs(body)
-        options = self._options(body)
+        inputs, text_name = self.inputs(body)
+        options = self.options(body)
         text_job.refuse_unserved(options, TASK_BY_PROMPT)
-        truncate, direction = options.get("truncate"), options.get("truncation_direction")
-        left = direction is not None and self._direction(direction) == "left"
-        cut = truncate is not None and fields.boolean(truncate, "truncate")
+        truncate, advice = truncation(options)
         job = text_job.text_job(
             inputs,
             self._task(options),
             headers,
             key,
             self.limits,
-            truncate=cut and not left,
-            field=field,
-            truncation=LEFT_REFUSED if left else "truncate: true",
+            truncate=truncate,
+            text_name=text_name,
+            truncation=advice,
         )
         return job, self._format(options)
 
@@ -101,18 +117,16 @@ class TeiDialect:
         """See ``Dialect.render``."""
         parts: list[bytes] = []
         write_rows(vectors[OutputType.FLOAT], parts)
-        return _json(b"".join(parts), tokens)
+        return json_response(b"".join(parts), tokens)
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-        """Return the texts, and the field that has them."""
+    def inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+        """Return the texts, and their names for errors."""
         value = body.get("inputs")
         if value is None:
             raise text_job.missing("inputs", "send a string or a list of strings")
-        if isinstance(value, list):
-            return text_job.texts(value, "inputs", self.limits.texts), "inputs"
-        return [text_job.text(value, "inputs")], "inputs"
+        return text_job.text_or_texts(value, "inputs", self.limits.texts)
 
-    def _options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the object that has the options: here the body itself."""
         parameters = body.get("parameters")
         if parameters is not None and parameters != {}:
@@ -124,20 +138,15 @@ class TeiDialect:
         return body
 
     def _task(self, options: Mapping[str, Any]) -> Task:
+        return self.embedder.tasks.choose(self.named_tasks(options))
+
+    def named_tasks(self, options: Mapping[str, Any]) -> dict[str, str | None]:
+        """Return the tasks that options name, by field."""
         prompt = fields.string(options.get("prompt_name"), "prompt_name", code="unknown_task")
         if prompt is not None:
             prompt = INPUT_TYPES.get(prompt, prompt)
         suffix = self.names.task_suffix(fields.string(options.get("model"), "model"))
-        return self.embedder.tasks.choose({"model": suffix, "prompt_name": prompt})
-
-    def _direction(self, value: Any) -> str:
-        direction = fields.string(value, "truncation_direction", code="invalid_truncation")
-        return text_job.choice(
-            direction and direction.lower(),
-            "truncation_direction",
-            DIRECTIONS,
-            code="invalid_truncation",
-        )
+        return {"model": suffix, "prompt_name": prompt}
 
     def _format(self, options: Mapping[str, Any]) -> OutputFormat:
         dimensions, normalize = options.get("dimensions"), options.get("normalize")
@@ -163,10 +172,10 @@ class TeiSimilarity(TeiDialect):
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:  # noqa: ARG002 - as others
         """See ``Dialect.render``."""
         rows = vectors[OutputType.FLOAT]
-        return _json(orjson.dumps((rows[1:] @ rows[0]).tolist()), tokens)
+        return json_response(orjson.dumps((rows[1:] @ rows[0]).tolist()), tokens)
 
-    def _inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], str]:
-        """Return the texts, the source first; errors count from it."""
+    def inputs(self, body: Mapping[str, Any]) -> tuple[Sequence[str], TextName]:
+        """Return the texts, the source first, and their names for errors."""
         if body.get("inputs") is None:
             raise text_job.missing("inputs", "send an object with source_sentence and sentences")
         inputs = text_job.json_object(body["inputs"], "inputs")
@@ -174,9 +183,11 @@ class TeiSimilarity(TeiDialect):
         others = text_job.texts(
             inputs.get("sentences"), "inputs.sentences", max(1, self.limits.texts - 1)
         )
-        return [source, *others], "source_sentence and sentences"
+        return [source, *others], text_job.two_fields(
+            text_job.alone("inputs.source_sentence"), listed("inputs.sentences")
+        )
 
-    def _options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the object that has the options."""
         parameters = body.get("parameters")
         return {} if parameters is None else text_job.json_object(parameters, "parameters")
@@ -206,7 +217,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
     ]
 
 
-def _json(content: bytes, tokens: int) -> Response:
+def json_response(content: bytes, tokens: int) -> Response:
     """Return a response whose header has the usage, which the body cannot have."""
     headers = {"x-compute-tokens": str(tokens)}
     return Response(content, headers=headers, media_type="application/json")
@@ -273,27 +284,34 @@ def _info_route(service: Service, limits: RequestLimits) -> Route:
     )
 
 
-def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
-    """Return the OpenAPI requestBody, as precise as the parser above."""
-    embedder, names = dialect.embedder, dialect.names
-    tasks = embedder.tasks.names
-    text = {"type": "string", "minLength": 1}
-    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": dialect.limits.texts}
-    flag = {"type": ["boolean", "null"]}
+def task_options(dialect: TeiDialect) -> dict[str, Any]:
+    """Return the JSON schemas of the fields that name a task, and of those that cannot."""
+    names, tasks = dialect.names, dialect.embedder.tasks.names
     prompts = [*tasks, *(name for name, task in INPUT_TYPES.items() if task in tasks)]
     models = [*names.all, *(f"{name}:{task}" for name in names.all for task in tasks)]
-    options: dict[str, Any] = {
-        "truncate": {**flag, "description": "True cuts texts that are too long."},
-        "truncation_direction": {
-            "enum": [*DIRECTIONS, "Right", "Left", None],
-            "description": "left refuses texts that are too long.",
-        },
+    return {
         "prompt_name": {
             "enum": list(dict.fromkeys([*prompts, None])),
             "description": "Names the task: query, document, or a task's own name.",
         },
         "model": {"enum": [*models, None], "description": "A served name, or name:task."},
         **{key: {"enum": [None, False]} for key in TASK_BY_PROMPT},
+    }
+
+
+def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
+    """Return the OpenAPI requestBody, as precise as the parser above."""
+    embedder = dialect.embedder
+    text = {"type": "string", "minLength": 1}
+    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": dialect.limits.texts}
+    flag = {"type": ["boolean", "null"]}
+    options: dict[str, Any] = {
+        "truncate": {**flag, "description": "True cuts texts that are too long."},
+        "truncation_direction": {
+            "enum": [*DIRECTIONS, "Right", "Left", None],
+            "description": "left refuses texts that are too long.",
+        },
+        **task_options(dialect),
     }
     if similarity:
         sentences = {**texts, "maxItems": max(1, dialect.limits.texts - 1)}

@@ -9,7 +9,7 @@ from typing import Any
 from taskvec.api import fields
 from taskvec.api.request import RequestLimits, request_priority, request_timeout
 from taskvec.auth.keys import Key
-from taskvec.core.job import EmbedJob
+from taskvec.core.job import EmbedJob, TextName, listed
 from taskvec.core.tasks import Task
 from taskvec.errors import InvalidRequestError
 
@@ -86,6 +86,29 @@ def texts(value: Any, field: str, most: int) -> list[str]:
     ]
 
 
+def text_or_texts(value: Any, field: str, most: int) -> tuple[list[str], TextName]:
+    """Return the texts of a string or a list of strings, and their names for errors."""
+    if isinstance(value, list):
+        return texts(value, field, most), listed(field)
+    return [text(value, field)], alone(field)
+
+
+def alone(field: str) -> TextName:
+    """Return the name of a text that is the value of a field."""
+    return lambda _: field
+
+
+def two_fields(first: TextName, others: TextName, size: int = 1) -> TextName:
+    """Return the names of texts that are the values of two fields.
+
+    Args:
+        first: names of the first texts.
+        others: names of the others.
+        size: number of the first texts.
+    """
+    return lambda index: first(index) if index < size else others(index - size)
+
+
 def missing(field: str, remedy: str) -> InvalidRequestError:
     """Return the error of a request without its texts."""
     return InvalidRequestError(
@@ -106,6 +129,23 @@ def choice(value: Any, field: str, allowed: Iterable[str], *, code: str) -> str:
             f"{field} must be one of {', '.join(allowed)}, got {got}.", code=code, param=field
         )
     return name
+
+
+def check_max_tokens(body: Mapping[str, Any], field: str, fitting: int) -> None:
+    """Check a maximum number of tokens of a text, which has no effect if all that fit are below.
+
+    Raises:
+        InvalidRequestError: a smaller number, or none.
+    """
+    if body.get(field) is None:
+        return
+    if fields.integer(body[field], field, code="unsupported_field") < fitting:
+        raise InvalidRequestError(
+            f"{field} below the {fitting} tokens that fit is not served: shorten the texts "
+            "yourself.",
+            code="unsupported_field",
+            param=field,
+        )
 
 
 def refuse_unserved(body: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -134,7 +174,7 @@ def text_job(
     limits: RequestLimits,
     *,
     truncate: bool,
-    field: str,
+    text_name: TextName,
     truncation: str,
 ) -> EmbedJob:
     """Return the job of one request.
@@ -146,7 +186,7 @@ def text_job(
         key: API key of the request.
         limits: limits of a request.
         truncate: truncate texts that are too long; if False, refuse them.
-        field: the client's name of the texts, for errors.
+        text_name: the client's names of the texts, for errors.
         truncation: what the client sends to have texts truncated, for errors.
     """
     tasks = [task] if isinstance(task, Task) else task
@@ -158,6 +198,6 @@ def text_job(
         deadline=time.monotonic() + request_timeout(headers, limits.seconds),
         priority=request_priority(headers, key),
         tenant=key.name if key is not None else None,
-        field=field,
+        text_name=text_name,
         truncation=truncation,
     )

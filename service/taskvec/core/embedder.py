@@ -17,9 +17,11 @@ from taskvec.core.admission import Admission, batch_priority
 from taskvec.core.health import ServiceHealth
 from taskvec.core.job import Embeddings, EmbedJob, JobContext
 from taskvec.core.tasks import TaskTable
+from taskvec.core.token_spans import TokenSpans, token_spans
 from taskvec.core.tokenizer import TextTokenizer
 from taskvec.engines.base import Engine, EngineResult, TokenBatch, TokenIds
 from taskvec.errors import DeadlineExceededError, TaskvecError
+from taskvec.priority import Priority
 
 CHARACTERS_PER_TOKEN = 4
 """Estimate for the class of a request that is not tokenised yet."""
@@ -69,6 +71,41 @@ class AsyncEmbedder:
     def truncate(self, ids: list[int]) -> list[int]:
         """Return the first ``max_tokens`` ids of a longer list, and count the truncation."""
         return self._tokenizer.truncate(ids)
+
+    def special_tokens(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """Return the special tokens before and after a text: the id of each, and its name."""
+        return self._tokenizer.special_tokens()
+
+    async def tokenize(
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        *,
+        deadline: float,
+        priority: Priority,
+        context: JobContext,
+    ) -> list[TokenSpans]:
+        """Return the tokens of whole texts; nothing is embedded.
+
+        Args:
+            texts: any strings.
+            prompt: put before each text.
+            deadline: ``time.monotonic()`` after which the answer is no longer needed.
+            priority: priority class requested; many characters are bulk regardless.
+            context: records the stage.
+
+        Raises:
+            InvalidRequestError: see ``token_spans``.
+            QueueFullError: too many characters wait for the tokenizer.
+            DeadlineExceededError: the deadline passed.
+        """
+        context.stages.start("tokenize")
+        tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
+        priority = self._admission.priority_of(tokens, priority)
+        with CancelScope(_deadline_exceeded, deadline - time.monotonic()):
+            found = await token_spans(self._tokenizer, texts, prompt, priority)
+        context.stages.end()
+        return found
 
     async def embed(self, job: EmbedJob, context: JobContext | None = None) -> Embeddings:
         """Embed the inputs of one job.

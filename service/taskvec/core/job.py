@@ -19,6 +19,17 @@ from taskvec.telemetry.stages import Stages
 Charge = Callable[[int], Awaitable[None]]
 """Charge a number of tokens to whoever sent the request; raises a TaskvecError if refused."""
 
+TextName = Callable[[int], str]
+"""Return the client's name of the text at an index, for errors."""
+
+
+def listed(field: str) -> TextName:
+    """Return the names of the texts in a list, such as ``texts[3]``."""
+    return lambda index: f"{field}[{index}]"
+
+
+_INPUT = listed("input")
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class EmbedJob:
@@ -33,7 +44,7 @@ class EmbedJob:
         priority: priority class requested; large jobs are bulk regardless (``Admission``).
         tenant: name of the API key, None without one. Cached vectors belong to one tenant.
         indices: index in the request of each input, for errors; None if the job has all inputs.
-        field: the client's name for ``inputs``, for errors.
+        text_name: the client's names of ``inputs``, for errors.
         truncation: what the client sends to have texts truncated, for errors.
     """
 
@@ -45,7 +56,7 @@ class EmbedJob:
     priority: Priority = Priority.INTERACTIVE
     tenant: str | None = None
     indices: Sequence[int] | None = None
-    field: str = "input"
+    text_name: TextName = _INPUT
     truncation: str = "truncate: true"
 
     @property

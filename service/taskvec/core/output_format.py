@@ -69,6 +69,7 @@ class OutputFormat:
             clients decode that know no other type.
         names: the client's names of several types, for an answer with an object for each text;
             ``base64`` is FLOAT in base64 beside the other types. Empty for an answer of one type.
+        echo_bytes: what the answer repeats of the request, in bytes.
         bytes: size of one text's vectors, of all types together.
     """
 
@@ -79,6 +80,7 @@ class OutputFormat:
     dimensions_field: str = "dimensions"
     as_float32: bool = False
     names: tuple[str, ...] = ()
+    echo_bytes: int = 0
     bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,9 @@ PREFERRED_DEFAULT = "text-matching"
 MIXED_TASKS = "mixed"
 """What metrics and logs call the task of a request whose texts have several."""
 
+RETRIEVAL, QUERY, PASSAGE = "retrieval", ".query", ".passage"
+"""Parts of the names of the tasks of a search."""
+
 ALIASES = {"retrieval": "retrieval.passage", "separation": "clustering"}
 
 INPUT_TYPES = {
@@ -125,6 +128,37 @@ class TaskTable:
                 param=param,
             )
         return task
+
+    @property
+    def both(self) -> list[str]:
+        """What the names of two tasks begin with, one of queries and one of passages."""
+        queries = [task.removesuffix(QUERY) for task in self._tasks if task.endswith(QUERY)]
+        return [query for query in queries if f"{query}{PASSAGE}" in self._tasks]
+
+    def sides(self, name: str | None) -> tuple[Task, Task]:
+        """Return the tasks of a query and of the passages that it is compared with.
+
+        Args:
+            name: what the two tasks' names begin with; None for ``retrieval``, or without it the
+                first that has both.
+
+        Raises:
+            InvalidRequestError: there are no such tasks.
+        """
+        names = self.both
+        if name is None and names:
+            name = RETRIEVAL if RETRIEVAL in names else names[0]
+        if name is None or name not in names:
+            served = ", ".join(f"model:{known}" for known in names)
+            raise InvalidRequestError(
+                f"The task {name[:80]!r} does not tell queries from passages: send {served}."
+                if name is not None and names
+                else "This model does not tell queries from passages, so it does not rank: it has "
+                f"{', '.join(self._tasks)}.",
+                code="unknown_task",
+                param="model",
+            )
+        return self._tasks[f"{name}{QUERY}"], self._tasks[f"{name}{PASSAGE}"]
 
     def choose(self, named: Mapping[str, str | None], where: str = "") -> Task:
         """Return the one task that all fields of a request name, or the default.

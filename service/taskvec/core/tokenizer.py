@@ -35,7 +35,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from taskvec.core.cut_points import CutPoints
-from taskvec.core.tokenizer_queue import TokenizerQueue
+from taskvec.core.tokenizer_queue import SlicedWork, TokenizerQueue
 from taskvec.engines.base import TokenIds
 from taskvec.errors import CheckpointError, InvalidRequestError
 from taskvec.priority import Priority
@@ -199,6 +199,26 @@ class TextTokenizer:
                 texts, add_special_tokens=False
             )
         return encodings
+
+    def encode_with_offsets(self, texts: Sequence[str], where: str) -> list[Encoding]:
+        """Do what ``encode_batch`` does; the encodings have the characters of each token."""
+        with _untokenizable(where):
+            encodings: list[Encoding] = self._tokenizer.encode_batch(
+                texts, add_special_tokens=False
+            )
+        return encodings
+
+    async def run(self, work: SlicedWork, characters: int, priority: Priority) -> None:
+        """Do other work with this tokenizer in its turns; see ``TokenizerQueue.run``."""
+        await self._queue.run(work, characters, priority)
+
+    def special_tokens(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """Return the special tokens before and after a text: the id of each, and its name."""
+        head, tail = (
+            [(token, self._tokenizer.id_to_token(token) or "") for token in ids]
+            for ids in (self._head, self._tail)
+        )
+        return head, tail
 
     def first_ids(self, text: str, until: int, count: int, where: str) -> tuple[list[int], int]:
         """Return the first ids of a text.

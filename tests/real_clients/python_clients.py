@@ -199,7 +199,7 @@ def llama_index_tei(call: Call) -> Vectors:
     embedding = TextEmbeddingsInference(
         model_name=call.model,
         base_url=call.url,
-        auth_token=f"Bearer {call.key}",
+        auth_token=call.key,
         truncate_text=False,
     )
     return llama_index(embedding, call)
@@ -234,12 +234,13 @@ def haystack_cohere(call: Call) -> Any:
 
 @client("ollama-haystack")
 def haystack_ollama(call: Call) -> Any:
-    with ollama_key(call.key):
-        embedder = OllamaDocumentEmbedder(
-            model=call.named, url=call.url, progress_bar=False, **given(dimensions=call.dimensions)
-        )
+    embedder = OllamaDocumentEmbedder(
+        model=call.named, url=call.url, progress_bar=False, **given(dimensions=call.dimensions)
+    )
     documents = [Document(content=text) for text in call.texts]
-    return [document.embedding for document in embedder.run(documents)["documents"]]
+    with ollama_key(call.key):
+        done = embedder.run(documents)["documents"]
+    return [document.embedding for document in done]
 
 
 @client("chromadb (OpenAI)")

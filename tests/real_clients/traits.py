@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+ALL = (400, 401, 429, 503)
 QUANTISED = ("int8", "uint8", "binary", "ubinary")
 
 
@@ -19,7 +20,7 @@ class Client(NamedTuple):
         dimensions: it can ask for any number of dimensions.
         types: output types that it can ask for.
         truncates: it cannot ask for a refusal of texts that are too long, or does not by default.
-        hides: its exceptions do not have our message.
+        hidden: statuses for which its exception does not have our message.
         swallows: it returns empty vectors for documents that were refused.
         fewest_retries: ``retries`` of tests that expect an error, where its own are slow.
         retried: statuses after which it repeats a request.
@@ -33,7 +34,7 @@ class Client(NamedTuple):
     dimensions: bool = True
     types: tuple[str, ...] = ()
     truncates: bool = False
-    hides: bool = False
+    hidden: tuple[int, ...] = ()
     swallows: bool = False
     fewest_retries: int | None = None
     retried: tuple[int, ...] = ()
@@ -96,6 +97,7 @@ NODE = [
         "GoogleGenerativeAIFetchError",
         "GoogleGenerativeAIFetchError",
         swallows=True,
+        retried=(429, 503),
     ),
     # It repeats a request that was refused for good for more than a minute, in all six retries.
     _ollama("@langchain/ollama", fewest_retries=0, retried=(429, 503)),
@@ -126,7 +128,7 @@ PYTHON = [
         sides=False,
         unknown_task=False,
         dimensions=False,
-        hides=True,
+        hidden=ALL,
     ),
     Client(
         "chromadb (Hugging Face server)",
@@ -135,7 +137,7 @@ PYTHON = [
         sides=False,
         unknown_task=False,
         dimensions=False,
-        hides=True,
+        hidden=ALL,
     ),
     _openai("haystack-ai (OpenAI)"),
     _cohere("cohere-haystack", unknown_task=False, dimensions=False),
@@ -143,7 +145,9 @@ PYTHON = [
     # It sends dimensions for models that are called text-embedding-3 only.
     _openai("chromadb (OpenAI)", dimensions=False),
     _ollama("chromadb (Ollama)", dimensions=False, truncates=True),
-    Client("voyageai", "InvalidRequestError", "AuthenticationError", types=QUANTISED),
+    Client(
+        "voyageai", "InvalidRequestError", "AuthenticationError", types=QUANTISED, hidden=(503,)
+    ),
     # As chromadb's, but it raises an exception of its own.
     _openai("litellm (openai)", dimensions=False),
     _openai("litellm (jina_ai)", retries=False),

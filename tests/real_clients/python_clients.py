@@ -17,6 +17,7 @@ from haystack_integrations.components.embedders.cohere import (
     CohereDocumentEmbedder,
     CohereTextEmbedder,
 )
+from haystack_integrations.components.embedders.google_genai import GoogleGenAIDocumentEmbedder
 from haystack_integrations.components.embedders.ollama import OllamaDocumentEmbedder
 from langchain_cohere import CohereEmbeddings
 from langchain_core.embeddings import Embeddings
@@ -79,13 +80,14 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def ollama_key(key: str) -> Iterator[None]:
-    """Set the variable that the ollama package reads, for products without an option."""
-    os.environ["OLLAMA_API_KEY"] = key
+def environment(**variables: str) -> Iterator[None]:
+    """Set variables that the package of an API reads, for products without such an option."""
+    os.environ |= variables
     try:
         yield
     finally:
-        del os.environ["OLLAMA_API_KEY"]
+        for name in variables:
+            del os.environ[name]
 
 
 def langchain(embeddings: Embeddings, call: Call) -> Vectors:
@@ -232,13 +234,28 @@ def haystack_cohere(call: Call) -> Any:
     return [document.embedding for document in done]
 
 
+@client("google-genai-haystack")
+def haystack_google(call: Call) -> Any:
+    config = given(task_type=TASK_TYPES.get(call.task), output_dimensionality=call.dimensions)
+    documents = [Document(content=text) for text in call.texts]
+    with environment(GOOGLE_GEMINI_BASE_URL=call.url):
+        embedder = GoogleGenAIDocumentEmbedder(
+            model=call.model,
+            api_key=Secret.from_token(call.key),
+            config=config,
+            progress_bar=False,
+        )
+        done = embedder.run(documents)["documents"]
+    return [document.embedding for document in done]
+
+
 @client("ollama-haystack")
 def haystack_ollama(call: Call) -> Any:
     embedder = OllamaDocumentEmbedder(
         model=call.named, url=call.url, progress_bar=False, **given(dimensions=call.dimensions)
     )
     documents = [Document(content=text) for text in call.texts]
-    with ollama_key(call.key):
+    with environment(OLLAMA_API_KEY=call.key):
         done = embedder.run(documents)["documents"]
     return [document.embedding for document in done]
 
@@ -256,7 +273,7 @@ def chroma_openai(call: Call) -> Any:
 
 @client("chromadb (Ollama)")
 def chroma_ollama(call: Call) -> Any:
-    with ollama_key(call.key):
+    with environment(OLLAMA_API_KEY=call.key):
         function = chroma.OllamaEmbeddingFunction(url=call.url, model_name=call.named)
     return function(list(call.texts))
 

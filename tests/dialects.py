@@ -77,6 +77,7 @@ OPENAI = DialectRoute(
 
 OTHERS = [
     OPENAI._replace(path="/embeddings"),
+    OPENAI._replace(dialect="azure", path="/openai/v1/embeddings"),
     OPENAI._replace(dialect="azure", path="/openai/deployments/taskvec-mini/embeddings"),
     OPENAI._replace(dialect="azure", path="/v1/deployments/taskvec-mini/embeddings"),
     DialectRoute(

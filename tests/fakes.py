@@ -19,6 +19,9 @@ class FakeEngine:
         model: card of the model.
         delay: seconds that each call takes.
         error: raised by ``start`` if it is not None.
+
+    Attributes:
+        refusals: exceptions of the next calls, one each.
     """
 
     def __init__(
@@ -28,6 +31,7 @@ class FakeEngine:
         self.batches: list[TokenBatch] = []
         self.cancelled = 0
         self.finished = 0
+        self.refusals: list[Exception] = []
         self.batch_tokens = 16_384
         self._delay = delay
         self._error = error
@@ -41,6 +45,8 @@ class FakeEngine:
 
     async def embed(self, batch: TokenBatch) -> EngineResult:
         self._health.require_ready()
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.batches.append(batch)
         try:
             await asyncio.sleep(self._delay)

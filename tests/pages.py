@@ -58,6 +58,9 @@ FILES = _files()
 PAGES = {str(file.relative_to(ROOT)): file for file in FILES if file.suffix == ".md"}
 """All pages, by path in the repository."""
 
+INTEGRATIONS = "docs/integrations.md"
+"""The page whose examples tests/real_clients runs, where the products are installed."""
+
 COMMITTED = {parent for file in FILES for parent in (file, *file.parents)}
 """All files of the project, and their folders."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,10 +15,17 @@ from structlog.testing import capture_logs
 
 from conftest import fake_service
 from fakes import FakeEngine
-from taskvec.api.errors import error_response
+from taskvec.api import cohere, gemini
+from taskvec.api.errors import ErrorRenderer, error_response
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.engines.base import EngineHealth, EngineResult, EngineState, TokenBatch
-from taskvec.errors import ALL_ERRORS, CheckpointError, TaskvecError
+from taskvec.errors import (
+    ALL_ERRORS,
+    CheckpointError,
+    QueueFullError,
+    TaskvecError,
+    UnavailableError,
+)
 
 PATH = "/v1/embeddings"
 TYPES = {
@@ -283,3 +291,15 @@ async def test_while_draining(default_checkpoint: Checkpoint) -> None:
         answer = await client.post(PATH, json={"input": "a"})
         check(answer, 503, "draining")
         check_retry_headers(answer)
+
+
+@pytest.mark.parametrize("render", [cohere.error_response, gemini.error_response])
+def test_the_delay_is_in_the_message(render: ErrorRenderer) -> None:
+    """LangChain.js repeats a request to these APIs if the message of a 429 has the delay."""
+    pattern = r"(?:try again in|retry after)\s+(\d+(?:\.\d+)?)\s*(?:seconds?|secs?|s)\b"  # its own
+    refused = render(QueueFullError("The queue is full.", retry_after=1.5), "id").body
+    found = re.search(pattern, bytes(refused).decode(), re.IGNORECASE)
+    assert found is not None
+    assert found[1] == "2"
+    for other in (QueueFullError("Full."), UnavailableError("It starts.", retry_after=1.5)):
+        assert b"etry after" not in render(other, "id").body

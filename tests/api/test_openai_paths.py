@@ -47,6 +47,29 @@ async def test_the_path_names_the_model(default_checkpoint: Checkpoint, path: st
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", DEPLOYMENTS)
+async def test_the_path_decides(default_checkpoint: Checkpoint, path: str) -> None:
+    """A body may name the model without its task, or OpenAI's model: LangChain does by default."""
+    async with fake_service(default_checkpoint) as (client, _):
+        url = path.format("taskvec-mini:clustering")
+        for model in ("taskvec-mini", "text-embedding-ada-002", "org/m:text-matching"):
+            answer = await client.post(url, json={"input": ["a", "b"], "model": model})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["data"] == await embeddings(client, "clustering")
+
+
+@pytest.mark.anyio
+async def test_azures_path_without_a_deployment(default_checkpoint: Checkpoint) -> None:
+    """/openai/v1/embeddings takes the model from the body, and a key in api-key."""
+    async with fake_service(default_checkpoint) as (client, _):
+        body = {"input": ["a", "b"], "model": "taskvec-mini:clustering"}
+        answer = await client.post("/openai/v1/embeddings?api-version=v1", json=body)
+        assert answer.json()["data"] == await embeddings(client, "clustering")
+        missing = await client.post("/openai/v1/embeddings", json={**body, "model": "gpt"})
+        assert (missing.status_code, missing.json()["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", DEPLOYMENTS)
 async def test_bad_models(default_checkpoint: Checkpoint, path: str) -> None:
     """An unknown deployment is a 404; a body that names another model or task is a 400."""
     async with fake_service(default_checkpoint) as (client, engine):
@@ -56,7 +79,6 @@ async def test_bad_models(default_checkpoint: Checkpoint, path: str) -> None:
         good = path.format("taskvec-mini")
         for model, code in (
             ("taskvec-mini:clustering", "conflicting_fields"),
-            ("text-embedding-3-small", "conflicting_fields"),
             (1, "invalid_model"),
         ):
             answer = await client.post(good, json={"input": "a", "model": model})

@@ -98,7 +98,7 @@ def test_the_checks_are_those_of_any_machine() -> None:
     for text in (script, *(step.get("run", "") for step in STEPS)):
         assert set(re.findall(r"\bmake (?:--silent )?([\w-]+)", text)) <= targets
     called = set(re.findall(r"\bmake ([\w-]+)", script))
-    assert {"check", "test-gateway", "test-vllm", "soak", "test-all"} <= called
+    assert {"check", "test-gateway", "test-vllm", "test-clients", "soak", "test-all"} <= called
     steps = " ".join(JOBS["ci/checks"]["strategy"]["matrix"]["step"])
     assert f"${{@:-{steps}}}" in script, "the jobs of the workflow are all steps, in any order"
 

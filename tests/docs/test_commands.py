@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from examples import INSTEAD, Reader, instead
-from pages import OUTPUT_PREFIX, PAGES, ROOT, Block, blocks, commands
+from pages import INTEGRATIONS, OUTPUT_PREFIX, PAGES, ROOT, Block, blocks, commands
 from taskvec.auth.keys import KeyLimits, KeySource
 from taskvec.settings import Settings, environment_variable
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.full("the commands of the documentation")
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(PAGES[page]))])
+@pytest.mark.parametrize("page", [p for p in PAGES if p != INTEGRATIONS and any(blocks(PAGES[p]))])
 def test_every_example_works(page: str, tmp_path: Path) -> None:
     """Commands succeed, programs print the output in their comments, data can be parsed."""
     with Reader(tmp_path) as reader:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from taskvec.api import fields, text_job
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Route
-from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, shortened
+from taskvec.api.errors import error_responses, error_with_body, message_with_delay
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType, write_rows, write_rows_base64
 from taskvec.auth.keys import Key
@@ -66,7 +66,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
 
 def error_response(error: TaskvecError, request_id: str) -> Response:
     """Render an error as Cohere does: the clients read ``message``."""
-    body = {"id": request_id, "message": shortened(error.message, MAX_MESSAGE)}
+    body = {"id": request_id, "message": message_with_delay(error)}
     return error_with_body(error, body)
 
 

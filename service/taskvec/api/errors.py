@@ -79,6 +79,18 @@ def shortened(text: str, characters: int) -> str:
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
+def message_with_delay(error: TaskvecError) -> str:
+    """Return an error's message, which ends with the delay if a retry may help.
+
+    For APIs whose clients do not pass on the header: LangChain.js repeats a request after a 429
+    only if it finds the delay.
+    """
+    message = shortened(error.message, MAX_MESSAGE)
+    if error.status == 429 and error.retry_after is not None:
+        return f"{message} Retry after {max(1, math.ceil(error.retry_after))} s."
+    return message
+
+
 def error_response(error: TaskvecError, request_id: str) -> Response:
     """Render an error as a response; a message that repeats a long input is cut."""
     return error_with_body(error, error_body(error, request_id))

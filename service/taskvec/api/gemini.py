@@ -12,7 +12,7 @@ from starlette.responses import Response
 from taskvec.api import fields, text_job
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Handler, Route
-from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, shortened
+from taskvec.api.errors import error_responses, error_with_body, message_with_delay
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import DUMP_VALUES, VectorsByType
 from taskvec.auth.keys import Key
@@ -94,7 +94,7 @@ def error_response(error: TaskvecError, request_id: str) -> Response:  # noqa: A
     """Render an error as Gemini does."""
     body = {
         "code": error.status,
-        "message": shortened(error.message, MAX_MESSAGE),
+        "message": message_with_delay(error),
         "status": STATUS_NAMES.get(error.status, "INVALID_ARGUMENT"),
     }
     return error_with_body(error, {"error": body})

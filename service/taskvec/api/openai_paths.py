@@ -18,11 +18,15 @@ from taskvec.api.response import VectorsByType
 from taskvec.auth.keys import Key
 from taskvec.core.job import EmbedJob
 from taskvec.core.output_format import OutputFormat
+from taskvec.core.tasks import ServedNames
 from taskvec.dialects import DialectName
-from taskvec.errors import InvalidRequestError
+from taskvec.errors import InvalidRequestError, NotFoundError
 from taskvec.service import Service
 
 WITHOUT_VERSION = "/embeddings"
+
+AZURE_V1 = "/openai/v1/embeddings"
+"""Path of the newest version of Azure's API, whose model is in the body."""
 
 DEPLOYMENTS = {
     "/openai/deployments/{model:path}/embeddings": "azure_create_embeddings",
@@ -41,23 +45,29 @@ MODEL = {
 class Deployment:
     """The dialect of /v1/embeddings for a model that the path names."""
 
-    def __init__(self, dialect: OpenAIDialect, model: str) -> None:
+    def __init__(self, dialect: OpenAIDialect, names: ServedNames, model: str) -> None:
         """Translate for one request.
 
         Args:
             dialect: translates all but the model.
+            names: of the served model.
             model: name in the path.
         """
         self._dialect = dialect
+        self._names = names
         self._model = model
 
     def read(
         self, body: Any, headers: Mapping[str, str], key: Key | None
     ) -> tuple[EmbedJob, OutputFormat]:
-        """See ``Dialect.read``; a model in the body must be that of the path."""
+        """See ``Dialect.read``.
+
+        The path names the model, whatever the body says: some clients send the name of OpenAI's
+        model that they would have deployed. A served name with another task is refused.
+        """
         if isinstance(body, dict):
             named = fields.string(body.get("model"), "model")
-            if named is not None and named != self._model:
+            if named is not None and self._is_another_task(named):
                 raise InvalidRequestError(
                     f"The path names the model {self._model[:200]!r}, the field model names "
                     f"{named[:200]!r}: name one.",
@@ -66,6 +76,14 @@ class Deployment:
                 )
             body = {**body, "model": self._model}
         return self._dialect.read(body, headers, key)
+
+    def _is_another_task(self, named: str) -> bool:
+        """Return whether a name is ``model:task``, and the path names another task or none."""
+        try:
+            task = self._names.task_suffix(named)
+        except NotFoundError:
+            return False
+        return task is not None and task != self._names.task_suffix(self._model)
 
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """See ``Dialect.render``."""
@@ -78,7 +96,7 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
     dialect = OpenAIDialect(service.embedder, service.names, limits)
 
     async def embed(request: Request) -> Response:
-        deployment = Deployment(dialect, request.path_params["model"])
+        deployment = Deployment(dialect, service.names, request.path_params["model"])
         handler = embedding_handler(deployment, service.embedder, limits, service.large_work)
         return await handler(request)
 
@@ -92,6 +110,13 @@ def routes(service: Service, limits: RequestLimits) -> list[Route]:
             route,
             path=WITHOUT_VERSION,
             openapi={**route.openapi, "operationId": "create_embeddings_without_version"},
+        ),
+        dataclasses.replace(
+            route,
+            path=AZURE_V1,
+            dialect=DialectName.AZURE,
+            summary="Embed texts, as Azure OpenAI does",
+            openapi={**route.openapi, "operationId": "azure_create_embeddings_openai_v1"},
         ),
         *(
             dataclasses.replace(

@@ -501,6 +501,13 @@ class Settings(BaseSettings):
     metrics_without_key: Annotated[
         bool, Field(description="Serve /metrics without an API key even if there are API keys.")
     ] = True
+    ui: Annotated[
+        bool,
+        Field(
+            description="Serve a page at / on which a person can try the service; it loads nothing "
+            "from elsewhere, and asks for an API key if there are API keys."
+        ),
+    ] = True
     dialects: Annotated[
         tuple[str, ...],
         NoDecode,

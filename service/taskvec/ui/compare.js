@@ -40,7 +40,9 @@ export function startCompare(model) {
       byId("compare-status").textContent =
         `${plural(texts.length, "text")}, ${plural(tasks.length, "task")}, one request: ` +
         `${plural(answer.tokens, "token")} in ${number(answer.milliseconds)} ms.`;
-      byId("compare-readout").textContent = "";
+      byId("compare-readout").replaceChildren(element("span", { class: "hint" },
+        "Point at a square or a dot to read its texts, or move through a heat map with the arrow keys. " +
+        "Rows and columns are the texts in their order."));
       build();
     } catch (error) {
       if (!isLatest()) return;
@@ -79,9 +81,9 @@ export function startCompare(model) {
       return element("section", { class: `mark-${panel.number}`, "aria-label": panel.task },
         element("h2", {}, panel.task),
         panel.heat,
-        element("p", { class: "range" }, `${number(panel.least, 2)} to ${number(panel.largest, 2)}`),
+        element("p", { class: "range" }, `Similarity from ${number(panel.least, 2)} to ${number(panel.largest, 2)}`),
         panel.map,
-        element("p", { class: "range" }, `${number(100 * panel.explained)} % of the variance`));
+        element("p", { class: "range" }, `Two components, ${number(100 * panel.explained)} % of the variance`));
     }));
     draw();
     showTable();

@@ -87,6 +87,6 @@ export function latest(work) {
 export const linesOf = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
 
 export const number = (value, digits = 0) =>
-  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "\u2212");
 
 export const plural = (count, one, many = `${one}s`) => `${number(count)} ${count === 1 ? one : many}`;

@@ -5,7 +5,7 @@ export const TRY = [
   "The kettle boils water in three minutes.",
 ];
 
-export const QUERY = "how do I stop a program that hangs";
+export const QUERY = "How do I stop a running program?";
 
 export const PASSAGES = [
   "kill sends a signal to a process; the default signal asks it to end, and signal 9 ends it at once.",

@@ -108,8 +108,8 @@ function show([left, right], passages, settings) {
   const both = right.slice(0, shown).filter(({ index }) => first.has(index)).length;
   const [large, little] = settings.map(({ type, dimensions }) => bytesPerVector(type, dimensions)).sort((a, b) => b - a);
   byId("search-status").textContent =
-    `${plural(both, "passage")} of the first ${shown} ${both === 1 ? "is" : "are"} the same` +
-    (large > little ? `, at ${number(large / little, large % little ? 1 : 0)} times less memory.` : ".");
+    `${both} of the first ${plural(shown, "passage")} ${both === 1 ? "is" : "are"} the same` +
+    (large > little ? `; the smaller vectors take ${number(large / little, large % little ? 1 : 0)} times less memory.` : ".");
 }
 
 function row(text, score, moved) {

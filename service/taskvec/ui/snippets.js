@@ -7,8 +7,8 @@ const indented = (value, width) => JSON.stringify(value, null, 2).replaceAll("\n
 
 export function curl(body, withKey) {
   const key = withKey ? `  -H "Authorization: Bearer $TASKVEC_KEY" \\\n` : "";
-  const json = JSON.stringify(body).replaceAll("'", "'\\''");
-  return `curl -s ${base}v1/embeddings \\\n${key}  -H 'Content-Type: application/json' \\\n  -d '${json}'\n`;
+  const json = indented(body, 2).replaceAll("'", "'\\''");
+  return `curl -s ${base}v1/embeddings \\\n${key}  -H 'Content-Type: application/json' -d '\n  ${json}'\n`;
 }
 
 export function python(body, withKey) {

@@ -103,7 +103,7 @@ function showStages(stages, milliseconds) {
   byId("try-bar").replaceChildren(bar);
   byId("try-stages").replaceChildren(
     ...stages.map(([name, duration], i) => figure(name, duration, `mark-${i % 6}`)),
-    figure("with the way to this page", milliseconds, "plain"),
+    figure("round trip", milliseconds, "plain"),
   );
 }
 

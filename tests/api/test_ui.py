@@ -202,6 +202,12 @@ async def test_pages_are_no_part_of_the_api(default_checkpoint: Checkpoint) -> N
         paths = (await client.get("/openapi.json")).json()["paths"]
         assert set(paths["/"]) == {"post"}
         assert not [path for path in paths if path.startswith(("/ui", "/docs"))]
-        for path in ("/ui/other.js", "/ui/../settings.py", "/ui", "/docs/files/docs.html", "/redoc"):
+        for path in (
+            "/ui/other.js",
+            "/ui/../settings.py",
+            "/ui",
+            "/docs/files/docs.html",
+            "/redoc",
+        ):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["code"]) == (404, "not_found")

@@ -448,7 +448,7 @@ class Settings(BaseSettings):
         Field(
             description="TOML file of API keys, as printed by `taskvec key`; reloaded when it "
             "changes. If there are API keys, every route except /health and, by default, /metrics "
-            "requires one."
+            "requires one; the pages at / and /docs ask for it."
         ),
     ] = None
     api_keys: Annotated[

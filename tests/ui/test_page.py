@@ -322,6 +322,29 @@ def test_late_answers_are_dropped(tab: Opened) -> None:
     assert page.locator("#search-left .text").all_text_contents() == names
 
 
+def test_typing_does_not_embed_the_passages_again(tab: Opened) -> None:
+    """The passages are sent once for each setting, however slowly they are embedded."""
+    watched = tab()
+    sent: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if "retrieval.passage" in (route.request.post_data or ""):
+            sent.append(route)
+        else:
+            route.continue_()
+
+    watched.page.route("**/v1/embeddings", hold)
+    page = watched.open("/#search")
+    for query in ("bread", "bread dough"):
+        page.get_by_label("Query").fill(query)
+        page.wait_for_timeout(300)
+    assert len(sent) == 2
+    for route in sent:
+        route.continue_()
+    expect(page.locator("#search-left .text").first).to_contain_text("bread dough rise")
+    assert len(sent) == 2
+
+
 def test_compare_shows_four_tasks_of_one_request(tab: Opened, service: str) -> None:
     """Heat maps, table and maps are those of the vectors of each task, from a single request."""
     watched = tab()
@@ -431,6 +454,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> No
     page = watched.open()
     expect(page.locator("#key-message")).to_contain_text("This server requires an API key")
     expect(page.get_by_label("API key")).to_be_focused()
+    expect(page.get_by_role("main")).to_be_hidden()
     page.keyboard.type("wrong")
     page.keyboard.press("Enter")
     expect(page.locator("#key-message")).to_contain_text("Unknown API key")
@@ -471,6 +495,18 @@ def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
     page.get_by_role("button", name="Embed").click()
     expect(page.locator("#try-status")).to_contain_text("1 vector of")
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_a_model_that_is_not_listed(tab: Opened) -> None:
+    """Where the models cannot be read, the page has the reason, and no forms without effect."""
+    watched = tab()
+    watched.refusals.add(503)
+    watched.page.route(
+        "**/v1/models", lambda route: route.fulfill(status=503, json={"error": "not now"})
+    )
+    page = watched.open()
+    expect(page.get_by_role("alert")).to_have_text("not now")
+    expect(page.get_by_role("button", name="Embed")).to_be_hidden()
 
 
 def test_the_service_is_gone(tab: Opened) -> None:

@@ -1,7 +1,7 @@
 // The page: which view is shown, the model, and the API key.
 
 import { apiKey, readModel, setApiKey } from "./client.js";
-import { byId, number } from "./elements.js";
+import { byId, number, showProblem } from "./elements.js";
 import { startCompare } from "./compare.js";
 import { startNow } from "./now.js";
 import { startSearch } from "./search.js";
@@ -44,10 +44,11 @@ async function loadModel() {
   try {
     model = await readModel();
   } catch (error) {
-    if (error.status === 401) return; // the form for the key says so
-    byId("model").textContent = error.message;
+    if (error.status !== 401) showProblem("page-problem", error); // else the form for the key says so
     return;
   }
+  showProblem("page-problem");
+  byId("main").hidden = false;
   byId("model").textContent =
     `${model.id}, ${number(model.dimensions)} dimensions, texts of ${number(model.max_tokens)} tokens`;
   byId("key-form").hidden = true;

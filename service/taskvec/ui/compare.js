@@ -103,8 +103,8 @@ export function startCompare(model) {
     draw();
     const { texts, panels } = shown, n = texts.length;
     const values = panels.map(({ task, matrix }) => `${task} ${number(matrix[i * n + j], 2)}`).join(", ");
-    const pair = i === j ? `${i + 1}: ${texts[i]}` : `${i + 1}: ${texts[i]}  ·  ${j + 1}: ${texts[j]}`;
-    byId("compare-readout").replaceChildren(pair, element("br"), element("span", { class: "hint" }, values));
+    const pair = (i === j ? [i] : [i, j]).map((at) => element("span", {}, `${at + 1}: ${texts[at]}`));
+    byId("compare-readout").replaceChildren(...pair, element("span", { class: "hint" }, values));
     if (byKeyIn) announce(`${i + 1} and ${j + 1}: ${number(byKeyIn.matrix[i * n + j], 2)}`);
   }
 

@@ -29,17 +29,23 @@ export function startSearch(model) {
     type: byId(`search-${side}-type`).value,
   });
 
-  // Vectors of the passages by setting; those of earlier passages are dropped.
-  let embedded = { passages: "", bySetting: new Map() };
+  // Vectors of the passages by setting, or promises of them. Another query does not take back their
+  // request, or nothing would be found while one types; other passages do.
+  let embedded = { passages: "", bySetting: new Map(), stop: new AbortController() };
 
-  async function vectorsOf(passages, setting, signal) {
+  function vectorsOf(passages, setting) {
     const text = passages.join("\n\n");
-    if (embedded.passages !== text) embedded = { passages: text, bySetting: new Map() };
-    const { bySetting } = embedded;
+    if (embedded.passages !== text) {
+      embedded.stop.abort();
+      embedded = { passages: text, bySetting: new Map(), stop: new AbortController() };
+    }
+    const { bySetting, stop } = embedded;
     const name = `${setting.dimensions} ${setting.type}`;
     if (!bySetting.has(name)) {
       const body = embeddingBody({ model, input: passages, task: tasks.passage, ...setting });
-      bySetting.set(name, (await embed(body, signal)).vectors);
+      const vectors = embed(body, stop.signal).then((answer) => answer.vectors);
+      vectors.catch(() => bySetting.delete(name));
+      bySetting.set(name, vectors);
     }
     return bySetting.get(name);
   }
@@ -63,7 +69,7 @@ export function startSearch(model) {
     try {
       const rankings = await Promise.all(settings.map(async (setting) => {
         const [vectors, asked] = await Promise.all([
-          vectorsOf(passages, setting, signal),
+          vectorsOf(passages, setting),
           embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal),
         ]);
         return rank(setting.type, asked.vectors[0], vectors);

@@ -55,8 +55,8 @@ test: $(VENV)/dev.stamp ## Run the tests, but for those that only CI needs: WHEE
 test-all: $(VENV)/dev.stamp $(CHART_TOOLS)/stamp $(TRITON)/stamp ## Run all tests: also chart, images, commands of the docs, full fuzzing
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(ARGS)
 
-# Tests that time calls are left out: measuring makes calls slower.
 MEASURED = $(ONE_THREAD) $(VENV)/bin/python -m coverage run -m pytest --quick $(TESTED)
+# Without tests that time calls: `make test` runs them.
 UNTIMED = -k "not interpreter_lock_for_long"
 
 .PHONY: coverage
@@ -70,7 +70,7 @@ coverage: $(VENV)/dev.stamp ## Run `make test`, print the branch coverage of eac
 
 .PHONY: test-gateway
 test-gateway: $(GATEWAY_VENV)/stamp ## Run the gateway's tests without torch, with the oldest supported FastAPI
-	$(GATEWAY_VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) tests/api tests/core tests/auth tests/telemetry tests/metrics \
+	$(GATEWAY_VENV)/bin/python -m pytest $(PARALLEL) $(TESTED) $(UNTIMED) tests/api tests/core tests/auth tests/telemetry tests/metrics \
 		tests/server/test_protocol.py tests/server/test_event_loop.py tests/engines/remote tests/engines/process tests/engines/test_wire.py \
 		tests/checkpoint/test_golden.py
 

@@ -38,9 +38,14 @@ def redis_server() -> str:
     return str(get_binary_path())
 
 
-def program(name: str) -> str:
-    """Return the path of a program that no Python package contains; skip the test without it."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
+def program(*names: str) -> str:
+    """Return the path of a program that no Python package contains; skip the test without it.
+
+    Args:
+        names: names of the program, or of others that do as well.
+    """
+    for name in names:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    pytest.skip(f"{' or '.join(names)} is not installed")

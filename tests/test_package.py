@@ -78,6 +78,15 @@ def test_the_wheel_has_the_default_model(installed: Path) -> None:
         assert (target / file).read_bytes() == (source / file).read_bytes(), file
 
 
+def test_the_wheel_has_the_page(installed: Path) -> None:
+    """The wheel contains the files of the page and of /docs, byte for byte."""
+    source, target = repository() / "service" / "taskvec" / "ui", installed / "taskvec" / "ui"
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    assert {Path("index.html"), Path("app.js"), Path("docs/docs.html")} <= set(files)
+    for file in files:
+        assert (target / file).read_bytes() == (source / file).read_bytes(), file
+
+
 def test_the_wheel_has_every_module(installed: Path) -> None:
     """The wheel contains all Python files of the packages, as in the checkout, and py.typed."""
     for name, folder in PACKAGES.items():

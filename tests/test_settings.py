@@ -81,6 +81,7 @@ FROM_ENVIRONMENT = [
     ("limits_url", "redis://redis:6379/0", "redis://redis:6379/0"),
     ("limits_down", "closed", LimitsDown.CLOSED),
     ("metrics_without_key", "false", False),
+    ("ui", "false", False),
     ("dialects", "openai, cohere", ("openai", "cohere")),
     ("cors_origins", "https://a.example, *", ("https://a.example", "*")),
     ("forwarded_allow_ips", "10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),

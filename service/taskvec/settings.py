@@ -448,7 +448,7 @@ class Settings(BaseSettings):
         Field(
             description="TOML file of API keys, as printed by `taskvec key`; reloaded when it "
             "changes. If there are API keys, every route except /health and, by default, /metrics "
-            "requires one."
+            "requires one; the pages at / and /docs ask for it."
         ),
     ] = None
     api_keys: Annotated[
@@ -500,6 +500,13 @@ class Settings(BaseSettings):
     ] = LimitsDown.OPEN
     metrics_without_key: Annotated[
         bool, Field(description="Serve /metrics without an API key even if there are API keys.")
+    ] = True
+    ui: Annotated[
+        bool,
+        Field(
+            description="Serve a page at / on which a person can try the service; it loads nothing "
+            "from elsewhere, and asks for an API key if there are API keys."
+        ),
     ] = True
     dialects: Annotated[
         tuple[str, ...],

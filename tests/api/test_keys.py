@@ -31,7 +31,6 @@ GUARDED = [
     ("GET", "/v1/models/taskvec-mini"),
     ("POST", PATH),
     ("POST", WIRE_PATH),
-    ("GET", "/docs"),
     ("GET", "/openapi.json"),
 ]
 ACCEPT: dict[str, Any] = {"token_input": "accept"}

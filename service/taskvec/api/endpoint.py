@@ -52,6 +52,7 @@ class Route:
         path: as Starlette writes it; may have parameters.
         handler: answers requests.
         method: HTTP method; HEAD is answered as GET, without the body.
+        other_methods: methods that other routes of the same path answer, for errors.
         public: needs no API key.
         embeds: submits work to the engine, or only to the tokenizer: it is refused under overload
             and while draining, counts against the key's limits, and is traced.
@@ -71,6 +72,7 @@ class Route:
     path: str
     handler: Handler
     method: str = "GET"
+    other_methods: tuple[str, ...] = ()
     public: bool = False
     embeds: bool = False
     counted: bool = False
@@ -84,6 +86,11 @@ class Route:
     openapi: Mapping[str, Any] = field(default_factory=dict)
     documented: bool = True
     probe: bool = False
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the route answers."""
+        return ("GET", "HEAD") if self.method == "GET" else (self.method,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +139,15 @@ class Endpoints:
     def mount(self, route: Route) -> RawRoute:
         """Wrap a route's handler and describe the route."""
         responses, openapi = dict(route.responses), dict(route.openapi)
+        # Other methods reach the first route of a path. HEAD would be described where routes are.
+        methods = list(route.methods) if not route.documented else [route.method]
         if self.auth is not None and not route.public:
             responses |= error_responses(401, schema=route.error_schema)
             openapi["security"] = self.auth.security
         mounted = RawRoute(
             route.path,
             route.handler,
-            methods=[route.method],
+            methods=methods,
             summary=route.summary or None,
             tags=list(route.tags),
             responses=responses,
@@ -176,7 +185,8 @@ class Endpoint:
 
     def __init__(self, route: Route, shared: Endpoints) -> None:
         self._handler = route.handler
-        self._methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+        self._methods = route.methods
+        self._allowed = ", ".join((*route.methods, *route.other_methods))
         self._render_error = route.render_error
         self._dialect = route.dialect
         self._key_in_query = route.key_in_query
@@ -217,7 +227,7 @@ class Endpoint:
 
     async def _response(self, request: Request, context: RequestContext) -> Response:
         if request.method not in self._methods:
-            return wrong_method(request, ", ".join(self._methods), self._render_error)
+            return wrong_method(request, self._allowed, self._render_error)
         try:
             return await self._handle(request, context)
         except TaskvecError as error:

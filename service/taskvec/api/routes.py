@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import FastAPI
 
 from taskvec.api import (
@@ -17,6 +19,7 @@ from taskvec.api import (
     rerank,
     tei,
     tokenize,
+    ui,
 )
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
@@ -54,9 +57,26 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
         *models.routes(service, token_ids=limits.token_ids),
         *health.routes(service, auth),
         *openapi.routes(app, auth),
+        *(ui.routes() if service.settings.ui else ()),  # after tei, which has / as well
     ]
     served = service.settings.dialects
-    return [route for route in routes if route.dialect is None or route.dialect in served]
+    return _with_other_methods(
+        [route for route in routes if route.dialect is None or route.dialect in served]
+    )
+
+
+def _with_other_methods(routes: list[Route]) -> list[Route]:
+    """Give each route the methods of the others that have its path."""
+    methods: dict[str, list[str]] = {}
+    for route in routes:
+        methods.setdefault(route.path, []).extend(route.methods)
+    return [
+        replace(
+            route,
+            other_methods=tuple(m for m in methods[route.path] if m not in route.methods),
+        )
+        for route in routes
+    ]
 
 
 def _request_limits(service: Service) -> RequestLimits:

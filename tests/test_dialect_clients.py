@@ -220,7 +220,6 @@ def test_cohere_reads_our_errors_when_it_ranks(server_url: str, keyed_url: str) 
     [
         ("/v1/rerank", {"top_n": 2, "return_documents": True}),  # jina_ai/
         ("/v2/rerank", {"return_documents": True, "max_tokens_per_doc": 4096}),  # cohere/
-        ("/v1/rerank", {"return_documents": True, "max_tokens_per_doc": None}),  # infinity/
     ],
 )
 def test_what_litellm_sends(server_url: str, path: str, more: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ BETWEEN_FIELDS = {
 no multiple of 8 for the binary types, float16 in JSON, texts of too many tokens
 or, like a space, of none, and null in each of the input's names."""
 
-SETTINGS: dict[str, Any] = {"token_input": "accept", "max_texts": 50}
+SETTINGS: dict[str, Any] = {"token_input": "accept", "max_texts": 50, "ui": False}
+"""Without the page, which is no part of the API: it would add GET to what a 405 of / allows."""
 
 
 def document() -> BaseSchema:

@@ -19,6 +19,7 @@ from taskvec.api.unsupported import (
     NOTHING,
     SERVED_VALUES,
     UNSUPPORTED,
+    UNSUPPORTED_IN_ITEMS,
     refuse_unsupported,
     refuse_unsupported_in_item,
 )
@@ -460,7 +461,11 @@ def _request_schema(
     entry = {
         "type": "object",
         "required": ["text"],
-        "properties": {"text": text, **task_fields},
+        "properties": {
+            "text": text,
+            **task_fields,
+            **_unserved({**UNSUPPORTED, **UNSUPPORTED_IN_ITEMS, **REQUEST_FIELDS}),
+        },
         "description": "A text, and its task if that is not the task of the request.",
     }
     item = {"anyOf": [text, entry]}
@@ -519,13 +524,7 @@ def _request_schema(
         },
         "truncation": {**flag, "description": "The same as truncate."},
         "user": {"description": "Accepted and ignored, like every unknown field."},
-        **{
-            name: {
-                "enum": list(SERVED_VALUES.get(name, NOTHING)),
-                "description": f"Not served: {instead}.",
-            }
-            for name, instead in UNSUPPORTED.items()
-        },
+        **_unserved(UNSUPPORTED),
     }
     schema = {
         "type": "object",
@@ -536,6 +535,17 @@ def _request_schema(
     return {
         "required": True,
         "content": {"application/json": {"schema": schema, "example": example}},
+    }
+
+
+def _unserved(refused: Mapping[str, str]) -> dict[str, Any]:
+    """Return the schemas of fields that are refused unless their values ask for nothing."""
+    return {
+        name: {
+            "enum": list(SERVED_VALUES.get(name, NOTHING)),
+            "description": f"Not served: {instead}.",
+        }
+        for name, instead in refused.items()
     }
 
 

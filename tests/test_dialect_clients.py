@@ -223,7 +223,7 @@ def test_cohere_reads_our_errors_when_it_ranks(server_url: str, keyed_url: str) 
     ],
 )
 def test_what_litellm_sends(server_url: str, path: str, more: dict[str, Any]) -> None:
-    """Requests recorded from LiteLLM 1.110, which is too large to install here, are answered."""
+    """Requests recorded from LiteLLM 1.110 are answered; `make test-clients` runs LiteLLM."""
     body = {"model": MODEL, "query": QUERY, "documents": TEXTS, **more}
     headers = {"authorization": "Bearer none", "accept": "application/json"}
     answer = httpx.post(f"{server_url}{path}", json=body, headers=headers).json()

@@ -296,6 +296,19 @@ def test_closing_finishes_running_calls() -> None:
         assert answer.result().shape == (64, closing.model.dimension)
 
 
+def test_closing_finishes_calls_that_are_being_tokenised() -> None:
+    """So does one whose texts the tokenizer has not finished."""
+    closing = Embedder()
+    texts = [" ".join(["a" * 120] * 60)] * 400  # many characters, few tokens
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(closing.embed, texts)
+        queue = closing._embedder._tokenizer._queue
+        while not any(one.characters for one in queue._classes.values()) and not answer.done():
+            time.sleep(0.001)
+        closing.close()
+        assert answer.result(60).shape == (400, closing.model.dimension)
+
+
 def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
     """A folder without a checkpoint raises CheckpointError."""
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):

@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -46,6 +46,9 @@ class _LoopThread:
         # Not the thread itself: it has the Embedder, which would then never be collected.
         self.maker_idle = maker.idle if isinstance(maker, _Loader) else None
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._running: set[Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name="embedder", daemon=True)
         self._thread.start()
 
@@ -72,14 +75,32 @@ class _LoopThread:
         Raises:
             RuntimeError: see ``call``.
         """
-        if self.is_forked or self._loop.is_closed():
+        if self.is_forked:
             coroutine.close()
             raise RuntimeError(
                 "The Embedder was made before this process was forked: make one in each process."
-                if self.is_forked
-                else "The Embedder is closed."
             )
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if not self._closing and not self._loop.is_closed():
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+                self._running.add(future)
+                future.add_done_callback(self._running.discard)
+                return future
+        coroutine.close()
+        raise RuntimeError("The Embedder is closed.")
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Refuse further coroutines, wait for those that run, run a last one, and end the thread.
+
+        Args:
+            last: makes it.
+        """
+        with self._lock:
+            self._closing = True
+            running = list(self._running)
+        wait(running)
+        asyncio.run_coroutine_threadsafe(last(), self._loop).result()
+        self.stop()
 
     @property
     def is_forked(self) -> bool:
@@ -337,11 +358,13 @@ class Embedder:
         return self._thread.submit(rows())
 
     def close(self) -> None:
-        """Finish running calls, then free the model."""
+        """Refuse further calls, finish those that run, then free the model."""
         if self._finalizer.detach() is not None and not self._thread.is_forked:
-            self._thread.call(self._engine.stop())
-            self._thread.call(self._embedder.close())
-            self._thread.stop()
+            self._thread.close(self._free)
+
+    async def _free(self) -> None:
+        await self._engine.stop()
+        await self._embedder.close()
 
     def __enter__(self) -> Self:
         return self
@@ -453,7 +476,7 @@ class AsyncEmbedder:
         return await _result(embedder._submit(job, output))  # noqa: SLF001
 
     async def close(self) -> None:
-        """Finish running calls, then free the model."""
+        """Refuse further calls, finish those that run, then free the model."""
         with self._lock:
             self._closed = True
             loading = self._loading

@@ -61,8 +61,8 @@ class LoadShedder:
         self._health.require_open()
         if delay > MAX_STANDING_DELAY:
             raise QueueFullError(
-                "This process has been receiving more requests than it can read for "
-                f"{delay:.1f} seconds: send the request again later.",
+                f"This process has not kept up with its requests for {delay:.1f} seconds: send the "
+                "request again later.",
                 retry_after=1.0,
             )
         headers = header_dict(scope)

@@ -158,6 +158,60 @@ async def test_a_text_is_named_as_it_was_sent(
         assert message.startswith(f"{name} has more than the 2048 tokens"), message
 
 
+CHANGING = {
+    **dict.fromkeys(("dimensions", "output_dimension", "outputDimensionality"), 8),
+    **dict.fromkeys(("embedding_type", "output_dtype"), "int8"),
+    "embedding_types": ["int8"],
+    "encoding_format": "base64",
+    **dict.fromkeys(("task", "input_type", "inputType", "prompt_name"), "clustering"),
+    "taskType": "CLUSTERING",
+    "instruction": "Find:",
+    **{key: ["b"] for key in ("input", "inputs", "texts", "documents", "requests")},
+    **dict.fromkeys(("text", "prompt", "image"), "b"),
+    "content": {"parts": [{"text": "b"}]},
+    "images": ["b"],
+    "config": {"taskType": "CLUSTERING"},
+    **dict.fromkeys(("normalize", "normalized"), False),
+    "late_chunking": True,
+}
+"""Fields of any of the APIs that change vectors."""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "route",
+    [route for route in OTHERS if route.dialect not in ("openai", "azure")],
+    ids=lambda route: route.path,
+)
+async def test_no_field_is_ignored_in_silence(
+    default_checkpoint: Checkpoint, route: DialectRoute
+) -> None:
+    """A field of another API is refused by name, or has its effect."""
+    async with fake_service(default_checkpoint) as (client, _):
+        plain = route.request(["a"])
+        usual = route.vectors((await client.post(route.path, json=plain)).json())
+        for field, value in CHANGING.items():
+            if field in plain or (route.dialect == "tei" and field == "normalize"):
+                continue
+            answer = await client.post(route.path, json={**plain, field: value})
+            if answer.status_code != 200:
+                refused(route, answer, 400, field)
+            elif field != "embedding_types":  # other keys in the answer
+                assert route.vectors(answer.json()) != usual, field
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("route", OTHERS, ids=lambda route: route.path)
+async def test_values_of_what_is_served_are_accepted(
+    default_checkpoint: Checkpoint, route: DialectRoute
+) -> None:
+    """Other APIs' fields that ask for nothing, or for float32 of length 1, are no errors."""
+    more = {"encoding_format": "float", "normalize": True, "images": None, "late_chunking": False}
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(route.path, json={**route.request(["a"]), **more})
+        assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.anyio
 @EACH
 async def test_an_unknown_model(default_checkpoint: Checkpoint, route: DialectRoute) -> None:

@@ -164,7 +164,8 @@ async def test_bad_input(
 ) -> None:
     """A field of another type, or a value that is not served, is a 400 that names it."""
     client, engine = service
-    body = {"model": "taskvec-mini", "input": "a", "prompt": "a"} | fields
+    text = "input" if path == "/api/embed" else "prompt"
+    body = {"model": "taskvec-mini", text: "a"} | fields
     answer = await client.post(path, json=body)
     assert answer.status_code == 400, answer.text
     assert part in ollama_message(answer.json())
@@ -176,13 +177,13 @@ async def test_bad_input(
     ("path", "fields", "part"),
     [
         ("/api/embed", {}, "input is missing"),
-        ("/api/embed", {"prompt": "a"}, "input is missing"),
+        ("/api/embed", {"prompt": "a"}, "send what to embed in input"),
         ("/api/embed", {"input": {"text": "a"}}, "input must be a string"),
         ("/api/embed", {"input": []}, "empty list"),
         ("/api/embed", {"input": ""}, "empty string"),
         ("/api/embed", {"input": "a", "dimensions": 257}, "dimensions must be between"),
         ("/api/embed", {"input": "a", "dimensions": "64"}, "dimensions must be a whole number"),
-        ("/api/embeddings", {"input": "a"}, "prompt is missing"),
+        ("/api/embeddings", {"input": "a"}, "send what to embed in prompt"),
         ("/api/embeddings", {"prompt": ["a"]}, "prompt must be a string"),
         ("/api/embeddings", {"prompt": ""}, "empty string"),
     ],

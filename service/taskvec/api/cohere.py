@@ -15,6 +15,7 @@ from taskvec.api.endpoint import Route
 from taskvec.api.errors import error_responses, error_with_body, message_with_delay
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType, write_rows, write_rows_base64
+from taskvec.api.unsupported import unserved_schema
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob, TextName, listed
@@ -35,14 +36,13 @@ TRUNCATE = ("NONE", "START", "END")
 
 ONLY_TEXT = "this model embeds text, so send texts, or inputs with content of the type text"
 
-UNSERVED = {
-    "images": ONLY_TEXT,
-    **{
-        field: "name the task by input_type"
-        for field in text_job.TASK_IN_MODEL
-        if field != "input_type"
-    },
-}
+UNSERVED = text_job.other_fields(
+    ("texts", "inputs", "input_type", "output_dimension", "embedding_types"),
+    texts="send the texts in texts",
+    task="name the task by input_type",
+    dimensions="send the number of dimensions in output_dimension",
+    types="name the types of the answer in embedding_types",
+)
 """Fields that would change vectors, and what to use instead."""
 
 START_REFUSED = "truncate: END (truncate: START is not served)"
@@ -352,7 +352,7 @@ def _request_schema(dialect: CohereV2, limits: RequestLimits) -> dict[str, Any]:
                 "minimum": embedder.max_tokens,
                 "description": "At least what fits.",
             },
-            **{key: {"enum": [None, False], "description": "Not served."} for key in UNSERVED},
+            **unserved_schema(UNSERVED),
         },
         "oneOf": [
             {"required": ["texts"], "properties": {"texts": texts, "inputs": null}},

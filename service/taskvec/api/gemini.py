@@ -15,6 +15,7 @@ from taskvec.api.endpoint import Handler, Route
 from taskvec.api.errors import error_responses, error_with_body, message_with_delay
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import DUMP_VALUES, VectorsByType
+from taskvec.api.unsupported import unserved_schema
 from taskvec.auth.keys import Key
 from taskvec.core.job import EmbedJob, listed
 from taskvec.core.output_format import OutputFormat, OutputType
@@ -46,15 +47,28 @@ AUTO_TRUNCATE = ("autoTruncate", "auto_truncate")
 """Each field in the two spellings that the API reads."""
 
 UNSERVED = {
+    **text_job.other_fields(
+        ("content", *TYPE_FIELDS, *DIMENSION_FIELDS),
+        texts="send a text in content, several by batchEmbedContents, and options beside content",
+        task="name the task by taskType",
+        dimensions="send the number of dimensions in outputDimensionality",
+    ),
     "title": "put the title before the text",
-    "embedContentConfig": "send its fields beside content",
-    **{
-        field: "name the task by taskType"
-        for field in text_job.TASK_IN_MODEL
-        if field not in TYPE_FIELDS
-    },
 }
 """Fields that would change vectors, and what to use instead."""
+
+BESIDE_CONTENT = dict.fromkeys(
+    (*TYPE_FIELDS, *DIMENSION_FIELDS, *AUTO_TRUNCATE), "send it beside content"
+)
+"""Fields that content cannot have."""
+
+IN_REQUESTS = {
+    **text_job.other_fields((), texts="send the texts in requests", task="send it in requests"),
+    **dict.fromkeys((*DIMENSION_FIELDS, *AUTO_TRUNCATE), "send it in each of requests"),
+    **dict.fromkeys(TYPE_FIELDS, "send it in each of requests"),
+}
+del IN_REQUESTS["requests"]
+"""Fields that cannot stand beside requests."""
 
 MEDIA = dict.fromkeys(
     ("inlineData", "inline_data", "fileData", "file_data"), "this model embeds text"
@@ -125,6 +139,7 @@ class GeminiDialect:
         body = text_job.json_object(body)
         suffix = self._names.task_suffix(self._model)
         if self._batch:
+            text_job.refuse_unserved(body, IN_REQUESTS)
             if body.get("requests") is None:
                 raise text_job.missing("requests", "send a list of objects with content")
             items = text_job.list_of(body["requests"], "requests", self._limits.texts)
@@ -178,7 +193,7 @@ class GeminiDialect:
 
     def _text(self, request: Mapping[str, Any], at: str) -> str:
         """Return the text of one request, whose fields are at a place of the body."""
-        text_job.refuse_unserved(request, UNSERVED)
+        text_job.refuse_unserved(request, UNSERVED, at)
         named = fields.string(request.get("model"), "model")
         if named is not None and named.removeprefix("models/") != self._model:
             raise InvalidRequestError(
@@ -190,9 +205,10 @@ class GeminiDialect:
         if request.get("content") is None:
             raise text_job.missing(f"{at}content", "send an object with parts")
         content = text_job.json_object(request["content"], f"{at}content")
+        text_job.refuse_unserved(content, BESIDE_CONTENT, f"{at}content.")
         parts = text_job.list_of(content.get("parts"), f"{at}content.parts", 1)
         part = text_job.json_object(parts[0], f"{at}content.parts[0]")
-        text_job.refuse_unserved(part, MEDIA)
+        text_job.refuse_unserved(part, MEDIA, f"{at}content.parts[0].")
         return text_job.text(part.get("text"), f"{at}content.parts[0].text")
 
 
@@ -294,13 +310,12 @@ def _handler(service: Service, limits: RequestLimits, *, batch: bool) -> Handler
 def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> dict[str, Any]:
     """Return the OpenAPI requestBody, as precise as the parser above."""
     embedder = service.embedder
-    unserved = {"enum": [None, False]}
     part = {
         "type": "object",
         "required": ["text"],
         "properties": {
             "text": {"type": "string", "minLength": 1},
-            **dict.fromkeys(MEDIA, unserved),
+            **unserved_schema(MEDIA),
         },
     }
     parts = {"type": "array", "items": part, "minItems": 1, "maxItems": 1}
@@ -316,12 +331,16 @@ def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> 
         "type": "object",
         "required": ["content"],
         "properties": {
-            "content": {"type": "object", "required": ["parts"], "properties": {"parts": parts}},
+            "content": {
+                "type": "object",
+                "required": ["parts"],
+                "properties": {"parts": parts, **unserved_schema(BESIDE_CONTENT)},
+            },
             **dict.fromkeys(TYPE_FIELDS, task_type),
             **dict.fromkeys(DIMENSION_FIELDS, dimensions),
             **dict.fromkeys(AUTO_TRUNCATE, flag),
             "model": {"type": ["string", "null"], "description": "The model of the path."},
-            **dict.fromkeys(UNSERVED, unserved),
+            **unserved_schema(UNSERVED),
         },
     }
     example: dict[str, Any] = {
@@ -331,7 +350,11 @@ def _request_schema(service: Service, limits: RequestLimits, *, batch: bool) -> 
     if batch:
         bounds = {"minItems": 1, "maxItems": limits.texts}
         requests = {"type": "array", "items": request, **bounds}
-        request = {"type": "object", "required": ["requests"], "properties": {"requests": requests}}
+        request = {
+            "type": "object",
+            "required": ["requests"],
+            "properties": {"requests": requests, **unserved_schema(IN_REQUESTS)},
+        }
         example = {"requests": [example]}
     return {
         "required": True,

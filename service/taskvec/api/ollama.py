@@ -21,6 +21,7 @@ from taskvec.api.endpoint import Route
 from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, shortened
 from taskvec.api.request import RequestLimits, header_dict, read_json
 from taskvec.api.response import VectorsByType, write_rows
+from taskvec.api.unsupported import unserved_schema
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
 from taskvec.core.job import EmbedJob, TextName
@@ -62,8 +63,20 @@ class OllamaFormat(OutputFormat):
     began: int = 0
 
 
+def _unserved(texts: str) -> dict[str, str]:
+    """Return fields that would change vectors, and what to use instead."""
+    return text_job.other_fields(
+        (texts, "dimensions"),
+        texts=f"send what to embed in {texts}",
+        task="name the task after the model, as in model:task",
+        dimensions="send the number of dimensions in dimensions",
+    )
+
+
 class OllamaDialect:
     """Requests and responses of /api/embed."""
+
+    unserved = _unserved("input")
 
     def __init__(self, service: Service, limits: RequestLimits) -> None:
         """Translate for one service.
@@ -82,7 +95,7 @@ class OllamaDialect:
         """See ``Dialect.read``."""
         began = time.perf_counter_ns()
         body = text_job.json_object(body)
-        text_job.refuse_unserved(body, text_job.TASK_IN_MODEL)
+        text_job.refuse_unserved(body, self.unserved)
         name, task = self._model(body)
         check_options(body.get("options"), self.embedder.max_tokens)
         truncate = body.get("truncate")
@@ -129,6 +142,8 @@ class OllamaDialect:
 
 class OllamaPrompt(OllamaDialect):
     """Requests and responses of /api/embeddings: one text, one vector."""
+
+    unserved = _unserved("prompt")
 
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:  # noqa: ARG002 - as others
         """See ``Dialect.render``."""
@@ -390,7 +405,7 @@ def _request_schema(dialect: OllamaDialect, limits: RequestLimits, path: str) ->
             "description": f"Ignored, but for a num_ctx below {most}, which is refused.",
         },
         "keep_alive": {"description": "Ignored: the model stays loaded."},
-        **{key: {"enum": [None, False]} for key in text_job.TASK_IN_MODEL},
+        **unserved_schema(dialect.unserved),
     }
     if path == EMBED:
         properties["input"] = {"anyOf": [text, texts], "description": "What to embed."}

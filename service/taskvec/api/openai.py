@@ -16,12 +16,11 @@ from taskvec.api.errors import error_responses
 from taskvec.api.request import RequestLimits, prefers, request_priority, request_timeout
 from taskvec.api.response import OCTET_STREAM, VectorsByType, openai_response, types_response
 from taskvec.api.unsupported import (
-    NOTHING,
-    SERVED_VALUES,
     UNSUPPORTED,
     UNSUPPORTED_IN_ITEMS,
     refuse_unsupported,
     refuse_unsupported_in_item,
+    unserved_schema,
 )
 from taskvec.auth.keys import Key
 from taskvec.checkpoint.backbone import ModelCard
@@ -464,7 +463,7 @@ def _request_schema(
         "properties": {
             "text": text,
             **task_fields,
-            **_unserved({**UNSUPPORTED, **UNSUPPORTED_IN_ITEMS, **REQUEST_FIELDS}),
+            **unserved_schema({**UNSUPPORTED, **UNSUPPORTED_IN_ITEMS, **REQUEST_FIELDS}),
         },
         "description": "A text, and its task if that is not the task of the request.",
     }
@@ -524,7 +523,7 @@ def _request_schema(
         },
         "truncation": {**flag, "description": "The same as truncate."},
         "user": {"description": "Accepted and ignored, like every unknown field."},
-        **_unserved(UNSUPPORTED),
+        **unserved_schema(UNSUPPORTED),
     }
     schema = {
         "type": "object",
@@ -535,17 +534,6 @@ def _request_schema(
     return {
         "required": True,
         "content": {"application/json": {"schema": schema, "example": example}},
-    }
-
-
-def _unserved(refused: Mapping[str, str]) -> dict[str, Any]:
-    """Return the schemas of fields that are refused unless their values ask for nothing."""
-    return {
-        name: {
-            "enum": list(SERVED_VALUES.get(name, NOTHING)),
-            "description": f"Not served: {instead}.",
-        }
-        for name, instead in refused.items()
     }
 
 

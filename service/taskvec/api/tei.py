@@ -16,6 +16,7 @@ from taskvec.api.endpoint import Route
 from taskvec.api.errors import MAX_MESSAGE, error_responses, error_with_body, shortened
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType, write_rows
+from taskvec.api.unsupported import unserved_schema
 from taskvec.auth.keys import Key
 from taskvec.core.job import EmbedJob, TextName, listed
 from taskvec.core.output_format import OutputFormat, OutputType
@@ -35,6 +36,23 @@ TASK_BY_PROMPT = {
     for field in text_job.TASK_IN_MODEL
     if field != "prompt_name"
 }
+
+OPTIONS = ("prompt_name", "dimensions", "encoding_format", "normalize")
+
+UNSERVED = text_job.other_fields(
+    ("inputs", *OPTIONS),
+    texts="send the texts in inputs",
+    task="name the task by prompt_name",
+    dimensions="send the number of dimensions in dimensions",
+    normalized="send normalize",
+)
+"""Fields that would change vectors, and what to use instead."""
+
+OUTSIDE_PARAMETERS = {
+    **UNSERVED,
+    **dict.fromkeys((*OPTIONS, "truncate", "truncation_direction"), "send it in parameters"),
+}
+"""The same of a body whose options are in an object of their own."""
 
 ERROR_TYPES = ("Validation", "Empty", "Tokenizer", "Overloaded", "Unhealthy", "Backend")
 
@@ -99,7 +117,7 @@ class TeiDialect:
         body = text_job.json_object(body)
         inputs, text_name = self.inputs(body)
         options = self.options(body)
-        text_job.refuse_unserved(options, TASK_BY_PROMPT)
+        text_job.refuse_unserved(options, UNSERVED)
         truncate, advice = truncation(options)
         job = text_job.text_job(
             inputs,
@@ -189,6 +207,7 @@ class TeiSimilarity(TeiDialect):
 
     def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the object that has the options."""
+        text_job.refuse_unserved(body, OUTSIDE_PARAMETERS)
         parameters = body.get("parameters")
         return {} if parameters is None else text_job.json_object(parameters, "parameters")
 
@@ -295,7 +314,7 @@ def task_options(dialect: TeiDialect) -> dict[str, Any]:
             "description": "Names the task: query, document, or a task's own name.",
         },
         "model": {"enum": [*models, None], "description": "A served name, or name:task."},
-        **{key: {"enum": [None, False]} for key in TASK_BY_PROMPT},
+        **unserved_schema(TASK_BY_PROMPT),
     }
 
 
@@ -322,8 +341,13 @@ def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
         }
         options["normalize"] = {"enum": [True, None]}
         options["dimensions"] = options["encoding_format"] = {"enum": [None, False]}
+        options = {**unserved_schema(UNSERVED), **options}
         parameters: dict[str, Any] = {"type": ["object", "null"], "properties": options}
-        properties = {"inputs": inputs, "parameters": parameters}
+        properties = {
+            "inputs": inputs,
+            "parameters": parameters,
+            **unserved_schema(OUTSIDE_PARAMETERS),
+        }
         example: dict[str, Any] = {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}}
     else:
         inputs = {"anyOf": [text, texts], "description": "What to embed."}
@@ -336,7 +360,12 @@ def _request_schema(dialect: TeiDialect, *, similarity: bool) -> dict[str, Any]:
         }
         options["encoding_format"] = {"enum": ["float", None]}
         parameters = {"type": ["object", "null"], "maxProperties": 0}
-        properties = {"inputs": inputs, "parameters": parameters, **options}
+        properties = {
+            **unserved_schema(UNSERVED),
+            "inputs": inputs,
+            "parameters": parameters,
+            **options,
+        }
         example = {"inputs": ["How do I reset my password?"], "prompt_name": "query"}
     schema = {"type": "object", "required": ["inputs"], "properties": properties}
     return {

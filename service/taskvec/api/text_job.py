@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from taskvec.api import fields
 from taskvec.api.request import RequestLimits, request_priority, request_timeout
+from taskvec.api.unsupported import is_served
 from taskvec.auth.keys import Key
 from taskvec.core.job import EmbedJob, TextName, listed
 from taskvec.core.tasks import Task
@@ -19,6 +20,60 @@ TASK_IN_MODEL = dict.fromkeys(
 )
 """Fields of other APIs that name a task, for a dialect that has none of its own: ignored, they
 would give vectors of another task than the client expects."""
+
+_TEXTS = ("input", "inputs", "texts", "text", "content", "contents", "prompt", "documents")
+_REQUESTS = ("requests", "config", "embedContentConfig")
+_TASKS = (*TASK_IN_MODEL, "tasks", "taskType", "inputType", "instructions", "prompts")
+_DIMENSIONS = (
+    "dimensions",
+    "dimension",
+    "output_dimension",
+    "output_dimensions",
+    "outputDimension",
+    "outputDimensionality",
+    "output_dimensionality",
+    "truncate_dim",
+)
+_TYPES = ("embedding_type", "embedding_types", "output_dtype", "encoding_format", "precision")
+_NORMALIZED = ("normalize", "normalized")
+_MEDIA = ("image", "images", "image_url", "video", "audio", "input_audio")
+_VECTORS = ("late_chunking", "late_interaction", "return_multivector", "multi_vector")
+
+
+def other_fields(
+    own: Collection[str],
+    *,
+    texts: str,
+    task: str,
+    dimensions: str = "vectors have all their dimensions",
+    types: str = "the answer has floats",
+    normalized: str = "vectors have length 1",
+) -> dict[str, str]:
+    """Return fields of other APIs that a dialect does not read, and what a client should do.
+
+    If they were ignored, the client would get other vectors than it asked for, without noticing.
+
+    Args:
+        own: fields that the dialect reads.
+        texts: where it reads texts.
+        task: where it reads the task.
+        dimensions: where it reads the number of dimensions.
+        types: where it reads the type of numbers.
+        normalized: where it reads whether vectors are normalised.
+    """
+    groups = {
+        _TEXTS: texts,
+        _REQUESTS: texts,
+        _TASKS: task,
+        _DIMENSIONS: dimensions,
+        _TYPES: types,
+        _NORMALIZED: normalized,
+        _MEDIA: "this model embeds texts only",
+        _VECTORS: "each text has one vector, which depends on no other text",
+    }
+    return {
+        field: advice for group, advice in groups.items() for field in group if field not in own
+    }
 
 
 def json_object(value: Any, field: str = "The body") -> dict[str, Any]:
@@ -148,21 +203,27 @@ def check_max_tokens(body: Mapping[str, Any], field: str, fitting: int) -> None:
         )
 
 
-def refuse_unserved(body: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    """Refuse fields that would change vectors and are not served; null and false are accepted.
+def refuse_unserved(body: Mapping[str, Any], reasons: Mapping[str, str], at: str = "") -> None:
+    """Refuse fields that would change vectors and are not served.
+
+    Values that ask for nothing, or for what is served anyway, are accepted.
 
     Args:
         body: JSON object.
         reasons: by field, what a client should know or do.
+        at: what comes before the names of the object's fields.
 
     Raises:
         InvalidRequestError: names the field.
     """
+    if reasons.keys().isdisjoint(body):
+        return
     for field, reason in reasons.items():
-        value = body.get(field)
-        if value is not None and value is not False:
+        if field in body and not is_served(field, body[field]):
             raise InvalidRequestError(
-                f"{field} is not served: {reason}.", code="unsupported_field", param=field
+                f"{at}{field} is not served: {reason}.",
+                code="unsupported_field",
+                param=f"{at}{field}",
             )
 
 

@@ -85,6 +85,12 @@ SERVED_VALUES: Mapping[str, tuple[Any, ...]] = {
     "precision": (None, False, "float32"),
     "embed_dtype": (None, False, "float32"),
     "endianness": (None, False, "native", "little"),
+    "encoding_format": (None, False, "float"),
+    "embedding_type": (None, False, "float"),
+    "embedding_types": (None, False, ["float"]),
+    "output_dtype": (None, False, "float"),
+    "normalize": (None, True),
+    "normalized": (None, True),
 }
 """Values that ask for what is served anyway, of the fields that have other ones than NOTHING."""
 
@@ -119,7 +125,7 @@ def refuse_unsupported_in_item(
 
 def _refuse(given: Mapping[str, Any], fields: Mapping[str, str], path: str) -> None:
     for name, value in given.items():
-        if name in fields and not _is_served(name, value):
+        if name in fields and not is_served(name, value):
             raise InvalidRequestError(
                 f"{path}{name} is not served: {fields[name]}.",
                 code="unsupported_field",
@@ -127,7 +133,18 @@ def _refuse(given: Mapping[str, Any], fields: Mapping[str, str], path: str) -> N
             )
 
 
-def _is_served(name: str, value: Any) -> bool:
-    """Return whether a value asks for nothing else than what is served; 0 is not false."""
+def unserved_schema(refused: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON schemas of fields that are refused unless their values ask for nothing."""
+    return {
+        name: {
+            "enum": list(SERVED_VALUES.get(name, NOTHING)),
+            "description": f"Not served: {instead}.",
+        }
+        for name, instead in refused.items()
+    }
+
+
+def is_served(name: str, value: Any) -> bool:
+    """Return whether a value of a field asks for nothing but what is served; 0 is not false."""
     served = SERVED_VALUES.get(name, NOTHING)
     return any(type(value) is type(other) and value == other for other in served)

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from cgroups import MB
 from conftest import fake_service
 from keyfiles import entry
-from sockets import answer, served, wait_for
+from sockets import answer as answer_on
+from sockets import served, wait_for
 from taskvec.api.openapi import FOLDER as DOCS_FOLDER
 from taskvec.api.static_files import static_handler
 from taskvec.api.ui import FILES, FOLDER
@@ -152,7 +153,7 @@ async def test_a_file_is_read_once_when_it_is_requested() -> None:
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_unread_files_are_held(default_checkpoint: Checkpoint, reads: bool) -> None:
-    """A file counts against a slow client's share of memory until it is read, or the client left."""
+    """A file counts against a client's share of memory until it is read, or the client left."""
     file, held = "/docs/files/swagger-ui-bundle.js", "taskvec_memory_held_bytes"
     with served(default_checkpoint, memory_budget=4 * MB) as server, ExitStack() as stack:
 
@@ -167,7 +168,7 @@ def test_unread_files_are_held(default_checkpoint: Checkpoint, reads: bool) -> N
         size = len(httpx.get(f"http://127.0.0.1:{server.port}{file}").content)
         slow = ask(file, times=3)  # the kernel takes the first one
         wait_for(lambda: server.sample(held) > MB // 4)
-        refused, body = answer(ask(file))
+        refused, body = answer_on(ask(file))
         assert (refused.status, body["code"]) == (429, "queue_full")
         with HTTPResponse(ask("/docs/files/docs.js")) as small:
             small.begin()

@@ -67,7 +67,7 @@ async def test_vectors_are_those_of_the_embedder(embedder: AsyncEmbedder) -> Non
 
 @pytest.mark.anyio
 async def test_errors_are_those_of_the_embedder(embedder: AsyncEmbedder, tmp_path: Path) -> None:
-    """What the twin refuses is refused; a model that cannot be loaded may be tried again."""
+    """What ``Embedder`` refuses is refused; a model that cannot be loaded may be tried again."""
     with pytest.raises(InvalidRequestError, match=r"texts\[1\]"):
         await embedder.embed(["a", ""])
     with pytest.raises(InvalidRequestError, match=r"task\[1\]"):

@@ -193,7 +193,7 @@ def test_a_notebook_ends_without_close(cells: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", ASYNC_PROGRAMS)
 def test_an_asynchronous_program_ends_without_close(kind: str) -> None:
-    """A program with the asynchronous twin ends with its own exit code, and says nothing."""
+    """A program with the asynchronous embedder ends with its own exit code, and says nothing."""
     more, code = ASYNC_PROGRAMS[kind]
     done = subprocess.run(
         [sys.executable, "-c", START_ASYNC + more],

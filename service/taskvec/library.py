@@ -383,7 +383,7 @@ def _rows(result: Embeddings, output: OutputFormat) -> NDArray[np.float32]:
 
 
 class AsyncEmbedder:
-    """The asynchronous twin of ``Embedder``: the same calls, awaited, and the same vectors.
+    """The asynchronous version of ``Embedder``: the same calls, awaited, and the same vectors.
 
     Example:
         >>> async def main():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
+from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
 from posixpath import normpath
 
@@ -10,8 +13,11 @@ import httpx
 import pytest
 from starlette.requests import Request
 
+from cgroups import MB
 from conftest import fake_service
 from keyfiles import entry
+from sockets import answer as answer_on
+from sockets import served, wait_for
 from taskvec.api.openapi import FOLDER as DOCS_FOLDER
 from taskvec.api.static_files import static_handler
 from taskvec.api.ui import FILES, FOLDER
@@ -143,6 +149,37 @@ async def test_a_file_is_read_once_when_it_is_requested() -> None:
         scope = {"type": "http", "method": "GET", "headers": []}
         assert (await handler(Request(scope))).body == b"content"
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_unread_files_are_held(default_checkpoint: Checkpoint, reads: bool) -> None:
+    """A file counts against a client's share of memory until it is read, or the client left."""
+    file, held = "/docs/files/swagger-ui-bundle.js", "taskvec_memory_held_bytes"
+    with served(default_checkpoint, memory_budget=4 * MB) as server, ExitStack() as stack:
+
+        def ask(path: str, times: int = 1) -> socket.socket:
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(20)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode() * times)
+            return connection
+
+        size = len(httpx.get(f"http://127.0.0.1:{server.port}{file}").content)
+        slow = ask(file, times=3)  # the kernel takes the first one
+        wait_for(lambda: server.sample(held) > MB // 4)
+        refused, body = answer_on(ask(file))
+        assert (refused.status, body["code"]) == (429, "queue_full")
+        with HTTPResponse(ask("/docs/files/docs.js")) as small:
+            small.begin()
+            assert small.status == 200
+        if reads:
+            left = 2 * size
+            while left > 0:
+                left -= len(slow.recv(MB))
+        else:
+            slow.close()
+        wait_for(lambda: server.sample(held) == 0)
 
 
 @pytest.mark.anyio

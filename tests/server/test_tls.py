@@ -83,6 +83,9 @@ def held(service: Served, certificate: Certificate) -> float:
 LARGE = {"input": ["a"] * 2048}
 """A request whose response is larger than what the kernel buffers."""
 
+FILE = b"GET /docs/files/swagger-ui-bundle.js HTTP/1.1\r\nHost: test\r\n\r\n"
+"""A request for the largest file; the kernel buffers more than one response."""
+
 
 def test_requests_are_answered(default_checkpoint: Checkpoint, certificate: Certificate) -> None:
     """Several requests on a connection, the first of which comes with the handshake's end."""
@@ -232,16 +235,17 @@ def test_silent_connections_do_not_use_up_the_files(certificate: Certificate) ->
             assert httpx.get(live, verify=certificate.trusting, timeout=10).status_code == 200
 
 
+@pytest.mark.parametrize("request_bytes", [whole(LARGE), 3 * FILE], ids=["vectors", "file"])
 def test_an_unread_response_is_counted_and_timed(
-    default_checkpoint: Checkpoint, certificate: Certificate
+    default_checkpoint: Checkpoint, certificate: Certificate, request_bytes: bytes
 ) -> None:
     """It counts against the memory budget until the answer timeout, which ends its connection."""
     with (
         served(default_checkpoint, answer_timeout=3, **certificate.settings) as service,
         ExitStack() as stack,
     ):
-        slow_reader(stack, certificate, service.port).sendall(whole(LARGE))
-        wait_for(lambda: held(service, certificate) > 1e6)
+        slow_reader(stack, certificate, service.port).sendall(request_bytes)
+        wait_for(lambda: held(service, certificate) > 5e5)
         wait_for(lambda: service.connections() == 0)
         wait_for(lambda: held(service, certificate) == 0)
 

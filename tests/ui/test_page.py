@@ -473,11 +473,41 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> No
     page.reload()
     expect(page.locator("#now-figures .value").first).to_contain_text("0.0")
     page.get_by_role("link", name="API description").click()
-    expect(page.get_by_text("/v1/embeddings", exact=True)).to_be_visible()
+    expect(page.get_by_text("/v1/embeddings", exact=True)).to_be_visible(timeout=20_000)
     page.go_back()
     page.get_by_role("button", name="Forget the API key").click()
     expect(page.get_by_label("API key")).to_be_visible()
     assert page.evaluate("sessionStorage.length") == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_a_key_that_does_not_work_is_not_kept(tab: Opened, guarded: str, path: str) -> None:
+    """A wrong key, or one that no header can have, is named as such; the form stays, or is back."""
+    watched = tab(guarded)
+    watched.refusals.add(401)
+    page = watched.open(path)
+    message = page.locator("#key-message, #problem")
+    forget = page.get_by_role("button", name="Forget the API key")
+    stored = "sessionStorage.getItem('taskvec-key')"
+    for key, problem in (
+        (f"\u201c{SECRET}\u201d", "cannot be an API key"),
+        ("no", "Unknown API key"),
+    ):
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Use this key").click()
+        expect(message).to_contain_text(problem)
+        assert page.evaluate(stored) is None
+    page.evaluate("sessionStorage.setItem('taskvec-key', '\u201ckey\u201d')")
+    page.reload()
+    expect(message).to_contain_text("cannot be an API key")
+    expect(forget).to_be_visible()
+    page.get_by_label("API key").fill(SECRET)
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.get_by_label("API key")).to_be_hidden()
+    assert page.evaluate(stored) == SECRET
+    forget.click()
+    expect(page.get_by_label("API key")).to_be_visible()
+    assert page.evaluate(stored) is None
 
 
 def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:

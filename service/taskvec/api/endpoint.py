@@ -28,7 +28,7 @@ from taskvec.api.errors import (
 from taskvec.api.load_shedding import LoadShedder
 from taskvec.core.client_shares import current_client
 from taskvec.core.health import ServiceHealth
-from taskvec.core.memory_budget import MemoryBudget
+from taskvec.core.memory_budget import MemoryBudget, MemoryHold
 from taskvec.core.memory_pressure import MemoryPressure
 from taskvec.dialects import DialectName
 from taskvec.errors import TaskvecError
@@ -249,18 +249,29 @@ class Endpoint:
         """Call the handler, if key, load and limits allow it."""
         if self._auth is not None:
             context.key = self._auth.authenticate(request.scope, in_query=self._key_in_query)
-        if self._pressure is not None and not self._embeds:
-            self._pressure.require_any()
-        if not self._embeds:
-            return await self._handler(request)
         client = client_name(request.scope, context.key)
-        current_client.set(client)
         context.memory = self._budget.hold(client)
+        if not self._embeds:
+            return await self._answer(request, context.memory)
+        current_client.set(client)
         self._shedder.check(request.scope, context.key)
         with self._health.work:
             if self._limiter is not None and context.key is not None:
                 return await self._limiter.run(context.key, context, self._handler, request)
             return await self._handler(request)
+
+    async def _answer(self, request: Request, memory: MemoryHold) -> Response:
+        """Call the handler of a route that does not embed; its response is held until it is sent.
+
+        A file of a page may be shared by all its responses, but TLS encrypts each of them at once.
+        """
+        if self._pressure is None:
+            return await self._handler(request)
+        self._pressure.require_any()
+        response = await self._handler(request)
+        if request.method != "HEAD":
+            memory.resize(len(response.body))
+        return response
 
     def _start_span(self, scope: Scope, context: RequestContext) -> RequestSpan | None:
         if self._tracer is None:

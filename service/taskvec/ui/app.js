@@ -1,6 +1,6 @@
 // The page: which view is shown, the model, and the API key.
 
-import { apiKey, readModel, setApiKey } from "./client.js";
+import { apiKey, forgetApiKey, readModel } from "./client.js";
 import { byId, number, showProblem } from "./elements.js";
 import { startCompare } from "./compare.js";
 import { startNow } from "./now.js";
@@ -40,12 +40,14 @@ function begin(name) {
   start(model);
 }
 
-async function loadModel() {
+/** Read the model, with a new key if one is given; return whether that succeeded. */
+async function loadModel(key) {
+  byId("key-forget").hidden = !apiKey();
   try {
-    model = await readModel();
+    model = await readModel(key);
   } catch (error) {
     if (error.status !== 401) showProblem("page-problem", error); // else the form for the key says so
-    return;
+    return false;
   }
   showProblem("page-problem");
   byId("main").hidden = false;
@@ -54,6 +56,7 @@ async function loadModel() {
   byId("key-form").hidden = true;
   byId("key-forget").hidden = !apiKey();
   showView({ focus: false });
+  return true;
 }
 
 addEventListener("key-needed", ({ detail }) => {
@@ -66,15 +69,14 @@ addEventListener("key-needed", ({ detail }) => {
 
 byId("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  setApiKey(byId("key").value.trim());
-  byId("key").value = "";
   byId("key-message").textContent = "";
-  await loadModel();
+  if (!(await loadModel(byId("key").value.trim()))) return;
+  byId("key").value = "";
   dispatchEvent(new Event("key-changed"));
 });
 
 byId("key-forget").addEventListener("click", () => {
-  setApiKey("");
+  forgetApiKey();
   location.reload();
 });
 

@@ -16,7 +16,7 @@ export const colour = (name) => getComputedStyle(document.documentElement).getPr
 
 const channels = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
-/** A square of n x n similarities: the paper's colour for the least one, full colour for the largest. */
+/** A square of n x n similarities: the background colour for the least one, full colour for the largest. */
 export function drawHeatMap(canvas, { matrix, n, least, largest, full, selected }) {
   const { context, width } = prepared(canvas);
   const empty = channels(colour("--raised")), dark = channels(full);

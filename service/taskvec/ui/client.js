@@ -1,16 +1,15 @@
 // Requests to the service that this page comes from, and to nothing else.
 
 const KEY = "taskvec-key";
+const UNUSABLE_KEY =
+  "This cannot be an API key: it has a character that a key never has, such as a typographic quotation mark. Copy the key again.";
 
 /** Where the service is; ends with a slash. A proxy may serve it below a path. */
 export const base = new URL("./", document.baseURI).href;
 
 export const apiKey = () => sessionStorage.getItem(KEY) ?? "";
 
-export function setApiKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
-}
+export const forgetApiKey = () => sessionStorage.removeItem(KEY);
 
 /** An error with the message that the service gave. */
 export class ServiceError extends Error {
@@ -20,9 +19,13 @@ export class ServiceError extends Error {
   }
 }
 
-async function send(path, options = {}) {
+async function send(path, options = {}, key = apiKey()) {
   const headers = new Headers(options.headers);
-  if (apiKey()) headers.set("authorization", `Bearer ${apiKey()}`);
+  try {
+    if (key) headers.set("authorization", `Bearer ${key}`);
+  } catch {
+    throw keyNeeded(UNUSABLE_KEY);
+  }
   let response;
   try {
     response = await fetch(base + path, { ...options, headers, cache: "no-store" });
@@ -39,13 +42,19 @@ async function send(path, options = {}) {
   } catch {
     // A proxy's own page, say.
   }
-  if (response.status === 401) dispatchEvent(new CustomEvent("key-needed", { detail: message }));
+  if (response.status === 401) throw keyNeeded(message);
   throw new ServiceError(response.status, message || `The service answered with status ${response.status}.`);
 }
 
-/** The served model, as /v1/models describes it. */
-export async function readModel() {
-  const body = await (await send("v1/models")).json();
+function keyNeeded(message) {
+  dispatchEvent(new CustomEvent("key-needed", { detail: message }));
+  return new ServiceError(401, message);
+}
+
+/** The served model, as /v1/models describes it; a key with which it could be read is kept. */
+export async function readModel(key = apiKey()) {
+  const body = await (await send("v1/models", {}, key)).json();
+  if (key) sessionStorage.setItem(KEY, key);
   return body.data[0];
 }
 

@@ -32,7 +32,7 @@ const FIGURES = [
       return fill === null ? null : 100 * fill;
     },
   },
-  { name: "Refused", unit: "a second", digits: 1, value: rate("taskvec_rejected_total") },
+  { name: "Errors of any kind", unit: "a second", digits: 1, value: rate("taskvec_rejected_total") },
 ];
 
 /** Returns { show, hide }: the metrics are read only between the two. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,44 @@ def test_float32_vectors_do_not_depend_on_the_batch() -> None:
     with Embedder(dtype="float32") as exact:
         alone = np.concatenate([exact.embed(text) for text in TEXTS])
         assert difference(alone, exact.embed(TEXTS)) <= FP32_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ({"text": "a"}, {}, "texts must be a text or a list of texts, got dict"),
+        ({"a"}, {}, "texts must be a text or a list of texts, got set"),
+        ("a", {"truncate": "no"}, "truncate must be True or False, got 'no'"),
+        ("a", {"normalized": 1}, "normalized must be True or False, got 1"),
+        ("a", {"dimensions": True}, "dimensions must be a whole number, got True"),
+        ("a", {"dimensions": "8"}, "dimensions must be a whole number, got '8'"),
+    ],
+)
+def test_wrong_arguments(
+    embedder: Embedder, texts: Any, options: dict[str, Any], message: str
+) -> None:
+    """An argument of another type is an error, not another result."""
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        embedder.embed(texts, **options)
+
+
+def test_dimensions_from_numpy(embedder: Embedder) -> None:
+    """A numpy integer is a number of dimensions."""
+    assert embedder.embed("a", dimensions=np.int64(8)).shape == (1, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "foo"}, "dtype must be one of auto, bfloat16, float16, float32, got 'foo'"),
+        ({"adapter_mode": "x"}, "adapter_mode must be one of auto, merged, low-rank, got 'x'"),
+        ({"threads": -1}, "threads must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    """An option with none of its values is an error that lists them."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Embedder(**options)
 
 
 def test_closing_ends_it() -> None:

@@ -7,10 +7,12 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -181,6 +183,9 @@ def _stop_at_exit(thread: _LoopThread, engine: PackedEngine, tokenizer: TextToke
 AnyTask = str | Task | None
 """What names a task."""
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+ADAPTER_MODES = ("auto", "merged", "low-rank")
+
 
 class Embedder:
     """Embeds texts in this process; returns the same vectors as the server.
@@ -219,7 +224,12 @@ class Embedder:
 
         Raises:
             CheckpointError: the model cannot be served; the message names the remedy.
+            ValueError: an argument is none of its choices.
         """
+        _require_choice("dtype", dtype, DTYPES)
+        _require_choice("adapter_mode", adapter_mode, ADAPTER_MODES)
+        if not isinstance(threads, int) or threads < 0:
+            raise ValueError(f"threads must be a whole number of at least 0, got {threads!r}.")
         if not structlog.is_configured():  # structlog's default prints every event to stdout
             structlog.configure(
                 wrapper_class=structlog.make_filtering_bound_logger("warning"),
@@ -305,6 +315,25 @@ class Embedder:
         truncate: bool,
     ) -> tuple[EmbedJob | None, OutputFormat]:
         """Return what ``embed`` asks for; None if there are no texts."""
+        if isinstance(texts, Mapping | AbstractSet):
+            raise InvalidRequestError(
+                f"texts must be a text or a list of texts, got {type(texts).__name__}.",
+                code="invalid_input",
+                param="texts",
+            )
+        for name, flag in (("normalized", normalized), ("truncate", truncate)):
+            if not isinstance(flag, bool):
+                raise InvalidRequestError(
+                    f"{name} must be True or False, got {flag!r}.",
+                    code=f"invalid_{name}",
+                    param=name,
+                )
+        if isinstance(dimensions, bool) or not isinstance(dimensions, Integral | None):
+            raise InvalidRequestError(
+                f"dimensions must be a whole number, got {dimensions!r}.",
+                code="invalid_dimensions",
+                param="dimensions",
+            )
         items = [texts] if isinstance(texts, str) else list(texts)
         several = not (task is None or isinstance(task, str | Task))
         tasks = self._tasks(task, len(items)) if several else [self._task(task, "task")]
@@ -376,6 +405,11 @@ class Embedder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _rows(result: Embeddings, output: OutputFormat) -> NDArray[np.float32]:

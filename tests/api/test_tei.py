@@ -151,7 +151,7 @@ async def test_kinds_of_errors(default_checkpoint: Checkpoint) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"inputs": None}, "inputs is missing"),
     ({"inputs": {"text": "a"}}, "inputs must be a string"),
-    ({"inputs": PAIR}, "inputs must be a string"),
+    ({"inputs": PAIR}, "send it to /similarity"),
     ({"inputs": []}, "empty list"),
     ({"inputs": [1, 2]}, "inputs[0] must be a string"),
     ({"inputs": [["a", "b"]]}, "inputs[0] must be a string"),

@@ -72,7 +72,7 @@ class ApiKeyAuth:
         if secret is None:
             raise AuthenticationError(
                 "This server requires an API key: send it as Authorization: Bearer KEY, or in the "
-                "header api-key.",
+                "header api-key, x-api-key or x-goog-api-key.",
                 code="missing_api_key",
             )
         key = self._keys.find(secret)

@@ -351,20 +351,20 @@ def _token_id(value: Any, where: str) -> int:
 
 
 def _text(value: Any, where: str) -> str:
+    wanted = 'a string or {"text": string}'
     if isinstance(value, dict):
         refuse_unsupported_in_item(value, where, REQUEST_FIELDS)
         if "text" in value:
-            value, where = value["text"], f"{where}.text"
+            value, where, wanted = value["text"], f"{where}.text", "a string"
     if isinstance(value, list):
         raise InvalidRequestError(
-            f'{where} must be a string or {{"text": string}}, got a list: send all texts in one '
-            "list.",
+            f"{where} must be {wanted}, got a list: send all texts in one list.",
             code="invalid_input",
             param=where,
         )
     if not isinstance(value, str):
         raise InvalidRequestError(
-            f'{where} must be a string or {{"text": string}}, got {fields.type_name(value)}.',
+            f"{where} must be {wanted}, got {fields.type_name(value)}.",
             code="invalid_input",
             param=where,
         )

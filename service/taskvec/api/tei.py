@@ -29,7 +29,7 @@ EMBED, ROOT, SIMILARITY, INFO = "/embed", "/", "/similarity", "/info"
 
 DIRECTIONS = ("right", "left")
 
-LEFT_REFUSED = "truncation_direction: right (truncation_direction: left is not served)"
+LEFT_REFUSED = "truncate: true with truncation_direction: right (left is not served)"
 
 TASK_BY_PROMPT = {
     field: "name the task by prompt_name"
@@ -142,6 +142,12 @@ class TeiDialect:
         value = body.get("inputs")
         if value is None:
             raise text_job.missing("inputs", "send a string or a list of strings")
+        if isinstance(value, dict) and "source_sentence" in value:
+            raise InvalidRequestError(
+                f"inputs has source_sentence: send it to {SIMILARITY}.",
+                code="invalid_input",
+                param="inputs",
+            )
         return text_job.text_or_texts(value, "inputs", self.limits.texts)
 
     def options(self, body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -104,8 +104,9 @@ def list_of(value: Any, field: str, most: int) -> list[Any]:
             f"{field} is an empty list: send at least one text.", code="empty_input", param=field
         )
     if len(value) > most:
+        advice = f"at most {most} fit in one request" if most > 1 else "send one text in each"
         raise InvalidRequestError(
-            f"{field} has {len(value)} items: at most {most} fit in one request.",
+            f"{field} has {len(value)} items: {advice}.",
             code="too_many_inputs",
             param=field,
         )

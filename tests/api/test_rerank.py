@@ -17,10 +17,14 @@ from dialects import RANKED, DialectRoute
 from fakes import FakeEngine
 from processes import total
 from taskvec.api.rerank import RankFormat, error_response
+from taskvec.api.request import RequestLimits
 from taskvec.api.response import answer_bytes
+from taskvec.api.tei import TeiSimilarity
 from taskvec.checkpoint.checkpoint import Checkpoint
 from taskvec.core.output_format import OutputFormat
 from taskvec.errors import QueueFullError
+from taskvec.service import build_service
+from taskvec.settings import Settings
 
 QUERY = "how do plants make food"
 DOCUMENTS = ["the bank raised its rates", "leaves turn light into sugar", "plants eat light", "b"]
@@ -407,11 +411,17 @@ async def test_as_many_pairs_as_texts(service: tuple[httpx.AsyncClient, FakeEngi
         assert len(body["data"]) == right
 
 
-def test_scores_have_no_vectors() -> None:
+def test_scores_have_no_vectors(default_checkpoint: Checkpoint) -> None:
     """The answer of a ranking counts no vectors, only those of the engine."""
-    output = RankFormat(384, echo_bytes=100)
+    output: OutputFormat = RankFormat(384, echo_bytes=100)
     assert answer_bytes(10, 384, output) == 10 * 4 * 384 + 2 * 100
     assert answer_bytes(10, 384, OutputFormat(384)) == 10 * 20 * 384
+    engine = FakeEngine(default_checkpoint.card)
+    service = build_service(Settings(), checkpoint=default_checkpoint, engine=engine)
+    limits = RequestLimits(10_000, 10.0, 100, 0, 8, 10.0, token_ids=False)
+    body = {"inputs": {"source_sentence": "a", "sentences": ["b"]}}
+    _, output = TeiSimilarity(service, limits).read(body, {})
+    assert answer_bytes(10, 384, output) == 10 * 4 * 384
 
 
 def test_a_429_names_its_delay_for_clients_of_cohere() -> None:

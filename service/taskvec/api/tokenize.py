@@ -188,7 +188,7 @@ def _written(
     ``bytes.join`` copies them once, and gives up the lock for large answers.
     """
     before, after = _specials(head), _specials(tail)
-    pieces = []
+    pieces: list[bytes] = []
     for text in found:
         pieces.append(b",[" if pieces else b"[[")
         for i, tokens in enumerate(itertools.chain(before, _tokens(text), after)):

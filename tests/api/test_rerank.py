@@ -16,8 +16,8 @@ from conftest import fake_service
 from dialects import RANKED, DialectRoute
 from fakes import FakeEngine
 from processes import total
-from taskvec.api.rerank import RankFormat, error_response
 from taskvec.api.request import RequestLimits
+from taskvec.api.rerank import RankFormat, error_response
 from taskvec.api.response import answer_bytes
 from taskvec.api.tei import TeiSimilarity
 from taskvec.checkpoint.checkpoint import Checkpoint

@@ -329,7 +329,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("path", "fields", "part"), BAD, ids=str)
+@pytest.mark.parametrize(("path", "fields", "part"), BAD, ids=lambda value: str(value)[:60])
 async def test_bad_input(
     service: tuple[httpx.AsyncClient, FakeEngine], path: str, fields: dict[str, Any], part: str
 ) -> None:
@@ -409,6 +409,10 @@ async def test_as_many_pairs_as_texts(service: tuple[httpx.AsyncClient, FakeEngi
     for left, right in (("q", 2048), (["q"], 2048), (["q"] * 1024, 1024)):
         body = await post(client, SCORE, text_1=left, text_2=["a"] * right)
         assert len(body["data"]) == right
+    described = (await client.get("/openapi.json")).json()["paths"][SCORE]["post"]["requestBody"]
+    for pair in described["content"]["application/json"]["schema"]["oneOf"]:
+        left, right = (pair["properties"][field]["anyOf"][1] for field in pair["required"])
+        assert (left["type"], left["maxItems"], right["maxItems"]) == ("array", 1024, 2048)
 
 
 def test_scores_have_no_vectors(default_checkpoint: Checkpoint) -> None:

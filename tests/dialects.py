@@ -43,7 +43,7 @@ def cohere_message(body: dict[str, Any]) -> str:
 
 def rerank_message(body: dict[str, Any]) -> str:
     assert body["id"] == body["request_id"]
-    assert body["message"] == body["detail"]
+    assert body["message"].partition(" Retry after ")[0] == body["detail"]
     return openai_message({key: body[key] for key in body if key not in ("id", "message")})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,15 @@ from conftest import fake_service
 from dialects import RANKED, DialectRoute
 from fakes import FakeEngine
 from processes import total
+from taskvec.api.request import RequestLimits
+from taskvec.api.rerank import RankFormat, error_response
+from taskvec.api.response import answer_bytes
+from taskvec.api.tei import TeiSimilarity
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.core.output_format import OutputFormat
+from taskvec.errors import QueueFullError
+from taskvec.service import build_service
+from taskvec.settings import Settings
 
 QUERY = "how do plants make food"
 DOCUMENTS = ["the bank raised its rates", "leaves turn light into sugar", "plants eat light", "b"]
@@ -237,6 +246,16 @@ async def test_a_model_without_retrieval_does_not_rank(default_checkpoint: Check
         assert not engine.batches
 
 
+def nested(levels: int) -> dict[str, Any]:
+    """An object of so many levels."""
+    value: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        value = {"of": value}
+    return value
+
+
+NESTED = nested(300)
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     *(
         (path, fields, part)
@@ -253,6 +272,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
             ({"documents": ["a", 1]}, "documents[1] must be a string"),
             ({"documents": [{}]}, "documents[0].text must be a string, got null"),
             ({"documents": [{"image": "https://a/b"}]}, "documents[0].image is not served"),
+            ({"documents": [{"url": "https://a/b"}]}, "documents[0].url is not served"),
+            *(
+                ({"documents": ["a", {"text": "a", media: "https://a/b"}]}, f"documents[1].{media}")
+                for media in ("image", "images", "image_url", "audio", "video", "multi_modal")
+            ),
+            ({"query": {"text": "a", "image": "https://a/b"}}, "query.image is not served"),
+            (
+                {"documents": ["a", {"text": "a", "of": NESTED}], "return_documents": True},
+                "documents[1] is nested too deeply to be returned",
+            ),
             ({"documents": ["a"] * 2049}, "documents has 2049 items: at most 2048"),
             ({"model": "rerank-v3.5"}, "There is no model 'rerank-v3.5'"),
             ({"model": "taskvec-mini:clustering"}, "send model:retrieval"),
@@ -285,6 +314,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (SCORE, {"text_1": None}, "text_1 is missing: send text_1 and text_2, or queries"),
     (SCORE, {"text_2": None}, "text_2 is missing"),
     (SCORE, {"text_1": ["a", "b"]}, "text_1 has 2 texts and text_2 1"),
+    (
+        SCORE,
+        {"text_1": ["a"] * 1025, "text_2": ["b"] * 1025},
+        "text_1 and text_2 have 2050 texts: at most 1024 pairs",
+    ),
     (SCORE, {"text_2": []}, "text_2 is an empty list"),
     (SCORE, {"text_2": ["a", 1]}, "text_2[1] must be a string"),
     (SCORE, {"text_1": {"content": []}}, "text_1 must be a string, got an object"),
@@ -295,7 +329,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("path", "fields", "part"), BAD, ids=str)
+@pytest.mark.parametrize(("path", "fields", "part"), BAD, ids=lambda value: str(value)[:60])
 async def test_bad_input(
     service: tuple[httpx.AsyncClient, FakeEngine], path: str, fields: dict[str, Any], part: str
 ) -> None:
@@ -338,4 +372,64 @@ async def test_documents_in_answers_are_counted(default_checkpoint: Checkpoint) 
             page = (await client.get("/metrics")).text
             held.append(total(page, "taskvec_memory_held_bytes"))
             assert (await asked).status_code == 200
-        assert held[1] - held[0] > 1_900_000
+        assert held[1] - held[0] > 3_900_000  # as JSON, and in the answer
+
+
+@pytest.mark.anyio
+async def test_objects_are_returned_as_they_are(
+    service: tuple[httpx.AsyncClient, FakeEngine],
+) -> None:
+    """Any object comes back with its other fields; what nests too deeply only without them."""
+    client, engine = service
+    documents = [
+        {"text": "a", "url": "https://a/b", "content": [1, None, {"b": "\u00e9\n"}], "bytes": 3},
+        {"text": "b \n" * 70_000 + "\u6f22"},
+        {"text": "c", "of": nested(253)},
+        'd\U0001f600" ' * 50_000,
+    ]
+    for path in (V1, V2):
+        asked = {"query": {"text": "q", "url": "u"}, "documents": documents}
+        body = await post(client, path, **asked, return_documents=True)
+        returned = {entry["index"]: entry["document"] for entry in body["results"]}
+        assert returned == {0: documents[0], 1: documents[1], 2: documents[2]} | {
+            3: {"text": documents[3]}
+        }
+    count = len(engine.batches)
+    deep = {"query": "q", "documents": ["a", {"text": "a", "of": NESTED}]}
+    for path in (V1, V2):
+        body = await post(client, path, **deep, return_documents=False)
+        assert [set(entry) for entry in body["results"]] == [{"index", "relevance_score"}] * 2
+    assert len(engine.batches) == count + 4
+
+
+@pytest.mark.anyio
+async def test_as_many_pairs_as_texts(service: tuple[httpx.AsyncClient, FakeEngine]) -> None:
+    """Both sides of pairs have TASKVEC_MAX_TEXTS texts together; a single query comes on top."""
+    client, _ = service
+    for left, right in (("q", 2048), (["q"], 2048), (["q"] * 1024, 1024)):
+        body = await post(client, SCORE, text_1=left, text_2=["a"] * right)
+        assert len(body["data"]) == right
+    described = (await client.get("/openapi.json")).json()["paths"][SCORE]["post"]["requestBody"]
+    for pair in described["content"]["application/json"]["schema"]["oneOf"]:
+        left, right = (pair["properties"][field]["anyOf"][1] for field in pair["required"])
+        assert (left["type"], left["maxItems"], right["maxItems"]) == ("array", 1024, 2048)
+
+
+def test_scores_have_no_vectors(default_checkpoint: Checkpoint) -> None:
+    """The answer of a ranking counts no vectors, only those of the engine."""
+    output: OutputFormat = RankFormat(384, echo_bytes=100)
+    assert answer_bytes(10, 384, output) == 10 * 4 * 384 + 2 * 100
+    assert answer_bytes(10, 384, OutputFormat(384)) == 10 * 20 * 384
+    engine = FakeEngine(default_checkpoint.card)
+    service = build_service(Settings(), checkpoint=default_checkpoint, engine=engine)
+    limits = RequestLimits(10_000, 10.0, 100, 0, 8, 10.0, token_ids=False)
+    body = {"inputs": {"source_sentence": "a", "sentences": ["b"]}}
+    _, output = TeiSimilarity(service, limits).read(body, {})
+    assert answer_bytes(10, 384, output) == 10 * 4 * 384
+
+
+def test_a_429_names_its_delay_for_clients_of_cohere() -> None:
+    """``message`` ends with the delay, as Cohere's does; our own form does not repeat it."""
+    body = json.loads(error_response(QueueFullError("Full.", retry_after=1.5), "1").body)
+    assert body["message"] == "Full. Retry after 2 s."
+    assert body["detail"] == "Full."

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from conftest import examples, fake_service
@@ -17,7 +18,10 @@ from dialects import tei_message
 from fakes import FakeEngine
 from keyfiles import avoid_the_end_of_a_minute, entry
 from processes import total
+from taskvec.api.tokenize import DUMP_BYTES, _tokens
 from taskvec.checkpoint.checkpoint import Checkpoint
+from taskvec.concurrency import LargeWork
+from taskvec.core.token_spans import TokenSpans
 from tokenizing import theirs
 
 PATH = "/tokenize"
@@ -114,9 +118,49 @@ async def test_long_texts_are_listed_whole(
     assert blank == []
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("characters", [10, 2000])
+async def test_large_answers_are_written_in_a_thread(
+    service: tuple[httpx.AsyncClient, FakeEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    characters: int,
+) -> None:
+    """What is written in the event loop is bounded in bytes: one token may be a long word."""
+    client, _ = service
+    sizes: list[int] = []
+    run = LargeWork.run
+
+    async def recorded(self: LargeWork, size: int, work: Callable[[], Any]) -> Any:
+        sizes.append(size)
+        return await run(self, size, work)
+
+    monkeypatch.setattr(LargeWork, "run", recorded)
+    texts = ["\u0142" * characters + " a"] * 30
+    answer = await client.post(PATH, json={"inputs": texts, "add_special_tokens": False})
+    written = [size for size in sizes if size > len(answer.request.content)]
+    assert "".join(token["text"] for token in answer.json()[7]) == texts[7].replace(" ", "")
+    assert bool(written) == (characters == 2000)
+    if written:
+        assert len(answer.content) < written[0] < 3 * len(answer.content)
+
+
+def test_pieces_of_an_answer_are_bounded_in_bytes() -> None:
+    """Long tokens are written in more calls, each of which holds the interpreter lock."""
+    text = "\u6f22" * 100_000
+    ends = np.arange(10_000, 100_001, 10_000)
+    spans = np.column_stack([ends - 10_000, ends]).astype(np.int32)
+    pieces = list(_tokens(TokenSpans(text, np.arange(10, dtype=np.int32), spans)))
+    assert max(map(len, pieces)) < DUMP_BYTES + 4 * 10_000
+    tokens = json.loads(b"[" + b",".join(pieces) + b"]")
+    assert [(token["id"], token["start"], token["stop"]) for token in tokens] == [
+        (i, *span) for i, span in enumerate(spans.tolist())
+    ]
+    assert all(token["text"] == "\u6f22" * 10_000 for token in tokens)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"inputs": None}, "inputs is missing"),
-    ({"inputs": ""}, "inputs is an empty string"),
+    ({"inputs": ""}, "inputs is an empty string: send a text."),
     ({"inputs": []}, "empty list"),
     ({"inputs": ["a", ""]}, "inputs[1] is an empty string"),
     ({"inputs": ["a", 1]}, "inputs[1] must be a string"),
@@ -183,6 +227,7 @@ async def test_deadlines_and_memory(default_checkpoint: Checkpoint) -> None:
         late = {"x-request-timeout-ms": "1"}
         answer = await client.post(PATH, json=large, headers=late)
         assert answer.status_code == 504
+        assert "passed before its texts were tokenised" in tei_message(answer.json())
         assert (await client.post(PATH, json={"inputs": "a"})).status_code == 200
         answer = await client.delete(PATH)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from holds import longest_hold
+from taskvec.core.token_spans import SpanListing
 from taskvec.core.tokenizer import INLINE_COST, TEXT_COST
 from taskvec.errors import InvalidRequestError
 from tokenizing import ours
@@ -91,6 +92,20 @@ def test_no_batch_holds_the_interpreter_lock_for_long(file: Path, kind: str, len
     def work() -> None:
         with suppress(InvalidRequestError):
             ours(file, 2048).encode_now(texts, prompt="Query: ", truncate=True)
+
+    assert best_of(ROUNDS, MAX_HOLD, lambda: longest_hold(work)) <= MAX_HOLD
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_listing_holds_the_interpreter_lock_for_long(file: Path, kind: str) -> None:
+    """Listing all tokens with their places keeps other threads waiting no longer."""
+    text = text_of(kind, 131_000)
+
+    def work() -> None:
+        listing = SpanListing(ours(file, 2048), [text], "Query: ")
+        with suppress(InvalidRequestError):
+            while not listing.step()[1]:
+                pass
 
     assert best_of(ROUNDS, MAX_HOLD, lambda: longest_hold(work)) <= MAX_HOLD
 

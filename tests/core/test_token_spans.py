@@ -57,7 +57,7 @@ def test_any_texts(default_checkpoint: Checkpoint, texts: list[str], times: int)
 
 def test_no_slice_is_long(file: Path) -> None:
     """Each call gets a bounded part of a text, and says how much it was."""
-    text = WORDS * examples(2000)
+    text = WORDS * examples(500)
     work = SpanListing(ours(file, 64), [text, "a"], "")
     characters, done = 0, False
     while not done:
@@ -74,8 +74,10 @@ def test_a_text_without_a_place_to_cut_is_refused(file: Path) -> None:
     ) as no:
         listed(file, ["a", "x" * 400_000])
     assert (no.value.code, no.value.param) == ("input_too_long", "input[1]")
-    (found,) = listed(file, ["x" * 60_000 + " y"])
-    assert found.spans[-1].tolist()[1] == 60_002
+    with pytest.raises(InvalidRequestError, match="from character 0 to 16384"):
+        listed(file, ["x" * 17_000 + " y"])
+    (found,) = listed(file, ["x" * 16_000 + " y"])
+    assert found.spans[-1].tolist()[1] == 16_002
 
 
 def test_too_many_tokens_are_refused(
@@ -92,6 +94,29 @@ def test_too_many_tokens_are_refused(
     with pytest.raises(InvalidRequestError, match="more than 5000 tokens") as refused:
         few_steps()
     assert refused.value.code == "too_many_tokens"
+
+
+def test_too_many_tokens_are_not_listed(
+    default_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of a call are counted before ids and places are made of them."""
+    monkeypatch.setattr(spans_module, "MAX_TOKENS", 5)
+    for listing in (SpanListing.step, SpanListing.list_inline):
+        work = SpanListing(ours(default_checkpoint.tokenizer, 64), ["a b c d", "a b", "c"], "")
+        with pytest.raises(InvalidRequestError, match="more than 5 tokens"):
+            listing(work)
+        assert len(work.found) <= 1
+
+
+def test_cheap_texts_are_listed_without_other_threads(file: Path) -> None:
+    """What is listed in the event loop has the same tokens, and each text is a call of its own."""
+    texts = ["a", " ", "Grüße 東京"]
+    tokenizer = ours(file, 64)
+    assert tokenizer.is_cheap(texts)
+    tokenizer.encode_with_offsets = None  # type: ignore[assignment, method-assign]
+    found = asyncio.run(token_spans(tokenizer, texts, "Query: ", Priority.INTERACTIVE))
+    for spans, text in zip(found, texts, strict=True):
+        assert_whole(file, spans, f"Query: {text}")
 
 
 @pytest.mark.anyio

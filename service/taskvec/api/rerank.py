@@ -8,7 +8,6 @@ none.
 
 from __future__ import annotations
 
-import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,17 @@ from taskvec.api import cohere, fields, tei, text_job
 from taskvec.api.dialect import embedding_handler
 from taskvec.api.endpoint import Route
 from taskvec.api.errors import ERROR_SCHEMA as OUR_ERROR_SCHEMA
-from taskvec.api.errors import ErrorRenderer, error_body, error_responses, error_with_body
+from taskvec.api.errors import (
+    ErrorRenderer,
+    error_body,
+    error_responses,
+    error_with_body,
+    message_with_delay,
+)
 from taskvec.api.openai import TRUNCATE_FIELDS
 from taskvec.api.request import RequestLimits
 from taskvec.api.response import VectorsByType
+from taskvec.api.unsupported import unserved_schema
 from taskvec.auth.keys import Key
 from taskvec.core.embedder import AsyncEmbedder
 from taskvec.core.job import EmbedJob, TextName, listed
@@ -71,11 +77,18 @@ UNSERVED = {
     **dict.fromkeys(("dimensions", "output_dimension", "embedding_type"), _WHOLE),
     "truncate_prompt_tokens": _CUT,
     "return_embeddings": _VECTORS,
+    "top_k": "send the number of documents in top_n",
 }
 """Fields that would change scores or the answer, and what to know or do instead."""
 
-MEDIA = ("image", "image_url", "url", "bytes", "content", "audio", "video", "multi_modal")
-"""Fields of a document that is something else than a text."""
+MEDIA = ("image", "images", "image_url", "audio", "audio_url", "video", "video_url", "multi_modal")
+"""Fields of a document that is something else than a text, or more."""
+
+MEDIA_WITHOUT_TEXT = (*MEDIA, "url", "bytes", "content")
+"""Fields of a document without a text; beside one, they may be any other data."""
+
+DUMP_CHARACTERS = 1 << 16
+"""Characters of a document written in one call, which holds the interpreter lock."""
 
 ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -83,7 +96,7 @@ ERROR_SCHEMA: dict[str, Any] = {
     "properties": {
         **OUR_ERROR_SCHEMA["properties"],
         "id": {"type": "string", "description": "The same as request_id."},
-        "message": {"type": "string", "description": "The message again, for Cohere's clients."},
+        "message": {"type": "string", "description": "The same, with the delay of a 429."},
     },
 }
 
@@ -91,7 +104,8 @@ ERROR_SCHEMA: dict[str, Any] = {
 def error_response(error: TaskvecError, request_id: str) -> Response:
     """Render an error as Jina's and vLLM's clients read it, and as Cohere's do."""
     body = error_body(error, request_id)
-    return error_with_body(error, {**body, "id": request_id, "message": body["detail"]})
+    message = message_with_delay(error)
+    return error_with_body(error, {**body, "id": request_id, "message": message})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +116,14 @@ class RankFormat(OutputFormat):
         model: its name and the task, for the answer.
         queries: number of the texts that are queries, which come first.
         top: number of documents to return, the best ones; None for all.
-        documents: what is returned of each document; None for nothing.
+        documents: what is returned of each document, as JSON; None for nothing.
     """
 
     model: str = ""
     queries: int = 1
     top: int | None = None
-    documents: Sequence[Any] | None = None
+    documents: Sequence[bytes] | None = None
+    writes_vectors: bool = False
 
 
 def cosines(vectors: NDArray[np.float32], queries: int) -> NDArray[np.float32]:
@@ -125,6 +140,11 @@ def cosines(vectors: NDArray[np.float32], queries: int) -> NDArray[np.float32]:
     found = right @ left[0] if queries == 1 else np.vecdot(left, right)
     bounded: NDArray[np.float32] = np.clip(found, -1.0, 1.0)
     return bounded
+
+
+def most_pairs(texts: int) -> int:
+    """Return how many pairs a request may have: a ranking has a query beside its texts."""
+    return (texts + 1) // 2
 
 
 def ranking(scores: NDArray[np.float32], top: int | None) -> NDArray[np.intp]:
@@ -174,14 +194,14 @@ class _Dialect:
             queries=len(queries),
             top=self._top(body),
             documents=returned,
-            echo_bytes=sum(map(_size, returned or ())),
+            echo_bytes=sum(map(len, returned or ())),
         )
         return job, output
 
     def _texts(
         self, body: Mapping[str, Any]
-    ) -> tuple[list[str], list[str], TextName, Sequence[Any] | None]:
-        """Return queries, documents, names of these texts, and what the answer repeats of each."""
+    ) -> tuple[list[str], list[str], TextName, Sequence[bytes] | None]:
+        """Return queries, documents, their names, and the JSON that the answer repeats of each."""
         raise NotImplementedError
 
     def _top(self, body: Mapping[str, Any]) -> int | None:
@@ -211,11 +231,12 @@ class RerankV1(_Dialect):
         output = cast("RankFormat", output)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         head = {"id": str(uuid.uuid4()), "model": output.model, "object": "list", "usage": usage}
-        return _answer(head, _results(vectors, output), {"meta": _meta(vectors, "1", tokens)})
+        results = _results(vectors, output, "relevance_score", "document")
+        return _answer(head, results, {"meta": _meta(vectors, "1", tokens)})
 
     def _texts(
         self, body: Mapping[str, Any]
-    ) -> tuple[list[str], list[str], TextName, Sequence[Any] | None]:
+    ) -> tuple[list[str], list[str], TextName, Sequence[bytes] | None]:
         query = _document(_present(body, "query", "a string"), "query")
         listing = _present(body, "documents", "a list of strings")
         given = text_job.list_of(listing, "documents", self.limits.texts)
@@ -231,7 +252,7 @@ class RerankV1(_Dialect):
             returned = self.returns_documents
         wanted = fields.boolean(returned, "return_documents", code="invalid_input")
         names = text_job.two_fields(text_job.alone("query"), listed("documents"))
-        return [query], documents, names, _objects(given) if wanted else None
+        return [query], documents, names, _objects(given, "documents") if wanted else None
 
 
 class RerankV2(RerankV1):
@@ -248,7 +269,8 @@ class RerankV2(RerankV1):
 
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """See ``Dialect.render``."""
-        results = _results(vectors, cast("RankFormat", output))
+        output = cast("RankFormat", output)
+        results = _results(vectors, output, "relevance_score", "document")
         return _answer({"id": str(uuid.uuid4())}, results, {"meta": _meta(vectors, "2", tokens)})
 
     def _truncation(self, body: Mapping[str, Any]) -> tuple[bool, str]:
@@ -277,7 +299,7 @@ class Score(_Dialect):
 
     def _texts(
         self, body: Mapping[str, Any]
-    ) -> tuple[list[str], list[str], TextName, Sequence[Any] | None]:
+    ) -> tuple[list[str], list[str], TextName, Sequence[bytes] | None]:
         sent = [pair for pair in PAIRS if all(body.get(field) is not None for field in pair)]
         if not sent:
             raise text_job.missing(
@@ -299,7 +321,14 @@ class Score(_Dialect):
             raise InvalidRequestError(
                 f"{left} has {len(queries)} texts and {right} {len(documents)}: send one text in "
                 f"{left}, or as many as in {right}.",
-                code="invalid_input",
+                code="conflicting_fields",
+                param=left,
+            )
+        if len(queries) > most_pairs(most):
+            raise InvalidRequestError(
+                f"{left} and {right} have {2 * len(queries)} texts: at most {most_pairs(most)} "
+                "pairs fit in one request.",
+                code="too_many_inputs",
                 param=left,
             )
         names = text_job.two_fields(query_name, document_name, len(queries))
@@ -318,21 +347,12 @@ class TeiRerank(_Dialect):
 
     def render(self, vectors: VectorsByType, output: OutputFormat, tokens: int) -> Response:
         """See ``Dialect.render``."""
-        output = cast("RankFormat", output)
-        scores = cosines(_floats(vectors), output.queries)
-        pieces = [
-            orjson.dumps(
-                {"index": i, "score": float(scores[i])}
-                if output.documents is None
-                else {"index": i, "text": output.documents[i], "score": float(scores[i])}
-            )
-            for i in ranking(scores, output.top).tolist()
-        ]
-        return tei.json_response(b"[%b]" % b",".join(pieces), tokens)
+        results = _results(vectors, cast("RankFormat", output), "score", "text")
+        return tei.json_response(b"".join((b"[", *results, b"]")), tokens)
 
     def _texts(
         self, body: Mapping[str, Any]
-    ) -> tuple[list[str], list[str], TextName, Sequence[Any] | None]:
+    ) -> tuple[list[str], list[str], TextName, Sequence[bytes] | None]:
         query = text_job.text(_present(body, "query", "a string"), "query")
         if body.get("texts") is None and body.get("documents") is not None:
             raise text_job.missing("texts", f"send it instead of documents, or ask {V1}")
@@ -345,7 +365,7 @@ class TeiRerank(_Dialect):
             wanted, "return_text", code="invalid_input"
         )
         names = text_job.two_fields(text_job.alone("query"), listed("texts"))
-        return [query], texts, names, texts if returned else None
+        return [query], texts, names, list(map(_string, texts)) if returned else None
 
     def _truncation(self, body: Mapping[str, Any]) -> tuple[bool, str]:
         return tei.truncation(body)
@@ -361,8 +381,9 @@ def _document(value: Any, where: str) -> str:
     """Return the text of a string or of an object, whose other fields have no effect."""
     if not isinstance(value, dict):
         return text_job.text(value, where)
-    media = next((field for field in MEDIA if value.get(field) is not None), None)
-    if value.get("text") is None and media is not None:
+    refused = MEDIA_WITHOUT_TEXT if value.get("text") is None else MEDIA
+    media = next((field for field in refused if value.get(field) is not None), None)
+    if media is not None:
         raise InvalidRequestError(
             f"{where}.{media} is not served: {_TEXT_ONLY}.",
             code="unsupported_field",
@@ -371,38 +392,59 @@ def _document(value: Any, where: str) -> str:
     return text_job.text(value.get("text"), f"{where}.text")
 
 
-def _objects(documents: Sequence[Any]) -> list[dict[str, Any]]:
-    return [item if isinstance(item, dict) else {"text": item} for item in documents]
+def _objects(documents: Sequence[Any], field: str) -> list[bytes]:
+    """Return the JSON of each document in an answer, which is an object."""
+    found = []
+    for i, document in enumerate(documents):
+        if isinstance(document, dict) and document.keys() == {"text"}:
+            document = document["text"]  # noqa: PLW2901 - the same in the answer
+        if isinstance(document, str):
+            found.append(b"".join((b'{"text":', _string(document), b"}")))
+            continue
+        try:
+            found.append(orjson.dumps(document))
+        except TypeError:  # orjson reads 1,024 levels and writes 254
+            raise InvalidRequestError(
+                f"{field}[{i}] is nested too deeply to be returned: send return_documents: false, "
+                "or its text alone.",
+                code="invalid_input",
+                param=f"{field}[{i}]",
+            ) from None
+    return found
 
 
-def _size(document: Any) -> int:
-    """Return about how many bytes a document takes in an answer."""
-    if isinstance(document, str):
-        return sys.getsizeof(document)
-    if document.keys() == {"text"}:
-        return sys.getsizeof(document["text"])
-    return len(orjson.dumps(document))
+def _string(text: str) -> bytes:
+    """Return a JSON string; written in pieces, as orjson holds the interpreter lock."""
+    if len(text) <= DUMP_CHARACTERS:
+        return orjson.dumps(text)
+    starts = range(0, len(text), DUMP_CHARACTERS)
+    pieces = (orjson.dumps(text[i : i + DUMP_CHARACTERS])[1:-1] for i in starts)
+    return b"".join((b'"', *pieces, b'"'))
 
 
 def _floats(vectors: VectorsByType) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", vectors[OutputType.FLOAT])
 
 
-def _results(vectors: VectorsByType, output: RankFormat) -> list[bytes]:
-    """Return the entries of an answer, best first; each in a call, as orjson holds the lock."""
+def _results(vectors: VectorsByType, output: RankFormat, score: str, text: str) -> list[bytes]:
+    """Return pieces of the entries of an answer, best first.
+
+    Args:
+        vectors: see ``Dialect.render``.
+        output: of the answer.
+        score: name of the score.
+        text: name of the document.
+    """
     scores = cosines(_floats(vectors), output.queries)
-    return [
-        orjson.dumps(
-            {"index": i, "relevance_score": float(scores[i])}
-            if output.documents is None
-            else {
-                "index": i,
-                "relevance_score": float(scores[i]),
-                "document": output.documents[i],
-            }
-        )
-        for i in ranking(scores, output.top).tolist()
-    ]
+    name = b',"%b":' % text.encode()
+    pieces: list[bytes] = []
+    for i in ranking(scores, output.top).tolist():
+        entry = orjson.dumps({"index": i, score: float(scores[i])})
+        pieces += (b",", entry) if pieces else (entry,)
+        if output.documents is not None:
+            pieces[-1] = entry[:-1]
+            pieces += (name, output.documents[i], b"}")
+    return pieces
 
 
 def _meta(vectors: VectorsByType, version: str, tokens: int) -> dict[str, Any]:
@@ -416,9 +458,12 @@ def _meta(vectors: VectorsByType, version: str, tokens: int) -> dict[str, Any]:
 
 
 def _answer(head: Mapping[str, Any], results: list[bytes], tail: Mapping[str, Any]) -> Response:
-    """Return the JSON object with the members of ``head``, the results, and those of ``tail``."""
+    """Return the JSON object with the members of ``head``, the results, and those of ``tail``.
+
+    ``bytes.join`` copies the documents once, and gives up the interpreter lock for large ones.
+    """
     start, end = orjson.dumps(head)[:-1], orjson.dumps(tail)[1:]
-    content = b'%b,"results":[%b],%b' % (start, b",".join(results), end)
+    content = b"".join((start, b',"results":[', *results, b"],", end))
     return Response(content, media_type="application/json")
 
 
@@ -486,7 +531,7 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "model": {"enum": [*models, None], "description": "A served name, or name:retrieval."},
         **{key: {**at_least, "description": "At least what fits."} for key in MAX_TOKENS},
-        **{key: {"enum": [None, False], "description": "Not served."} for key in UNSERVED},
+        **unserved_schema(UNSERVED),
     }
     top = {"type": ["integer", "null"], "minimum": 1, "description": "Of these at most."}
     cut = {**flag, "description": "Whether texts that are too long are cut, or else refused."}
@@ -504,14 +549,16 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
         schema: dict[str, Any] = {"required": ["query", "texts"]}
         example: dict[str, Any] = {"query": "reset a password", "texts": ["Click on Forgot."]}
     elif path in SCORE:
-        side = {"anyOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": most}]}
+        listing = {"type": "array", "items": text, "minItems": 1}
+        left = {"anyOf": [text, {**listing, "maxItems": most_pairs(most)}]}
+        right = {"anyOf": [text, {**listing, "maxItems": most}]}
         properties |= dict.fromkeys(TRUNCATE_FIELDS, cut)
         pairs = [
             {
                 "required": list(pair),
                 "properties": {
-                    pair[0]: text,
-                    pair[1]: side,
+                    pair[0]: {**left, "description": "One text, or as many as on the right."},
+                    pair[1]: right,
                     **{f: {"type": "null"} for other in PAIRS for f in other if f not in pair},
                 },
             }
@@ -520,17 +567,15 @@ def _request_schema(dialect: _Dialect, path: str) -> dict[str, Any]:
         schema = {"oneOf": pairs}
         example = {"text_1": "reset a password", "text_2": ["Click on Forgot.", "Pay by card."]}
     else:
-        entry = {"type": "object", "required": ["text"], "properties": {"text": text}}
+        refused = {f: {"type": "null", "description": "Not served."} for f in MEDIA}
+        fields_of_entry = {"text": text, **refused}
+        entry = {"type": "object", "required": ["text"], "properties": fields_of_entry}
         document = {"anyOf": [text, entry]}
         documents = {"type": "array", "items": document, "minItems": 1, "maxItems": most}
         properties |= {
             "query": document,
             "documents": {**documents, "description": "What to rank."},
-            "top_n": {
-                "type": ["integer", "null"],
-                "minimum": 1,
-                "description": "Of these at most.",
-            },
+            "top_n": top,
             "return_documents": flag,
             "rank_fields": {"enum": [["text"], None]},
         }

@@ -36,13 +36,15 @@ Render = Callable[[VectorsByType, int], Response]
 def answer_bytes(texts: int, dimension: int, output: OutputFormat) -> int:
     """Estimate the memory of the vectors of a request and of its response.
 
+    What the response repeats of the request exists twice: by itself, and in the response.
+
     Args:
         texts: number of texts.
         dimension: the engine's, whose vectors are float32.
         output: the form in which they are returned.
     """
     written = output.bytes * (JSON_NUMBER_COST if output.encoding is Encoding.NUMBERS else 1)
-    return texts * (4 * dimension + written) + output.echo_bytes
+    return texts * (4 * dimension + written) + 2 * output.echo_bytes
 
 
 async def respond(

@@ -228,7 +228,7 @@ class TeiSimilarity(TeiDialect):
                 code="invalid_normalized",
                 param="normalize",
             )
-        return OutputFormat(self.embedder.model.dimension)
+        return OutputFormat(self.embedder.model.dimension, writes_vectors=False)
 
 
 def routes(service: Service, limits: RequestLimits) -> list[Route]:

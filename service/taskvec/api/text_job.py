@@ -127,7 +127,7 @@ def text(value: Any, field: str) -> str:
         )
     if not value:
         raise InvalidRequestError(
-            f"{field} is an empty string: there is nothing to embed.",
+            f"{field} is an empty string: send a text.",
             code="empty_input",
             param=field,
         )

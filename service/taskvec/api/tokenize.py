@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,14 +37,17 @@ from taskvec.service import Service
 
 PATH = "/tokenize"
 
-TOKEN_BYTES = 160
-"""About what a token takes in memory, and in the answer without its text."""
+TOKEN_BYTES = 80
+"""About what a token takes in the answer without its text."""
 
-DUMP_TOKENS = 2048
-"""Tokens written in one call, which holds the interpreter lock: less than a millisecond."""
+CHARACTER_BYTES = 4
+"""Most bytes of a character in UTF-8."""
 
-INLINE_TOKENS = 1024
-"""Most tokens of an answer that is written in the event loop."""
+DUMP_BYTES = 1 << 17
+"""Size of the tokens written in one call, which holds the interpreter lock: a millisecond."""
+
+INLINE_BYTES = 100_000
+"""Largest answer that is written in the event loop: 1,000 tokens of a few characters."""
 
 UNSERVED = {**tei.TASK_BY_PROMPT, "truncate": "every token is listed"}
 
@@ -121,13 +128,13 @@ def _handler(service: Service, dialect: tei.TeiDialect) -> Handler:
             found = await cancel_on_disconnect(request.receive, work)
         except TaskvecError as error:
             raise error.reworded(asked.text_name, "") from None
-        tokens = sum(len(text.ids) for text in found)
-        _hold(context, asked.texts, tokens)
-        context.stages.start("encode")
         head, tail = embedder.special_tokens() if asked.special else ([], [])
-        if tokens + len(found) <= INLINE_TOKENS:
+        size = sum(map(_size, found)) + len(found) * (len(head) + len(tail)) * TOKEN_BYTES
+        _hold(context, asked.texts, found, size)
+        context.stages.start("encode")
+        if size <= INLINE_BYTES:
             return _written(found, head, tail)
-        return await large_work.run(tokens * TOKEN_BYTES, lambda: _written(found, head, tail))
+        return await large_work.run(size, lambda: _written(found, head, tail))
 
     return tokenize
 
@@ -150,19 +157,45 @@ def _read(
     )
 
 
-def _hold(context: RequestContext, texts: Iterable[str], tokens: int) -> None:
-    """Count the tokens and the answer, if the request is large enough to be counted."""
+def _size(found: TokenSpans) -> int:
+    """Return about how many bytes the tokens of a text take in the answer.
+
+    A token may have many characters, and several tokens the same ones.
+    """
+    width = 1 if found.text.isascii() else CHARACTER_BYTES
+    return len(found.ids) * TOKEN_BYTES + width * int(_lengths(found).sum())
+
+
+def _lengths(found: TokenSpans) -> NDArray[np.int64]:
+    """Return the number of characters of each token."""
+    return found.spans[:, 1].astype(np.int64) - found.spans[:, 0]
+
+
+def _hold(
+    context: RequestContext, texts: Iterable[str], found: Iterable[TokenSpans], size: int
+) -> None:
+    """Count texts, with and without prompts, and the answer: its pieces are copied into one."""
     if context.memory is not None:
-        context.memory.resize(tokens * TOKEN_BYTES + 4 * sum(map(len, texts)))
+        held = sum(map(sys.getsizeof, texts)) + sum(sys.getsizeof(text.text) for text in found)
+        context.memory.resize(held + 2 * size)
 
 
 def _written(
     found: Sequence[TokenSpans], head: list[tuple[int, str]], tail: list[tuple[int, str]]
 ) -> Response:
-    """Return the answer; written in pieces, as orjson holds the interpreter lock."""
+    """Return the answer; written in pieces, as orjson holds the interpreter lock.
+
+    ``bytes.join`` copies them once, and gives up the lock for large answers.
+    """
     before, after = _specials(head), _specials(tail)
-    texts = [b"[%b]" % b",".join([*before, *_tokens(text), *after]) for text in found]
-    return Response(b"[%b]" % b",".join(texts), media_type="application/json")
+    pieces: list[bytes] = []
+    for text in found:
+        pieces.append(b",[" if pieces else b"[[")
+        for i, tokens in enumerate(itertools.chain(before, _tokens(text), after)):
+            pieces += (b",", tokens) if i else (tokens,)
+        pieces.append(b"]")
+    pieces.append(b"]")
+    return Response(b"".join(pieces), media_type="application/json")
 
 
 def _specials(tokens: list[tuple[int, str]]) -> list[bytes]:
@@ -172,25 +205,28 @@ def _specials(tokens: list[tuple[int, str]]) -> list[bytes]:
     ]
 
 
-def _tokens(found: TokenSpans) -> list[bytes]:
-    """Return pieces of the list of a text's tokens."""
-    pieces = []
-    for first in range(0, len(found.ids), DUMP_TOKENS):
-        piece = slice(first, first + DUMP_TOKENS)
+def _tokens(found: TokenSpans) -> Iterator[bytes]:
+    """Yield pieces of the list of a text's tokens: each of ``DUMP_BYTES``, and one token more."""
+    sizes = np.cumsum(CHARACTER_BYTES * _lengths(found) + TOKEN_BYTES)
+    start = 0
+    while start < len(sizes):
+        before = int(sizes[start - 1]) if start else 0
+        stop = int(np.searchsorted(sizes, before + DUMP_BYTES)) + 1
+        piece = slice(start, stop)
+        start = stop
         tokens = [
             {
                 "id": id_,
-                "text": found.text[start:stop],
+                "text": found.text[first:last],
                 "special": False,
-                "start": start,
-                "stop": stop,
+                "start": first,
+                "stop": last,
             }
-            for id_, (start, stop) in zip(
+            for id_, (first, last) in zip(
                 found.ids[piece].tolist(), found.spans[piece].tolist(), strict=True
             )
         ]
-        pieces.append(orjson.dumps(tokens)[1:-1])
-    return pieces
+        yield orjson.dumps(tokens)[1:-1]
 
 
 def _request_schema(dialect: tei.TeiDialect) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class AsyncEmbedder:
         context.stages.start("tokenize")
         tokens = sum(map(len, texts)) // CHARACTERS_PER_TOKEN
         priority = self._admission.priority_of(tokens, priority)
-        with CancelScope(_deadline_exceeded, deadline - time.monotonic()):
+        with CancelScope(_tokenized_too_late, deadline - time.monotonic()):
             found = await token_spans(self._tokenizer, texts, prompt, priority)
         context.stages.end()
         return found
@@ -320,6 +320,13 @@ def _deadline_exceeded() -> DeadlineExceededError:
     return DeadlineExceededError(
         "The request's deadline passed before it was embedded: send fewer texts at once, or allow "
         "more time."
+    )
+
+
+def _tokenized_too_late() -> DeadlineExceededError:
+    return DeadlineExceededError(
+        "The request's deadline passed before its texts were tokenised: send fewer at once, or "
+        "allow more time."
     )
 
 

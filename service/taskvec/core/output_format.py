@@ -70,7 +70,8 @@ class OutputFormat:
         names: the client's names of several types, for an answer with an object for each text;
             ``base64`` is FLOAT in base64 beside the other types. Empty for an answer of one type.
         echo_bytes: what the answer repeats of the request, in bytes.
-        bytes: size of one text's vectors, of all types together.
+        writes_vectors: whether the answer has the vectors; False if only numbers made of them.
+        bytes: size of one text's vectors in the answer, of all types together.
     """
 
     dimensions: int
@@ -81,12 +82,15 @@ class OutputFormat:
     as_float32: bool = False
     names: tuple[str, ...] = ()
     echo_bytes: int = 0
+    writes_vectors: bool = True
     bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Compute the size, which is needed several times."""
         size = sum(kind.bytes_for(self.dimensions) for kind in self.types)
-        if self.as_float32:
+        if not self.writes_vectors:
+            size = 0
+        elif self.as_float32:
             size = sum(4 * kind.values_for(self.dimensions) for kind in self.types)
         elif BASE64_NAME in self.names and OutputType.FLOAT.value in self.names:
             size += 4 * self.dimensions  # the same vector twice

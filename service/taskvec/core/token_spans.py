@@ -2,21 +2,23 @@
 
 Unlike ``core.tokenizer``, which reads no more of a text than will be embedded, this lists every
 token. A text is cut where the tokens of the parts are those of the whole (``CutPoints``); a run of
-``MAX_WINDOW`` characters without such a place is refused, as one call for it would take too long.
+``MAX_SLICE`` characters without such a place is refused: the library lists the places of all tokens
+of a call at once, for which it holds the interpreter lock.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from taskvec.core.tokenizer import (
     MAX_SLICE,
-    MAX_WINDOW,
     MIN_SLICE,
     SLICE_SECONDS,
     SLICE_TEXTS,
@@ -62,8 +64,7 @@ async def token_spans(
     """
     work = SpanListing(tokenizer, texts, prompt)
     if tokenizer.is_cheap(texts):
-        while not work.step()[1]:
-            pass
+        work.list_inline()
     else:
         await tokenizer.run(work, sum(map(len, texts)), priority)
     return work.found
@@ -89,6 +90,17 @@ class SpanListing:
         self._window = 0
         self._parts: list[tuple[NDArray[np.int32], NDArray[np.int32]]] = []
 
+    def list_inline(self) -> None:
+        """List the tokens of texts that are cheap; see ``TextTokenizer.encode_inline``.
+
+        Raises:
+            InvalidRequestError: see ``token_spans``.
+        """
+        for index, text in enumerate(self._texts):
+            whole = self._prompt + text
+            encoding = self._tokenizer.encode_alone(whole, _name(index))
+            self.found.append(TokenSpans(whole, *self._listed(encoding)))
+
     def step(self) -> tuple[int, bool]:
         """Tokenise one slice; return its characters, and whether all texts are done.
 
@@ -101,12 +113,6 @@ class SpanListing:
             characters = self._step_in(text)
         else:
             characters = self._step_over()
-        if self._tokens > MAX_TOKENS:
-            raise InvalidRequestError(
-                f"The texts have more than {MAX_TOKENS} tokens: send fewer at once, or shorter "
-                "ones.",
-                code="too_many_tokens",
-            )
         seconds = time.perf_counter() - began
         fitting = int(characters * SLICE_SECONDS / max(seconds, 1e-6))
         self._slice = min(max(fitting, MIN_SLICE), MAX_SLICE)
@@ -134,15 +140,15 @@ class SpanListing:
         stop = min(start + max(self._window, self._slice), len(whole))
         cut = self._cut(start, stop)
         if cut is None:
-            if stop - start >= MAX_WINDOW:
-                where = f"input[{len(self.found)}]"
+            if stop - start >= MAX_SLICE:
+                where = _name(len(self.found))
                 raise InvalidRequestError(
                     f"{where} has no place from character {start} to {stop} where it can be cut: "
                     "send its parts as texts of their own.",
                     code="input_too_long",
                     param=where,
                 )
-            self._window = min(2 * (stop - start), MAX_WINDOW)
+            self._window = min(2 * (stop - start), MAX_SLICE)
             return 0
         ((ids, spans),) = self._encoded([whole[start:cut]], len(self.found))
         self._parts.append((ids, spans + np.int32(start)))
@@ -157,24 +163,31 @@ class SpanListing:
         """Return where the next part ends; None without a cut point up to ``stop``."""
         if stop == len(self._text):
             return stop
-        if stop - start <= MAX_SLICE:
-            return self._tokenizer.cut_points.last(self._text, start, stop)
-        # Half of the window was searched before it was doubled.
-        middle = start + (stop - start) // 2
-        return self._tokenizer.cut_points.first(self._text, middle, stop)
+        return self._tokenizer.cut_points.last(self._text, start, stop)
 
     def _encoded(
         self, texts: Sequence[str], first: int
     ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        where = f"input[{first}]"
+        where = _name(first)
         if len(texts) > 1:
-            where = f"{where} to input[{first + len(texts) - 1}]"
-        encodings = self._tokenizer.encode_with_offsets(texts, where)
-        self._tokens += sum(map(len, encodings))
-        return [
-            (
-                np.array(encoding.ids, dtype=np.int32),
-                np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2),
+            where = f"{where} to {_name(first + len(texts) - 1)}"
+        return list(map(self._listed, self._tokenizer.encode_with_offsets(texts, where)))
+
+    def _listed(self, encoding: Encoding) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return ids and places, unless they are too many with those before them."""
+        count = len(encoding)
+        self._tokens += count
+        if self._tokens > MAX_TOKENS:
+            raise InvalidRequestError(
+                f"The texts have more than {MAX_TOKENS} tokens: send fewer at once, or shorter "
+                "ones.",
+                code="too_many_tokens",
             )
-            for encoding in encodings
-        ]
+        # Half of the time of np.array, which holds the interpreter lock as well.
+        places = itertools.chain.from_iterable(encoding.offsets)
+        spans = np.fromiter(places, dtype=np.int32, count=2 * count).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int32), spans
+
+
+def _name(index: int) -> str:
+    return f"input[{index}]"

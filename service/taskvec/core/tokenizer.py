@@ -208,6 +208,20 @@ class TextTokenizer:
             )
         return encodings
 
+    def encode_alone(self, text: str, where: str) -> Encoding:
+        """Return the encoding of a text that is cheap, with the characters of each token.
+
+        ``Tokenizer.encode`` keeps the interpreter lock: giving it up for so short a time, and
+        waiting until other threads return it, would take longer.
+
+        Args:
+            text: with its prompt.
+            where: see ``encode_batch``.
+        """
+        with _untokenizable(where):
+            encoding: Encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding
+
     async def run(self, work: SlicedWork, characters: int, priority: Priority) -> None:
         """Do other work with this tokenizer in its turns; see ``TokenizerQueue.run``."""
         await self._queue.run(work, characters, priority)
@@ -278,15 +292,10 @@ class TextTokenizer:
         return not (self._hard_words and any(map(HARD_WORD.search, texts)))
 
     def encode_inline(self, texts: Sequence[str], prompt: str, *, truncate: bool) -> list[TokenIds]:
-        """Tokenise texts that are cheap.
-
-        ``Tokenizer.encode`` keeps the interpreter lock: giving it up for so short a time, and
-        waiting until other threads return it, would take longer.
-        """
+        """Tokenise texts that are cheap; see ``encode_alone``."""
         ids = []
         for index, text in enumerate(texts):
-            with _untokenizable(f"input[{index}]"):
-                encoding = self._tokenizer.encode(prompt + text, add_special_tokens=False)
+            encoding = self.encode_alone(prompt + text, f"input[{index}]")
             ids.append(self.framed(encoding.ids, 0, index, prompt, truncate=truncate))
         return ids
 

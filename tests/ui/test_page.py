@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
+from conftest import free_port
 from keyfiles import entry
 from processes import NOT_MEASURED, served
 from programs import node, program
@@ -80,12 +81,14 @@ class Watched:
         page: the tab.
         url: of the service.
         refusals: statuses that the service may answer.
+        may_be_down: whether requests may get no answer.
     """
 
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.page: Page = context.new_page()
         self.url = url
         self.refusals: set[int] = set()
+        self.may_be_down = False
         self.requests: list[str] = []
         self._messages: list[str] = []
         context.on("request", lambda request: self.requests.append(request.url))
@@ -102,6 +105,8 @@ class Watched:
         assert hosts <= {urlsplit(self.url).netloc}
         allowed = "|".join(map(str, self.refusals)) or "nothing"
         pattern = f"Failed to load resource: the server responded with a status of ({allowed})"
+        if self.may_be_down:
+            pattern += "|Failed to load resource: net::ERR_"
         assert [text for text in self._messages if not re.match(pattern, text)] == []
 
 
@@ -518,6 +523,76 @@ def test_the_service_is_gone(tab: Opened) -> None:
     page.get_by_role("button", name="Embed").click()
     expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
     watched._messages.clear()  # the browser's own line about it
+
+
+def test_views_recover_when_the_service_is_back(tab: Opened) -> None:
+    """Without a key press, Search and Try have results soon after the service answers again."""
+    port = free_port()
+    with served(*NOT_MEASURED, "--log-level", "error", port=port) as server:
+        tabs = [tab(server.url), tab(server.url)]
+        for watched in tabs:
+            watched.may_be_down = True
+            watched.refusals.add(503)
+        search, trial = tabs[0].open("/#search"), tabs[1].open("/#try")
+        expect(search.locator("#search-left li")).to_have_count(10)
+        expect(trial.locator("#try-status")).to_contain_text("2 vectors")
+    search.get_by_label("Query").fill("bread")
+    trial.get_by_role("button", name="Embed").click()
+    for page in (search, trial):
+        expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    expect(search.locator("#search-left li")).to_have_count(0)
+    with served(*NOT_MEASURED, "--log-level", "error", port=port):
+        expect(search.locator("#search-left li")).to_have_count(10, timeout=15_000)
+        expect(trial.locator("#try-status")).to_contain_text("2 vectors", timeout=15_000)
+        for page in (search, trial):
+            expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_page_recovers_when_it_was_opened_early(tab: Opened) -> None:
+    """A page opened before the service can embed waits for it."""
+    watched = tab()
+    watched.refusals.add(503)
+    starting = {"error": {"message": "The engine cannot embed now: its process is starting."}}
+    for path in ("**/v1/models", "**/v1/embeddings"):
+        watched.page.route(path, lambda route: route.fulfill(status=503, json=starting))
+    page = watched.open()
+    expect(page.get_by_role("alert")).to_contain_text("its process is starting")
+    page.unroute("**/v1/models")
+    expect(page.get_by_label("Texts, one a line", exact=True)).to_be_visible(timeout=15_000)
+    expect(page.locator("#try-problem")).to_contain_text("its process is starting")
+    page.unroute("**/v1/embeddings")
+    expect(page.locator("#try-status")).to_contain_text("2 vectors", timeout=15_000)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_retries_only_in_sight(tab: Opened) -> None:
+    """A view out of sight sends nothing; on return to it, and on Enter, it asks at once."""
+    watched = tab()
+    watched.may_be_down = True
+    page = watched.open("/#search")
+    expect(page.locator("#search-left li")).to_have_count(10)
+    page.route("**/v1/embeddings", lambda route: route.abort())
+    page.get_by_label("Query").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    page.get_by_role("link", name="Now").click()
+    page.wait_for_timeout(200)
+    sent = sum(url.endswith("/v1/embeddings") for url in watched.requests)
+    page.wait_for_timeout(3500)
+    assert sum(url.endswith("/v1/embeddings") for url in watched.requests) == sent
+    page.get_by_role("link", name="Search").click()
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    page.get_by_label("Query").press("Enter")
+    page.wait_for_timeout(200)
+    page.unroute("**/v1/embeddings")
+    page.get_by_label("Query").press("Enter")
+    expect(page.locator("#search-left li")).to_have_count(10, timeout=2000)
+    page.route("**/v1/embeddings", lambda route: route.abort())
+    page.get_by_label("Query").press("Enter")
+    expect(page.locator("#search-left li")).to_have_count(0)
+    page.get_by_role("link", name="Now").click()
+    page.unroute("**/v1/embeddings")
+    page.get_by_role("link", name="Search").click()
+    expect(page.locator("#search-left li")).to_have_count(10, timeout=2000)
 
 
 def test_the_keyboard_alone_is_enough(tab: Opened) -> None:

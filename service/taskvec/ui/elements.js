@@ -47,6 +47,7 @@ export async function copy(text, button) {
 /** Show a problem in the words of the service, or hide the last one. */
 export function showProblem(id, error) {
   const box = byId(id);
+  if (error && !box.hidden && box.textContent === error.message) return; // said once by a screen reader
   box.hidden = !error;
   box.textContent = error ? error.message : "";
 }

@@ -2,6 +2,7 @@
 
 import { embed, embeddingBody } from "./client.js";
 import { byId, debounce, element, fill, latest, linesOf, number, plural, showProblem } from "./elements.js";
+import { repeated } from "./retry.js";
 import { PASSAGES, QUERY } from "./samples.js";
 import { bytesPerVector, OUTPUT_TYPES, rank } from "./vectors.js";
 
@@ -50,11 +51,12 @@ export function startSearch(model) {
     return bySetting.get(name);
   }
 
-  const run = latest(async ({ signal, isLatest }) => {
+  const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
+    outcome();
     const passages = passagesIn(byId("search-passages").value);
     const query = byId("search-query").value.trim();
     byId("search-count").textContent = plural(passages.length, "passage");
-    showProblem("search-problem");
+    if (!again) showProblem("search-problem");
     const settings = SIDES.map(settingOf);
     settings.forEach((setting, i) => {
       const bytes = bytesPerVector(setting.type, setting.dimensions);
@@ -63,6 +65,7 @@ export function startSearch(model) {
     });
     if (!query || !passages.length) {
       SIDES.forEach((side) => byId(`search-${side}`).replaceChildren());
+      showProblem("search-problem");
       byId("search-status").textContent = query ? "Paste passages below." : "Type a query.";
       return;
     }
@@ -74,17 +77,25 @@ export function startSearch(model) {
         ]);
         return rank(setting.type, asked.vectors[0], vectors);
       }));
-      if (isLatest()) show(rankings, passages, settings);
+      if (!isLatest()) return;
+      showProblem("search-problem");
+      show(rankings, passages, settings);
     } catch (error) {
       if (!isLatest()) return;
+      SIDES.forEach((side) => byId(`search-${side}`).replaceChildren()); // those of another query
       byId("search-status").textContent = "";
       showProblem("search-problem", error);
+      outcome(error);
     }
   });
+  const outcome = repeated(byId("view-search"), run);
 
   byId("search-query").addEventListener("input", debounce(120, run));
+  byId("search-query").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) run();
+  });
   byId("search-passages").addEventListener("input", debounce(500, run));
-  for (const select of byId("view-search").querySelectorAll("select")) select.addEventListener("change", run);
+  for (const select of byId("view-search").querySelectorAll("select")) select.addEventListener("change", () => run());
   byId("search-sample").addEventListener("click", () => {
     byId("search-passages").value = PASSAGES.join("\n");
     byId("search-query").value = QUERY;

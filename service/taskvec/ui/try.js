@@ -2,6 +2,7 @@
 
 import { apiKey, embed, embeddingBody } from "./client.js";
 import { byId, copy, element, fill, latest, linesOf, number, plural, showProblem, submitByKey } from "./elements.js";
+import { repeated } from "./retry.js";
 import { TRY } from "./samples.js";
 import { curl, javascript, python } from "./snippets.js";
 import { bytesPerVector, OUTPUT_TYPES } from "./vectors.js";
@@ -30,20 +31,27 @@ export function startTry(model) {
     byId("try-code").textContent = LANGUAGES[language](embeddingBody(settings()), apiKey() !== "");
   };
 
-  const run = latest(async ({ signal, isLatest }) => {
+  const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
     const asked = settings();
-    showProblem("try-problem");
-    byId("try-status").textContent = "Embedding…";
+    outcome();
+    if (!again) {
+      showProblem("try-problem");
+      byId("try-status").textContent = "Embedding…";
+    }
     try {
       const answer = await embed(embeddingBody(asked), signal);
-      if (isLatest()) showAnswer(asked, answer);
+      if (!isLatest()) return;
+      showProblem("try-problem");
+      showAnswer(asked, answer);
     } catch (error) {
       if (!isLatest()) return;
       byId("try-result").hidden = true;
       byId("try-status").textContent = "";
       showProblem("try-problem", error);
+      outcome(error);
     }
   });
+  const outcome = repeated(byId("view-try"), run);
 
   byId("try-form").addEventListener("submit", (event) => {
     event.preventDefault();

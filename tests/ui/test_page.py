@@ -356,7 +356,7 @@ def test_compare_shows_four_tasks_of_one_request(tab: Opened, service: str) -> N
     page = watched.open("/#compare")
     expect(page.locator("#compare-status")).to_contain_text("24 texts, 4 tasks, one request")
     assert len([url for url in watched.requests if url.endswith("/v1/embeddings")]) == 1
-    texts = page.get_by_label("Texts, one a line, up to 200").input_value().split("\n")
+    texts = page.get_by_label("Texts, one a line, 2 to 200").input_value().split("\n")
     tasks = page.locator("#compare-panels h2").all_text_contents()
     assert tasks == ["retrieval.passage", "text-matching", "clustering", "classification"]
     page.get_by_text("As a table").click()
@@ -403,15 +403,85 @@ def test_compare_follows_pointer_and_tasks(tab: Opened) -> None:
     expect(page.locator("#compare-readout")).to_contain_text("clustering 0.")
     page.get_by_role("checkbox", name="retrieval.query").check()
     page.get_by_role("checkbox", name="classification").uncheck()
-    page.get_by_label("Texts, one a line, up to 200").fill("a\nb\nc")
+    page.get_by_label("Texts, one a line, 2 to 200").fill("a\nb\nc")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#compare-status")).to_contain_text("3 texts, 4 tasks")
     assert "retrieval.query" in page.locator("#compare-panels h2").all_text_contents()
-    page.get_by_label("Texts, one a line, up to 200").fill("\n".join(map(str, range(201))))
+    page.get_by_label("Texts, one a line, 2 to 200").fill("\n".join(map(str, range(201))))
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("alert")).to_have_text(
         "There are 201 texts, but this page compares 200 at most."
     )
+
+
+def heat_map_colours(page: Page, n: int) -> list[list[int]]:
+    """The colours of the first heat map's squares, row by row."""
+    found: list[list[int]] = page.evaluate(
+        """(n) => {
+          const canvas = document.querySelector(".heat");
+          const { width, height } = canvas, cell = width / n;
+          const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+          return Array.from({ length: n * n }, (_, at) => {
+            const [i, j] = [Math.floor(at / n), at % n];
+            const start = 4 * (Math.floor((i + .5) * cell) * width + Math.floor((j + .5) * cell));
+            return [...data.slice(start, start + 4)];
+          });
+        }""",
+        n,
+    )
+    return found
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_compare_goes_to_its_result(tab: Opened, motion: str) -> None:
+    """After the button, the result's heading has the focus and is in sight."""
+    page = tab(viewport={"width": 1000, "height": 500}, reduced_motion=motion).open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    assert page.evaluate("scrollY") == 0, "no jump without a press"
+    page.get_by_role("button", name="Compare").click()
+    heading = page.get_by_role("heading", name="Similarities")
+    expect(heading).to_be_focused()
+    expect(heading).to_be_in_viewport()
+    expect(page.locator("#compare-status")).to_be_in_viewport()
+
+
+def test_compare_leaves_no_old_result_beside_an_error(tab: Opened) -> None:
+    """An error is beside the button, and the result of earlier texts goes."""
+    watched = tab(viewport={"width": 1000, "height": 500})
+    watched.refusals.add(400)
+    page = watched.open("/#compare")
+    texts = page.get_by_label("Texts, one a line, 2 to 200")
+    for wrong, message in (
+        ("one", "Write at least two texts"),
+        ("a\nb " + "word " * 3000, "tokens"),
+    ):
+        page.get_by_role("button", name="Use the sample").click()
+        expect(page.locator(".heat")).to_have_count(4)
+        texts.fill(wrong)
+        page.get_by_role("button", name="Compare").click()
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text(message)
+        expect(alert).to_be_in_viewport()
+        expect(page.locator(".heat, .map")).to_have_count(0)
+        expect(page.locator("#compare-status, #compare-readout")).to_have_text(["", ""])
+        expect(page.locator("#compare-table")).to_be_hidden()
+
+
+def test_two_texts_have_no_map(tab: Opened) -> None:
+    """Two texts are compared by a heat map alone."""
+    page = tab().open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    page.get_by_label("Texts, one a line, 2 to 200").fill("rain\nA kettle boils water.")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("2 texts, 4 tasks")
+    expect(page.locator(".heat")).to_have_count(4)
+    expect(page.locator(".map")).to_have_count(0)
+    expect(page.locator("#compare-panels .range").first).to_have_text(
+        re.compile(r"^Similarity \S+$")
+    )
+    first, other, *rest = heat_map_colours(page, 2)
+    assert rest == [other, first]
+    assert first != other
 
 
 def test_now_shows_the_load_while_it_is_in_sight(tab: Opened, service: str) -> None:

@@ -186,7 +186,7 @@ def test_try_shows_the_vectors_of_the_service(tab: Opened, service: str) -> None
         embedding_type="int8",
     )
     expect(page.locator("#try-status")).to_have_text(
-        f"2 vectors of 64 int8 dimensions, 64 bytes each. {tokens} tokens."
+        f"2 vectors for clustering, of 64 int8 dimensions, 64 bytes each. {tokens} tokens."
     )
     rows = page.locator("#try-vectors .values").all_text_contents()
     assert [shown(row)[:6] for row in rows] == expected[:, :6].tolist()
@@ -237,6 +237,27 @@ def test_the_code_gives_what_is_shown(
         numbers = shown(re.sub(r"(?m)^\d+ |Float32Array\(\d+\)|\(\d+\)", "", done.stdout))
         found = np.array(numbers).reshape(2, -1).tolist()
     np.testing.assert_allclose(found, rows, atol=1e-4)
+
+
+def test_an_earlier_result_is_marked(tab: Opened) -> None:
+    """Vectors of another task, type or text than the form's are marked until they are its own."""
+    page = tab().open()
+    status, note = page.locator("#try-status"), page.locator("#try-earlier")
+    first = page.locator("#try-task").input_value()
+    expect(status).to_contain_text(f"2 vectors for {first}, of 256 dimensions")
+    expect(note).to_be_hidden()
+    page.locator("#try-task").select_option("clustering")
+    expect(note).to_contain_text("of an earlier request")
+    expect(status).to_contain_text(f"for {first}")
+    page.locator("#try-task").select_option(first)
+    expect(note).to_be_hidden()
+    page.locator("#try-type").select_option("binary")
+    expect(note).to_contain_text("of an earlier request")
+    page.get_by_role("button", name="Embed").click()
+    expect(status).to_contain_text("of 256 binary dimensions")
+    expect(note).to_be_hidden()
+    page.get_by_label("Texts, one a line", exact=True).fill("another")
+    expect(note).to_contain_text("of an earlier request")
 
 
 def test_search_ranks_as_one_types(tab: Opened, service: str) -> None:
@@ -568,7 +589,7 @@ def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
     expect(page.locator("#try-result")).to_be_hidden()
     page.get_by_label("Texts, one a line", exact=True).fill("word")
     page.get_by_role("button", name="Embed").click()
-    expect(page.locator("#try-status")).to_contain_text("1 vector of")
+    expect(page.locator("#try-status")).to_contain_text("1 vector for")
     expect(page.get_by_role("alert")).to_be_hidden()
 
 

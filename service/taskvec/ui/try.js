@@ -26,9 +26,20 @@ export function startTry(model) {
     type: byId("try-type").value,
   });
 
+  let answered = null; // the request whose vectors are shown
+
   const showCode = () => {
     const language = document.querySelector("input[name=language]:checked").value;
     byId("try-code").textContent = LANGUAGES[language](embeddingBody(settings()), apiKey() !== "");
+    const earlier = answered !== null && answered !== JSON.stringify(embeddingBody(settings()));
+    const note = earlier ? "This is the result of an earlier request. Press Embed for that of the form." : "";
+    if (byId("try-earlier").textContent !== note) byId("try-earlier").textContent = note;
+  };
+
+  const showResult = (body) => {
+    answered = body && JSON.stringify(body);
+    byId("try-result").hidden = !body;
+    showCode();
   };
 
   const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
@@ -43,9 +54,10 @@ export function startTry(model) {
       if (!isLatest()) return;
       showProblem("try-problem");
       showAnswer(asked, answer);
+      showResult(embeddingBody(asked));
     } catch (error) {
       if (!isLatest()) return;
-      byId("try-result").hidden = true;
+      showResult(null);
       byId("try-status").textContent = "";
       showProblem("try-problem", error);
       outcome(error);
@@ -65,10 +77,10 @@ export function startTry(model) {
   run();
 }
 
-function showAnswer({ input, dimensions, type }, { vectors, tokens, stages, milliseconds }) {
+function showAnswer({ input, task, dimensions, type }, { vectors, tokens, stages, milliseconds }) {
   const bytes = bytesPerVector(type, dimensions);
   byId("try-status").textContent =
-    `${plural(vectors.length, "vector")} of ${number(dimensions)} ${type === "float" ? "" : `${type} `}dimensions, ` +
+    `${plural(vectors.length, "vector")} for ${task}, of ${number(dimensions)} ${type === "float" ? "" : `${type} `}dimensions, ` +
     `${plural(bytes, "byte")} each. ${plural(tokens, "token")}.`;
 
   const rows = vectors.slice(0, SHOWN_VECTORS).map((vector, i) =>
@@ -86,7 +98,6 @@ function showAnswer({ input, dimensions, type }, { vectors, tokens, stages, mill
   }
   byId("try-vectors").replaceChildren(...rows);
   showStages(stages, milliseconds);
-  byId("try-result").hidden = false;
 }
 
 function shortened(vector, type) {

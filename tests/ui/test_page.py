@@ -488,6 +488,17 @@ def test_compare_leaves_no_old_result_beside_an_error(tab: Opened) -> None:
         expect(page.locator("#compare-table")).to_be_hidden()
 
 
+def test_equal_texts_are_as_dark_as_can_be(tab: Opened) -> None:
+    """Squares of a similarity of 1 have the full colour, also where all of them have it."""
+    page = tab().open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    diagonal = heat_map_colours(page, 24)[0]
+    page.get_by_label("Texts, one a line, 2 to 200").fill("same\nsame\nsame")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("3 texts")
+    assert heat_map_colours(page, 3) == [diagonal] * 9
+
+
 def test_two_texts_have_no_map(tab: Opened) -> None:
     """Two texts are compared by a heat map alone."""
     page = tab().open("/#compare")
@@ -498,7 +509,7 @@ def test_two_texts_have_no_map(tab: Opened) -> None:
     expect(page.locator(".heat")).to_have_count(4)
     expect(page.locator(".map")).to_have_count(0)
     expect(page.locator("#compare-panels .range").first).to_have_text(
-        re.compile(r"^Similarity \S+$")
+        re.compile(r"^Similarity [\d.\u2212]+$")
     )
     first, other, *rest = heat_map_colours(page, 2)
     assert rest == [other, first]

@@ -48,9 +48,10 @@ export function startCompare(model) {
       byId("compare-status").textContent =
         `${plural(texts.length, "text")}, ${plural(tasks.length, "task")}, one request: ` +
         `${plural(answer.tokens, "token")} in ${number(answer.milliseconds)} ms.`;
-      byId("compare-readout").replaceChildren(element("span", { class: "hint" },
-        "Point at a square or a dot to read its texts, or move through a heat map with the arrow keys. " +
-        "Rows and columns are the texts in their order."));
+      byId("compare-readout").replaceChildren(
+        hint("Rows and columns are the texts in their order. A similarity of 1 has the full colour."),
+        hint("Point at a square or a dot to read its texts, or move through a heat map with the arrow keys.", "for-keys"),
+        hint("Touch a square or a dot to read its texts.", "for-touch"));
       build();
       if (byHand) goTo(byId("compare-result"));
     } catch (error) {
@@ -115,7 +116,7 @@ export function startCompare(model) {
   function draw() {
     for (const panel of shown?.panels ?? []) {
       const full = colour(`--task-${panel.number}`);
-      drawHeatMap(panel.heat, { ...panel, n: shown.texts.length, full, selected: shown.selected });
+      drawHeatMap(panel.heat, { ...panel, largest: 1, n: shown.texts.length, full, selected: shown.selected });
       if (panel.map) drawMap(panel.map, { ...panel, full, selected: shown.selected });
     }
   }
@@ -207,6 +208,8 @@ function inWords({ least, largest }) {
   const [from, to] = [number(least, 2), number(largest, 2)];
   return from === to ? from : `from ${from} to ${to}`;
 }
+
+const hint = (text, devices = "") => element("span", { class: `hint ${devices}` }, text);
 
 /** Bring a heading to the top of the window, and move the focus there. */
 function goTo(heading) {

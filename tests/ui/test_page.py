@@ -587,6 +587,37 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> No
     assert page.evaluate("sessionStorage.length") == 0
 
 
+def test_errors_name_the_field_and_its_line(tab: Opened) -> None:
+    """An error names the line of the text, or the query; an empty field is not sent."""
+    watched = tab()
+    watched.refusals.add(400)
+    page = watched.open()
+    expect(page.locator("#try-status")).to_contain_text("2 vectors")
+    texts, alert = page.get_by_label("Texts, one a line", exact=True), page.get_by_role("alert")
+    texts.fill("\n fine\n\n" + "word " * 3000)
+    page.get_by_role("button", name="Embed").click()
+    expect(alert).to_contain_text("Line 4 has more than the 2048 tokens")
+    sent = len(watched.requests)
+    texts.fill(" \n")
+    page.get_by_role("button", name="Embed").click()
+    expect(alert).to_have_text("Write at least one text.")
+    assert len(watched.requests) == sent
+    page.get_by_role("link", name="Search").click()
+    expect(page.locator("#search-left li")).to_have_count(10)
+    page.get_by_label("Query").fill("word " * 3000)
+    expect(alert).to_contain_text("The query has more than the 2048 tokens")
+    page.get_by_label("Query").fill("a word")
+    expect(page.locator("#search-left li")).to_have_count(10)
+    passages = page.get_by_label(re.compile("^Passages, one a line"))
+    passages.fill("\nfirst\nof two lines\n\n\n" + "word " * 3000 + "\nand more\n")
+    expect(alert).to_contain_text("The passage of line 6 has more than the 2048 tokens")
+    page.get_by_role("link", name="Compare").click()
+    expect(page.locator(".heat")).to_have_count(4)
+    page.get_by_label("Texts, one a line, 2 to 200").fill("a\n\n" + "word " * 3000)
+    page.get_by_role("button", name="Compare").click()
+    expect(alert).to_contain_text("Line 3 has more than the 2048 tokens")
+
+
 def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
     """A refusal is shown with the message that the service gave, and goes with the next answer."""
     watched = tab()
@@ -596,7 +627,8 @@ def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
     page.get_by_label("Texts, one a line", exact=True).fill("word " * 3000)
     page.get_by_role("button", name="Embed").click()
     refusal = httpx.post(f"{service}/v1/embeddings", json={"input": ["word " * 3000]}).json()
-    expect(page.get_by_role("alert")).to_have_text(refusal["error"]["message"])
+    message = refusal["error"]["message"].replace("input[0]", "Line 1")
+    expect(page.get_by_role("alert")).to_have_text(message)
     expect(page.locator("#try-result")).to_be_hidden()
     page.get_by_label("Texts, one a line", exact=True).fill("word")
     page.get_by_role("button", name="Embed").click()

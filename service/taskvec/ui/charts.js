@@ -98,7 +98,7 @@ export function drawMap(canvas, { points, full, selected }) {
   context.lineWidth = 3;
   context.strokeStyle = colour("--paper");
   context.fillStyle = colour("--ink");
-  for (const group of covered(places, radius)) {
+  for (const group of covered(places, radius / 2)) {
     const [x, y] = places[group[0]], text = numbersOf(group);
     const half = context.measureText(text).width / 2;
     const at = Math.min(width - half - 2, Math.max(half + 2, x));

@@ -2,7 +2,7 @@
 
 import { cellAt, colour, drawHeatMap, drawMap, pointAt } from "./charts.js";
 import { embed, embeddingBody } from "./client.js";
-import { announce, byId, element, latest, linesOf, number, plural, showProblem, submitByKey } from "./elements.js";
+import { announce, byId, element, latest, linesOf, number, plural, renamed, showProblem, submitByKey } from "./elements.js";
 import { repeated } from "./retry.js";
 import { COMPARE } from "./samples.js";
 import { aligned, principalComponents, similarityMatrix } from "./vectors.js";
@@ -27,7 +27,8 @@ export function startCompare(model) {
   const run = latest(async ({ signal, isLatest }, { again = false, byHand = false } = {}) => {
     outcome();
     if (!again) showProblem("compare-problem");
-    const texts = linesOf(byId("compare-texts").value);
+    const lines = linesOf(byId("compare-texts").value);
+    const texts = lines.map(({ text }) => text);
     const tasks = [...document.querySelectorAll("input[name=compare-task]:checked")].map((box) => box.value);
     const problem = problemWith(texts, tasks);
     if (problem) {
@@ -57,7 +58,7 @@ export function startCompare(model) {
     } catch (error) {
       if (!isLatest()) return;
       clear();
-      showProblem("compare-problem", error);
+      showProblem("compare-problem", renamed(error, (index) => `line ${lines[index % lines.length].line}`));
       outcome(error);
     }
   });

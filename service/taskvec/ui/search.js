@@ -1,7 +1,7 @@
 // Search: passages ranked for a query as it is typed, with two settings beside each other.
 
 import { embed, embeddingBody } from "./client.js";
-import { byId, debounce, element, fill, latest, linesOf, number, plural, showProblem } from "./elements.js";
+import { byId, debounce, element, fill, latest, linesOf, number, plural, renamed, showProblem } from "./elements.js";
 import { repeated } from "./retry.js";
 import { PASSAGES, QUERY } from "./samples.js";
 import { bytesPerVector, OUTPUT_TYPES, rank } from "./vectors.js";
@@ -53,7 +53,9 @@ export function startSearch(model) {
 
   const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
     outcome();
-    const passages = passagesIn(byId("search-passages").value);
+    const found = passagesIn(byId("search-passages").value);
+    const passages = found.map(({ text }) => text);
+    const passageAt = (index) => `the passage of line ${found[index].line}`;
     const query = byId("search-query").value.trim();
     byId("search-count").textContent = plural(passages.length, "passage");
     if (!again) showProblem("search-problem");
@@ -72,8 +74,9 @@ export function startSearch(model) {
     try {
       const rankings = await Promise.all(settings.map(async (setting) => {
         const [vectors, asked] = await Promise.all([
-          vectorsOf(passages, setting),
-          embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal),
+          vectorsOf(passages, setting).catch((error) => { throw renamed(error, passageAt); }),
+          embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal)
+            .catch((error) => { throw renamed(error, () => "the query"); }),
         ]);
         return rank(setting.type, asked.vectors[0], vectors);
       }));
@@ -111,9 +114,17 @@ function pairOf(tasks) {
   return { query: tasks[0], passage: tasks[0] };
 }
 
-const passagesIn = (text) => /\n\s*\n/.test(text.trim())
-  ? text.split(/\n\s*\n/).map((part) => part.trim()).filter(Boolean)
-  : linesOf(text);
+/** Passages as { text, line }: one a line; or, if blank lines are between them, of several lines. */
+function passagesIn(field) {
+  if (!/\n\s*\n/.test(field.trim())) return linesOf(field);
+  const parts = [];
+  field.split("\n").forEach((text, i, lines) => {
+    if (!text.trim()) return;
+    if (i && lines[i - 1].trim()) parts.at(-1).text += `\n${text}`;
+    else parts.push({ text, line: i + 1 });
+  });
+  return parts.map(({ text, line }) => ({ text: text.trim(), line }));
+}
 
 function show([left, right], passages, settings) {
   const before = new Map(left.map(({ index }, place) => [index, place]));

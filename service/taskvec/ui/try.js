@@ -1,7 +1,7 @@
 // Try: texts in, vectors out, with the time of each stage and the request in three languages.
 
 import { apiKey, embed, embeddingBody } from "./client.js";
-import { byId, copy, element, fill, latest, linesOf, number, plural, showProblem, submitByKey } from "./elements.js";
+import { byId, copy, element, fill, latest, linesOf, number, plural, renamed, showProblem, submitByKey } from "./elements.js";
 import { repeated } from "./retry.js";
 import { TRY } from "./samples.js";
 import { curl, javascript, python } from "./snippets.js";
@@ -20,7 +20,7 @@ export function startTry(model) {
 
   const settings = () => ({
     model,
-    input: linesOf(byId("try-texts").value),
+    input: linesOf(byId("try-texts").value).map(({ text }) => text),
     task: byId("try-task").value,
     dimensions: Number(byId("try-dimensions").value),
     type: byId("try-type").value,
@@ -44,7 +44,14 @@ export function startTry(model) {
 
   const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
     const asked = settings();
+    const lines = linesOf(byId("try-texts").value);
     outcome();
+    if (!lines.length) {
+      byId("try-status").textContent = "";
+      showResult(null);
+      showProblem("try-problem", { message: "Write at least one text." });
+      return;
+    }
     if (!again) {
       showProblem("try-problem");
       byId("try-status").textContent = "Embedding…";
@@ -59,7 +66,7 @@ export function startTry(model) {
       if (!isLatest()) return;
       showResult(null);
       byId("try-status").textContent = "";
-      showProblem("try-problem", error);
+      showProblem("try-problem", renamed(error, (index) => `line ${lines[index].line}`));
       outcome(error);
     }
   });

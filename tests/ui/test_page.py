@@ -532,7 +532,7 @@ def test_now_shows_the_load_while_it_is_in_sight(tab: Opened, service: str) -> N
         )
     )
     expect(requests).not_to_contain_text("0.0")
-    for name in ("Tokens", "Latency, half of the requests", "Batch fill"):
+    for name in ("Tokens", "Median latency", "Batch fill"):
         expect(figures[name]).to_have_text(re.compile(r"^[\d,.]*[1-9]"))
     expect(page.locator("#now-figures canvas").first).to_have_attribute(
         "aria-label", re.compile(r"^Requests in the last \d+ seconds: ")
@@ -552,6 +552,7 @@ def test_metrics_elsewhere(tab: Opened) -> None:
     watched.page.route("**/metrics", lambda route: route.fulfill(status=404, body="no such page"))
     page = watched.open("/#now")
     expect(page.get_by_role("alert")).to_contain_text("There is no /metrics at this address")
+    expect(page.locator("#now-status")).to_have_text("")
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> None:
@@ -803,6 +804,53 @@ def test_layouts(tab: Opened, scheme: str, width: int) -> None:
         assert page.evaluate(WITHOUT_NAME) == [], view
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert papers == {"rgb(252, 251, 249)" if scheme == "light" else "rgb(21, 23, 25)"}
+
+
+def test_texts_have_their_own_direction(tab: Opened) -> None:
+    """Hebrew runs from right to left in fields, rankings, read-outs and tables."""
+    page = tab().open()
+    hebrew = "\u05e9\u05dc\u05d5\u05dd"
+
+    def direction(selector: str) -> str:
+        element = page.locator(selector).filter(has_text=hebrew).first
+        expect(element).to_be_visible()
+        return str(element.evaluate("(element) => getComputedStyle(element).direction"))
+
+    page.locator("#try-texts").fill(hebrew)
+    page.get_by_role("button", name="Embed").click()
+    assert direction("#try-vectors .text") == "rtl"
+    page.get_by_role("link", name="Search").click()
+    page.locator("#search-query").fill(hebrew)
+    page.locator("#search-passages").fill(f"{hebrew}\none")
+    assert {direction(f"#search-{side} .text") for side in ("left", "right")} == {"rtl"}
+    page.get_by_role("link", name="Compare").click()
+    page.locator("#compare-texts").fill(f"{hebrew}\none")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("2 texts")
+    page.get_by_text("As a table").click()
+    assert direction("#compare-table th bdi") == direction("#compare-table td bdi") == "rtl"
+    page.locator(".heat").first.click(position={"x": 3, "y": 3})
+    assert direction("#compare-readout bdi") == "rtl"
+    fields = page.locator("textarea, #search-query")
+    expect(fields).to_have_count(4)
+    assert (
+        fields.evaluate_all("(all) => all.map((each) => getComputedStyle(each).direction)")
+        == ["rtl"] * 4
+    )
+
+
+@pytest.mark.parametrize("touch", [True, False])
+def test_hints_fit_the_device(tab: Opened, touch: bool) -> None:
+    """Without a mouse, no hint is about keys or pointing; on a phone none is cut."""
+    page = tab(viewport={"width": 390, "height": 844}, has_touch=touch, is_mobile=touch).open(
+        "/#compare"
+    )
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    assert page.get_by_text("or Ctrl + Enter").last.is_visible() is not touch
+    assert page.get_by_text("Point at a square or a dot").is_visible() is not touch
+    assert page.get_by_text("Touch a square or a dot").is_visible() is touch
+    cut = "(all) => all.filter((each) => each.scrollHeight > each.clientHeight + 1).length"
+    assert page.locator("#compare-readout .hint:visible").evaluate_all(cut) == 0
 
 
 def test_a_screen_reader_finds_its_way(tab: Opened) -> None:

@@ -128,7 +128,7 @@ export function startCompare(model) {
     draw();
     const { texts, panels } = shown, n = texts.length;
     const values = panels.map(({ task, matrix }) => `${task} ${number(matrix[i * n + j], 2)}`).join(", ");
-    const pair = (i === j ? [i] : [i, j]).map((at) => element("span", {}, `${at + 1}: ${texts[at]}`));
+    const pair = (i === j ? [i] : [i, j]).map((at) => element("span", {}, ...numbered(at, texts)));
     byId("compare-readout").replaceChildren(...pair, element("span", { class: "hint" }, values));
     if (byKeyIn) announce(`${i + 1} and ${j + 1}: ${number(byKeyIn.matrix[i * n + j], 2)}`);
   }
@@ -137,10 +137,10 @@ export function startCompare(model) {
     const { texts, panels } = shown;
     const head = element("tr", {}, element("th", { scope: "col" }, "Text"),
       ...panels.map(({ task }) => element("th", { scope: "col" }, task)));
-    const rows = texts.map((text, i) => element("tr", {},
-      element("th", { scope: "row" }, `${i + 1}: ${text}`),
+    const rows = texts.map((_, i) => element("tr", {},
+      element("th", { scope: "row" }, ...numbered(i, texts)),
       ...panels.map(({ matrix, nearest }) => element("td", {},
-        `${nearest[i] + 1}: ${texts[nearest[i]]} (${number(matrix[i * texts.length + nearest[i]], 2)})`))));
+        ...numbered(nearest[i], texts), ` (${number(matrix[i * texts.length + nearest[i]], 2)})`))));
     byId("compare-table").querySelector("table").replaceChildren(
       element("caption", { class: "hidden" }, "The nearest text of each text, with its similarity, by task"),
       element("thead", {}, head), element("tbody", {}, ...rows));
@@ -209,6 +209,9 @@ function inWords({ least, largest }) {
   const [from, to] = [number(least, 2), number(largest, 2)];
   return from === to ? from : `from ${from} to ${to}`;
 }
+
+/** A text after its number; each text has its own direction. */
+const numbered = (i, texts) => [`${i + 1}: `, element("bdi", { dir: "auto" }, texts[i])];
 
 const hint = (text, devices = "") => element("span", { class: `hint ${devices}` }, text);
 

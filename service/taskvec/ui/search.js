@@ -141,7 +141,7 @@ function show([left, right], passages, settings) {
 }
 
 function row(text, score, moved) {
-  const cells = [element("span", { class: "text", title: text }, text)];
+  const cells = [element("span", { class: "text", dir: "auto", title: text }, text)];
   if (moved !== undefined) cells.push(movement(moved));
   return element("li", {}, ...cells, element("span", { class: "score", title: "similarity" }, number(score, 3)));
 }

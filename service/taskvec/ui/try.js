@@ -92,7 +92,7 @@ function showAnswer({ input, task, dimensions, type }, { vectors, tokens, stages
 
   const rows = vectors.slice(0, SHOWN_VECTORS).map((vector, i) =>
     element("li", {},
-      element("span", { class: "text", title: input[i] }, input[i]),
+      element("span", { class: "text", dir: "auto", title: input[i] }, input[i]),
       element("span", { class: "values" }, shortened(vector, type)),
       element("button", {
         type: "button", class: "quiet", "aria-label": `Copy vector ${i + 1}`,

@@ -74,9 +74,9 @@ export function startSearch(model) {
     try {
       const rankings = await Promise.all(settings.map(async (setting) => {
         const [vectors, asked] = await Promise.all([
-          vectorsOf(passages, setting).catch((error) => { throw renamed(error, passageAt); }),
+          vectorsOf(passages, setting).catch((error) => { throw placed(error, "Passages", passageAt); }),
           embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal)
-            .catch((error) => { throw renamed(error, () => "the query"); }),
+            .catch((error) => { throw placed(error, "Query", () => "the query"); }),
         ]);
         return rank(setting.type, asked.vectors[0], vectors);
       }));
@@ -112,6 +112,13 @@ function pairOf(tasks) {
   const query = tasks.find((task) => task.endsWith(".query") && tasks.includes(task.replace(/query$/, "passage")));
   if (query) return { query, passage: query.replace(/query$/, "passage") };
   return { query: tasks[0], passage: tasks[0] };
+}
+
+/** An error of an invalid request that says whether it is that of the query or of the passages. */
+function placed(error, field, nameOf) {
+  const named = renamed(error, nameOf);
+  if (named !== error || ![400, 413, 422].includes(error.status)) return named;
+  return { status: error.status, message: `${field}: ${error.message}` };
 }
 
 /** Passages as { text, line }: one a line; or, if blank lines are between them, of several lines. */

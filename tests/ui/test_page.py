@@ -588,6 +588,24 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> No
     assert page.evaluate("sessionStorage.length") == 0
 
 
+def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
+    """A refusal is shown with the message that the service gave, and goes with the next answer."""
+    watched = tab()
+    watched.refusals.add(400)
+    page = watched.open()
+    expect(page.locator("#try-status")).to_contain_text("2 vectors")
+    page.get_by_label("Texts, one a line", exact=True).fill("word " * 3000)
+    page.get_by_role("button", name="Embed").click()
+    refusal = httpx.post(f"{service}/v1/embeddings", json={"input": ["word " * 3000]}).json()
+    message = refusal["error"]["message"].replace("input[0]", "Line 1")
+    expect(page.get_by_role("alert")).to_have_text(message)
+    expect(page.locator("#try-result")).to_be_hidden()
+    page.get_by_label("Texts, one a line", exact=True).fill("word")
+    page.get_by_role("button", name="Embed").click()
+    expect(page.locator("#try-status")).to_contain_text("1 vector for")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_errors_name_the_field_and_its_line(tab: Opened) -> None:
     """An error names the line of the text, or the query; an empty field is not sent."""
     watched = tab()
@@ -621,24 +639,6 @@ def test_errors_name_the_field_and_its_line(tab: Opened) -> None:
     page.get_by_label("Texts, one a line, 2 to 200").fill("a\n\n" + "word " * 3000)
     page.get_by_role("button", name="Compare").click()
     expect(alert).to_contain_text("Line 3 has more than the 2048 tokens")
-
-
-def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
-    """A refusal is shown with the message that the service gave, and goes with the next answer."""
-    watched = tab()
-    watched.refusals.add(400)
-    page = watched.open()
-    expect(page.locator("#try-status")).to_contain_text("2 vectors")
-    page.get_by_label("Texts, one a line", exact=True).fill("word " * 3000)
-    page.get_by_role("button", name="Embed").click()
-    refusal = httpx.post(f"{service}/v1/embeddings", json={"input": ["word " * 3000]}).json()
-    message = refusal["error"]["message"].replace("input[0]", "Line 1")
-    expect(page.get_by_role("alert")).to_have_text(message)
-    expect(page.locator("#try-result")).to_be_hidden()
-    page.get_by_label("Texts, one a line", exact=True).fill("word")
-    page.get_by_role("button", name="Embed").click()
-    expect(page.locator("#try-status")).to_contain_text("1 vector for")
-    expect(page.get_by_role("alert")).to_be_hidden()
 
 
 def test_a_model_that_is_not_listed(tab: Opened) -> None:

@@ -97,6 +97,15 @@ def test_equal_vectors_have_a_map() -> None:
     assert found == {"points": [[0, 0]] * 4, "explained": 0}
 
 
+def test_texts_that_cover_each_other_are_listed() -> None:
+    """Places nearer to each other than a dot's radius are a group, whose numbers are shown."""
+    places = [[50, 50], [50, 50], [90, 90], [54, 50], [10, 10]]
+    assert run("charts.js", "m.covered(v[0], 8)", places) == [[0, 1, 3]]
+    assert run("charts.js", "m.covered(v[0], 8)", [[0, 0], [8, 0]]) == []
+    assert run("charts.js", "m.numbersOf([0, 1, 3])") == "1, 2, 4"
+    assert run("charts.js", "m.numbersOf([0, 1, 2, 3, 4, 5])") == "1, 2, 3, 4 and 2 more"
+
+
 @pytest.mark.parametrize("flip", [1, -1])
 def test_maps_are_turned_towards_each_other(flip: int) -> None:
     """A map that was turned and mirrored is turned and mirrored back."""

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
+from conftest import free_port
 from keyfiles import entry
 from processes import NOT_MEASURED, served
 from programs import node, program
@@ -80,12 +81,14 @@ class Watched:
         page: the tab.
         url: of the service.
         refusals: statuses that the service may answer.
+        may_be_down: whether requests may get no answer.
     """
 
     def __init__(self, context: BrowserContext, url: str) -> None:
         self.page: Page = context.new_page()
         self.url = url
         self.refusals: set[int] = set()
+        self.may_be_down = False
         self.requests: list[str] = []
         self._messages: list[str] = []
         context.on("request", lambda request: self.requests.append(request.url))
@@ -102,6 +105,8 @@ class Watched:
         assert hosts <= {urlsplit(self.url).netloc}
         allowed = "|".join(map(str, self.refusals)) or "nothing"
         pattern = f"Failed to load resource: the server responded with a status of ({allowed})"
+        if self.may_be_down:
+            pattern += "|Failed to load resource: net::ERR_"
         assert [text for text in self._messages if not re.match(pattern, text)] == []
 
 
@@ -181,7 +186,7 @@ def test_try_shows_the_vectors_of_the_service(tab: Opened, service: str) -> None
         embedding_type="int8",
     )
     expect(page.locator("#try-status")).to_have_text(
-        f"2 vectors of 64 int8 dimensions, 64 bytes each. {tokens} tokens."
+        f"2 vectors for clustering, of 64 int8 dimensions, 64 bytes each. {tokens} tokens."
     )
     rows = page.locator("#try-vectors .values").all_text_contents()
     assert [shown(row)[:6] for row in rows] == expected[:, :6].tolist()
@@ -232,6 +237,27 @@ def test_the_code_gives_what_is_shown(
         numbers = shown(re.sub(r"(?m)^\d+ |Float32Array\(\d+\)|\(\d+\)", "", done.stdout))
         found = np.array(numbers).reshape(2, -1).tolist()
     np.testing.assert_allclose(found, rows, atol=1e-4)
+
+
+def test_an_earlier_result_is_marked(tab: Opened) -> None:
+    """Vectors of another task, type or text than the form's are marked until they are its own."""
+    page = tab().open()
+    status, note = page.locator("#try-status"), page.locator("#try-earlier")
+    first = page.locator("#try-task").input_value()
+    expect(status).to_contain_text(f"2 vectors for {first}, of 256 dimensions")
+    expect(note).to_be_hidden()
+    page.locator("#try-task").select_option("clustering")
+    expect(note).to_contain_text("of an earlier request")
+    expect(status).to_contain_text(f"for {first}")
+    page.locator("#try-task").select_option(first)
+    expect(note).to_be_hidden()
+    page.locator("#try-type").select_option("binary")
+    expect(note).to_contain_text("of an earlier request")
+    page.get_by_role("button", name="Embed").click()
+    expect(status).to_contain_text("of 256 binary dimensions")
+    expect(note).to_be_hidden()
+    page.get_by_label("Texts, one a line", exact=True).fill("another")
+    expect(note).to_contain_text("of an earlier request")
 
 
 def test_search_ranks_as_one_types(tab: Opened, service: str) -> None:
@@ -351,7 +377,7 @@ def test_compare_shows_four_tasks_of_one_request(tab: Opened, service: str) -> N
     page = watched.open("/#compare")
     expect(page.locator("#compare-status")).to_contain_text("24 texts, 4 tasks, one request")
     assert len([url for url in watched.requests if url.endswith("/v1/embeddings")]) == 1
-    texts = page.get_by_label("Texts, one a line, up to 200").input_value().split("\n")
+    texts = page.get_by_label("Texts, one a line, 2 to 200").input_value().split("\n")
     tasks = page.locator("#compare-panels h2").all_text_contents()
     assert tasks == ["retrieval.passage", "text-matching", "clustering", "classification"]
     page.get_by_text("As a table").click()
@@ -398,15 +424,96 @@ def test_compare_follows_pointer_and_tasks(tab: Opened) -> None:
     expect(page.locator("#compare-readout")).to_contain_text("clustering 0.")
     page.get_by_role("checkbox", name="retrieval.query").check()
     page.get_by_role("checkbox", name="classification").uncheck()
-    page.get_by_label("Texts, one a line, up to 200").fill("a\nb\nc")
+    page.get_by_label("Texts, one a line, 2 to 200").fill("a\nb\nc")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#compare-status")).to_contain_text("3 texts, 4 tasks")
     assert "retrieval.query" in page.locator("#compare-panels h2").all_text_contents()
-    page.get_by_label("Texts, one a line, up to 200").fill("\n".join(map(str, range(201))))
+    page.get_by_label("Texts, one a line, 2 to 200").fill("\n".join(map(str, range(201))))
     page.get_by_role("button", name="Compare").click()
     expect(page.get_by_role("alert")).to_have_text(
         "There are 201 texts, but this page compares 200 at most."
     )
+
+
+def heat_map_colours(page: Page, n: int) -> list[list[int]]:
+    """The colours of the first heat map's squares, row by row."""
+    found: list[list[int]] = page.evaluate(
+        """(n) => {
+          const canvas = document.querySelector(".heat");
+          const { width, height } = canvas, cell = width / n;
+          const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+          return Array.from({ length: n * n }, (_, at) => {
+            const [i, j] = [Math.floor(at / n), at % n];
+            const start = 4 * (Math.floor((i + .5) * cell) * width + Math.floor((j + .5) * cell));
+            return [...data.slice(start, start + 4)];
+          });
+        }""",
+        n,
+    )
+    return found
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_compare_goes_to_its_result(tab: Opened, motion: str) -> None:
+    """After the button, the result's heading has the focus and is in sight."""
+    page = tab(viewport={"width": 1000, "height": 500}, reduced_motion=motion).open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    assert page.evaluate("scrollY") == 0, "no jump without a press"
+    page.get_by_role("button", name="Compare").click()
+    heading = page.get_by_role("heading", name="Similarities")
+    expect(heading).to_be_focused()
+    expect(heading).to_be_in_viewport()
+    expect(page.locator("#compare-status")).to_be_in_viewport()
+
+
+def test_compare_leaves_no_old_result_beside_an_error(tab: Opened) -> None:
+    """An error is beside the button, and the result of earlier texts goes."""
+    watched = tab(viewport={"width": 1000, "height": 500})
+    watched.refusals.add(400)
+    page = watched.open("/#compare")
+    texts = page.get_by_label("Texts, one a line, 2 to 200")
+    for wrong, message in (
+        ("one", "Write at least two texts"),
+        ("a\nb " + "word " * 3000, "tokens"),
+    ):
+        page.get_by_role("button", name="Use the sample").click()
+        expect(page.locator(".heat")).to_have_count(4)
+        texts.fill(wrong)
+        page.get_by_role("button", name="Compare").click()
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text(message)
+        expect(alert).to_be_in_viewport()
+        expect(page.locator(".heat, .map")).to_have_count(0)
+        expect(page.locator("#compare-status, #compare-readout")).to_have_text(["", ""])
+        expect(page.locator("#compare-table")).to_be_hidden()
+
+
+def test_equal_texts_are_as_dark_as_can_be(tab: Opened) -> None:
+    """Squares of a similarity of 1 have the full colour, also where all of them have it."""
+    page = tab().open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    diagonal = heat_map_colours(page, 24)[0]
+    page.get_by_label("Texts, one a line, 2 to 200").fill("same\nsame\nsame")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("3 texts")
+    assert heat_map_colours(page, 3) == [diagonal] * 9
+
+
+def test_two_texts_have_no_map(tab: Opened) -> None:
+    """Two texts are compared by a heat map alone."""
+    page = tab().open("/#compare")
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    page.get_by_label("Texts, one a line, 2 to 200").fill("rain\nA kettle boils water.")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("2 texts, 4 tasks")
+    expect(page.locator(".heat")).to_have_count(4)
+    expect(page.locator(".map")).to_have_count(0)
+    expect(page.locator("#compare-panels .range").first).to_have_text(
+        re.compile(r"^Similarity [\d.\u2212]+$")
+    )
+    first, other, *rest = heat_map_colours(page, 2)
+    assert rest == [other, first]
+    assert first != other
 
 
 def test_now_shows_the_load_while_it_is_in_sight(tab: Opened, service: str) -> None:
@@ -425,7 +532,7 @@ def test_now_shows_the_load_while_it_is_in_sight(tab: Opened, service: str) -> N
         )
     )
     expect(requests).not_to_contain_text("0.0")
-    for name in ("Tokens", "Latency, half of the requests", "Batch fill"):
+    for name in ("Tokens", "Median latency", "Batch fill"):
         expect(figures[name]).to_have_text(re.compile(r"^[\d,.]*[1-9]"))
     expect(page.locator("#now-figures canvas").first).to_have_attribute(
         "aria-label", re.compile(r"^Requests in the last \d+ seconds: ")
@@ -445,6 +552,7 @@ def test_metrics_elsewhere(tab: Opened) -> None:
     watched.page.route("**/metrics", lambda route: route.fulfill(status=404, body="no such page"))
     page = watched.open("/#now")
     expect(page.get_by_role("alert")).to_contain_text("There is no /metrics at this address")
+    expect(page.locator("#now-status")).to_have_text("")
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Opened, guarded: str) -> None:
@@ -519,12 +627,48 @@ def test_errors_are_in_the_services_words(tab: Opened, service: str) -> None:
     page.get_by_label("Texts, one a line", exact=True).fill("word " * 3000)
     page.get_by_role("button", name="Embed").click()
     refusal = httpx.post(f"{service}/v1/embeddings", json={"input": ["word " * 3000]}).json()
-    expect(page.get_by_role("alert")).to_have_text(refusal["error"]["message"])
+    message = refusal["error"]["message"].replace("input[0]", "Line 1")
+    expect(page.get_by_role("alert")).to_have_text(message)
     expect(page.locator("#try-result")).to_be_hidden()
     page.get_by_label("Texts, one a line", exact=True).fill("word")
     page.get_by_role("button", name="Embed").click()
-    expect(page.locator("#try-status")).to_contain_text("1 vector of")
+    expect(page.locator("#try-status")).to_contain_text("1 vector for")
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_errors_name_the_field_and_its_line(tab: Opened) -> None:
+    """An error names the line of the text, or the query; an empty field is not sent."""
+    watched = tab()
+    watched.refusals.add(400)
+    page = watched.open()
+    expect(page.locator("#try-status")).to_contain_text("2 vectors")
+    texts, alert = page.get_by_label("Texts, one a line", exact=True), page.get_by_role("alert")
+    texts.fill("\n fine\n\n" + "word " * 3000)
+    page.get_by_role("button", name="Embed").click()
+    expect(alert).to_contain_text("Line 4 has more than the 2048 tokens")
+    sent = len(watched.requests)
+    texts.fill(" \n")
+    page.get_by_role("button", name="Embed").click()
+    expect(alert).to_have_text("Write at least one text.")
+    assert len(watched.requests) == sent
+    page.get_by_role("link", name="Search").click()
+    expect(page.locator("#search-left li")).to_have_count(10)
+    page.get_by_label("Query").fill("word " * 3000)
+    expect(alert).to_contain_text("The query has more than the 2048 tokens")
+    page.get_by_label("Query").fill("a word")
+    expect(page.locator("#search-left li")).to_have_count(10)
+    passages = page.get_by_label(re.compile("^Passages, one a line"))
+    passages.fill("\nfirst\nof two lines\n\n\n" + "word " * 3000 + "\nand more\n")
+    expect(alert).to_contain_text("The passage of line 6 has more than the 2048 tokens")
+    passages.evaluate(  # the browser needs long to type so many lines
+        "(field) => { field.value = 'x\\n'.repeat(3000); field.dispatchEvent(new Event('input')); }"
+    )
+    expect(alert).to_contain_text("Passages: ")
+    page.get_by_role("link", name="Compare").click()
+    expect(page.locator(".heat")).to_have_count(4)
+    page.get_by_label("Texts, one a line, 2 to 200").fill("a\n\n" + "word " * 3000)
+    page.get_by_role("button", name="Compare").click()
+    expect(alert).to_contain_text("Line 3 has more than the 2048 tokens")
 
 
 def test_a_model_that_is_not_listed(tab: Opened) -> None:
@@ -548,6 +692,76 @@ def test_the_service_is_gone(tab: Opened) -> None:
     page.get_by_role("button", name="Embed").click()
     expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
     watched._messages.clear()  # the browser's own line about it
+
+
+def test_views_recover_when_the_service_is_back(tab: Opened) -> None:
+    """Without a key press, Search and Try have results soon after the service answers again."""
+    port = free_port()
+    with served(*NOT_MEASURED, "--log-level", "error", port=port) as server:
+        tabs = [tab(server.url), tab(server.url)]
+        for watched in tabs:
+            watched.may_be_down = True
+            watched.refusals.add(503)
+        search, trial = tabs[0].open("/#search"), tabs[1].open("/#try")
+        expect(search.locator("#search-left li")).to_have_count(10)
+        expect(trial.locator("#try-status")).to_contain_text("2 vectors")
+    search.get_by_label("Query").fill("bread")
+    trial.get_by_role("button", name="Embed").click()
+    for page in (search, trial):
+        expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    expect(search.locator("#search-left li")).to_have_count(0)
+    with served(*NOT_MEASURED, "--log-level", "error", port=port):
+        expect(search.locator("#search-left li")).to_have_count(10, timeout=15_000)
+        expect(trial.locator("#try-status")).to_contain_text("2 vectors", timeout=15_000)
+        for page in (search, trial):
+            expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_page_recovers_when_it_was_opened_early(tab: Opened) -> None:
+    """A page opened before the service can embed waits for it."""
+    watched = tab()
+    watched.refusals.add(503)
+    starting = {"error": {"message": "The engine cannot embed now: its process is starting."}}
+    for path in ("**/v1/models", "**/v1/embeddings"):
+        watched.page.route(path, lambda route: route.fulfill(status=503, json=starting))
+    page = watched.open()
+    expect(page.get_by_role("alert")).to_contain_text("its process is starting")
+    page.unroute("**/v1/models")
+    expect(page.get_by_label("Texts, one a line", exact=True)).to_be_visible(timeout=15_000)
+    expect(page.locator("#try-problem")).to_contain_text("its process is starting")
+    page.unroute("**/v1/embeddings")
+    expect(page.locator("#try-status")).to_contain_text("2 vectors", timeout=15_000)
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_retries_only_in_sight(tab: Opened) -> None:
+    """A view out of sight sends nothing; on return to it, and on Enter, it asks at once."""
+    watched = tab()
+    watched.may_be_down = True
+    page = watched.open("/#search")
+    expect(page.locator("#search-left li")).to_have_count(10)
+    page.route("**/v1/embeddings", lambda route: route.abort())
+    page.get_by_label("Query").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    page.get_by_role("link", name="Now").click()
+    page.wait_for_timeout(200)
+    sent = sum(url.endswith("/v1/embeddings") for url in watched.requests)
+    page.wait_for_timeout(3500)
+    assert sum(url.endswith("/v1/embeddings") for url in watched.requests) == sent
+    page.get_by_role("link", name="Search").click()
+    expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    page.get_by_label("Query").press("Enter")
+    page.wait_for_timeout(200)
+    page.unroute("**/v1/embeddings")
+    page.get_by_label("Query").press("Enter")
+    expect(page.locator("#search-left li")).to_have_count(10, timeout=2000)
+    page.route("**/v1/embeddings", lambda route: route.abort())
+    page.get_by_label("Query").press("Enter")
+    expect(page.locator("#search-left li")).to_have_count(0)
+    page.get_by_role("link", name="Now").click()
+    page.unroute("**/v1/embeddings")
+    page.get_by_role("link", name="Search").click()
+    expect(page.locator("#search-left li")).to_have_count(10, timeout=2000)
 
 
 def test_the_keyboard_alone_is_enough(tab: Opened) -> None:
@@ -624,6 +838,53 @@ def test_layouts(tab: Opened, scheme: str, width: int) -> None:
         assert page.evaluate(WITHOUT_NAME) == [], view
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert papers == {"rgb(252, 251, 249)" if scheme == "light" else "rgb(21, 23, 25)"}
+
+
+def test_texts_have_their_own_direction(tab: Opened) -> None:
+    """Hebrew runs from right to left in fields, rankings, read-outs and tables."""
+    page = tab().open()
+    hebrew = "\u05e9\u05dc\u05d5\u05dd"
+
+    def direction(selector: str) -> str:
+        element = page.locator(selector).filter(has_text=hebrew).first
+        expect(element).to_be_visible()
+        return str(element.evaluate("(element) => getComputedStyle(element).direction"))
+
+    page.locator("#try-texts").fill(hebrew)
+    page.get_by_role("button", name="Embed").click()
+    assert direction("#try-vectors .text") == "rtl"
+    page.get_by_role("link", name="Search").click()
+    page.locator("#search-query").fill(hebrew)
+    page.locator("#search-passages").fill(f"{hebrew}\none")
+    assert {direction(f"#search-{side} .text") for side in ("left", "right")} == {"rtl"}
+    page.get_by_role("link", name="Compare").click()
+    page.locator("#compare-texts").fill(f"{hebrew}\none")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-status")).to_contain_text("2 texts")
+    page.get_by_text("As a table").click()
+    assert direction("#compare-table th bdi") == direction("#compare-table td bdi") == "rtl"
+    page.locator(".heat").first.click(position={"x": 3, "y": 3})
+    assert direction("#compare-readout bdi") == "rtl"
+    fields = page.locator("textarea, #search-query")
+    expect(fields).to_have_count(4)
+    assert (
+        fields.evaluate_all("(all) => all.map((each) => getComputedStyle(each).direction)")
+        == ["rtl"] * 4
+    )
+
+
+@pytest.mark.parametrize("touch", [True, False])
+def test_hints_fit_the_device(tab: Opened, touch: bool) -> None:
+    """Without a mouse, no hint is about keys or pointing; on a phone none is cut."""
+    page = tab(viewport={"width": 390, "height": 844}, has_touch=touch, is_mobile=touch).open(
+        "/#compare"
+    )
+    expect(page.locator("#compare-status")).to_contain_text("24 texts")
+    assert page.get_by_text("or Ctrl + Enter").last.is_visible() is not touch
+    assert page.get_by_text("Point at a square or a dot").is_visible() is not touch
+    assert page.get_by_text("Touch a square or a dot").is_visible() is touch
+    cut = "(all) => all.filter((each) => each.scrollHeight > each.clientHeight + 1).length"
+    assert page.locator("#compare-readout .hint:visible").evaluate_all(cut) == 0
 
 
 def test_a_screen_reader_finds_its_way(tab: Opened) -> None:

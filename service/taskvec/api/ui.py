@@ -25,6 +25,7 @@ FILES = (
     "icon.svg",
     "metrics.js",
     "now.js",
+    "retry.js",
     "samples.js",
     "search.js",
     "snippets.js",

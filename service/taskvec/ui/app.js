@@ -4,6 +4,7 @@ import { apiKey, forgetApiKey, readModel } from "./client.js";
 import { byId, number, showProblem } from "./elements.js";
 import { startCompare } from "./compare.js";
 import { startNow } from "./now.js";
+import { RETRY_MILLISECONDS } from "./retry.js";
 import { startSearch } from "./search.js";
 import { startTry } from "./try.js";
 
@@ -86,3 +87,9 @@ addEventListener("hashchange", () => {
 
 showView({ focus: false });
 await loadModel();
+while (!model && byId("key-form").hidden) {
+  // The service may be starting. Where it needs a key, the form goes on.
+  await new Promise((done) => setTimeout(done, RETRY_MILLISECONDS));
+  if (document.visibilityState === "visible") await loadModel();
+}
+if (!model) showProblem("page-problem");

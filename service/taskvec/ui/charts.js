@@ -1,6 +1,7 @@
 // Drawings on a canvas, in the colours of the style sheet and at the screen's resolution.
 
 const MARGIN = 0.08;
+const MOST_NUMBERS = 4;
 
 /** Return the context of a canvas in CSS pixels, cleared; and its size. */
 function prepared(canvas) {
@@ -23,7 +24,8 @@ export function drawHeatMap(canvas, { matrix, n, least, largest, full, selected 
   const cell = width / n;
   for (let i = 0; i < n; i++) {
     for (let j = 0; j < n; j++) {
-      const share = Math.min(1, Math.max(0, (matrix[i * n + j] - least) / (largest - least || 1)));
+      // Below the third decimal all similarities are equal, and have the colour of the largest.
+      const share = largest - least < 5e-4 ? 1 : Math.min(1, Math.max(0, (matrix[i * n + j] - least) / (largest - least)));
       context.fillStyle = `rgb(${empty.map((from, c) => Math.round(from + share * (dark[c] - from))).join(" ")})`;
       const x = Math.floor(j * cell), y = Math.floor(i * cell);
       context.fillRect(x, y, Math.ceil((j + 1) * cell) - x, Math.ceil((i + 1) * cell) - y);
@@ -50,6 +52,23 @@ function placed(points, width) {
   return points.map(([x, y]) => [width / 2 + (x / reach) * scale, width / 2 - (y / reach) * scale]);
 }
 
+/** Groups of places, by index, of which the first one's dot covers the numbers of the others. */
+export function covered(places, radius) {
+  const groups = [];
+  places.forEach(([x, y], i) => {
+    const group = groups.find(([first]) => Math.hypot(places[first][0] - x, places[first][1] - y) < radius);
+    if (group) group.push(i);
+    else groups.push([i]);
+  });
+  return groups.filter((group) => group.length > 1);
+}
+
+/** The numbers of a group of texts, such as "1, 2, 3", or "1, 2, 3 and 9 more". */
+export function numbersOf(group) {
+  const numbers = group.slice(0, MOST_NUMBERS).map((i) => i + 1).join(", ");
+  return group.length > MOST_NUMBERS ? `${numbers} and ${group.length - MOST_NUMBERS} more` : numbers;
+}
+
 /** A map of points; numbered, where there is room for numbers. */
 export function drawMap(canvas, { points, full, selected }) {
   const { context, width } = prepared(canvas);
@@ -74,6 +93,18 @@ export function drawMap(canvas, { points, full, selected }) {
       context.fillStyle = colour("--paper");
       context.fillText(String(i + 1), x, y + 0.5);
     }
+  }
+  if (!numbered) return;
+  context.lineWidth = 3;
+  context.strokeStyle = colour("--paper");
+  context.fillStyle = colour("--ink");
+  for (const group of covered(places, radius / 2)) {
+    const [x, y] = places[group[0]], text = numbersOf(group);
+    const half = context.measureText(text).width / 2;
+    const at = Math.min(width - half - 2, Math.max(half + 2, x));
+    const above = y - radius - 9;
+    context.strokeText(text, at, above);
+    context.fillText(text, at, above);
   }
 }
 

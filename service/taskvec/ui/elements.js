@@ -47,6 +47,7 @@ export async function copy(text, button) {
 /** Show a problem in the words of the service, or hide the last one. */
 export function showProblem(id, error) {
   const box = byId(id);
+  if (error && !box.hidden && box.textContent === error.message) return; // said once by a screen reader
   box.hidden = !error;
   box.textContent = error ? error.message : "";
 }
@@ -84,7 +85,16 @@ export function latest(work) {
   };
 }
 
-export const linesOf = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
+/** The texts of a field, one a line, as { text, line }: lines count from 1, blank ones too. */
+export const linesOf = (field) =>
+  field.split("\n").map((text, i) => ({ text: text.trim(), line: i + 1 })).filter(({ text }) => text);
+
+/** An error that calls an entry of the request's input what the page calls it. */
+export function renamed(error, nameOf) {
+  if (!error.message?.includes("input[")) return error;
+  const message = error.message.replace(/input\[(\d+)\]/g, (_, index) => nameOf(Number(index)));
+  return { status: error.status, name: error.name, message: message[0].toUpperCase() + message.slice(1) };
+}
 
 export const number = (value, digits = 0) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "\u2212");

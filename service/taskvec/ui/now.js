@@ -21,8 +21,8 @@ const milliseconds = (share) => (before, after) => {
 const FIGURES = [
   { name: "Requests", unit: "a second", digits: 1, value: rate("taskvec_requests_total") },
   { name: "Tokens", unit: "a second", digits: 0, value: rate("taskvec_tokens_total") },
-  { name: "Latency, half of the requests", unit: "ms at most", digits: 1, value: milliseconds(0.5) },
-  { name: "Latency, 95 of 100 requests", unit: "ms at most", digits: 1, value: milliseconds(0.95) },
+  { name: "Median latency", unit: "ms", digits: 1, value: milliseconds(0.5) },
+  { name: "95th percentile of latency", unit: "ms", digits: 1, value: milliseconds(0.95) },
   { name: "Requests in flight", unit: "", digits: 0, value: gauge("taskvec_requests_in_flight") },
   { name: "Queue", unit: "tokens", digits: 0, value: gauge("taskvec_queue_tokens") },
   {
@@ -62,6 +62,7 @@ export function startNow() {
     } catch (error) {
       if (error.name === "AbortError") return;
       before = null;
+      byId("now-status").textContent = "";
       showProblem("now-problem", { message: explained(error) });
     }
     if (timer !== null) timer = setTimeout(read, SECONDS * 1000);

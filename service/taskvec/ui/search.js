@@ -1,7 +1,8 @@
 // Search: passages ranked for a query as it is typed, with two settings beside each other.
 
 import { embed, embeddingBody } from "./client.js";
-import { byId, debounce, element, fill, latest, linesOf, number, plural, showProblem } from "./elements.js";
+import { byId, debounce, element, fill, latest, linesOf, number, plural, renamed, showProblem } from "./elements.js";
+import { repeated } from "./retry.js";
 import { PASSAGES, QUERY } from "./samples.js";
 import { bytesPerVector, OUTPUT_TYPES, rank } from "./vectors.js";
 
@@ -50,11 +51,14 @@ export function startSearch(model) {
     return bySetting.get(name);
   }
 
-  const run = latest(async ({ signal, isLatest }) => {
-    const passages = passagesIn(byId("search-passages").value);
+  const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
+    outcome();
+    const found = passagesIn(byId("search-passages").value);
+    const passages = found.map(({ text }) => text);
+    const passageAt = (index) => `the passage of line ${found[index].line}`;
     const query = byId("search-query").value.trim();
     byId("search-count").textContent = plural(passages.length, "passage");
-    showProblem("search-problem");
+    if (!again) showProblem("search-problem");
     const settings = SIDES.map(settingOf);
     settings.forEach((setting, i) => {
       const bytes = bytesPerVector(setting.type, setting.dimensions);
@@ -63,28 +67,38 @@ export function startSearch(model) {
     });
     if (!query || !passages.length) {
       SIDES.forEach((side) => byId(`search-${side}`).replaceChildren());
+      showProblem("search-problem");
       byId("search-status").textContent = query ? "Paste passages below." : "Type a query.";
       return;
     }
     try {
       const rankings = await Promise.all(settings.map(async (setting) => {
         const [vectors, asked] = await Promise.all([
-          vectorsOf(passages, setting),
-          embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal),
+          vectorsOf(passages, setting).catch((error) => { throw placed(error, "Passages", passageAt); }),
+          embed(embeddingBody({ model, input: [query], task: tasks.query, ...setting }), signal)
+            .catch((error) => { throw placed(error, "Query", () => "the query"); }),
         ]);
         return rank(setting.type, asked.vectors[0], vectors);
       }));
-      if (isLatest()) show(rankings, passages, settings);
+      if (!isLatest()) return;
+      showProblem("search-problem");
+      show(rankings, passages, settings);
     } catch (error) {
       if (!isLatest()) return;
+      SIDES.forEach((side) => byId(`search-${side}`).replaceChildren()); // those of another query
       byId("search-status").textContent = "";
       showProblem("search-problem", error);
+      outcome(error);
     }
   });
+  const outcome = repeated(byId("view-search"), run);
 
   byId("search-query").addEventListener("input", debounce(120, run));
+  byId("search-query").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) run();
+  });
   byId("search-passages").addEventListener("input", debounce(500, run));
-  for (const select of byId("view-search").querySelectorAll("select")) select.addEventListener("change", run);
+  for (const select of byId("view-search").querySelectorAll("select")) select.addEventListener("change", () => run());
   byId("search-sample").addEventListener("click", () => {
     byId("search-passages").value = PASSAGES.join("\n");
     byId("search-query").value = QUERY;
@@ -100,9 +114,24 @@ function pairOf(tasks) {
   return { query: tasks[0], passage: tasks[0] };
 }
 
-const passagesIn = (text) => /\n\s*\n/.test(text.trim())
-  ? text.split(/\n\s*\n/).map((part) => part.trim()).filter(Boolean)
-  : linesOf(text);
+/** An error of an invalid request that says whether it is that of the query or of the passages. */
+function placed(error, field, nameOf) {
+  const named = renamed(error, nameOf);
+  if (named !== error || ![400, 413, 422].includes(error.status)) return named;
+  return { status: error.status, message: `${field}: ${error.message}` };
+}
+
+/** Passages as { text, line }: one a line; or, if blank lines are between them, of several lines. */
+function passagesIn(field) {
+  if (!/\n\s*\n/.test(field.trim())) return linesOf(field);
+  const parts = [];
+  field.split("\n").forEach((text, i, lines) => {
+    if (!text.trim()) return;
+    if (i && lines[i - 1].trim()) parts.at(-1).text += `\n${text}`;
+    else parts.push({ text, line: i + 1 });
+  });
+  return parts.map(({ text, line }) => ({ text: text.trim(), line }));
+}
 
 function show([left, right], passages, settings) {
   const before = new Map(left.map(({ index }, place) => [index, place]));
@@ -119,7 +148,7 @@ function show([left, right], passages, settings) {
 }
 
 function row(text, score, moved) {
-  const cells = [element("span", { class: "text", title: text }, text)];
+  const cells = [element("span", { class: "text", dir: "auto", title: text }, text)];
   if (moved !== undefined) cells.push(movement(moved));
   return element("li", {}, ...cells, element("span", { class: "score", title: "similarity" }, number(score, 3)));
 }

@@ -1,7 +1,8 @@
 // Try: texts in, vectors out, with the time of each stage and the request in three languages.
 
 import { apiKey, embed, embeddingBody } from "./client.js";
-import { byId, copy, element, fill, latest, linesOf, number, plural, showProblem, submitByKey } from "./elements.js";
+import { byId, copy, element, fill, latest, linesOf, number, plural, renamed, showProblem, submitByKey } from "./elements.js";
+import { repeated } from "./retry.js";
 import { TRY } from "./samples.js";
 import { curl, javascript, python } from "./snippets.js";
 import { bytesPerVector, OUTPUT_TYPES } from "./vectors.js";
@@ -19,31 +20,57 @@ export function startTry(model) {
 
   const settings = () => ({
     model,
-    input: linesOf(byId("try-texts").value),
+    input: linesOf(byId("try-texts").value).map(({ text }) => text),
     task: byId("try-task").value,
     dimensions: Number(byId("try-dimensions").value),
     type: byId("try-type").value,
   });
 
+  let answered = null; // the request whose vectors are shown
+
   const showCode = () => {
     const language = document.querySelector("input[name=language]:checked").value;
     byId("try-code").textContent = LANGUAGES[language](embeddingBody(settings()), apiKey() !== "");
+    const earlier = answered !== null && answered !== JSON.stringify(embeddingBody(settings()));
+    const note = earlier ? "This is the result of an earlier request. Press Embed for that of the form." : "";
+    if (byId("try-earlier").textContent !== note) byId("try-earlier").textContent = note;
   };
 
-  const run = latest(async ({ signal, isLatest }) => {
+  const showResult = (body) => {
+    answered = body && JSON.stringify(body);
+    byId("try-result").hidden = !body;
+    showCode();
+  };
+
+  const run = latest(async ({ signal, isLatest }, { again = false } = {}) => {
     const asked = settings();
-    showProblem("try-problem");
-    byId("try-status").textContent = "Embedding…";
+    const lines = linesOf(byId("try-texts").value);
+    outcome();
+    if (!lines.length) {
+      byId("try-status").textContent = "";
+      showResult(null);
+      showProblem("try-problem", { message: "Write at least one text." });
+      return;
+    }
+    if (!again) {
+      showProblem("try-problem");
+      byId("try-status").textContent = "Embedding…";
+    }
     try {
       const answer = await embed(embeddingBody(asked), signal);
-      if (isLatest()) showAnswer(asked, answer);
+      if (!isLatest()) return;
+      showProblem("try-problem");
+      showAnswer(asked, answer);
+      showResult(embeddingBody(asked));
     } catch (error) {
       if (!isLatest()) return;
-      byId("try-result").hidden = true;
+      showResult(null);
       byId("try-status").textContent = "";
-      showProblem("try-problem", error);
+      showProblem("try-problem", renamed(error, (index) => `line ${lines[index].line}`));
+      outcome(error);
     }
   });
+  const outcome = repeated(byId("view-try"), run);
 
   byId("try-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -57,15 +84,15 @@ export function startTry(model) {
   run();
 }
 
-function showAnswer({ input, dimensions, type }, { vectors, tokens, stages, milliseconds }) {
+function showAnswer({ input, task, dimensions, type }, { vectors, tokens, stages, milliseconds }) {
   const bytes = bytesPerVector(type, dimensions);
   byId("try-status").textContent =
-    `${plural(vectors.length, "vector")} of ${number(dimensions)} ${type === "float" ? "" : `${type} `}dimensions, ` +
+    `${plural(vectors.length, "vector")} for ${task}, of ${number(dimensions)} ${type === "float" ? "" : `${type} `}dimensions, ` +
     `${plural(bytes, "byte")} each. ${plural(tokens, "token")}.`;
 
   const rows = vectors.slice(0, SHOWN_VECTORS).map((vector, i) =>
     element("li", {},
-      element("span", { class: "text", title: input[i] }, input[i]),
+      element("span", { class: "text", dir: "auto", title: input[i] }, input[i]),
       element("span", { class: "values" }, shortened(vector, type)),
       element("button", {
         type: "button", class: "quiet", "aria-label": `Copy vector ${i + 1}`,
@@ -78,7 +105,6 @@ function showAnswer({ input, dimensions, type }, { vectors, tokens, stages, mill
   }
   byId("try-vectors").replaceChildren(...rows);
   showStages(stages, milliseconds);
-  byId("try-result").hidden = false;
 }
 
 function shortened(vector, type) {

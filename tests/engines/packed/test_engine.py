@@ -228,6 +228,16 @@ async def test_an_engine_without_its_threads_does_not_start(
 
 
 @pytest.mark.anyio
+async def test_no_thread_starts_once_the_program_ends(checkpoint: Checkpoint) -> None:
+    """A thread that nobody waits for would be computing when the interpreter ends."""
+    engine = PackedEngine(checkpoint, FP32)
+    engine.stop_at_exit(0)
+    with pytest.raises(StartError, match="the program ends"):
+        await engine.start()
+    assert not engine._threads
+
+
+@pytest.mark.anyio
 async def test_requests_before_the_start_are_rejected(checkpoint: Checkpoint) -> None:
     """An engine that has not started rejects requests with the code starting."""
     engine = PackedEngine(checkpoint, FP32)

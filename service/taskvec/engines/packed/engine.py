@@ -99,6 +99,7 @@ class PackedEngine:
         self._waiting = WaitingRequests(observer)
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
+        self._ends_with_program = False
 
     @property
     def model(self) -> ModelCard:
@@ -177,6 +178,7 @@ class PackedEngine:
         """
         limit = time.monotonic() + seconds
         with self._waiting.lock:
+            self._ends_with_program = True
             self._health = EngineHealth(EngineState.STOPPING, "the program ends")
             self._waiting.stopping = True
             # The interpreter aborts the process if a thread still computes when it ends.
@@ -195,14 +197,17 @@ class PackedEngine:
 
     def _start_thread(self, name: str, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-        try:
-            thread.start()
-        except (RuntimeError, MemoryError) as error:
-            raise StartError(
-                f"A thread of the engine could not be started ({error}): raise the limits of "
-                "processes and memory."
-            ) from None
-        self._threads.append(thread)
+        with self._waiting.lock:  # stop_at_exit waits for each thread that was started
+            if self._ends_with_program:
+                raise StartError("The engine was not started: the program ends.")
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                raise StartError(
+                    f"A thread of the engine could not be started ({error}): raise the limits of "
+                    "processes and memory."
+                ) from None
+            self._threads.append(thread)
 
     # The methods below run on the threads of the engine.
 

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 
 from conftest import examples, fake_service
-from dialects import OPENAI, OTHERS, RANKED, ROUTES, DialectRoute
+from dialects import (
+    OPENAI,
+    OTHERS,
+    RANKED,
+    ROUTES,
+    DialectRoute,
+    Message,
+    cohere_message,
+    gemini_message,
+    ollama_message,
+    openai_message,
+)
 from fakes import FakeEngine
 from keyfiles import entry
 from processes import total
@@ -210,6 +221,27 @@ async def test_values_of_what_is_served_are_accepted(
     async with fake_service(default_checkpoint) as (client, _):
         answer = await client.post(route.path, json={**route.request(["a"]), **more})
         assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/api/chat", ollama_message),
+        ("/v2/chat", cohere_message),
+        ("/v1beta/models/taskvec-mini:generateContent", gemini_message),
+        ("/v1/chat/completions", openai_message),
+        ("/nowhere", openai_message),
+    ],
+)
+async def test_an_unknown_route(
+    default_checkpoint: Checkpoint, path: str, message: Message
+) -> None:
+    """A route that is not served is a 404 in the form of the API that has it."""
+    async with fake_service(default_checkpoint) as (client, _):
+        answer = await client.post(path, json={"model": "taskvec-mini"})
+        assert answer.status_code == 404
+        assert f"There is no route {path}" in message(answer.json())
 
 
 @pytest.mark.anyio

@@ -13,7 +13,7 @@ from taskvec import __version__
 from taskvec.api.endpoint import Endpoints
 from taskvec.api.errors import install_error_handlers
 from taskvec.api.middleware import RequestMiddleware
-from taskvec.api.routes import all_routes
+from taskvec.api.routes import all_routes, forms_by_segment
 from taskvec.service import STATE_KEY, Service
 from taskvec.telemetry.event_loop_lag import EventLoopLag
 
@@ -50,9 +50,10 @@ def create_app(service: Service, on_failure: Callable[[BaseException], None]) ->
         openapi_url=None,  # api.openapi serves it, behind the API key
     )
     endpoints = Endpoints.of(service, lag)
-    for route in all_routes(service, app, endpoints.auth):
+    routes = all_routes(service, app, endpoints.auth)
+    for route in routes:
         app.router.routes.append(endpoints.mount(route))
-    install_error_handlers(app)
+    install_error_handlers(app, forms_by_segment(routes))
     app.add_middleware(RequestMiddleware, log=service.request_log)
     if settings.cors_origins:
         app.add_middleware(  # outermost: scripts may read every answer, including errors

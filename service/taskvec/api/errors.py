@@ -175,8 +175,13 @@ def _path(request: Request) -> str:
     return shortened(request.scope["path"], MAX_PATH)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer unknown routes in the same form as the routes' own errors."""
+def install_error_handlers(app: FastAPI, forms: Mapping[str, ErrorRenderer]) -> None:
+    """Answer unknown routes in the same form as the routes' own errors.
+
+    Args:
+        app: gets the handler.
+        forms: form of the errors of paths that begin with a segment; of others it is OpenAI's.
+    """
 
     async def unrouted(request: Request, error: Exception) -> Response:
         error = cast("HTTPException", error)
@@ -187,7 +192,8 @@ def install_error_handlers(app: FastAPI) -> None:
             translated = InvalidRequestError(str(error.detail))
         context = context_of(request.scope)
         context.code = translated.code
-        response = error_response(translated, context.request_id)
+        form = forms.get(request.scope["path"].split("/")[1], error_response)
+        response = form(translated, context.request_id)
         response.headers.update(error.headers or {})
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fastapi import FastAPI
@@ -23,6 +24,7 @@ from taskvec.api import (
 )
 from taskvec.api.auth import ApiKeyAuth
 from taskvec.api.endpoint import Route
+from taskvec.api.errors import ErrorRenderer
 from taskvec.api.request import RequestLimits
 from taskvec.service import Service
 from taskvec.settings import TokenInput
@@ -63,6 +65,14 @@ def all_routes(service: Service, app: FastAPI, auth: ApiKeyAuth | None) -> list[
     return _with_other_methods(
         [route for route in routes if route.dialect is None or route.dialect in served]
     )
+
+
+def forms_by_segment(routes: Iterable[Route]) -> dict[str, ErrorRenderer]:
+    """Return the form of errors by a path's first segment, where all routes with it have one."""
+    forms: dict[str, set[ErrorRenderer]] = {}
+    for route in routes:
+        forms.setdefault(route.path.split("/")[1], set()).add(route.render_error)
+    return {segment: found.pop() for segment, found in forms.items() if len(found) == 1}
 
 
 def _with_other_methods(routes: list[Route]) -> list[Route]:

@@ -452,7 +452,7 @@ async def test_a_wrong_content_type(client: httpx.AsyncClient, kind: str) -> Non
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("path", ["/v1", "/v1/embedding", "/v2/nothing", "/a%FFb%00"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/embedding", "/v3/nothing", "/a%FFb%00"])
 async def test_an_unknown_route(client: httpx.AsyncClient, path: str) -> None:
     """A path that nothing answers is a 404 in the same form."""
     body = refused(await client.post(path, json={}), "not_found", status=404)

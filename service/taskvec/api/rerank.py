@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -152,7 +153,7 @@ def ranking(scores: NDArray[np.float32], top: int | None) -> NDArray[np.intp]:
     return np.argsort(-scores, kind="stable")[:top]
 
 
-class _Dialect:
+class _Dialect(ABC):
     """What the routes share."""
 
     def __init__(self, service: Service, limits: RequestLimits) -> None:
@@ -198,11 +199,11 @@ class _Dialect:
         )
         return job, output
 
+    @abstractmethod
     def _texts(
         self, body: Mapping[str, Any]
     ) -> tuple[list[str], list[str], TextName, Sequence[bytes] | None]:
         """Return queries, documents, their names, and the JSON that the answer repeats of each."""
-        raise NotImplementedError
 
     def _top(self, body: Mapping[str, Any]) -> int | None:
         """Return the number of documents that the answer has at most; None for all."""

@@ -63,11 +63,12 @@ BESIDE_CONTENT = dict.fromkeys(
 """Fields that content cannot have."""
 
 IN_REQUESTS = {
-    **text_job.other_fields((), texts="send the texts in requests", task="send it in requests"),
+    **text_job.other_fields(
+        ("requests",), texts="send the texts in requests", task="send it in requests"
+    ),
     **dict.fromkeys((*DIMENSION_FIELDS, *AUTO_TRUNCATE), "send it in each of requests"),
     **dict.fromkeys(TYPE_FIELDS, "send it in each of requests"),
 }
-del IN_REQUESTS["requests"]
 """Fields that cannot stand beside requests."""
 
 MEDIA = dict.fromkeys(

@@ -504,7 +504,7 @@ def _route(
         dialect=errors.dialect,
         render_error=errors.render,
         error_schema=errors.schema,
-        summary=f"{what} by the cosines of their vectors; this is no cross-encoder",
+        summary=f"{what} by the cosines of their vectors; this is not a cross-encoder",
         tags=(errors.dialect.value,),
         responses={
             200: {

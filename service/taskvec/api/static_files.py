@@ -51,7 +51,7 @@ def static_handler(name: str, read: Callable[[], bytes], policy: str) -> Handler
     """
     file: _File | None = None
     fixed = {
-        "cache-control": "no-cache",  # asked for each time, mostly for a 304: upgrades are seen
+        "cache-control": "no-cache",  # asks each time, so an upgrade is seen
         "content-security-policy": policy,
         "cross-origin-resource-policy": "same-origin",
         "referrer-policy": "no-referrer",

@@ -20,9 +20,9 @@ from tokenizers import Encoding
 from taskvec.core.tokenizer import (
     MAX_SLICE,
     MIN_SLICE,
-    SLICE_SECONDS,
     SLICE_TEXTS,
     TextTokenizer,
+    next_slice,
 )
 from taskvec.errors import InvalidRequestError
 from taskvec.priority import Priority
@@ -113,9 +113,7 @@ class SpanListing:
             characters = self._step_in(text)
         else:
             characters = self._step_over()
-        seconds = time.perf_counter() - began
-        fitting = int(characters * SLICE_SECONDS / max(seconds, 1e-6))
-        self._slice = min(max(fitting, MIN_SLICE), MAX_SLICE)
+        self._slice = next_slice(characters, time.perf_counter() - began)
         return characters, len(self.found) == len(self._texts)
 
     def _step_over(self) -> int:

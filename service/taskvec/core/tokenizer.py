@@ -391,9 +391,7 @@ class Tokenization:
             characters = self._step_in(text)
         else:
             characters = self._step_over()
-        seconds = time.perf_counter() - began
-        fitting = int(characters * SLICE_SECONDS / max(seconds, 1e-6))
-        self._slice = min(max(fitting, MIN_SLICE), MAX_SLICE)
+        self._slice = next_slice(characters, time.perf_counter() - began)
         return characters, self.done
 
     def _step_over(self) -> int:
@@ -533,3 +531,9 @@ def _settled_until(window: str) -> int:
 def _joins(character: str) -> bool:
     """Return whether normalisers drop or reorder it: marks, and controls except white space."""
     return unicodedata.category(character)[0] in "MC" and not character.isspace()
+
+
+def next_slice(characters: int, seconds: float) -> int:
+    """Return the characters of the next slice, from what the last one took."""
+    fitting = int(characters * SLICE_SECONDS / max(seconds, 1e-6))
+    return min(max(fitting, MIN_SLICE), MAX_SLICE)
